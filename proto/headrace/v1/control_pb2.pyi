@@ -1,0 +1,197 @@
+from headrace.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Balancing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BALANCING_UNSPECIFIED: _ClassVar[Balancing]
+    BALANCING_LEAST_LATENCY: _ClassVar[Balancing]
+    BALANCING_ROUND_ROBIN: _ClassVar[Balancing]
+    BALANCING_WEIGHTED: _ClassVar[Balancing]
+    BALANCING_CONSISTENT_HASH: _ClassVar[Balancing]
+BALANCING_UNSPECIFIED: Balancing
+BALANCING_LEAST_LATENCY: Balancing
+BALANCING_ROUND_ROBIN: Balancing
+BALANCING_WEIGHTED: Balancing
+BALANCING_CONSISTENT_HASH: Balancing
+
+class ServingConfig(_message.Message):
+    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    BATCHING_FIELD_NUMBER: _ClassVar[int]
+    BALANCING_FIELD_NUMBER: _ClassVar[int]
+    LOG_PAYLOADS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: int
+    versions: _containers.RepeatedCompositeFieldContainer[ServedVersion]
+    aliases: _containers.ScalarMap[str, str]
+    buckets: _containers.RepeatedCompositeFieldContainer[BucketRange]
+    salt: str
+    pool: str
+    batching: Batching
+    balancing: Balancing
+    log_payloads: bool
+    default_timeout_ms: int
+    published_at_us: int
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ...) -> None: ...
+
+class ServedVersion(_message.Message):
+    __slots__ = ("version", "artifact_digest", "backend", "signature", "variant", "weight", "artifact_bytes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    artifact_digest: str
+    backend: str
+    signature: _tensor_pb2.Signature
+    variant: str
+    weight: int
+    artifact_bytes: int
+    def __init__(self, version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., backend: _Optional[str] = ..., signature: _Optional[_Union[_tensor_pb2.Signature, _Mapping]] = ..., variant: _Optional[str] = ..., weight: _Optional[int] = ..., artifact_bytes: _Optional[int] = ...) -> None: ...
+
+class BucketRange(_message.Message):
+    __slots__ = ("first", "last", "version")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    version: str
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+
+class Batching(_message.Message):
+    __slots__ = ("max_rows", "max_delay_us", "preferred_rows", "max_queue_rows")
+    MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DELAY_US_FIELD_NUMBER: _ClassVar[int]
+    PREFERRED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    max_rows: int
+    max_delay_us: int
+    preferred_rows: _containers.RepeatedScalarFieldContainer[int]
+    max_queue_rows: int
+    def __init__(self, max_rows: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., preferred_rows: _Optional[_Iterable[int]] = ..., max_queue_rows: _Optional[int] = ...) -> None: ...
+
+class ApiKey(_message.Message):
+    __slots__ = ("key_id", "name", "key_sha256", "scopes", "rate_per_second", "burst", "revoked", "expires_at_us", "revision", "models")
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KEY_SHA256_FIELD_NUMBER: _ClassVar[int]
+    SCOPES_FIELD_NUMBER: _ClassVar[int]
+    RATE_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    BURST_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_US_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    key_id: str
+    name: str
+    key_sha256: bytes
+    scopes: _containers.RepeatedScalarFieldContainer[str]
+    rate_per_second: float
+    burst: int
+    revoked: bool
+    expires_at_us: int
+    revision: int
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key_id: _Optional[str] = ..., name: _Optional[str] = ..., key_sha256: _Optional[bytes] = ..., scopes: _Optional[_Iterable[str]] = ..., rate_per_second: _Optional[float] = ..., burst: _Optional[int] = ..., revoked: _Optional[bool] = ..., expires_at_us: _Optional[int] = ..., revision: _Optional[int] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "frames_address", "grpc_address", "pool", "state", "versions", "queued_rows", "running_rows", "memory_bytes", "memory_limit_bytes", "device", "sent_at_us", "interval_ms", "sequence")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[WorkerStatus.State]
+        STATE_STARTING: _ClassVar[WorkerStatus.State]
+        STATE_READY: _ClassVar[WorkerStatus.State]
+        STATE_DRAINING: _ClassVar[WorkerStatus.State]
+        STATE_GONE: _ClassVar[WorkerStatus.State]
+    STATE_UNSPECIFIED: WorkerStatus.State
+    STATE_STARTING: WorkerStatus.State
+    STATE_READY: WorkerStatus.State
+    STATE_DRAINING: WorkerStatus.State
+    STATE_GONE: WorkerStatus.State
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    SENT_AT_US_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: str
+    frames_address: str
+    grpc_address: str
+    pool: str
+    state: WorkerStatus.State
+    versions: _containers.RepeatedCompositeFieldContainer[LoadedVersion]
+    queued_rows: int
+    running_rows: int
+    memory_bytes: int
+    memory_limit_bytes: int
+    device: str
+    sent_at_us: int
+    interval_ms: int
+    sequence: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., frames_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., pool: _Optional[str] = ..., state: _Optional[_Union[WorkerStatus.State, str]] = ..., versions: _Optional[_Iterable[_Union[LoadedVersion, _Mapping]]] = ..., queued_rows: _Optional[int] = ..., running_rows: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_limit_bytes: _Optional[int] = ..., device: _Optional[str] = ..., sent_at_us: _Optional[int] = ..., interval_ms: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class LoadedVersion(_message.Message):
+    __slots__ = ("model", "version", "state", "artifact_digest", "error", "memory_bytes")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[LoadedVersion.State]
+        STATE_LOADING: _ClassVar[LoadedVersion.State]
+        STATE_WARMING: _ClassVar[LoadedVersion.State]
+        STATE_READY: _ClassVar[LoadedVersion.State]
+        STATE_FAILED: _ClassVar[LoadedVersion.State]
+        STATE_UNLOADING: _ClassVar[LoadedVersion.State]
+    STATE_UNSPECIFIED: LoadedVersion.State
+    STATE_LOADING: LoadedVersion.State
+    STATE_WARMING: LoadedVersion.State
+    STATE_READY: LoadedVersion.State
+    STATE_FAILED: LoadedVersion.State
+    STATE_UNLOADING: LoadedVersion.State
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: str
+    state: LoadedVersion.State
+    artifact_digest: str
+    error: str
+    memory_bytes: int
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[LoadedVersion.State, str]] = ..., artifact_digest: _Optional[str] = ..., error: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...

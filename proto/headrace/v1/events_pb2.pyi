@@ -1,0 +1,136 @@
+from headrace.v1 import dataplane_pb2 as _dataplane_pb2
+from headrace.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PredictionBatch(_message.Message):
+    __slots__ = ("batch_id", "source", "writer", "model", "version", "artifact_digest", "answered_at_us", "request_ids", "unit_hashes", "variants", "variant_names", "propensities", "revisions", "codes", "origins", "attempts", "cached", "latency_us", "queue_us", "compute_us", "rows", "inputs", "outputs")
+    class Writer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        WRITER_UNSPECIFIED: _ClassVar[PredictionBatch.Writer]
+        WRITER_WORKER: _ClassVar[PredictionBatch.Writer]
+        WRITER_ROUTER: _ClassVar[PredictionBatch.Writer]
+    WRITER_UNSPECIFIED: PredictionBatch.Writer
+    WRITER_WORKER: PredictionBatch.Writer
+    WRITER_ROUTER: PredictionBatch.Writer
+    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_HASHES_FIELD_NUMBER: _ClassVar[int]
+    VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_NAMES_FIELD_NUMBER: _ClassVar[int]
+    PROPENSITIES_FIELD_NUMBER: _ClassVar[int]
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    CODES_FIELD_NUMBER: _ClassVar[int]
+    ORIGINS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    batch_id: bytes
+    source: str
+    writer: PredictionBatch.Writer
+    model: str
+    version: str
+    artifact_digest: str
+    answered_at_us: int
+    request_ids: bytes
+    unit_hashes: _containers.RepeatedScalarFieldContainer[int]
+    variants: _containers.RepeatedScalarFieldContainer[int]
+    variant_names: _containers.RepeatedScalarFieldContainer[str]
+    propensities: _containers.RepeatedScalarFieldContainer[float]
+    revisions: _containers.RepeatedScalarFieldContainer[int]
+    codes: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Code]
+    origins: _containers.RepeatedScalarFieldContainer[_dataplane_pb2.Origin]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    cached: _containers.RepeatedScalarFieldContainer[bool]
+    latency_us: _containers.RepeatedScalarFieldContainer[int]
+    queue_us: _containers.RepeatedScalarFieldContainer[int]
+    compute_us: _containers.RepeatedScalarFieldContainer[int]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., writer: _Optional[_Union[PredictionBatch.Writer, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., answered_at_us: _Optional[int] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., variants: _Optional[_Iterable[int]] = ..., variant_names: _Optional[_Iterable[str]] = ..., propensities: _Optional[_Iterable[float]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., origins: _Optional[_Iterable[_Union[_dataplane_pb2.Origin, str]]] = ..., attempts: _Optional[_Iterable[int]] = ..., cached: _Optional[_Iterable[bool]] = ..., latency_us: _Optional[_Iterable[int]] = ..., queue_us: _Optional[_Iterable[int]] = ..., compute_us: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("event_id", "request_id", "model", "metric", "number", "text", "row", "observed_at_us")
+    EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    OBSERVED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    event_id: bytes
+    request_id: bytes
+    model: str
+    metric: str
+    number: float
+    text: str
+    row: int
+    observed_at_us: int
+    def __init__(self, event_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., model: _Optional[str] = ..., metric: _Optional[str] = ..., number: _Optional[float] = ..., text: _Optional[str] = ..., row: _Optional[int] = ..., observed_at_us: _Optional[int] = ...) -> None: ...
+
+class OutcomeBatch(_message.Message):
+    __slots__ = ("outcomes",)
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedCompositeFieldContainer[Outcome]
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
+
+class DriftAlert(_message.Message):
+    __slots__ = ("alert_id", "model", "version", "feature", "detector", "value", "threshold", "severity", "critical_value", "p_value", "window_start_us", "window_end_us", "reference_rows", "window_rows", "message")
+    class Severity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SEVERITY_UNSPECIFIED: _ClassVar[DriftAlert.Severity]
+        SEVERITY_WARNING: _ClassVar[DriftAlert.Severity]
+        SEVERITY_CRITICAL: _ClassVar[DriftAlert.Severity]
+    SEVERITY_UNSPECIFIED: DriftAlert.Severity
+    SEVERITY_WARNING: DriftAlert.Severity
+    SEVERITY_CRITICAL: DriftAlert.Severity
+    ALERT_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    DETECTOR_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    SEVERITY_FIELD_NUMBER: _ClassVar[int]
+    CRITICAL_VALUE_FIELD_NUMBER: _ClassVar[int]
+    P_VALUE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_START_US_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_END_US_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    alert_id: bytes
+    model: str
+    version: str
+    feature: str
+    detector: str
+    value: float
+    threshold: float
+    severity: DriftAlert.Severity
+    critical_value: float
+    p_value: float
+    window_start_us: int
+    window_end_us: int
+    reference_rows: int
+    window_rows: int
+    message: str
+    def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...

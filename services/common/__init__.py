@@ -1,0 +1,1 @@
+"""What every service shares, kept small. No service is imported here."""
