@@ -98,6 +98,6 @@ def fill_zero_shares(shares: ArrayLike, floor: float = SHARE_FLOOR) -> Floats:
 
 
 def finite(values: ArrayLike) -> Floats:
-    """The values as one flat float64 array, NaN left out."""
+    """The values as one flat float64 array, NaN and infinities left out."""
     flat = np.asarray(values, dtype=np.float64).ravel()
-    return flat[~np.isnan(flat)]
+    return flat[np.isfinite(flat)]

@@ -1,0 +1,130 @@
+"""Quantile sketches that merge: the same answer whether one process saw everything or eight saw a part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasketches import kll_floats_sketch
+from numpy.typing import ArrayLike, NDArray
+
+from services.drift.detectors.binning import finite
+
+#: k = 200 keeps the rank error of one query below 1.33% with 99% confidence, at about 2 KB.
+DEFAULT_K = 200
+
+
+class QuantileSketch:
+    """KLL sketch (Karnin, Lang & Liberty 2016): quantiles of any floats within a known error of *rank*."""
+
+    def __init__(self, k: int = DEFAULT_K, *, sketch: kll_floats_sketch | None = None) -> None:
+        self._sketch = kll_floats_sketch(k) if sketch is None else sketch
+
+    @classmethod
+    def of(cls, values: ArrayLike, k: int = DEFAULT_K) -> QuantileSketch:
+        """A sketch that has seen `values`."""
+        sketch = cls(k)
+        sketch.update(values)
+        return sketch
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> QuantileSketch:
+        """The sketch that `to_bytes` wrote, byte-compatible with every Apache DataSketches library."""
+        return cls(sketch=kll_floats_sketch.deserialize(data))
+
+    def update(self, values: ArrayLike) -> None:
+        """Add values; NaN is left out."""
+        self._sketch.update(finite(values).astype(np.float32))
+
+    def merge(self, other: QuantileSketch) -> None:
+        """Add everything that `other` has seen."""
+        self._sketch.merge(other._sketch)
+
+    @property
+    def count(self) -> int:
+        """How many values went in."""
+        return int(self._sketch.n)
+
+    @property
+    def rank_error(self) -> float:
+        """Bound of the rank error of one quantile at 99% confidence, as a share of all values."""
+        return float(self._sketch.normalized_rank_error(False))
+
+    def quantiles(self, shares: ArrayLike) -> NDArray[np.float64]:
+        """Values below which about `shares` (0 … 1) of all values lie. Raises ValueError while empty."""
+        if self._sketch.is_empty():
+            raise ValueError("the sketch is empty")
+        return np.asarray(self._sketch.get_quantiles(np.atleast_1d(shares).astype(float)), dtype=np.float64)
+
+    def cumulative(self, points: ArrayLike) -> NDArray[np.float64]:
+        """Share of values at or below each point. Raises ValueError while empty."""
+        if self._sketch.is_empty():
+            raise ValueError("the sketch is empty")
+        return np.array([self._sketch.get_rank(float(point), True) for point in np.atleast_1d(points)])
+
+    def to_bytes(self) -> bytes:
+        """For storage and for merging elsewhere."""
+        return bytes(self._sketch.serialize())
+
+
+@dataclass(slots=True)
+class RelativeSketch:
+    """DDSketch (Masson, Rim & Lee, VLDB 2019): quantiles within `accuracy` of their *value*.
+
+    The right one for latencies, where p99 must be right in milliseconds, not in rank. Takes values >= 0;
+    anything below `smallest` counts as zero. Memory grows with the logarithm of the range only.
+    """
+
+    accuracy: float = 0.01
+    smallest: float = 1e-9
+    zeros: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def _log_gamma(self) -> float:
+        return math.log((1 + self.accuracy) / (1 - self.accuracy))
+
+    @property
+    def count(self) -> int:
+        """How many values went in."""
+        return self.zeros + sum(self.counts.values())
+
+    def update(self, values: ArrayLike) -> None:
+        """Add values; NaN is left out. Raises ValueError for a negative one."""
+        sample = finite(values)
+        if sample.size and float(sample.min()) < 0:
+            raise ValueError("a relative sketch takes no negative values")
+        positive = sample[sample >= self.smallest]
+        self.zeros += int(sample.size - positive.size)
+        places, numbers = np.unique(
+            np.ceil(np.log(positive) / self._log_gamma).astype(np.int64), return_counts=True
+        )
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            self.counts[place] = self.counts.get(place, 0) + number
+
+    def merge(self, other: RelativeSketch) -> None:
+        """Add everything that `other` has seen. Both need the same accuracy."""
+        if other.accuracy != self.accuracy:
+            raise ValueError("sketches of different accuracy do not merge")
+        self.zeros += other.zeros
+        for place, number in other.counts.items():
+            self.counts[place] = self.counts.get(place, 0) + number
+
+    def quantiles(self, shares: ArrayLike) -> NDArray[np.float64]:
+        """Values below which about `shares` (0 … 1) of all values lie. Raises ValueError while empty."""
+        total = self.count
+        if total == 0:
+            raise ValueError("the sketch is empty")
+        places = np.array(sorted(self.counts), dtype=np.int64)
+        upto = self.zeros + np.cumsum([self.counts[int(place)] for place in places])
+        gamma = math.exp(self._log_gamma)
+        answers = []
+        for share in np.atleast_1d(np.asarray(shares, dtype=np.float64)):
+            rank = share * (total - 1)
+            if rank < self.zeros or not places.size:
+                answers.append(0.0)
+                continue
+            place = int(places[min(int(np.searchsorted(upto, rank, side="right")), places.size - 1)])
+            answers.append(2 * gamma**place / (gamma + 1))
+        return np.array(answers)
