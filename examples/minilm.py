@@ -37,7 +37,7 @@ class Encoder:
         self._heads = int(config["num_attention_heads"])
         self._hidden = int(config["hidden_size"])
         self._epsilon = float(config["layer_norm_eps"])
-        self._to = GraphWriter()
+        self._nodes = GraphWriter()
 
     def graph(self) -> ir.Graph:
         """`input_ids` and `attention_mask` INT64 [batch, sequence] → `embeddings` FP32 [batch, hidden]."""
@@ -48,7 +48,7 @@ class Encoder:
         for layer in range(self._layers):
             x = self._layer(x, bias, f"encoder.layer.{layer}")
         embeddings = self._pool(x, mask)
-        return self._to.graph(
+        return self._nodes.graph(
             "all-MiniLM-L6-v2",
             OPSET,
             [ids, mask],
@@ -56,68 +56,76 @@ class Encoder:
         )
 
     def _weight(self, name: str) -> ir.Value:
-        return self._to.constant(name, self._weights[name])
+        return self._nodes.constant(name, self._weights[name])
 
     def _dense(self, x: ir.Value, name: str) -> ir.Value:
-        kernel = self._to.constant(f"{name}.kernel", self._weights[f"{name}.weight"].T)
-        return self._to.op("Add", self._to.op("MatMul", x, kernel), self._weight(f"{name}.bias"))
+        kernel = self._nodes.constant(f"{name}.kernel", self._weights[f"{name}.weight"].T)
+        return self._nodes.op("Add", self._nodes.op("MatMul", x, kernel), self._weight(f"{name}.bias"))
 
     def _normalise(self, x: ir.Value, name: str) -> ir.Value:
         scale, shift = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
-        return self._to.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=self._epsilon)
+        return self._nodes.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=self._epsilon)
 
     def _embed(self, ids: ir.Value) -> ir.Value:
-        length = self._to.op("Shape", ids, start=1, end=2)
-        positions = self._to.op(
+        length = self._nodes.op("Shape", ids, start=1, end=2)
+        positions = self._nodes.op(
             "Slice",
             self._weight("embeddings.position_embeddings.weight"),
-            self._to.integers(0),
+            self._nodes.integers(0),
             length,
-            self._to.integers(0),
+            self._nodes.integers(0),
         )
-        words = self._to.op("Gather", self._weight("embeddings.word_embeddings.weight"), ids)
+        words = self._nodes.op("Gather", self._weight("embeddings.word_embeddings.weight"), ids)
         # One sentence per row: every token is of segment 0, so its vector is a constant.
-        segment = self._to.constant("segment_0", self._weights["embeddings.token_type_embeddings.weight"][0])
-        x = self._to.op("Add", self._to.op("Add", words, segment), positions)
+        segment = self._nodes.constant(
+            "segment_0", self._weights["embeddings.token_type_embeddings.weight"][0]
+        )
+        x = self._nodes.op("Add", self._nodes.op("Add", words, segment), positions)
         return self._normalise(x, "embeddings.LayerNorm")
 
     def _attention_bias(self, mask: ir.Value) -> ir.Value:
         """0 for a token, a large negative number for padding, as [batch, 1, 1, sequence]."""
-        numbers = self._to.op("Cast", mask, to=int(FLOAT))
-        padding = self._to.op("Sub", self._to.number(1.0), numbers)
-        large = self._to.number(float(np.finfo(np.float32).min) / 2)
-        return self._to.op("Unsqueeze", self._to.op("Mul", padding, large), self._to.integers(1, 2))
+        numbers = self._nodes.op("Cast", mask, to=int(FLOAT))
+        padding = self._nodes.op("Sub", self._nodes.number(1.0), numbers)
+        large = self._nodes.number(float(np.finfo(np.float32).min) / 2)
+        return self._nodes.op("Unsqueeze", self._nodes.op("Mul", padding, large), self._nodes.integers(1, 2))
 
     def _split_heads(self, x: ir.Value, order: list[int]) -> ir.Value:
-        shape = self._to.integers(0, 0, self._heads, self._hidden // self._heads)
-        return self._to.op("Transpose", self._to.op("Reshape", x, shape), perm=order)
+        shape = self._nodes.integers(0, 0, self._heads, self._hidden // self._heads)
+        return self._nodes.op("Transpose", self._nodes.op("Reshape", x, shape), perm=order)
 
     def _layer(self, x: ir.Value, bias: ir.Value, name: str) -> ir.Value:
         attended = self._attention(x, bias, f"{name}.attention.self")
         projected = self._dense(attended, f"{name}.attention.output.dense")
-        x = self._normalise(self._to.op("Add", projected, x), f"{name}.attention.output.LayerNorm")
-        inner = self._to.op("Gelu", self._dense(x, f"{name}.intermediate.dense"))
+        x = self._normalise(self._nodes.op("Add", projected, x), f"{name}.attention.output.LayerNorm")
+        inner = self._nodes.op("Gelu", self._dense(x, f"{name}.intermediate.dense"))
         outer = self._dense(inner, f"{name}.output.dense")
-        return self._normalise(self._to.op("Add", outer, x), f"{name}.output.LayerNorm")
+        return self._normalise(self._nodes.op("Add", outer, x), f"{name}.output.LayerNorm")
 
     def _attention(self, x: ir.Value, bias: ir.Value, name: str) -> ir.Value:
         query = self._split_heads(self._dense(x, f"{name}.query"), [0, 2, 1, 3])
         key = self._split_heads(self._dense(x, f"{name}.key"), [0, 2, 3, 1])
         value = self._split_heads(self._dense(x, f"{name}.value"), [0, 2, 1, 3])
-        scale = self._to.number(float((self._hidden / self._heads) ** -0.5))
-        scores = self._to.op("Add", self._to.op("Mul", self._to.op("MatMul", query, key), scale), bias)
-        shares = self._to.op("Softmax", scores, axis=-1)
-        heads = self._to.op("Transpose", self._to.op("MatMul", shares, value), perm=[0, 2, 1, 3])
-        return self._to.op("Reshape", heads, self._to.integers(0, 0, self._hidden))
+        scale = self._nodes.number(float((self._hidden / self._heads) ** -0.5))
+        scores = self._nodes.op(
+            "Add", self._nodes.op("Mul", self._nodes.op("MatMul", query, key), scale), bias
+        )
+        shares = self._nodes.op("Softmax", scores, axis=-1)
+        heads = self._nodes.op("Transpose", self._nodes.op("MatMul", shares, value), perm=[0, 2, 1, 3])
+        return self._nodes.op("Reshape", heads, self._nodes.integers(0, 0, self._hidden))
 
     def _pool(self, x: ir.Value, mask: ir.Value) -> ir.Value:
         """Mean over the tokens that are not padding, then length 1."""
-        present = self._to.op("Unsqueeze", self._to.op("Cast", mask, to=int(FLOAT)), self._to.integers(2))
-        total = self._to.op("ReduceSum", self._to.op("Mul", x, present), self._to.integers(1), keepdims=0)
-        count = self._to.op("ReduceSum", present, self._to.integers(1), keepdims=0)
-        mean = self._to.op("Div", total, self._to.op("Max", count, self._to.number(1e-9)))
-        norm = self._to.op("ReduceL2", mean, self._to.integers(1), keepdims=1)
-        return self._to.op("Div", mean, self._to.op("Max", norm, self._to.number(1e-12)))
+        present = self._nodes.op(
+            "Unsqueeze", self._nodes.op("Cast", mask, to=int(FLOAT)), self._nodes.integers(2)
+        )
+        total = self._nodes.op(
+            "ReduceSum", self._nodes.op("Mul", x, present), self._nodes.integers(1), keepdims=0
+        )
+        count = self._nodes.op("ReduceSum", present, self._nodes.integers(1), keepdims=0)
+        mean = self._nodes.op("Div", total, self._nodes.op("Max", count, self._nodes.number(1e-9)))
+        norm = self._nodes.op("ReduceL2", mean, self._nodes.integers(1), keepdims=1)
+        return self._nodes.op("Div", mean, self._nodes.op("Max", norm, self._nodes.number(1e-12)))
 
 
 def build(directory: Path) -> list[Path]:
