@@ -1,0 +1,196 @@
+"""One consumer group's reading of one topic, carried by a FastStream batch subscriber.
+
+Acknowledgement is manual: FastStream's own NACK rewinds partition by partition and stops at the first
+one that a rebalance has taken away, which would leave the others past records nobody handled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import IllegalStateError, KafkaError
+from faststream import AckPolicy
+from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.message import StreamMessage
+
+from services.common.bus.admin import MAX_RECORD_BYTES
+from services.common.bus.delivery import Backoff, dead_letter, deliver
+from services.common.bus.port import Handler, Record
+from services.common.topics import Topic
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[ConsumerRecord, ...]
+
+CHECK_INTERVAL = 2.0
+COMMIT_TIMEOUT = 5.0
+
+
+class Subscription:
+    """Context manager over one subscriber: started in the background, watched, stopped on leaving."""
+
+    def __init__(
+        self,
+        broker: KafkaBroker,
+        topic: Topic,
+        group: str,
+        handler: Handler,
+        *,
+        publish: Callable[[Sequence[Record]], Awaitable[None]],
+        max_records: int,
+        session_timeout: float,
+    ) -> None:
+        self._topic = topic
+        self._group = group
+        self._handler = handler
+        self._publish = publish
+        self._backoff = Backoff(0.1, 5.0)
+        self._stopping = asyncio.Event()
+        self._busy = asyncio.Lock()
+        self._buried: dict[TopicPartition, set[int]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._subscriber = broker.subscriber(
+            topic.name,
+            batch=True,
+            group_id=group,
+            auto_offset_reset="earliest",
+            ack_policy=AckPolicy.MANUAL,
+            max_records=max_records,
+            # An idle FastStream loop waits this long twice, the second time deaf: this bounds the latency.
+            batch_timeout_ms=50,
+            fetch_max_wait_ms=50,
+            max_partition_fetch_bytes=MAX_RECORD_BYTES,
+            session_timeout_ms=int(session_timeout * 1000),
+            heartbeat_interval_ms=int(session_timeout * 1000 / 4),
+            rebalance_timeout_ms=int(session_timeout * 1000),
+            parser=_parse,
+            decoder=_decode,
+            persistent=False,
+        )
+        self._subscriber(self._on_batch)
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._run(), name=f"consume {self._topic.name} as {self._group}")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self._subscriber.stop()
+
+    async def _run(self) -> None:
+        """Start once the broker answers, then look again and again whether it still has what was read."""
+        backoff = Backoff(0.2, 2.0)
+        while True:
+            try:
+                await self._subscriber.start()
+                break
+            except (KafkaError, OSError) as error:
+                log.warning("cannot consume %s yet: %r", self._topic.name, error)
+                await self._subscriber.stop()
+                await asyncio.sleep(backoff.next())
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL)
+            consumer = self._subscriber.consumer
+            if consumer is None:
+                continue
+            try:
+                async with self._busy, asyncio.timeout(COMMIT_TIMEOUT):
+                    await self._rewind_if_lost(consumer)
+            except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
+                log.debug("positions in %s not checked: %r", self._topic.name, error)
+
+    async def _on_batch(self, batch: Batch) -> None:
+        consumer = self._subscriber.consumer
+        if consumer is None or self._stopping.is_set():
+            return
+        async with self._busy:
+            records = [_record(raw) for raw in batch if not self._is_buried(raw)]
+            try:
+                await deliver(records, self._handler, self._bury)
+            except Exception as error:
+                wait = self._backoff.next()
+                log.warning("handler of %s as %s failed, again in %.1f s: %r",
+                            self._topic.name, self._group, wait, error)  # fmt: skip
+                _rewind(consumer, batch)
+            else:
+                self._backoff.reset()
+                await self._commit(consumer, batch)
+                return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), wait)
+
+    async def _commit(self, consumer: AIOKafkaConsumer, batch: Batch) -> None:
+        """Commit behind the batch. A failure is no harm: the records come again, and handlers expect that."""
+        offsets = {TopicPartition(raw.topic, raw.partition): raw.offset + 1 for raw in batch}
+        try:
+            async with asyncio.timeout(COMMIT_TIMEOUT):
+                await consumer.commit(offsets)
+        except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
+            log.warning("offsets of %s as %s not committed: %r", self._topic.name, self._group, error)
+        else:
+            for partition in offsets:
+                self._buried.pop(partition, None)
+
+    async def _bury(self, record: Record, reason: str) -> None:
+        await self._publish([dead_letter(record, self._topic, self._group, reason)])
+        self._buried.setdefault(TopicPartition(record.topic, record.partition), set()).add(record.offset)
+        log.error("%s/%d@%d is malformed: %s", record.topic, record.partition, record.offset, reason)
+
+    def _is_buried(self, raw: ConsumerRecord) -> bool:
+        """True for a record already in the dead-letter queue that comes again because its batch failed."""
+        return raw.offset in self._buried.get(TopicPartition(raw.topic, raw.partition), ())
+
+    async def _rewind_if_lost(self, consumer: AIOKafkaConsumer) -> None:
+        """Start over where a position lies beyond the end: the broker came back without its records.
+
+        Kafka answers such a fetch with an error and the client resets; some brokers answer with nothing.
+        """
+        for partition in consumer.assignment():
+            end = consumer.highwater(partition)
+            if end is not None and await consumer.position(partition) > end:
+                log.warning("%s lost its records, reading from the beginning", partition)
+                self._buried.pop(partition, None)
+                await consumer.seek_to_beginning(partition)
+
+
+def _rewind(consumer: AIOKafkaConsumer, batch: Batch) -> None:
+    """Put every partition of `batch` back to its first record, whichever of them are still assigned."""
+    first: dict[TopicPartition, int] = {}
+    for raw in batch:
+        first.setdefault(TopicPartition(raw.topic, raw.partition), raw.offset)
+    for partition, offset in first.items():
+        with suppress(IllegalStateError):  # its new owner starts at the committed offset
+            consumer.seek(partition, offset)
+
+
+def _record(raw: ConsumerRecord) -> Record:
+    return Record(
+        topic=raw.topic,
+        key=raw.key,
+        value=raw.value,
+        headers=tuple(raw.headers),
+        partition=raw.partition,
+        offset=raw.offset,
+        timestamp_ms=raw.timestamp,
+    )
+
+
+async def _parse(batch: Batch) -> StreamMessage[Any]:
+    """Wrap without looking inside: FastStream's parser wants text headers and guesses at JSON."""
+    return KafkaMessage(raw_message=batch, body=b"", consumer=None)  # type: ignore[arg-type]  # acknowledged by hand
+
+
+async def _decode(message: StreamMessage[Any]) -> Batch:
+    batch: Batch = message.raw_message
+    return batch

@@ -1,0 +1,65 @@
+"""One batch and its handler: malformed records leave for the dead-letter queue, the rest is tried again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+
+from services.common.bus.port import Handler, Malformed, Record
+from services.common.topics import Topic, dead_letters
+
+DeadLetter = Callable[[Record, str], Awaitable[None]]
+
+
+async def deliver(records: Sequence[Record], handler: Handler, bury: DeadLetter) -> None:
+    """Return when `handler` has accepted every record of `records` that it did not call malformed.
+
+    Each malformed record is passed to `bury(record, reason)` before the rest is handed over again, at most
+    once per record. Every other exception of the handler or of `bury` is the caller's.
+    """
+    rest = list(records)
+    while rest:
+        try:
+            await handler(rest)
+        except Malformed as error:
+            if not 0 <= error.index < len(rest):
+                raise IndexError(f"handler named record {error.index} of {len(rest)}") from error
+            await bury(rest[error.index], error.reason)
+            del rest[error.index]
+        else:
+            return
+
+
+def dead_letter(record: Record, topic: Topic, group: str, reason: str) -> Record:
+    """`record` for the dead-letter queue: unchanged, its headers saying where it came from and why."""
+    return Record(
+        topic=dead_letters(topic, group).name,
+        key=record.key,
+        value=record.value if record.value is not None or record.key is not None else b"",
+        headers=(
+            *record.headers,
+            ("dlq-topic", record.topic.encode()),
+            ("dlq-partition", str(record.partition).encode()),
+            ("dlq-offset", str(record.offset).encode()),
+            ("dlq-reason", reason.encode()[:1000]),
+        ),
+    )
+
+
+class Backoff:
+    """Seconds to wait after failures in a row: `first` doubled each time up to `cap`, then ±50 % jitter."""
+
+    def __init__(self, first: float, cap: float) -> None:
+        self._first = first
+        self._cap = cap
+        self._failures = 0
+
+    def next(self) -> float:
+        """The wait after one more failure."""
+        wait = min(self._cap, self._first * 2.0 ** min(self._failures, 30))
+        self._failures += 1
+        return wait * random.uniform(0.5, 1.5)
+
+    def reset(self) -> None:
+        """Forget the failures: something succeeded."""
+        self._failures = 0

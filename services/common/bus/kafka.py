@@ -1,0 +1,172 @@
+"""The bus over a Kafka broker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Self
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed
+from faststream.kafka import KafkaBroker
+
+from services.common.bus import admin
+from services.common.bus.consume import Subscription
+from services.common.bus.delivery import Backoff
+from services.common.bus.port import Handler, Record, Table
+from services.common.bus.table import KafkaTable
+from services.common.errors import InvalidArgument, Unavailable
+from services.common.topics import Topic
+
+log = logging.getLogger(__name__)
+_faststream_log = logging.getLogger(f"{__name__}.faststream")
+_faststream_log.setLevel(logging.ERROR)  # it warns of topics being made elsewhere, which is on purpose
+
+
+class KafkaBus:
+    """Bus over the broker at `bootstrap_servers` ("host:port,host:port").
+
+    Entering opens nothing and never waits: a service starts while the broker is away. `publish_deadline`
+    bounds each publish, seconds. `session_timeout` is after how many seconds of silence the partitions of a
+    dead consumer go to the others of its group; a join takes up to half of it on some brokers.
+    """
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        client_id: str,
+        *,
+        publish_deadline: float = 10.0,
+        session_timeout: float = 6.0,
+    ) -> None:
+        self._bootstrap = bootstrap_servers
+        self._client_id = client_id
+        self._deadline = publish_deadline
+        self._session_timeout = session_timeout
+        self._producer: AIOKafkaProducer | None = None
+        self._starting = asyncio.Lock()
+        self._broker = KafkaBroker(
+            bootstrap_servers,
+            client_id=client_id,
+            consumer_only=True,
+            apply_types=False,
+            graceful_timeout=5.0,
+            request_timeout_ms=10_000,
+            retry_backoff_ms=100,
+            metadata_max_age_ms=3000,
+            logger=_faststream_log,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._broker.connect()  # consumers only: this prepares, no connection is made yet
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._broker.stop()
+        await self._drop_producer()
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """See Bus."""
+        futures: list[asyncio.Future[object]] = []
+        try:
+            async with asyncio.timeout(self._deadline):
+                producer = await self._started_producer()
+                for record in records:
+                    future = await producer.send(
+                        record.topic,
+                        value=record.value,
+                        key=record.key,
+                        headers=list(record.headers),
+                        timestamp_ms=record.timestamp_ms or None,
+                    )
+                    futures.append(future)
+                if futures:
+                    await asyncio.wait(futures)
+            for future in futures:
+                future.result()
+        except MessageSizeTooLargeError as error:
+            raise InvalidArgument(f"a record is larger than {admin.MAX_RECORD_BYTES} bytes") from error
+        except (KafkaError, OSError, TimeoutError) as error:
+            if isinstance(error, ProducerClosed):
+                await self._drop_producer()
+            raise Unavailable(f"the event broker did not acknowledge: {error!r}") from error
+        finally:
+            for future in futures:
+                future.add_done_callback(_retrieve)
+
+    def consume(
+        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500
+    ) -> AbstractAsyncContextManager[None]:
+        """See Bus."""
+        return Subscription(
+            self._broker,
+            topic,
+            group,
+            handler,
+            publish=self.publish,
+            max_records=max_records,
+            session_timeout=self._session_timeout,
+        )
+
+    def table(
+        self, topic: Topic, apply: Callable[[bytes, bytes | None], None]
+    ) -> AbstractAsyncContextManager[Table]:
+        """See Bus."""
+        return KafkaTable(self._bootstrap, self._client_id, topic, apply)
+
+    async def lag(self, topic: Topic, group: str) -> int:
+        """See Bus."""
+        return await admin.lag(self._bootstrap, topic, group)
+
+    async def _started_producer(self) -> AIOKafkaProducer:
+        """The one producer, started. The caller's timeout bounds the wait for a broker that is away."""
+        async with self._starting:
+            backoff = Backoff(0.1, 1.0)
+            while self._producer is None:
+                producer = self._new_producer()
+                try:
+                    await producer.start()
+                except (KafkaError, OSError):
+                    await producer.stop()
+                    await asyncio.sleep(backoff.next())
+                except BaseException:
+                    await producer.stop()
+                    raise
+                else:
+                    self._producer = producer
+            return self._producer
+
+    def _new_producer(self) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            bootstrap_servers=self._bootstrap,
+            client_id=self._client_id,
+            acks="all",
+            linger_ms=2,
+            max_batch_size=512 << 10,
+            max_request_size=admin.MAX_RECORD_BYTES,
+            # Batches give up before their publish does: none arrives after its caller was told it failed.
+            request_timeout_ms=int(self._deadline * 800),
+            retry_backoff_ms=100,
+            metadata_max_age_ms=3000,
+        )
+
+    async def _drop_producer(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        try:
+            # stop() first sends what is buffered, which with the broker away would wait for its expiry
+            await asyncio.wait_for(producer.stop(), 2.0)
+        except (KafkaError, OSError, TimeoutError) as error:
+            log.warning("producer closed with records unsent: %r", error)
+
+
+def _retrieve(future: asyncio.Future[object]) -> None:
+    """Look at the outcome nobody waits for any more, else asyncio reports it as forgotten."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,95 @@
+"""What the services know of Kafka: records, a bus that publishes and consumes them, tables that follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.common.errors import InvalidArgument
+from services.common.topics import Topic
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a topic. Key and value are not both None; in a compacted topic a None value deletes.
+
+    `partition`, `offset` and `timestamp_ms` (Unix milliseconds) are set on records read, not on records to
+    publish: the key decides the partition, the broker the offset.
+    """
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+    partition: int = -1
+    offset: int = -1
+    timestamp_ms: int = 0
+
+
+class Malformed(InvalidArgument):
+    """Raised by a handler: record number `index` of those it was given can never be handled, and why."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"record {index}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
+Handler = Callable[[Sequence[Record]], Awaitable[None]]
+
+
+class Table(Protocol):
+    """A compacted topic being followed from its start."""
+
+    @property
+    def caught_up(self) -> bool:
+        """True once everything has been applied that the topic held when it was first reached."""
+        ...
+
+    async def ready(self, timeout: float) -> None:
+        """Wait until `caught_up`. Raises Unavailable after `timeout` seconds; following goes on."""
+        ...
+
+
+class Bus(Protocol):
+    """Publishing and consuming, at least once, in order per partition."""
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """Return once the broker has acknowledged every record.
+
+        Records of one partition are kept in the order given. Raises Unavailable when the broker does not
+        acknowledge within the bus's publish deadline; some of the records may have arrived by then, so a
+        caller that tries again makes duplicates. Raises InvalidArgument for a record that is too large.
+        """
+        ...
+
+    def consume(
+        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500
+    ) -> AbstractAsyncContextManager[None]:
+        """Give `handler` the records of `topic` while the context is open, sharing partitions with the group.
+
+        A batch holds 1 to `max_records` records, those of one partition in order; the next batch comes after
+        the handler returned and its offsets were committed. Malformed sends that one record to
+        `<topic>.<group>.dlq` and hands over the rest again. Any other exception makes the same records come
+        again after a backoff, for as long as it takes: nothing is skipped. Entering never waits for the
+        broker; leaving waits for the running handler, for a bounded time.
+        """
+        ...
+
+    def table(
+        self, topic: Topic, apply: Callable[[bytes, bytes | None], None]
+    ) -> AbstractAsyncContextManager[Table]:
+        """Call `apply(key, value)` for the last value of every key, then for each change; None = deleted.
+
+        Every process reads everything. While catching up, only the last value of a key is applied. A broker
+        that comes back without its data is read again from the beginning; keys it no longer knows are kept,
+        because serving goes on with the last known state. An exception from `apply` is logged and counted,
+        and the next record is applied.
+        """
+        ...
+
+    async def lag(self, topic: Topic, group: str) -> int:
+        """Records of `topic` that `group` has not committed. Raises Unavailable when the broker is away."""
+        ...
