@@ -92,3 +92,59 @@ class Internal(HeadraceError):
     """A fault of ours. The message says nothing about internals; the log does."""
 
     code = Code.CODE_INTERNAL
+
+
+class Unimplemented(HeadraceError):
+    """The thing asked for exists in the protocol, not here."""
+
+    code = Code.CODE_UNIMPLEMENTED
+
+
+class DataLoss(HeadraceError):
+    """Stored bytes are not what was stored: a digest does not match, a file is cut short."""
+
+    code = Code.CODE_DATA_LOSS
+
+
+class MalformedBody(InvalidArgument):
+    """The body cannot be parsed at all, so there is no field to name."""
+
+
+class BodyTooLarge(InvalidArgument):
+    """The body is longer than is accepted; it was not read to its end."""
+
+
+class Fatal(Exception):
+    """The process cannot start or go on. The message is one sentence for its operator, shown without a
+    traceback; `exit_code` is what the process ends with."""
+
+    exit_code = 1
+
+
+_BY_CODE: dict[Code, type[HeadraceError]] = {
+    kind.code: kind
+    for kind in (
+        InvalidArgument,
+        Unauthenticated,
+        PermissionDenied,
+        NotFound,
+        AlreadyExists,
+        Aborted,
+        FailedPrecondition,
+        ResourceExhausted,
+        DeadlineExceeded,
+        Unavailable,
+        Cancelled,
+        Internal,
+        Unimplemented,
+        DataLoss,
+    )
+}
+
+
+def error_of(
+    code: Code, message: str, *, field: str | None = None, retry_after_ms: int | None = None
+) -> HeadraceError:
+    """The error that a peer's reply stands for; unknown codes are Internal."""
+    kind = _BY_CODE.get(code, Internal)
+    return kind(message, field=field or None, retry_after_ms=retry_after_ms or None)

@@ -1,0 +1,87 @@
+"""`/health/live`, `/health/ready` and `/metrics` as plain ASGI, so that a service without a web framework
+has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from services.common.lifecycle.health import Health
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_JSON = "application/json"
+
+
+class OpsEndpoints:
+    """ASGI middleware that answers the three paths and hands everything else on.
+
+    `/health/live` is 200 while the loop turns. `/health/ready` is 200 or 503 with
+    `{"ready": bool, "reasons": {part: reason}}`. `/metrics` speaks Prometheus text or OpenMetrics.
+    Added last, it stands before any authentication.
+    """
+
+    def __init__(self, app: App, health: Health, registry: CollectorRegistry) -> None:
+        self._app = app
+        self._health = health
+        self._registry = registry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._answers(scope)
+        if answer is None:
+            await self._app(scope, receive, send)
+        elif scope["method"] not in {"GET", "HEAD"}:
+            await _respond(scope, send, 405, _JSON, b'{"error":"only GET and HEAD"}')
+        else:
+            await _respond(scope, send, *answer(scope))
+
+    def _answers(self, scope: Scope) -> Callable[[Scope], tuple[int, str, bytes]] | None:
+        if scope["type"] != "http":
+            return None
+        routes = {"/health/live": _live, "/health/ready": self._ready, "/metrics": self._metrics}
+        return routes.get(scope["path"])
+
+    def _ready(self, _scope: Scope) -> tuple[int, str, bytes]:
+        reasons = self._health.reasons()
+        body = {"ready": not reasons, "reasons": reasons}
+        return (503 if reasons else 200), _JSON, json.dumps(body).encode()
+
+    def _metrics(self, scope: Scope) -> tuple[int, str, bytes]:
+        accept = b",".join(value for name, value in scope["headers"] if name == b"accept").decode("latin-1")
+        encode, content_type = choose_encoder(accept)
+        return 200, content_type, encode(self._registry)
+
+
+def ops_app(health: Health, registry: CollectorRegistry) -> App:
+    """An application that has the three paths and nothing else."""
+    return OpsEndpoints(_nothing, health, registry)
+
+
+def _live(_scope: Scope) -> tuple[int, str, bytes]:
+    return 200, _JSON, b'{"live":true}'
+
+
+async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http":
+        await _respond(scope, send, 404, _JSON, b'{"error":"only /health/live, /health/ready and /metrics"}')
+    elif scope["type"] == "lifespan":
+        while True:
+            phase = (await receive())["type"]
+            await send({"type": f"{phase}.complete"})
+            if phase == "lifespan.shutdown":
+                return
+    else:
+        await send({"type": "websocket.close", "code": 1000})
+
+
+async def _respond(scope: Scope, send: Send, status: int, content_type: str, body: bytes) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -1,0 +1,132 @@
+"""Runs a service on uvloop until it ends or is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NoReturn
+
+import structlog
+import uvloop
+
+from services.common.errors import Fatal
+from services.common.telemetry.logs import flush_logs
+
+log = structlog.get_logger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run(service_main: Callable[[], Awaitable[None]], *, drain_s: float = 30.0) -> NoReturn:
+    """Run `service_main` to its end, then end the process.
+
+    The first SIGTERM or SIGINT asks it to drain: `until_stopped` returns, or, where nobody waits there (still
+    starting), the main task is cancelled. A second signal, or `drain_s` seconds, end the process hard.
+
+    Exit codes: 0 ended or drained, 2 configuration, 1 any other failure or a drain that took too long, 128
+    + signal number when ended hard by a second signal. `Fatal` is logged as one sentence, anything else
+    with its traceback.
+    """
+    code = _run(service_main, drain_s)
+    flush_logs()
+    sys.exit(code)
+
+
+async def until_stopped() -> None:
+    """Wait for the first SIGTERM or SIGINT of the surrounding `run`, then return normally, so that the
+    `async with` blocks around the call drain in order and without a pending cancellation."""
+    stop = _Stop.current
+    if stop is None:
+        raise RuntimeError("until_stopped works inside services.common.lifecycle.run only")
+    stop.waiters += 1
+    try:
+        await stop.asked.wait()
+    finally:
+        stop.waiters -= 1
+
+
+class _Stop:
+    """What a signal does to the one service of this process."""
+
+    current: _Stop | None = None
+
+    def __init__(self, main: asyncio.Task[None], drain_s: float) -> None:
+        self.asked = asyncio.Event()
+        self.waiters = 0
+        self._main = main
+        self._drain_s = drain_s
+
+    def on_signal(self, number: signal.Signals) -> None:
+        if self.asked.is_set():
+            log.error("ended_hard", signal=number.name, reason="a second signal")
+            _exit_now(128 + number)
+        log.info("stopping", signal=number.name, drain_s=self._drain_s)
+        self.asked.set()
+        asyncio.get_running_loop().call_later(self._drain_s, self._too_late)
+        if not self.waiters:
+            self._main.cancel()
+
+    def _too_late(self) -> None:
+        log.error("ended_hard", reason=f"draining took longer than {self._drain_s:g} s")
+        _exit_now(1)
+
+
+def _exit_now(code: int) -> NoReturn:
+    flush_logs()
+    os._exit(code)
+
+
+def _run(service_main: Callable[[], Awaitable[None]], drain_s: float) -> int:
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_supervised(service_main, drain_s))
+    except Exception:
+        log.critical("crashed", exc_info=True)
+        return 1
+
+
+async def _supervised(service_main: Callable[[], Awaitable[None]], drain_s: float) -> int:
+    async def main() -> None:
+        await service_main()
+
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(main(), name="service")
+    stop = _Stop.current = _Stop(task, drain_s)
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop.on_signal, number)
+    try:
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+        return _exit_code(task, stop)
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+        _Stop.current = None
+
+
+def _exit_code(task: asyncio.Task[None], stop: _Stop) -> int:
+    if task.cancelled():
+        return 0 if stop.asked.is_set() else 1
+    error = task.exception()
+    if error is None:
+        return 0
+    fatal = _fatal(error)
+    if fatal is not None:
+        log.critical("fatal", reason=str(fatal))
+        return fatal.exit_code
+    log.critical("crashed", exc_info=error)
+    return 1
+
+
+def _fatal(error: BaseException) -> Fatal | None:
+    """The `Fatal` that ended the service, also where a task group wrapped it."""
+    if isinstance(error, Fatal):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = (_fatal(inner) for inner in error.exceptions)
+        return next((inner for inner in found if inner is not None), None)
+    return None

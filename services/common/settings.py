@@ -1,0 +1,127 @@
+"""The environment variables that services share. A service's `Settings` subclasses `ServiceSettings` and adds
+the parts it uses: `class Settings(ServiceSettings, DatabaseSettings): ...`. Only `__main__` calls `load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from services.common.errors import Fatal
+
+__all__ = [
+    "ArtifactSettings",
+    "CommaSeparated",
+    "ConfigurationError",
+    "DatabaseSettings",
+    "Port",
+    "RedisSettings",
+    "SecretStr",
+    "ServiceSettings",
+    "load",
+]
+
+
+class ConfigurationError(Fatal):
+    """The environment is not what the service needs; the message names the variables."""
+
+    exit_code = 2
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+#: A setting written `a,b,c` in the environment.
+CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+#: A TCP port; 0 lets the system choose one.
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Environment(BaseSettings):
+    # An empty variable is an absent one: `OTEL_EXPORTER_OTLP_ENDPOINT=` in a file switches tracing off.
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+
+
+class ServiceSettings(_Environment):
+    """What every service reads."""
+
+    #: Address that its servers listen on.
+    host: str = "127.0.0.1"
+    kafka_bootstrap_servers: str
+    #: Shared by the services of one installation; sent as `authorization: Bearer <token>`.
+    internal_token: Annotated[str, Field(min_length=16, repr=False)]
+    #: OTLP gRPC endpoint such as `http://127.0.0.1:4317`; empty: no tracing.
+    otel_exporter_otlp_endpoint: str = ""
+    otel_traces_sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    #: `text` is for people at a terminal.
+    log_format: Literal["json", "text"] = "json"
+    #: Spools and caches; everything in it belongs to this installation.
+    state_dir: Path = Path(".headrace/state")
+    #: How long the process may take to finish what it has after the first SIGTERM.
+    drain_s: Annotated[float, Field(gt=0)] = 20.0
+
+
+class DatabaseSettings(_Environment):
+    """For services that own a schema in PostgreSQL."""
+
+    #: `postgresql://user:password@host:port/database`
+    database_url: Annotated[str, Field(repr=False, pattern=r"^postgres(ql)?://")]
+
+
+class RedisSettings(_Environment):
+    """For services that use Redis or Valkey."""
+
+    #: `redis://[:password@]host:port/db`
+    redis_url: Annotated[str, Field(repr=False, pattern=r"^(rediss?|unix)://")]
+
+
+class ArtifactSettings(_Environment):
+    """For services that read or write the artifact store. Credentials of S3 stay in the usual AWS_*
+    variables."""
+
+    #: `file:///directory` or `s3://bucket/prefix`
+    artifact_store_url: Annotated[str, Field(pattern=r"^(file:///|s3://)")]
+    #: Endpoint of an S3-compatible store; empty: AWS itself.
+    aws_endpoint_url: str = ""
+    aws_access_key_id: str = ""
+    aws_secret_access_key: Annotated[str, Field(repr=False)] = ""
+    aws_region: str = "us-east-1"
+
+    def artifact_store_options(self) -> dict[str, str]:
+        """What `ArtifactStore` needs besides the address; empty values are left to its own sources."""
+        options = {
+            "endpoint": self.aws_endpoint_url,
+            "access_key_id": self.aws_access_key_id,
+            "secret_access_key": self.aws_secret_access_key,
+            "region": self.aws_region,
+        }
+        return {name: value for name, value in options.items() if value}
+
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def load(kind: type[S]) -> S:
+    """Read `kind` from the environment. Raises ConfigurationError, which names every variable that is
+    missing or wrong and never shows a value."""
+    try:
+        return kind()
+    except ValidationError as error:
+        raise ConfigurationError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    missing, wrong = [], []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = str(problem["loc"][0]).upper() if problem["loc"] else "settings"
+        if problem["type"] == "missing":
+            missing.append(name)
+        else:
+            wrong.append(f"{name} is wrong: {problem['msg']}")
+    parts = [f"not set: {', '.join(missing)}"] if missing else []
+    return "The environment is incomplete: " + "; ".join(parts + wrong) + "."

@@ -1,0 +1,191 @@
+"""One JSON object per line on standard output, for our own events and for every library's.
+
+Lines are rendered by whoever logs and written by one thread, so that a slow reader of the pipe never stops
+the event loop. The queue between them is bounded; what does not fit is counted and the count is logged."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from opentelemetry import trace
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+_QUEUE_LINES = 10_000
+_FLUSH_S = 2.0
+
+#: Libraries that say more at `info` than anyone reads.
+_QUIET = (
+    "aiokafka",
+    "faststream",
+    "uvicorn.access",
+    "sqlalchemy",
+    "httpx",
+    "httpcore",
+    "asyncio",
+    "hpack",
+    "grpc",
+)
+
+
+def setup_logging(service: str, level: str = "info", json: bool = True) -> None:
+    """Route structlog and the standard library's logging to standard output. `level` is a name such as
+    `info`; `json=False` is for people at a terminal. May be called again; the last call counts."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.ExtraAdder(),
+        _standing_facts(service),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    render: list[Processor] = (
+        [structlog.processors.format_exc_info, _ordered, _render_json]
+        if json
+        else [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")]
+    )
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*(p for p in shared if not isinstance(p, structlog.stdlib.ExtraAdder)), *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=_LineLogger,
+        cache_logger_on_first_use=False,
+    )
+    handler = _LineHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(number)
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(number, logging.WARNING))
+    # uvicorn.error is its ordinary log; starting and stopping are said by the services themselves.
+    logging.getLogger("uvicorn").setLevel(max(number, logging.WARNING))
+    logging.captureWarnings(capture=True)
+
+
+def flush_logs() -> None:
+    """Wait, for 2 s at most, until every line so far is written."""
+    _lines.flush()
+
+
+class _Lines:
+    """The bounded queue and the thread that empties it into standard output."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[str | threading.Event] = queue.Queue(_QUEUE_LINES)
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._dropped = 0
+        os.register_at_fork(after_in_child=self._forget_thread)
+
+    def put(self, line: str) -> None:
+        if self._thread is None:
+            self._start()
+        try:
+            self._queue.put_nowait(line)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self) -> None:
+        if self._thread is None:
+            return
+        reached = threading.Event()
+        try:
+            self._queue.put(reached, timeout=_FLUSH_S)
+        except queue.Full:
+            return
+        reached.wait(_FLUSH_S)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="log-writer", daemon=True)
+                self._thread.start()
+
+    def _forget_thread(self) -> None:
+        self._thread = None
+        self._starting = threading.Lock()
+        self._queue = queue.Queue(_QUEUE_LINES)
+
+    def _write(self) -> None:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                item += "\n" + json.dumps(
+                    {"level": "warning", "event": "log_lines_dropped", "count": dropped}
+                )
+            try:
+                sys.stdout.write(item + "\n")
+                sys.stdout.flush()
+            except (OSError, ValueError):
+                self._dropped += 1  # nobody reads any more; the service goes on
+
+
+_lines = _Lines()
+atexit.register(_lines.flush)
+
+
+class _LineLogger:
+    """What structlog calls at the end of its processors, whatever the level."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+    def msg(self, message: str) -> None:
+        _lines.put(message)
+
+    debug = info = warning = warn = error = critical = fatal = exception = failure = log = msg
+
+
+class _LineHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            _lines.put(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def _standing_facts(service: str) -> Processor:
+    stamp: Callable[..., Any] = structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts")
+
+    def add(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        event = stamp(logger, method, event)
+        event["level"] = "error" if method == "exception" else "warning" if method == "warn" else method
+        event["service"] = service
+        source = event.get("_record") or logger
+        if getattr(source, "name", None):
+            event["logger"] = source.name
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            event.setdefault("trace_id", f"{context.trace_id:032x}")
+            event.setdefault("span_id", f"{context.span_id:016x}")
+        return event
+
+    return add
+
+
+_FIRST = ("ts", "level", "service", "event", "trace_id", "span_id", "logger")
+
+
+def _ordered(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    head = {name: event[name] for name in _FIRST if name in event}
+    return head | {name: value for name, value in event.items() if name not in head}
+
+
+def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    return json.dumps(event, default=str, ensure_ascii=False)
