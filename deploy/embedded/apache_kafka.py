@@ -147,9 +147,9 @@ class ApacheKafkaServer(Server):
     def _format(self) -> None:
         # An A in front keeps the id from starting with a dash, which the tool would take for an option.
         cluster = "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[:21]
+        tool = ("kafka.tools.StorageTool", "format")
         done = subprocess.run(  # noqa: S603 - argv is ours
-            [*self._jvm(), "kafka.tools.StorageTool", "format"]
-            + ["--cluster-id", cluster, "--config", str(self._properties)],
+            [*self._jvm(), *tool, "--cluster-id", cluster, "--config", str(self._properties)],
             capture_output=True,
             text=True,
             timeout=60,

@@ -19,6 +19,11 @@ from deploy.embedded.server import LOOPBACK, Server
 
 USER = "headrace"
 DATABASE = "headrace"
+_INITDB = (
+    *("-U", USER, "-A", "scram-sha-256"),
+    *("-E", "UTF8", "--locale=C.UTF-8"),
+    *("--no-sync", "--no-instructions"),
+)
 #: In a user namespace root is mapped to this id, which PostgreSQL accepts to run as.
 _NAMESPACE = ("unshare", "-U", "--map-user=65534", "--map-group=65534")
 
@@ -157,19 +162,7 @@ class PostgresServer(Server):
         with os.fdopen(descriptor, "w") as stream:
             stream.write(secrets.token_urlsafe(24) + "\n")
         self._own(self._password_file)
-        self._run(
-            [
-                "initdb",
-                "-D",
-                str(self.data),
-                "-U",
-                USER,
-                "-A",
-                "scram-sha-256",
-                f"--pwfile={self._password_file}",
-            ]
-            + ["-E", "UTF8", "--locale=C.UTF-8", "--no-sync", "--no-instructions"]
-        )
+        self._run(["initdb", "-D", str(self.data), f"--pwfile={self._password_file}", *_INITDB])
         self._run(
             ["postgres", "--single", "-D", str(self.data), "postgres"], feed=f"CREATE DATABASE {DATABASE}\n"
         )
@@ -219,7 +212,7 @@ class PostgresServer(Server):
         drop: dict[str, object] = {}
         if identity.user is not None:
             drop = {"user": identity.user, "group": identity.group, "extra_groups": []}
-        done = subprocess.run(  # type: ignore[call-overload]  # noqa: S603 - argv is ours; the overloads reject **drop
+        done = subprocess.run(  # type: ignore[call-overload]  # noqa: S603 - argv is ours
             [*identity.prefix, str(self._bindir / argv[0]), *argv[1:]],
             input=feed,
             text=True,

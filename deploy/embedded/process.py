@@ -74,7 +74,7 @@ class Child:
         if command.user is not None:
             identity = {"user": command.user, "group": command.group, "extra_groups": []}
         with log.open("ab") as output:
-            self._process = subprocess.Popen(  # type: ignore[call-overload]  # noqa: S603 - argv is ours; the overloads reject **identity
+            self._process = subprocess.Popen(  # type: ignore[call-overload]  # noqa: S603 - argv is ours
                 list(command.argv),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -82,7 +82,7 @@ class Child:
                 env=dict(command.env),
                 cwd=command.cwd,
                 start_new_session=True,
-                preexec_fn=die_with_parent(command.death_signal),
+                preexec_fn=die_with_parent(command.death_signal),  # noqa: PLW1509 - it only calls prctl
                 **identity,
             )
 

@@ -13,7 +13,7 @@ from typing import Self
 from deploy.embedded.process import Child, Command, EmbeddedError
 
 LOOPBACK = "127.0.0.1"
-#: Below the kernel's ephemeral range, so that no outgoing connection takes the port of a server that restarts.
+#: Below the kernel's ephemeral range, so that no outgoing connection takes a restarting server's port.
 FREE_PORTS = range(20_000, 32_000)
 _handed_out: set[int] = set()
 

@@ -48,9 +48,13 @@ class TansuServer(Server):
 
     def command(self) -> Command:
         here = f"tcp://{self.url}"
+        options = {
+            "--listener-url": here,
+            "--advertised-listener-url": here,
+            "--storage-engine": "memory://tansu/",
+        }
         return Command(
-            argv=[str(self._binary), "broker", "--listener-url", here, "--advertised-listener-url", here]
-            + ["--storage-engine", "memory://tansu/"],
+            argv=[str(self._binary), "broker", *(word for option in options.items() for word in option)],
             env=plain_environment() | {"RUST_LOG": "warn"},
             cwd=self.directory,
             stop_signal=signal.SIGKILL,  # nothing to save, and SIGTERM waits 5 s for connected clients

@@ -50,11 +50,18 @@ class ValkeyServer(Server):
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def command(self) -> Command:
-        options = {"bind": LOOPBACK, "port": str(self.port), "dir": str(self.directory), "appendonly": "yes"}
-        options |= {"appendfsync": "everysec", "save": "", "daemonize": "no", "loglevel": "notice"}
+        options = {
+            "--bind": LOOPBACK,
+            "--port": str(self.port),
+            "--dir": str(self.directory),
+            "--appendonly": "yes",
+            "--appendfsync": "everysec",
+            "--save": "",
+            "--daemonize": "no",
+            "--loglevel": "notice",
+        }
         return Command(
-            argv=[str(self._binary)]
-            + [part for name, value in options.items() for part in (f"--{name}", value)],
+            argv=[str(self._binary), *(word for option in options.items() for word in option)],
             env=plain_environment(),
             cwd=self.directory,
             death_signal=signal.SIGTERM,

@@ -21,7 +21,6 @@ from redis.asyncio import Redis
 from deploy.embedded.apache_kafka import ApacheKafkaServer
 from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.process import EmbeddedError
-from deploy.embedded.server import free_port
 from deploy.embedded.tansu import TansuServer
 from deploy.embedded.valkey import ValkeyServer
 
@@ -127,14 +126,14 @@ def test_servers_end_when_their_parent_is_killed(servers_directory: Path) -> Non
         "from deploy.embedded.valkey import ValkeyServer\n"
         "from deploy.embedded.tansu import TansuServer\n"
         "home = Path(sys.argv[1])\n"
-        "servers = [PostgresServer(home / 'p', int(sys.argv[2])), ValkeyServer(home / 'v'), TansuServer(home / 't')]\n"
+        "servers = [PostgresServer(home / 'p'), ValkeyServer(home / 'v'), TansuServer(home / 't')]\n"
         "for server in servers: server.start()\n"
         "print(*[server.pid for server in servers], flush=True)\n"
         "time.sleep(600)\n"
     )
     home = servers_directory / "orphans"
     parent = subprocess.Popen(
-        [sys.executable, "-c", script, str(home), str(free_port())],
+        [sys.executable, "-c", script, str(home)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
