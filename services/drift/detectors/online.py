@@ -32,7 +32,8 @@ class Adwin:
     Keeps a window as an exponential histogram (at most `max_buckets` buckets of every power of two) and
     drops its older part when the means of any older/newer split differ by more than chance at `delta`.
     Splits are tried every `clock` values once the window is longer than `grace_period`; either side holds at
-    least `min_window_length` values.
+    least `min_window_length` values. With `restart` the whole window is forgotten after a change, so that one
+    change is reported once; without, what is left of the old values may be cut, and reported, later.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Adwin:
         max_buckets: int = 5,
         min_window_length: int = 5,
         grace_period: int = 10,
+        restart: bool = False,
     ) -> None:
         self._delta = delta
         self._clock = clock
         self._max_buckets = max_buckets
         self._min_window_length = min_window_length
         self._grace_period = grace_period
+        self._restart = restart
         self._rows: list[list[_Bucket]] = [[]]  # row k: buckets of 2**k values, oldest first
         self._window: _Bucket | None = None
         self._ticks = 0
@@ -72,6 +75,8 @@ class Adwin:
         changed = False
         while self._try_cut():
             changed = True
+        if changed and self._restart:
+            self._rows, self._window, self._ticks = [[]], None, 0
         return changed
 
     def _insert(self, bucket: _Bucket) -> None:

@@ -57,11 +57,11 @@ class QuantileSketch:
             raise ValueError("the sketch is empty")
         return np.asarray(self._sketch.get_quantiles(np.atleast_1d(shares).astype(float)), dtype=np.float64)
 
-    def cumulative(self, points: ArrayLike) -> NDArray[np.float64]:
-        """Share of values at or below each point. Raises ValueError while empty."""
+    def cumulative(self, points: ArrayLike, *, inclusive: bool = True) -> NDArray[np.float64]:
+        """Share of values at or below each point, or below it. Raises ValueError while empty."""
         if self._sketch.is_empty():
             raise ValueError("the sketch is empty")
-        return np.array([self._sketch.get_rank(float(point), True) for point in np.atleast_1d(points)])
+        return np.array([self._sketch.get_rank(float(point), inclusive) for point in np.atleast_1d(points)])
 
     def to_bytes(self) -> bytes:
         """For storage and for merging elsewhere."""

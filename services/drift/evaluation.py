@@ -1,0 +1,111 @@
+"""Whether a window of the live stream still looks like the reference: PSI and KS per feature, one decision
+for all features with the false discovery rate held."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from services.drift.detectors.binning import quantile_cuts
+from services.drift.detectors.features import decide
+from services.drift.detectors.ks import EFFECT_FLOOR, KsResult, ks_from_cumulative
+from services.drift.detectors.psi import PsiResult, psi_from_counts
+from services.drift.detectors.sketches import QuantileSketch
+from services.drift.sample import Sample
+
+#: Points at which two sketches are compared: every half percent of either.
+_SHARES = np.linspace(0, 1, 201)
+
+
+class Severity(IntEnum):
+    """How loud a finding is. Numbers are those of the event."""
+
+    NONE = 0
+    WARNING = 1
+    CRITICAL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """What counts as a finding: an effect of at least this size *and* a q-value below `level`."""
+
+    psi_warning: float = 0.1
+    psi_critical: float = 0.2
+    ks_distance: float = EFFECT_FLOOR * 2
+    level: float = 0.01
+    bins: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReport:
+    """One feature in one window. `psi_q` and `ks_q` are p-values adjusted over the features (Benjamini &
+    Hochberg); KS is None for a categorical feature."""
+
+    feature: str
+    psi: PsiResult
+    psi_q: float
+    psi_severity: Severity
+    ks: KsResult | None
+    ks_q: float | None
+    ks_severity: Severity
+
+
+def evaluate(reference: Sample, window: Sample, thresholds: Thresholds) -> list[FeatureReport]:
+    """One report per feature that both samples hold, in the reference's order. Empty samples give none."""
+    compared: list[tuple[str, PsiResult, KsResult | None]] = []
+    for name, sketch in reference.numeric.items():
+        live = window.numeric.get(name)
+        if live is not None and live.count and sketch.count:
+            compared.append((name, _numeric_psi(sketch, live, thresholds.bins), _ks(sketch, live)))
+    for name, counts in reference.categorical.items():
+        seen = window.categorical.get(name)
+        if seen and counts:
+            compared.append((name, _categorical_psi(counts, seen), None))
+    if not compared:
+        return []
+    psi_q = _q_values([psi.p_value for _, psi, _ in compared])
+    ks_q = iter(_q_values([ks.p_value for _, _, ks in compared if ks is not None]))
+    return [
+        _report(name, psi, q, ks, next(ks_q) if ks is not None else None, thresholds)
+        for (name, psi, ks), q in zip(compared, psi_q, strict=True)
+    ]
+
+
+def _report(
+    name: str, psi: PsiResult, psi_q: float, ks: KsResult | None, ks_q: float | None, limits: Thresholds
+) -> FeatureReport:
+    psi_severity = Severity.NONE
+    if psi_q < limits.level and psi.value >= limits.psi_warning:
+        psi_severity = Severity.CRITICAL if psi.value >= limits.psi_critical else Severity.WARNING
+    material = ks is not None and ks.is_material(q_value=ks_q, level=limits.level, floor=limits.ks_distance)
+    ks_severity = Severity.WARNING if material else Severity.NONE
+    return FeatureReport(name, psi, psi_q, psi_severity, ks, ks_q, ks_severity)
+
+
+def _q_values(p_values: list[float]) -> list[float]:
+    return [float(q) for q in decide(p_values, 0.05, "fdr")[2]] if p_values else []
+
+
+def _numeric_psi(reference: QuantileSketch, live: QuantileSketch, bins: int) -> PsiResult:
+    cuts = quantile_cuts(reference.quantiles(_SHARES), bins)
+    return psi_from_counts(_counts(reference, cuts), _counts(live, cuts))
+
+
+def _counts(sketch: QuantileSketch, cuts: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
+    below = sketch.cumulative(cuts, inclusive=False)
+    return [float(n) for n in np.round(np.diff(below, prepend=0.0, append=1.0) * sketch.count)]
+
+
+def _categorical_psi(reference: Counter[str], live: Counter[str]) -> PsiResult:
+    values = sorted(reference.keys() | live.keys())
+    return psi_from_counts([reference[value] for value in values], [live[value] for value in values])
+
+
+def _ks(reference: QuantileSketch, live: QuantileSketch) -> KsResult:
+    points = np.unique(np.concatenate((reference.quantiles(_SHARES), live.quantiles(_SHARES))))
+    return ks_from_cumulative(
+        reference.cumulative(points), live.cumulative(points), reference.count, live.count
+    )
