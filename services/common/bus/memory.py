@@ -26,6 +26,7 @@ class _Group:
     committed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     members: list[object] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
+    buried: set[tuple[int, int]] = field(default_factory=set)
 
 
 class MemoryBus:
@@ -102,6 +103,7 @@ class MemoryBus:
         self._logs.clear()
         for group in self._groups.values():
             group.committed.clear()
+            group.buried.clear()
         self._epoch += 1
         self._wake()
 
@@ -123,6 +125,7 @@ class MemoryBus:
 
         async def bury(record: Record, reason: str) -> None:
             await self.publish([dead_letter(record, topic, group, reason)])
+            state.buried.add((record.partition, record.offset))
 
         while not stopping.is_set():
             changed = self._changed
@@ -133,7 +136,8 @@ class MemoryBus:
             epoch, partitions = self._epoch, {record.partition for record in batch}
             state.held |= partitions
             try:
-                await deliver(batch, handler, bury)
+                fresh = [r for r in batch if (r.partition, r.offset) not in state.buried]
+                await deliver(fresh, handler, bury)
             except Exception as error:
                 log.warning("handler of %s failed, trying again: %r", topic.name, error)
                 with suppress(TimeoutError):
@@ -142,6 +146,7 @@ class MemoryBus:
                 backoff.reset()
                 if epoch == self._epoch:
                     state.committed.update({record.partition: record.offset + 1 for record in batch})
+                    state.buried -= {(record.partition, record.offset) for record in batch}
             finally:
                 state.held -= partitions
                 self._wake()
@@ -169,6 +174,7 @@ class MemoryBus:
             if first:
                 last = {record.key: record for record in fresh}
                 fresh, first = list(last.values()), False
+                follower.readings += 1
             for record in fresh:
                 follower.apply(record)
             follower.mark_caught_up()
@@ -181,6 +187,7 @@ class _MemoryTable:
     def __init__(self, apply: Callable[[bytes, bytes | None], None]) -> None:
         self._apply = apply
         self._caught_up = asyncio.Event()
+        self.readings = 0
 
     @property
     def caught_up(self) -> bool:

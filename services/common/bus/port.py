@@ -48,6 +48,13 @@ class Table(Protocol):
         """True once everything has been applied that the topic held when it was first reached."""
         ...
 
+    @property
+    def readings(self) -> int:
+        """How often the topic was read from its start, this time included. It grows in the same turn of the
+        loop in which that reading's values are applied, before them: whoever counts what the broker still
+        holds forgets everything when it changes."""
+        ...
+
     async def ready(self, timeout: float) -> None:
         """Wait until `caught_up`. Raises Unavailable after `timeout` seconds; following goes on."""
         ...

@@ -99,6 +99,7 @@ class KafkaTable:
         self._caught_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.refused = 0
+        self.readings = 0
 
     @property
     def caught_up(self) -> bool:
@@ -154,6 +155,7 @@ class KafkaTable:
                     # What is old news by the end must not be acted on: only the last value of a key counts.
                     latest.pop(record.key, None)
                     latest[record.key] = record
+            self.readings += 1
             for record in latest.values():
                 self._apply_one(record)
             self._caught_up.set()

@@ -1,0 +1,180 @@
+"""Events that must not be lost: on disk before the reply leaves, in Kafka as soon as it takes them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from services.common.bus.admin import MAX_RECORD_BYTES
+from services.common.bus.delivery import Backoff
+from services.common.bus.port import Bus, Record
+from services.common.clock import Clock
+from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
+from services.common.eventlog.framing import Headers, frame
+from services.common.eventlog.spool import Spool
+
+log = logging.getLogger(__name__)
+
+#: Largest event, bytes: what the broker takes, less what it adds to a record.
+MAX_EVENT_BYTES = MAX_RECORD_BYTES - 4096
+PUBLISH_BYTES = 1 << 20
+PUBLISH_EVENTS = 2000
+
+
+class EventLog:
+    """Append here, and the event reaches `topic` at least once, in the order of the appends.
+
+    `append` returns when the event is in a file: killing the process loses nothing, and the next process with
+    the same directory publishes it before its own events. A loss of power may lose the last seconds, unless
+    `fsync`, which costs a disk flush per event. Not more than `max_bytes` wait for the broker; the directory
+    may hold `segment_bytes` more. `linger` is how long, in seconds, events are collected for one publish.
+
+    All methods belong to one event loop. Counters for metrics: `appended`, `refused`, `published`, `replayed`
+    (of those left by an earlier process), `publish_failures`, `dropped_bytes` (torn by a crash).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        bus: Bus,
+        topic: str,
+        *,
+        clock: Clock,
+        max_bytes: int = 1 << 30,
+        segment_bytes: int = 16 << 20,
+        linger: float = 0.02,
+        fsync: bool = False,
+    ) -> None:
+        self._bus = bus
+        self._topic = topic
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._linger = linger
+        self._spool = Spool(directory, segment_bytes=segment_bytes, fsync=fsync)
+        self._wake = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._open = False
+        self.appended = 0
+        self.refused = 0
+        self.published = 0
+        self.replayed = 0
+        self.publish_failures = 0
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that the broker has not acknowledged."""
+        return self._spool.pending_bytes
+
+    @property
+    def pending_records(self) -> int:
+        """Events that the broker has not acknowledged."""
+        return self._spool.pending_events
+
+    @property
+    def dropped_bytes(self) -> int:
+        """Bytes found torn at the end of a segment when the log was opened."""
+        return self._spool.dropped_bytes
+
+    @property
+    def usable(self) -> bool:
+        """False while appends are refused: not open, or full."""
+        return self._open and self._spool.pending_bytes < self._max_bytes
+
+    async def start(self) -> None:
+        """Open the directory and begin to publish what is in it.
+
+        Raises FailedPrecondition when another process has the directory.
+        """
+        await asyncio.to_thread(self._spool.open)
+        self.replayed = self._spool.pending_events
+        self._open = True
+        self._wake.set()
+        self._task = asyncio.create_task(self._run(), name=f"publish {self._topic}")
+
+    def append(self, key: bytes, value: bytes, headers: Headers = ()) -> None:
+        """Write one event; no await, one system call.
+
+        Raises ResourceExhausted when `max_bytes` wait already or the disk is full, InvalidArgument when no
+        broker would take so large an event, Unavailable outside of start and close. Then nothing was written.
+        """
+        if not self._open:
+            raise Unavailable("the event log is closed")
+        buffers, size = frame(key, value, headers, self._clock.unix_us() // 1000)
+        if size > MAX_EVENT_BYTES:
+            raise InvalidArgument(f"an event of {size} bytes is larger than {MAX_EVENT_BYTES}")
+        if self._spool.pending_bytes + size > self._max_bytes:
+            self.refused += 1
+            raise ResourceExhausted("too many events wait for the broker", retry_after_ms=1000)
+        try:
+            self._spool.append(buffers, size)
+        except ResourceExhausted:
+            self.refused += 1
+            raise
+        self.appended += 1
+        if not self._wake.is_set():
+            self._wake.set()
+
+    async def close(self, deadline: float) -> None:
+        """Refuse further events, publish the rest until `deadline` (on the clock's monotonic scale), let go.
+
+        What is not published by then stays on disk for the next process.
+        """
+        self._open = False
+        task, self._task = self._task, None
+        if task is not None:
+            self._closing.set()
+            self._wake.set()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, deadline - self._clock.monotonic())):
+                    await self._drained.wait()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(self._spool.close)
+
+    async def _run(self) -> None:
+        backoff = Backoff(0.1, 5.0)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if not self._closing.is_set():
+                await self._pause(self._linger)
+            while self._spool.pending_events:
+                try:
+                    await self._publish_some()
+                    backoff.reset()
+                except Exception as error:  # whatever it was, giving up would lose events
+                    self.publish_failures += 1
+                    wait = backoff.next()
+                    log.warning("%d events wait for the broker, again in %.1f s: %r",
+                                self._spool.pending_events, wait, error)  # fmt: skip
+                    await self._pause(wait)
+            if self._closing.is_set():
+                self._drained.set()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not long once the log is closing."""
+        if self._closing.is_set():
+            await asyncio.sleep(min(seconds, 0.1))
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), seconds)
+
+    async def _publish_some(self) -> None:
+        """Publish the oldest events, then move the cursor: a crash in between repeats, never loses them."""
+        events = await asyncio.to_thread(self._spool.read, PUBLISH_BYTES, PUBLISH_EVENTS)
+        if not events:
+            raise OSError("the spool's files do not hold what was written to them")
+        await self._bus.publish(
+            [
+                Record(self._topic, event.key, event.value, event.headers, timestamp_ms=event.timestamp_ms)
+                for event in events
+            ]
+        )
+        # On the loop, since a thread left behind by a cancelled close must not move the cursor afterwards.
+        self._spool.advance(events)
+        self.published += len(events)

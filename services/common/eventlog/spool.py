@@ -1,0 +1,190 @@
+"""Segment files in one directory: appended at the end, read at the cursor, deleted once behind it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.errors import FailedPrecondition, ResourceExhausted
+from services.common.eventlog.framing import Event, frames, size_of_first
+
+log = logging.getLogger(__name__)
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(slots=True)
+class Segment:
+    """One file. `size` counts the bytes that hold whole events."""
+
+    number: int
+    path: Path
+    size: int
+
+
+class Spool:
+    """One writer, one reader, both in this process: the directory is locked against any other.
+
+    A new segment is begun at every opening, so nothing is ever appended behind a torn event.
+    """
+
+    def __init__(self, directory: Path, *, segment_bytes: int, fsync: bool) -> None:
+        self._directory = directory
+        self._segment_bytes = segment_bytes
+        self._fsync = fsync
+        self._segments: deque[Segment] = deque()
+        self._offset = 0  # of the cursor, in the first segment
+        self._lock = -1
+        self._fd = -1
+        self.pending_bytes = 0
+        self.pending_events = 0
+        self.dropped_bytes = 0
+
+    def open(self) -> None:
+        """Lock the directory, find what an earlier process left, begin a segment. Blocking.
+
+        Raises FailedPrecondition when another process has the directory.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = -1
+            raise FailedPrecondition(f"another process writes the event log in {self._directory}") from None
+        first, offset = self._read_cursor()
+        last = first
+        for path in sorted(self._directory.glob("*.log")):
+            number = int(path.stem)
+            last = max(last, number)
+            if number < first:
+                path.unlink()  # published, the deletion was cut off
+                continue
+            self._recover(Segment(number, path, 0), offset if number == first else 0)
+        if self._segments and self._segments[0].number == first:
+            self._offset = min(offset, self._segments[0].size)
+        self._begin(last + 1)
+
+    def append(self, buffers: Sequence[bytes], size: int) -> None:
+        """Write one event of `size` bytes by one system call. Raises ResourceExhausted when the disk is full.
+
+        Afterwards the event survives the death of the process; a loss of power only with fsync.
+        """
+        segment = self._segments[-1]
+        if segment.size >= self._segment_bytes:
+            self._begin(segment.number + 1)
+            segment = self._segments[-1]
+        try:
+            written = os.writev(self._fd, buffers)
+            if self._fsync:
+                os.fdatasync(self._fd)
+        except OSError as error:
+            self._cut(segment)
+            if error.errno in _NO_SPACE:
+                raise ResourceExhausted("the disk of the event log is full", retry_after_ms=1000) from error
+            raise
+        if written != size:
+            self._cut(segment)
+            raise ResourceExhausted("the disk of the event log is full", retry_after_ms=1000)
+        segment.size += size
+        self.pending_bytes += size
+        self.pending_events += 1
+
+    def read(self, most_bytes: int, most_events: int) -> list[Event]:
+        """The next events at the cursor, at least one where any is pending. The cursor stays. Blocking."""
+        for segment in tuple(self._segments):
+            offset = self._offset if segment is self._segments[0] else 0
+            whole = segment.size - offset
+            if whole > 0:
+                return self._read(segment.path, offset, whole, most_bytes)[:most_events]
+        return []
+
+    def advance(self, events: Sequence[Event]) -> None:
+        """Move the cursor behind `events`, which `read` just gave, and delete the segments it left."""
+        size = sum(event.size for event in events)
+        while self._offset == self._segments[0].size and len(self._segments) > 1:
+            self._retire()
+        self._offset += size
+        self.pending_bytes -= size
+        self.pending_events -= len(events)
+        while self._offset == self._segments[0].size and len(self._segments) > 1:
+            self._retire()
+        self._write_cursor()
+
+    def close(self) -> None:
+        """Release the directory, leaving no segment where everything was published."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            if self.pending_events == 0:
+                number = self._segments[-1].number
+                self._segments.append(Segment(number + 1, self._directory / f"{number + 1:020d}.log", 0))
+                while len(self._segments) > 1:
+                    self._retire()
+                self._write_cursor()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _begin(self, number: int) -> None:
+        path = self._directory / f"{number:020d}.log"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+        self._segments.append(Segment(number, path, 0))
+
+    def _cut(self, segment: Segment) -> None:
+        """Take back what a failed write left, or the events behind it could not be read."""
+        os.ftruncate(self._fd, segment.size)
+
+    def _retire(self) -> None:
+        self._segments.popleft().path.unlink(missing_ok=True)
+        self._offset = 0
+
+    def _recover(self, segment: Segment, offset: int) -> None:
+        """Take over a segment of an earlier process from `offset` on, without what is torn at its end."""
+        data = segment.path.read_bytes()
+        events = list(frames(data[offset:]))
+        segment.size = offset + sum(event.size for event in events)
+        torn = len(data) - segment.size
+        if torn > 0:
+            self.dropped_bytes += torn
+            log.warning("%s ends with %d bytes that are no whole event: dropped", segment.path.name, torn)
+        if offset > len(data):
+            segment.size = len(data)
+        self.pending_bytes += max(0, segment.size - offset)
+        self.pending_events += len(events)
+        self._segments.append(segment)
+
+    @staticmethod
+    def _read(path: Path, offset: int, whole: int, most: int) -> list[Event]:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(min(most, whole))
+            needed = size_of_first(data)
+            if needed > len(data):
+                data += file.read(needed - len(data))
+        return list(frames(data))
+
+    def _read_cursor(self) -> tuple[int, int]:
+        try:
+            number, offset = (self._directory / "cursor").read_text().split()
+            return int(number), int(offset)
+        except FileNotFoundError:
+            return 0, 0
+        except ValueError:
+            log.exception("the cursor in %s is unreadable: publishing all that is there", self._directory)
+            return 0, 0
+
+    def _write_cursor(self) -> None:
+        fresh = self._directory / "cursor.new"
+        fresh.write_text(f"{self._segments[0].number} {self._offset}\n")
+        fresh.replace(self._directory / "cursor")

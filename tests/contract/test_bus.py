@@ -1,0 +1,323 @@
+"""One contract for every bus: in memory, over the embedded broker, over Apache Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+
+from services.common.bus import Bus, Handler, KafkaBus, Malformed, MemoryBus, Record
+from services.common.bus.admin import ensure_topics
+from services.common.errors import Unavailable
+from services.common.topics import Topic, dead_letters
+
+PATIENCE = 20.0
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Return when `condition` holds; fail when it does not within PATIENCE seconds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - many conditions, none of which could set an event
+            await asyncio.sleep(0.005)
+
+
+def values(records: Sequence[Record]) -> list[bytes | None]:
+    return [record.value for record in records]
+
+
+def numbered(topic: Topic, count: int, keys: int = 5, start: int = 0) -> list[Record]:
+    return [Record(topic.name, b"key-%d" % (i % keys), b"%d" % i) for i in range(start, start + count)]
+
+
+class BusContract:
+    """What a service may rely on. Each implementation provides `bus`, over which `topics` exist."""
+
+    @pytest.fixture
+    def topic(self) -> Topic:
+        return Topic(f"test.{uuid.uuid4().hex[:12]}.v1", partitions=4)
+
+    @pytest.fixture
+    def state(self) -> Topic:
+        return Topic(f"state.{uuid.uuid4().hex[:12]}.v1", partitions=1, compacted=True)
+
+    async def test_delivers_what_was_published_as_it_was_published(self, bus: Bus, topic: Topic) -> None:
+        seen: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            seen.extend(records)
+
+        binary = bytes(range(256))
+        sent = Record(
+            topic.name,
+            b"k",
+            binary,
+            (("traceparent", b"00-ab"), ("raw", b"\xff\x00")),
+            timestamp_ms=1_750_000_000_123,
+        )
+        await bus.publish([sent, Record(topic.name, None, b"no key"), Record(topic.name, b"k", None)])
+        async with bus.consume(topic, "g", handler):
+            await eventually(lambda: len(seen) == 3)
+        by_value = {record.value: record for record in seen}
+        got = by_value[binary]
+        assert (got.topic, got.key, got.headers, got.timestamp_ms) == (
+            topic.name,
+            b"k",
+            sent.headers,
+            sent.timestamp_ms,
+        )
+        assert by_value[b"no key"].key is None
+        assert by_value[None].key == b"k"
+        assert by_value[None].offset == got.offset + 1
+        assert by_value[None].partition == got.partition
+
+    async def test_keeps_the_order_of_each_key_over_many_publishes(self, bus: Bus, topic: Topic) -> None:
+        seen: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            assert len(records) <= 50
+            seen.extend(records)
+
+        async with bus.consume(topic, "g", handler, max_records=50):
+            for start in range(0, 600, 60):
+                await bus.publish(numbered(topic, 60, keys=7, start=start))
+            await eventually(lambda: len(seen) >= 600)
+        per_key: dict[bytes | None, list[int]] = defaultdict(list)
+        for record in seen:
+            per_key[record.key].append(int(record.value or b""))
+        assert sorted(number for numbers in per_key.values() for number in numbers) == list(range(600))
+        assert all(numbers == sorted(numbers) for numbers in per_key.values())
+        assert len({record.partition for record in seen}) > 1
+
+    async def test_redelivers_until_the_handler_returns(self, bus: Bus, topic: Topic) -> None:
+        attempts: list[list[Record]] = []
+        accepted: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            attempts.append(list(records))
+            if len(attempts) <= 3:
+                raise ConnectionError("the database is away")
+            accepted.extend(records)
+
+        await bus.publish(numbered(topic, 20))
+        async with bus.consume(topic, "g", handler, max_records=6):
+            await eventually(lambda: len(accepted) >= 20)
+        assert sorted(int(record.value or b"") for record in accepted) == list(range(20))
+        for partition in {record.partition for record in accepted}:
+            offsets = [record.offset for record in accepted if record.partition == partition]
+            assert offsets == list(range(len(offsets)))
+        assert len(attempts) > 3
+
+    async def test_a_group_goes_on_behind_what_it_committed(self, bus: Bus, topic: Topic) -> None:
+        first: list[Record] = []
+        second: list[Record] = []
+        other: list[Record] = []
+
+        def into(target: list[Record]) -> Handler:
+            async def handler(records: Sequence[Record]) -> None:
+                target.extend(records)
+
+            return handler
+
+        await bus.publish(numbered(topic, 30))
+        async with bus.consume(topic, "g", into(first)):
+            await eventually(lambda: len(first) == 30)
+        await bus.publish(numbered(topic, 10, start=30))
+        async with (
+            bus.consume(topic, "g", into(second)),
+            bus.consume(topic, "other", into(other)),
+        ):
+            await eventually(lambda: len(second) >= 10 and len(other) >= 40)
+        assert sorted(int(v or b"") for v in values(second)) == list(range(30, 40))
+        assert sorted(int(v or b"") for v in values(other)) == list(range(40))
+
+    async def test_a_handler_that_fails_to_the_end_commits_nothing(self, bus: Bus, topic: Topic) -> None:
+        failed = asyncio.Event()
+        seen: list[Record] = []
+
+        async def failing(records: Sequence[Record]) -> None:
+            failed.set()
+            raise RuntimeError("still broken")
+
+        async def working(records: Sequence[Record]) -> None:
+            seen.extend(records)
+
+        await bus.publish(numbered(topic, 8))
+        async with bus.consume(topic, "g", failing):
+            await asyncio.wait_for(failed.wait(), PATIENCE)
+        assert await bus.lag(topic, "g") == 8
+        async with bus.consume(topic, "g", working):
+            await eventually(lambda: len(seen) >= 8)
+        assert sorted(int(v or b"") for v in values(seen)) == list(range(8))
+
+    async def test_malformed_records_go_to_the_dead_letters_and_the_rest_is_handled(
+        self, bus: Bus, topic: Topic
+    ) -> None:
+        accepted: list[Record] = []
+        buried: list[Record] = []
+        outages = 1
+
+        async def handler(records: Sequence[Record]) -> None:
+            nonlocal outages
+            for index, record in enumerate(records):
+                if int(record.value or b"") % 5 == 3:
+                    raise Malformed(index, "not a prediction")
+            if outages:  # the batch fails after its malformed records were buried: they must not come again
+                outages -= 1
+                raise ConnectionError("the database is away")
+            accepted.extend(records)
+
+        async def undertaker(records: Sequence[Record]) -> None:
+            buried.extend(records)
+
+        await bus.publish(numbered(topic, 20, keys=3))
+        async with (
+            bus.consume(topic, "g", handler),
+            bus.consume(dead_letters(topic, "g"), "operator", undertaker),
+        ):
+            await eventually(lambda: len(accepted) >= 16 and len(buried) >= 4)
+            await asyncio.sleep(0.1)
+        assert sorted(int(v or b"") for v in values(accepted)) == [i for i in range(20) if i % 5 != 3]
+        assert sorted(int(v or b"") for v in values(buried)) == [3, 8, 13, 18]
+        headers = dict(buried[0].headers)
+        assert headers["dlq-reason"] == b"not a prediction"
+        assert headers["dlq-topic"].decode() == topic.name
+        assert headers["dlq-offset"].isdigit()
+
+    async def test_lag_counts_what_is_not_committed(self, bus: Bus, topic: Topic) -> None:
+        seen: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            seen.extend(records)
+
+        assert await bus.lag(topic, "g") == 0
+        await bus.publish(numbered(topic, 40))
+        assert await bus.lag(topic, "g") == 40
+        async with bus.consume(topic, "g", handler):
+            await eventually(lambda: len(seen) == 40)
+        assert await bus.lag(topic, "g") == 0
+        await bus.publish(numbered(topic, 3))
+        assert await bus.lag(topic, "g") == 3
+
+    async def test_members_of_a_group_share_the_partitions(self, bus: Bus, topic: Topic) -> None:
+        seen: tuple[list[Record], list[Record]] = ([], [])
+
+        async def left(records: Sequence[Record]) -> None:
+            seen[0].extend(records)
+
+        async def right(records: Sequence[Record]) -> None:
+            seen[1].extend(records)
+
+        async with bus.consume(topic, "g", left), bus.consume(topic, "g", right):
+            async with asyncio.timeout(PATIENCE):
+                start = 0
+                while not (seen[0] and seen[1]):  # a join takes its time, and all may go to one until then
+                    await bus.publish(numbered(topic, 16, keys=16, start=start))
+                    start += 16
+                    await asyncio.sleep(0.1)
+            await eventually(lambda: len({*values(seen[0]), *values(seen[1])}) == start)
+
+    async def test_a_table_applies_the_last_value_of_each_key_then_every_change(
+        self, bus: Bus, state: Topic
+    ) -> None:
+        applied: list[tuple[bytes, bytes | None]] = []
+        for i in range(30):
+            await bus.publish([Record(state.name, b"m%d" % (i % 3), b"%d" % i)])
+        await bus.publish([Record(state.name, b"m1", None)])
+        async with bus.table(state, lambda key, value: applied.append((key, value))) as table:
+            await table.ready(PATIENCE)
+            assert table.caught_up
+            assert sorted(applied) == [(b"m0", b"27"), (b"m1", None), (b"m2", b"29")]
+            applied.clear()
+            await bus.publish([Record(state.name, b"m0", b"x"), Record(state.name, b"m0", b"y")])
+            await eventually(lambda: len(applied) >= 2)
+            assert applied == [(b"m0", b"x"), (b"m0", b"y")]
+
+    async def test_a_table_of_an_empty_topic_is_ready(self, bus: Bus, state: Topic) -> None:
+        async with bus.table(state, lambda key, value: None) as table:
+            await table.ready(PATIENCE)
+            assert table.readings == 1
+
+    async def test_a_table_survives_values_that_are_refused(self, bus: Bus, state: Topic) -> None:
+        applied: list[bytes] = []
+
+        def apply(key: bytes, value: bytes | None) -> None:
+            if value == b"bad":
+                raise ValueError("unreadable")
+            applied.append(key)
+
+        await bus.publish([Record(state.name, b"a", b"bad"), Record(state.name, b"b", b"good")])
+        async with bus.table(state, apply) as table:
+            await table.ready(PATIENCE)
+            await bus.publish([Record(state.name, b"c", b"bad"), Record(state.name, b"d", b"good")])
+            await eventually(lambda: len(applied) >= 2)
+        assert applied == [b"b", b"d"]
+
+    async def test_every_table_reads_everything(self, bus: Bus, state: Topic) -> None:
+        one: dict[bytes, bytes | None] = {}
+        two: dict[bytes, bytes | None] = {}
+        await bus.publish([Record(state.name, b"a", b"1"), Record(state.name, b"b", b"2")])
+        async with bus.table(state, one.__setitem__) as first, bus.table(state, two.__setitem__) as second:
+            await first.ready(PATIENCE)
+            await second.ready(PATIENCE)
+        assert one == two == {b"a": b"1", b"b": b"2"}
+
+
+class TestMemoryBus(BusContract):
+    @pytest.fixture
+    def bus(self, topic: Topic, state: Topic) -> Bus:
+        return MemoryBus([topic, state])
+
+    async def test_publishing_fails_while_the_broker_is_away(self, topic: Topic) -> None:
+        bus = MemoryBus([topic])
+        bus.away = True
+        with pytest.raises(Unavailable):
+            await bus.publish(numbered(topic, 1))
+        assert bus.records(topic.name) == []
+
+    async def test_a_broker_that_lost_everything_is_read_again(self, topic: Topic, state: Topic) -> None:
+        bus = MemoryBus([topic, state])
+        seen: list[Record] = []
+        known: dict[bytes, bytes | None] = {}
+
+        async def handler(records: Sequence[Record]) -> None:
+            seen.extend(records)
+
+        await bus.publish([*numbered(topic, 5), Record(state.name, b"a", b"1")])
+        async with bus.consume(topic, "g", handler), bus.table(state, known.__setitem__) as table:
+            await table.ready(PATIENCE)
+            await eventually(lambda: len(seen) == 5)
+            bus.lose_everything()
+            await bus.publish([*numbered(topic, 9, start=100), Record(state.name, b"b", b"2")])
+            await eventually(lambda: len(seen) == 14 and b"b" in known)
+            assert table.readings == 2
+        assert known == {b"a": b"1", b"b": b"2"}
+
+
+class OverKafka(BusContract):
+    """The contract over a broker: `bootstrap` is provided by the subclass."""
+
+    @pytest.fixture
+    async def bus(self, bootstrap: str, topic: Topic, state: Topic) -> AsyncIterator[Bus]:
+        await ensure_topics(bootstrap, [topic, state, dead_letters(topic, "g")])
+        async with KafkaBus(bootstrap, "contract", session_timeout=2.0) as bus:
+            yield bus
+
+    async def test_topics_are_created_once_with_their_partitions(self, bootstrap: str, topic: Topic) -> None:
+        assert await ensure_topics(bootstrap, [topic]) == [topic.name]
+        assert await ensure_topics(bootstrap, [topic]) == []
+
+
+class TestKafkaBusOnTheEmbeddedBroker(OverKafka):
+    @pytest.fixture
+    def bootstrap(self, kafka_bootstrap: str) -> str:
+        return kafka_bootstrap
+
+
+@pytest.mark.kafka
+class TestKafkaBusOnApacheKafka(OverKafka):
+    @pytest.fixture
+    def bootstrap(self, apache_kafka: str) -> str:
+        return apache_kafka
