@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.embedded.kafka_probe import answers_kafka
-from deploy.embedded.process import Child, Command, EmbeddedError, die_with_parent, plain_environment
-from deploy.embedded.server import LOOPBACK, Server, free_port, port_is_free
+from deploy.embedded.process import Command, EmbeddedError, die_with_parent, plain_environment
+from deploy.embedded.server import LOOPBACK, Server, free_port
 
 OLDEST_JAVA = 17
 HEAP = "512m"
@@ -67,6 +67,10 @@ class ApacheKafkaServer(Server):
         self._java = Path("java")
 
     @property
+    def ports(self) -> tuple[int, ...]:
+        return (self.port, self.controller_port)
+
+    @property
     def url(self) -> str:
         return f"{LOOPBACK}:{self.port}"
 
@@ -88,11 +92,6 @@ class ApacheKafkaServer(Server):
             env=plain_environment(),
             cwd=self.directory,
         )
-
-    def launch(self) -> Child:
-        if not port_is_free(self.controller_port):
-            raise EmbeddedError(f"Port {self.controller_port} for {self.name} is in use by another program.")
-        return super().launch()
 
     def ready(self) -> bool:
         return answers_kafka(LOOPBACK, self.port)

@@ -56,6 +56,13 @@ class Server(ABC):
         self.port = port or free_port()
         self.log = self.directory / f"{self.name}.log"
         self.child: Child | None = None
+        #: Why `ready` said no the last time, as far as the server tells.
+        self.detail = ""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Every port it listens on."""
+        return (self.port,)
 
     @property
     @abstractmethod
@@ -84,8 +91,9 @@ class Server(ABC):
 
     def launch(self) -> Child:
         """Fork it. Raises EmbeddedError where the port is taken."""
-        if not port_is_free(self.port):
-            raise EmbeddedError(f"Port {self.port} for {self.name} is in use by another program.")
+        for port in self.ports:
+            if not port_is_free(port):
+                raise EmbeddedError(f"Port {port} for {self.name} is in use by another program.")
         self.child = Child(self.command(), self.log)
         return self.child
 

@@ -1,0 +1,82 @@
+"""One of the six services as a process: `python -m services.<name>` with its environment."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from deploy.embedded.configuration import REPOSITORY
+from deploy.embedded.process import Command
+from deploy.embedded.server import LOOPBACK, Server
+
+
+class ServiceProcess(Server):
+    """`health_port` answers /health/ready. `environment` is asked at each start: addresses and passwords of
+    the embedded servers exist only once those are prepared."""
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        *,
+        module: str,
+        ports: tuple[int, ...],
+        health_port: int,
+        environment: Callable[[], Mapping[str, str]],
+    ) -> None:
+        self.name = name
+        super().__init__(directory, ports[0])
+        self._module = module
+        self._ports = ports
+        self._health_port = health_port
+        self._environment = environment
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        return self._ports
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    def prepare(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def command(self) -> Command:
+        return Command(
+            argv=[sys.executable, "-m", self._module],
+            env={**self._environment(), "PYTHONUNBUFFERED": "1"},
+            cwd=REPOSITORY,
+        )
+
+    def ready(self) -> bool:
+        connection = http.client.HTTPConnection(LOOPBACK, self._health_port, timeout=1.0)
+        try:
+            connection.request("GET", "/health/ready")
+            response = connection.getresponse()
+            body = response.read(4096)
+        except (OSError, http.client.HTTPException) as error:
+            self.detail = f"no answer on port {self._health_port} ({type(error).__name__})"
+            return False
+        finally:
+            connection.close()
+        self.detail = "" if response.status == 200 else _reasons(body)
+        return response.status == 200
+
+
+def _reasons(body: bytes) -> str:
+    """What the service says is not ready yet, in a few words."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")[:200]
+    checks = said.get("checks", said.get("reasons", said)) if isinstance(said, dict) else said
+    if isinstance(checks, dict):
+        waiting = [
+            f"{name}: {why}" for name, why in checks.items() if why not in (True, None, "", "ok", "ready")
+        ]
+        return "; ".join(waiting)[:300]
+    return str(checks)[:300]
