@@ -1,0 +1,586 @@
+"""The calling side: one `FrameCalls` per remote address, reconnecting by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import ssl as tls
+from collections.abc import Callable
+from typing import Final
+from urllib.parse import unquote
+
+from google.protobuf.message import DecodeError
+from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame, RequestFrame
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.errors import Unavailable
+from services.common.frames import wire
+from services.common.frames.connection import Headers, Http2Connection
+from services.common.frames.limits import Limits
+from services.common.frames.messages import CompressedMessage, item_header, timeout_override
+from services.common.frames.server import PATH, PROTOCOL
+from services.common.frames.wire import ErrorCode, Violation
+
+log = logging.getLogger(__name__)
+
+OnReply = Callable[[PredictReply], None]
+
+#: Replies made here because the connection was not there or went away start with this word.
+_LOST: Final = "connection"
+#: Deadlines are checked no more often than this, seconds.
+_SWEEP: Final = 0.002
+_CANCELS_WAITING: Final = 65_536
+
+
+def lost(reply: PredictReply) -> bool:
+    """Whether the reply says that the connection was not there or went away before the answer."""
+    return reply.code == Code.CODE_UNAVAILABLE and reply.message.startswith(_LOST)
+
+
+class FrameCalls:
+    """Calls to one peer. Every accepted or refused submit gets exactly one reply, unless it is cancelled."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        credential: str,
+        role: str,
+        instance: str,
+        limits: Limits | None = None,
+        ssl: tls.SSLContext | None = None,
+        on_state: Callable[[bool], None] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.address = address
+        self.limits = limits or Limits()
+        self.peer: Hello | None = None
+        self.last_error = ""  # why the last attempt or connection ended
+        self._host, self._port = _split(address)
+        self._ssl = ssl
+        self._credential = credential
+        self._hello = Hello(protocol=PROTOCOL, role=role, instance=instance)
+        self._on_state = on_state
+        self._random = random.Random(seed)
+
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._connection: _ClientConnection | None = None  # only while the hellos agree
+        self._draining = False
+        self._closed = False
+        self._usable = False
+        self._changed = asyncio.Event()
+        self._ping_after_s = self.limits.ping_after_s
+
+        self._last_id = 0
+        self._pending: dict[int, tuple[OnReply, float | None]] = {}
+        self._outbox: dict[int, bytes] = {}
+        self._outbox_bytes = 0
+        self._cancels: list[int] = []
+        self._held = False  # the outbox waited longer than a loop turn, its timeouts are stale
+        self._scheduled = False
+        self._max_in_flight = self.limits.max_in_flight
+        self._sweep: asyncio.TimerHandle | None = None
+
+    # State
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connection stands and both hellos were exchanged."""
+        return self._connection is not None
+
+    @property
+    def draining(self) -> bool:
+        """Whether the peer wants nothing new on this connection."""
+        return self._draining
+
+    @property
+    def usable(self) -> bool:
+        """Connected and not draining."""
+        return self._usable
+
+    @property
+    def in_flight(self) -> int:
+        """Submitted and not yet answered, refused or cancelled."""
+        return len(self._pending)
+
+    def start(self) -> None:
+        """Connect, and stay connected until `close`."""
+        if self._task is None and not self._closed:
+            self._task = self._loop.create_task(self._stay_connected(), name=f"frames to {self.address}")
+
+    async def wait_connected(self, timeout_s: float) -> None:
+        """Wait until usable. Raises Unavailable with the reason of the last failure after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._usable:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            reason = self.last_error or "no connection yet"
+            raise Unavailable(f"{self.address} cannot be reached: {reason}") from None
+
+    async def close(self) -> None:
+        """End the connection; what is pending is answered UNAVAILABLE."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._fail_pending("connection closed")
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+
+    # Calls
+
+    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
+        """Send `request` with what else this loop turn brings; returns its local id.
+
+        `request.id` and `request.timeout_us` are overwritten, and the message is serialized before this
+        returns. `deadline` is on the scale of `loop.time()`. `on_reply` is called once, later, on the loop.
+        """
+        self._last_id = local_id = self._last_id + 1
+        if not self._usable:
+            message = "connection is draining" if self._draining else "connection is not established"
+            return self._refuse(local_id, on_reply, Code.CODE_UNAVAILABLE, message)
+        if len(self._pending) >= self._max_in_flight:
+            return self._refuse(
+                local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many requests in flight"
+            )
+        request.id = local_id
+        if deadline is None:
+            request.timeout_us = 0
+        else:
+            left = deadline - self._loop.time()
+            if left <= 0:
+                return self._refuse(
+                    local_id, on_reply, Code.CODE_DEADLINE_EXCEEDED, "the deadline has passed"
+                )
+            request.timeout_us = int(left * 1e6) or 1
+        payload = request.SerializeToString()
+        size = len(payload) + 16
+        if size > self.limits.max_message_bytes:
+            return self._refuse(local_id, on_reply, Code.CODE_INVALID_ARGUMENT, "the request is too large")
+        if self._outbox_bytes + size > self.limits.max_buffer_bytes:
+            return self._refuse(
+                local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent"
+            )
+        self._outbox[local_id] = payload
+        self._outbox_bytes += size
+        self._pending[local_id] = (on_reply, deadline)
+        if deadline is not None and (self._sweep is None or deadline < self._sweep.when()):
+            self._sweep_at(deadline)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        return local_id
+
+    def cancel(self, local_id: int) -> None:
+        """Deliver no reply for `local_id`, and tell the peer that nobody waits."""
+        if self._pending.pop(local_id, None) is None:
+            return
+        self._withdraw(local_id)
+
+    async def predict(self, request: PredictRequest, deadline: float | None) -> PredictReply:
+        """Submit and wait. Cancelling the wait cancels the call."""
+        answer: asyncio.Future[PredictReply] = self._loop.create_future()
+
+        def settle(reply: PredictReply) -> None:
+            if not answer.done():
+                answer.set_result(reply)
+
+        local_id = self.submit(request, deadline, settle)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self.cancel(local_id)
+            raise
+
+    def _refuse(self, local_id: int, on_reply: OnReply, code: Code, message: str) -> int:
+        self._pending[local_id] = (on_reply, None)
+        reply = PredictReply(id=local_id, code=code, message=message)
+        self._loop.call_soon(self._answer, local_id, reply)
+        return local_id
+
+    def _answer(self, local_id: int, reply: PredictReply) -> None:
+        entry = self._pending.pop(local_id, None)
+        if entry is None:
+            return
+        try:
+            entry[0](reply)
+        except Exception:
+            log.exception("taking a reply failed")
+
+    def _withdraw(self, local_id: int) -> None:
+        """Take an item back from the outbox, or from the peer where it has left already."""
+        payload = self._outbox.pop(local_id, None)
+        if payload is not None:
+            self._outbox_bytes -= len(payload) + 16
+        elif self._connection is not None and len(self._cancels) < _CANCELS_WAITING:
+            self._cancels.append(local_id)
+            if not self._scheduled:
+                self._scheduled = True
+                self._loop.call_soon(self._flush)
+
+    # Deadlines
+
+    def _sweep_at(self, when: float) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._sweep = self._loop.call_at(max(when, self._loop.time() + _SWEEP), self._expire)
+
+    def _expire(self) -> None:
+        """Answer what is past its deadline, then sleep until the next one there is."""
+        self._sweep = None
+        now = self._loop.time()
+        late = [
+            key for key, (_, deadline) in self._pending.items() if deadline is not None and deadline <= now
+        ]
+        for local_id in late:
+            self._withdraw(local_id)
+            message = "no answer before the deadline"
+            self._answer(
+                local_id, PredictReply(id=local_id, code=Code.CODE_DEADLINE_EXCEEDED, message=message)
+            )
+        upcoming = min((entry[1] for entry in self._pending.values() if entry[1] is not None), default=None)
+        if upcoming is not None and self._sweep is None:
+            self._sweep_at(upcoming)
+
+    # Sending
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the peer takes it."""
+        connection = self._connection
+        if connection is None:
+            return
+        while (self._outbox or self._cancels) and connection.can_send:
+            parts, size = self._next_frame()
+            connection.send_message(parts, size)
+        self._held = bool(self._outbox)
+
+    def _next_frame(self) -> tuple[list[bytes], int]:
+        """One RequestFrame's bytes, in parts, and their total size."""
+        parts: list[bytes] = []
+        size = 0
+        if self._cancels:
+            cancels = RequestFrame(cancels=self._cancels).SerializeToString()
+            self._cancels = []
+            parts.append(cancels)
+            size = len(cancels)
+        target = self.limits.frame_target_bytes
+        if self._outbox_bytes <= target and not self._held:
+            for payload in self._outbox.values():
+                head = item_header(len(payload))
+                parts.append(head)
+                parts.append(payload)
+                size += len(head) + len(payload)
+            self._outbox.clear()
+            self._outbox_bytes = 0
+            return parts, size
+        now = self._loop.time()
+        while self._outbox and size < target:
+            local_id = next(iter(self._outbox))
+            payload = self._outbox.pop(local_id)
+            self._outbox_bytes -= len(payload) + 16
+            deadline = self._pending[local_id][1]
+            if deadline is not None:
+                payload += timeout_override(int((deadline - now) * 1e6))
+            head = item_header(len(payload))
+            if parts and size + len(head) + len(payload) > self.limits.max_message_bytes:
+                self._outbox = {local_id: payload, **self._outbox}
+                self._outbox_bytes += len(payload) + 16
+                break
+            parts.append(head)
+            parts.append(payload)
+            size += len(head) + len(payload)
+        return parts, size
+
+    # The connection's part.
+
+    def established(self, connection: _ClientConnection, hello: Hello) -> None:
+        """The hellos agree: calls may flow."""
+        self._connection = connection
+        self.peer = hello
+        ours = self.limits.max_in_flight
+        self._max_in_flight = min(hello.max_in_flight or ours, ours)
+        self._draining = False
+        self._note_state()
+
+    def take(self, frame: ReplyFrame) -> None:
+        """Deliver the frame's replies."""
+        if frame.draining:
+            self.drained()
+        pending = self._pending
+        for reply in frame.items:
+            entry = pending.pop(reply.id, None)
+            if entry is None:
+                continue
+            if reply.id in self._outbox:  # answered before it was asked
+                self._withdraw(reply.id)
+            try:
+                entry[0](reply)
+            except Exception:
+                log.exception("taking a reply failed")
+
+    def drained(self) -> None:
+        """The peer wants nothing new; what is in flight is still answered."""
+        self._draining = True
+        self._note_state()
+        unsent = list(self._outbox)
+        for local_id in unsent:
+            self._withdraw(local_id)
+            reply = PredictReply(id=local_id, code=Code.CODE_UNAVAILABLE, message="connection is draining")
+            self._answer(local_id, reply)
+
+    def disconnected(self, connection: _ClientConnection, reason: str) -> None:
+        """The connection is gone, with everything in flight."""
+        self.last_error = reason
+        if self._connection is not connection:
+            return
+        self._connection = None
+        self._draining = False
+        self._note_state()
+        self._fail_pending(reason if reason.startswith(_LOST) else f"connection lost: {reason}")
+
+    def calm_down(self) -> None:
+        """The peer finds our PINGs too many."""
+        self._ping_after_s *= 2
+
+    @property
+    def hello(self) -> Hello:
+        """What we say first."""
+        return self._hello
+
+    @property
+    def ping_after_s(self) -> float:
+        """Silence after which to ask whether the peer lives, seconds."""
+        return self._ping_after_s
+
+    def _note_state(self) -> None:
+        usable = self._connection is not None and not self._draining and not self._closed
+        if usable == self._usable:
+            return
+        self._usable = usable
+        self._changed.set()
+        if self._on_state is not None:
+            try:
+                self._on_state(usable)
+            except Exception:
+                log.exception("noting the state of a frame connection failed")
+
+    def _fail_pending(self, message: str) -> None:
+        self._outbox.clear()
+        self._outbox_bytes = 0
+        self._cancels.clear()
+        for local_id in list(self._pending):
+            self._answer(local_id, PredictReply(id=local_id, code=Code.CODE_UNAVAILABLE, message=message))
+
+    async def _stay_connected(self) -> None:
+        failures = 0
+        try:
+            while True:
+                reached = await self._connect_once()
+                failures = 0 if reached else failures + 1
+                span = min(self.limits.backoff_first_s * 2 ** min(failures, 16), self.limits.backoff_max_s)
+                await asyncio.sleep(self._random.uniform(span / 4, span))
+        finally:
+            connection = self._connection
+            self._connection = None
+            self._note_state()
+            if connection is not None:
+                connection.shut()
+                await asyncio.wait([connection.lost], timeout=self.limits.linger_s)
+                connection.abort()
+
+    async def _connect_once(self) -> bool:
+        """Hold one connection until it ends; whether the hellos were exchanged on it."""
+        connection: _ClientConnection | None = None
+
+        def build() -> _ClientConnection:
+            nonlocal connection
+            scheme = "http" if self._ssl is None else "https"
+            connection = _ClientConnection(self, self._credential, scheme, self._loop)
+            return connection
+
+        try:
+            async with asyncio.timeout(self.limits.handshake_s):
+                await self._loop.create_connection(
+                    build,
+                    self._host,
+                    self._port,
+                    ssl=self._ssl,
+                    server_hostname=self._host if self._ssl else None,
+                )
+        except (OSError, TimeoutError, tls.SSLError) as error:
+            self.last_error = str(error) or "no answer in time"
+            return False
+        if connection is None:
+            return False
+        try:
+            await asyncio.shield(connection.lost)
+        finally:
+            if not connection.lost.done() and self._connection is not connection:
+                connection.abort()
+        return connection.greeted
+
+
+class _ClientConnection(Http2Connection):
+    """One connection of a FrameCalls."""
+
+    def __init__(
+        self, calls: FrameCalls, credential: str, scheme: str, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(calls.limits, loop)
+        self._calls = calls
+        self._credential = credential
+        self._scheme = scheme
+        self._answered = False  # response headers are in
+        self.greeted = False
+        self._handshake: asyncio.TimerHandle | None = None
+
+    @property
+    def can_send(self) -> bool:
+        """Whether a message would not only be queued behind another."""
+        return self._can_send
+
+    def send_message(self, parts: list[bytes], size: int) -> None:
+        """Send one message; only while `can_send`."""
+        self._send_message(parts, size)
+        self._watch()
+
+    def shut(self) -> None:
+        """End the stream and the connection."""
+        if self._local_open:
+            self._write(wire.reset(self._stream_id, ErrorCode.CANCEL))
+        self._fail(ErrorCode.NO_ERROR, "the client is going away")
+
+    def _on_open(self) -> None:
+        self._handshake = self._loop.call_later(
+            self._limits.handshake_s, self._fail, ErrorCode.SETTINGS_TIMEOUT, "no hello in time"
+        )
+        self._greet(wire.PREFACE, {wire.ENABLE_PUSH: 0})
+        self._open_stream(1)
+        self._send_headers(
+            [
+                (":method", "POST"),
+                (":scheme", self._scheme),
+                (":path", PATH),
+                (":authority", self._calls.address),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                ("grpc-accept-encoding", "identity"),
+                ("user-agent", "headrace-frames/1"),
+                ("authorization", f"Bearer {self._credential}"),
+            ]
+        )
+        payload = RequestFrame(hello=self._calls.hello).SerializeToString()
+        self._send_message([payload], len(payload))
+
+    def _on_headers(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
+        if stream_id != self._stream_id or not self._remote_open:
+            raise Violation(ErrorCode.PROTOCOL_ERROR, "HEADERS on a stream that is not open")
+        fields = dict(headers)
+        if not self._answered:
+            status = fields.get(":status", "")
+            if status.startswith("1") and len(status) == 3 and not end_stream:
+                return
+            self._answered = True
+            if status != "200":
+                self._over(f"HTTP status {status or 'missing'}")
+                return
+            if not fields.get("content-type", "").startswith("application/grpc"):
+                self._over("the server does not speak gRPC")
+                return
+            if not end_stream:
+                if fields.get("grpc-encoding", "identity") != "identity":
+                    self._over("the server compresses its messages")
+                return
+        elif not end_stream:
+            raise Violation(ErrorCode.PROTOCOL_ERROR, "headers in the middle of the stream")
+        self._over(_status(fields))
+
+    def _over(self, reason: str) -> None:
+        self._remote_open = False
+        self.end_reason = f"connection ended by the peer: {reason}"
+        if self._local_open:
+            self._write(wire.reset(self._stream_id, ErrorCode.CANCEL))
+        self._fail(ErrorCode.NO_ERROR, "the stream is over")
+
+    def _on_message(self, payload: bytes) -> None:
+        if not self._answered:
+            raise Violation(ErrorCode.PROTOCOL_ERROR, "a message before the headers")
+        try:
+            frame = ReplyFrame.FromString(payload)
+        except DecodeError:
+            self._over("it sent something that is no ReplyFrame")
+            return
+        if not self.greeted:
+            if frame.hello.protocol != PROTOCOL:
+                self._over(f"it speaks protocol {frame.hello.protocol}, not {PROTOCOL}")
+                return
+            self.greeted = True
+            if self._handshake is not None:
+                self._handshake.cancel()
+                self._handshake = None
+            self._calls.established(self, frame.hello)
+        self._calls.take(frame)
+
+    def _on_bad_message(self, error: Exception) -> None:
+        compressed = isinstance(error, CompressedMessage)
+        self._over("it sent a compressed message" if compressed else "it sent a message that is too large")
+
+    def _on_end_stream(self) -> None:
+        self._over("the stream ended without a status")
+
+    def _on_reset(self, code: int) -> None:
+        self._over(f"the stream was reset ({code})")
+
+    def _on_goaway(self, last_stream_id: int, code: int, reason: str) -> None:
+        if code == ErrorCode.ENHANCE_YOUR_CALM and "ping" in reason:
+            self._calls.calm_down()
+        if last_stream_id < self._stream_id or code != ErrorCode.NO_ERROR:
+            self._over(f"it goes away ({code} {reason})".rstrip())
+        elif self.greeted:
+            self._calls.drained()
+
+    def _on_writable(self) -> None:
+        if self.greeted:
+            self._calls.flush()
+
+    def _on_lost(self, reason: str) -> None:
+        if self._handshake is not None:
+            self._handshake.cancel()
+            self._handshake = None
+        self._calls.disconnected(self, reason)
+
+    def _end(self, reason: str) -> None:
+        super()._end(reason)
+        self._calls.disconnected(self, self.end_reason)
+
+    def _busy(self) -> bool:
+        return bool(self._unsent) or self._calls.in_flight > 0
+
+
+def _status(fields: dict[str, str]) -> str:
+    """A sentence from gRPC's trailers."""
+    code = fields.get("grpc-status", "")
+    name = Code.Name(Code.ValueType(int(code))).removeprefix("CODE_") if code in _CODES else f"status {code}"
+    return f"{name} {unquote(fields.get('grpc-message', ''))}".rstrip()
+
+
+_CODES: Final = frozenset(str(number) for number in Code.values())
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is not host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
