@@ -1,0 +1,91 @@
+"""Shares of successes: one interval, two arms, k arms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from services.analytics.statistics.counts import CountTest
+
+
+def wilson(successes: float, n: int, *, alpha: float = 0.05) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share: honest for small n and for shares near 0 and 1.
+
+    (0, 1) where n is 0.
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z = float(stats.norm.isf(alpha / 2))
+    share, square = successes / n, z * z
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    spread = z / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
+    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoProportions:
+    """Treatment minus control. `z` and `p_value` pool the variance, as fits the null hypothesis; `wald_ci`
+    and `newcombe_ci` do not, so at the edge interval and p-value may disagree by a hair.
+    """
+
+    estimate: float
+    z: float
+    p_value: float
+    wald_ci: tuple[float, float]
+    newcombe_ci: tuple[float, float]
+    p_control: float
+    p_treatment: float
+    alpha: float
+    method: str = "two-proportion z-test, pooled"
+
+
+def two_proportion_z_test(
+    control: tuple[float, int],
+    treatment: tuple[float, int],
+    *,
+    alpha: float = 0.05,
+    continuity: bool = False,
+) -> TwoProportions:
+    """Two-sided z-test of equal shares; each side is (successes, n), n > 0.
+
+    Interval: unpooled Wald, and Newcombe's hybrid of two Wilson intervals (1998, method 10). `continuity`
+    applies Yates' correction to z and the Wald interval, as R's prop.test does by default.
+    """
+    (s_c, n_c), (s_t, n_t) = control, treatment
+    p_c, p_t = s_c / n_c, s_t / n_t
+    gap, harmonic = p_t - p_c, 1 / n_c + 1 / n_t
+    pooled = (s_c + s_t) / (n_c + n_t)
+    yates = min(0.5, abs(gap) / harmonic) * harmonic if continuity else 0.0
+    error = math.sqrt(pooled * (1 - pooled) * harmonic)
+    z = math.copysign(abs(gap) - yates, gap) / error if error > 0 else 0.0
+    quantile = float(stats.norm.isf(alpha / 2))
+    spread = quantile * math.sqrt(p_c * (1 - p_c) / n_c + p_t * (1 - p_t) / n_t) + yates
+    low_c, high_c = wilson(s_c, n_c, alpha=alpha)
+    low_t, high_t = wilson(s_t, n_t, alpha=alpha)
+    return TwoProportions(
+        estimate=gap,
+        z=z,
+        p_value=2 * float(stats.norm.sf(abs(z))),
+        wald_ci=(max(-1.0, gap - spread), min(1.0, gap + spread)),
+        newcombe_ci=(
+            gap - math.hypot(p_t - low_t, high_c - p_c),
+            gap + math.hypot(high_t - p_t, p_c - low_c),
+        ),
+        p_control=p_c,
+        p_treatment=p_t,
+        alpha=alpha,
+    )
+
+
+def k_proportions(successes: ArrayLike, totals: ArrayLike) -> CountTest:
+    """Chi-square test that k groups share one proportion, k - 1 degrees of freedom."""
+    wins, sizes = np.asarray(successes, dtype=np.float64), np.asarray(totals, dtype=np.float64)
+    pooled = wins.sum() / sizes.sum()
+    if pooled in (0.0, 1.0):
+        return CountTest(0.0, wins.size - 1, 1.0)
+    statistic = float(np.sum((wins - sizes * pooled) ** 2 / (sizes * pooled * (1 - pooled))))
+    return CountTest(statistic, wins.size - 1, float(stats.chi2.sf(statistic, wins.size - 1)))
