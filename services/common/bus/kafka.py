@@ -149,7 +149,7 @@ class KafkaBus:
             linger_ms=2,
             max_batch_size=512 << 10,
             max_request_size=admin.MAX_RECORD_BYTES,
-            # Batches give up before their publish does: none arrives after its caller was told it failed.
+            # Batches give up before their publish does: few arrive after their caller was told of failure.
             request_timeout_ms=int(self._deadline * 800),
             retry_backoff_ms=100,
             metadata_max_age_ms=3000,

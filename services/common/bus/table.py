@@ -28,16 +28,18 @@ class _Lost(Exception):
 
 
 class _Log:
-    """All partitions of one topic read in order, checked again and again to be the log that was read before.
+    """All partitions of one topic read in order, and checked to be the log that was read before.
 
-    A memory-only broker that restarts has new records under old offsets. So the last record of each partition
-    is read once more every CHECK_INTERVAL: another one in its place, or an end before it, is _Lost.
+    A memory-only broker that restarts has new records under old offsets. So the last record of a partition
+    is read once more before anything behind it is believed, and every CHECK_INTERVAL when nothing is new:
+    another record in its place, or an end before it, is _Lost.
     """
 
     def __init__(self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> None:
         self._consumer = consumer
         self._partitions = partitions
         self._last: dict[TopicPartition, ConsumerRecord] = {}
+        self._rewound: set[TopicPartition] = set()
         self._loop = asyncio.get_running_loop()
         self._check_at = self._loop.time() + CHECK_INTERVAL
 
@@ -58,24 +60,22 @@ class _Log:
                 return False
         return True
 
-    async def next(self) -> list[ConsumerRecord]:
-        """New keyed records, none after a short wait. Raises _Lost."""
+    async def next(self, *, checked: bool) -> list[ConsumerRecord]:
+        """New keyed records, none after a short wait. Raises _Lost.
+
+        `checked` reads the record before them again first; without it, a long log is read at full speed.
+        """
         if self._loop.time() >= self._check_at:
             self._check_at = self._loop.time() + CHECK_INTERVAL
-            for partition, last in self._last.items():
-                self._consumer.seek(partition, last.offset)
+            for partition in self._last:
+                self._back_to_last(partition)
         batches = await self._consumer.getmany(timeout_ms=200)
         fresh: list[ConsumerRecord] = []
         for partition, records in batches.items():
-            last = self._last.get(partition)
-            if last is not None and records[0].offset == last.offset:
-                if (records[0].timestamp, records[0].key, records[0].value) != (
-                    last.timestamp,
-                    last.key,
-                    last.value,
-                ):
-                    raise _Lost
-                del records[0]
+            if partition in self._last and not self._follows(partition, records, checked=checked):
+                self._back_to_last(partition)  # and these records come again behind it
+                continue
+            self._rewound.discard(partition)
             if records:
                 self._last[partition] = records[-1]
             fresh += [record for record in records if record.key is not None]
@@ -84,6 +84,22 @@ class _Log:
             if end is not None and end <= last.offset:
                 raise _Lost
         return fresh
+
+    def _follows(self, partition: TopicPartition, records: list[ConsumerRecord], *, checked: bool) -> bool:
+        """Whether `records` is known to continue what was read; takes the record read again off its front."""
+        last, first = self._last[partition], records[0]
+        if first.offset < last.offset:  # the client went to the beginning: its position no longer existed
+            raise _Lost
+        if first.offset > last.offset:  # after going back to it, this means that compaction took the last one
+            return not checked or partition in self._rewound
+        if (first.timestamp, first.key, first.value) != (last.timestamp, last.key, last.value):
+            raise _Lost
+        del records[0]
+        return True
+
+    def _back_to_last(self, partition: TopicPartition) -> None:
+        self._consumer.seek(partition, self._last[partition].offset)
+        self._rewound.add(partition)
 
 
 class KafkaTable:
@@ -151,7 +167,7 @@ class KafkaTable:
         latest: dict[bytes, ConsumerRecord] = {}
         try:
             while not await log_.at_end():
-                for record in await log_.next():
+                for record in await log_.next(checked=False):
                     # What is old news by the end must not be acted on: only the last value of a key counts.
                     latest.pop(record.key, None)
                     latest[record.key] = record
@@ -160,7 +176,7 @@ class KafkaTable:
                 self._apply_one(record)
             self._caught_up.set()
             while True:
-                for record in await log_.next():
+                for record in await log_.next(checked=True):
                     self._apply_one(record)
         except _Lost:
             log.warning("%s was lost by the broker, reading from the beginning", self._topic.name)
