@@ -1,0 +1,174 @@
+"""The worker, wired."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import structlog
+from headrace.v1.control_pb2 import WorkerStatus
+from prometheus_client import CollectorRegistry
+
+from services.common.bus import Bus, KafkaBus, Table
+from services.common.clock import Clock
+from services.common.errors import Unavailable
+from services.common.eventlog import EventLog
+from services.common.frames import FrameServer, Limits
+from services.common.lifecycle import Health, ops_app, serve_asgi
+from services.common.objects import ArtifactStore
+from services.common.telemetry import setup_tracing
+from services.common.topics import DEPLOYMENTS, PREDICTIONS
+from services.worker.artifacts import ArtifactCache
+from services.worker.backends.port import BackendOptions
+from services.worker.batch_queue import BatchPolicy
+from services.worker.desired import Defaults, Deployments
+from services.worker.grpc_server import serve_grpc
+from services.worker.heartbeat import Heartbeat
+from services.worker.loaded_model import Serving
+from services.worker.loading import LoadOptions, VersionLoader
+from services.worker.metrics import WorkerMetrics
+from services.worker.model_host import ModelHost
+from services.worker.prediction_log import PayloadPolicy
+from services.worker.servicer import FrameConnection, Servicer
+from services.worker.settings import Settings
+from services.worker.status import StatusReport
+
+log = structlog.get_logger(__name__)
+
+# Of the time to drain, the share that goes to answering what is queued; the rest flushes the prediction log.
+_ANSWER_SHARE = 0.6
+_FLUSH_SHARE = 0.25
+# How long one wait for the deployments lasts; it is repeated for as long as the broker is away.
+_TABLE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The running service and where it listens."""
+
+    host: ModelHost
+    health: Health
+    log: EventLog
+    frames_port: int
+    grpc_port: int
+    ops_port: int
+
+
+@asynccontextmanager
+async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Worker]:
+    """Serve while the block runs, then drain: routers are told, what is queued is answered, the prediction
+    log is flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests."""
+    async with AsyncExitStack() as stack:
+        if bus is None:
+            bus = await stack.enter_async_context(
+                KafkaBus(cfg.kafka_bootstrap_servers, f"worker-{cfg.worker_id}")
+            )
+        tracing = setup_tracing("worker", cfg.otel_exporter_otlp_endpoint, cfg.otel_traces_sample_ratio)
+        stack.push_async_callback(tracing.close)
+
+        events = EventLog(
+            cfg.directory / "spool", bus, PREDICTIONS.name, clock=clock, max_bytes=cfg.log_max_bytes
+        )
+        await events.start()
+        stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
+
+        pool = ThreadPoolExecutor(cfg.run_threads, thread_name_prefix="run")
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
+        artifacts = ArtifactCache(store, cfg.directory / "artifacts")
+        await artifacts.clear_partial()
+
+        serving = Serving(clock, events, tracing, pool, cfg.inline_below_us / 1e6)
+        options = LoadOptions(
+            cfg.worker_id, BackendOptions(cfg.backend_threads), cfg.memory_limit_bytes, cfg.slots
+        )
+        heartbeat = Heartbeat(bus, interval=cfg.heartbeat_s)
+        host = ModelHost(
+            Deployments(cfg.pool, _defaults(cfg)),
+            VersionLoader(artifacts, serving, options),
+            artifacts,
+            heartbeat.changed,
+            linger=cfg.linger_s,
+        )
+        stack.push_async_callback(host.close)
+        servicer = Servicer(host, events, clock)
+        health = Health("deployments")
+        health.add_check("versions", host.unready)
+        health.add_check("prediction log", lambda: None if events.usable else "full")
+
+        server = FrameServer(
+            lambda peer: FrameConnection(servicer, peer),
+            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(), ssl=None,
+        )  # fmt: skip
+        frames_port = await server.start(cfg.host, cfg.frames_port)
+        stack.push_async_callback(server.close)
+        grpc_port = await stack.enter_async_context(
+            serve_grpc(servicer, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
+        )
+        registry = CollectorRegistry()
+        registry.register(WorkerMetrics(host, servicer, events))
+        ops_port = await stack.enter_async_context(
+            serve_asgi(ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0)
+        )
+
+        report = StatusReport(
+            cfg.worker_id, cfg.pool, cfg.advertise_host or cfg.host, (frames_port, grpc_port),
+            host, health, clock, memory_limit=cfg.memory_limit_bytes,
+        )  # fmt: skip
+        table = await stack.enter_async_context(bus.table(DEPLOYMENTS, host.apply))
+        beating = asyncio.create_task(heartbeat.run(report), name="heartbeat")
+        stack.push_async_callback(_end, beating)
+        reading = asyncio.create_task(_follow(table, health, heartbeat), name="deployments")
+        stack.push_async_callback(_end, reading)
+        log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, worker=cfg.worker_id)
+        try:
+            yield Worker(host, health, events, frames_port, grpc_port, ops_port)
+        finally:
+            health.start_draining()
+            report.state = WorkerStatus.STATE_DRAINING
+            heartbeat.changed()
+            await _drain(server, servicer, host, cfg.drain_s * _ANSWER_SHARE)
+            await _end(beating)
+            report.state = WorkerStatus.STATE_GONE
+            await heartbeat.last(report())
+
+
+async def _drain(server: FrameServer, servicer: Servicer, host: ModelHost, seconds: float) -> None:
+    """Tell the routers, answer what is queued, then take nothing more."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await server.drain(seconds)
+            servicer.closed = True
+            await host.drain()
+    servicer.closed = True
+
+
+async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:
+    """Ready once every deployment that the topic held has been seen."""
+    while not table.caught_up:
+        with suppress(Unavailable):
+            await table.ready(_TABLE_S)
+    health.set_ready("deployments")
+    heartbeat.changed()
+
+
+async def _close_log(events: EventLog, clock: Clock, seconds: float) -> None:
+    await events.close(clock.monotonic() + seconds)
+    if events.pending_records:
+        log.warning("log_left", records=events.pending_records, reason="the next start publishes them")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def _defaults(cfg: Settings) -> Defaults:
+    batching = BatchPolicy(
+        max_rows=cfg.max_rows, max_queue_rows=cfg.max_queue_rows, max_queue_bytes=cfg.max_queue_bytes
+    )
+    return Defaults(batching, PayloadPolicy(request_bytes=cfg.log_payload_max_bytes), cfg.default_timeout_s)

@@ -1,0 +1,50 @@
+"""The port behind which models run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from headrace.v1.tensor_pb2 import Signature
+
+from services.common.errors import FailedPrecondition
+from services.worker.tensors import Array
+
+
+class LoadFailed(FailedPrecondition):
+    """The artifact cannot be served; the message says why and what would help."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """What the worker decides for its backends. `threads` is per running batch."""
+
+    threads: int = 1
+
+
+class Backend(Protocol):
+    """One loaded model version. `run` is called from one thread at a time per slot of the batcher, and from
+    several threads at once where the version has several slots."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs: "cpu", "cuda:0", …"""
+        ...
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        """The named outputs (all where none is named) for `inputs`, which match the signature; BYTES tensors
+        are object arrays of `bytes`. Row i of a batched output answers row i of the inputs.
+
+        Raises InvalidArgument where the input's values are at fault; anything else is the model's failure."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back. Nothing runs any more."""
+        ...
+
+
+#: Loads the files below a directory, checked against the signature. Blocking: called in a thread.
+#: Raises LoadFailed.
+Load = Callable[[Path, Signature, BackendOptions], Backend]

@@ -1,0 +1,95 @@
+"""What a worker of one pool should serve, by the deployments it has read. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from headrace.v1.control_pb2 import ServedVersion, ServingConfig
+
+from services.common.errors import InvalidArgument
+from services.worker.batch_queue import BatchPolicy
+from services.worker.loaded_model import ServingPolicy
+from services.worker.prediction_log import PayloadPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class VersionKey:
+    """What is loaded: never changes while it is loaded."""
+
+    model: str
+    version: str
+    artifact_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """A version that should be served, and how."""
+
+    key: VersionKey
+    served: ServedVersion
+    policy: ServingPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Where the deployment makes no statement. `timeout` is seconds, sizes are rows or bytes."""
+
+    batching: BatchPolicy
+    payloads: PayloadPolicy
+    timeout: float
+
+
+class Deployments:
+    """The last configuration of every model, as read from control.deployments.v1."""
+
+    def __init__(self, pool: str, defaults: Defaults) -> None:
+        self._pool = pool
+        self._defaults = defaults
+        self._configs: dict[str, ServingConfig] = {}
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """Take one record in; an older revision than the one known is ignored. Raises InvalidArgument for one
+        that cannot be read."""
+        model = key.decode(errors="replace")
+        if value is None:
+            self._configs.pop(model, None)
+            return
+        try:
+            config = ServingConfig.FromString(value)
+        except DecodeError as error:
+            raise InvalidArgument(f"the deployment of {model} cannot be read: {error}") from error
+        known = self._configs.get(model)
+        if known is None or config.revision >= known.revision:
+            self._configs[model] = config
+
+    def knows(self, model: str) -> bool:
+        """Whether the model is deployed, in this pool or another."""
+        return model in self._configs
+
+    def desired(self) -> dict[VersionKey, Desired]:
+        """Every version that this pool should serve."""
+        found: dict[VersionKey, Desired] = {}
+        for model, config in self._configs.items():
+            if config.pool and config.pool != self._pool:
+                continue
+            for served in config.versions:
+                key = VersionKey(model, served.version, served.artifact_digest)
+                found[key] = Desired(key, served, self._policy(config, batched=served.signature.batched))
+        return found
+
+    def _policy(self, config: ServingConfig, *, batched: bool) -> ServingPolicy:
+        defaults, given = self._defaults, config.batching
+        payloads = PayloadPolicy(
+            config.log_payloads, defaults.payloads.request_bytes, defaults.payloads.record_bytes
+        )
+        max_rows = (given.max_rows or defaults.batching.max_rows) if batched else 1
+        batching = BatchPolicy(
+            max_rows=max_rows,
+            max_delay=given.max_delay_us / 1e6 if batched else 0.0,
+            preferred_rows=tuple(sorted(rows for rows in given.preferred_rows if 0 < rows <= max_rows)),
+            max_queue_rows=max(given.max_queue_rows or defaults.batching.max_queue_rows, max_rows),
+            max_queue_bytes=defaults.batching.max_queue_bytes,
+        )
+        timeout = config.default_timeout_ms / 1e3 if config.default_timeout_ms else defaults.timeout
+        return ServingPolicy(batching, payloads, timeout)

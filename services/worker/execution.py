@@ -1,0 +1,118 @@
+"""Running one batch: join, run, cut, and when a run fails, find the member at fault. No event loop here: it
+runs inline or in a thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from headrace.v1.tensor_pb2 import Signature
+
+from services.common.errors import HeadraceError, Internal
+from services.worker.backends.port import Backend
+from services.worker.batch_queue import Batch, Item
+from services.worker.input_layout import InputLayout, MergeKey
+from services.worker.tensors import Array, OutputColumn, to_column
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Members of a batch whose run succeeded together. `inputs` is per input the joined bytes."""
+
+    items: tuple[Item, ...]
+    rows: int
+    inputs: list[bytes]
+    columns: list[OutputColumn]
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What became of a batch: its members in `parts` or in `failures`, each in exactly one. Durations are
+    seconds; `infer` is the backend's share of the three. `reruns` counts runs beyond the first."""
+
+    parts: list[Part]
+    failures: list[tuple[Item, HeadraceError]]
+    prepare: float
+    infer: float
+    cut: float
+    reruns: int = 0
+    # What was raised where a failure is not the caller's fault.
+    fault: Exception | None = None
+
+
+class Runner:
+    """Runs batches of one model version on its backend, never more than `max_rows` rows at once."""
+
+    def __init__(self, backend: Backend, signature: Signature, layout: InputLayout) -> None:
+        self.backend = backend
+        self.layout = layout
+        self._datatypes = {spec.name: spec.datatype for spec in signature.outputs}
+
+    def execute(self, batch: Batch, max_rows: int) -> Execution:
+        """Run `batch`. Never raises: what fails stands in the result. A member fails only by its own doing:
+        when the run of several fails, each is run alone."""
+        execution = self._attempt(batch.items, batch.rows, max_rows)
+        if not execution.failures or len(batch.items) == 1:
+            return execution
+        alone = [self._attempt((item,), item.rows, max_rows) for item in batch.items]
+        return Execution(
+            parts=[part for one in alone for part in one.parts],
+            failures=[failure for one in alone for failure in one.failures],
+            prepare=execution.prepare + sum(one.prepare for one in alone),
+            infer=execution.infer + sum(one.infer for one in alone),
+            cut=execution.cut + sum(one.cut for one in alone),
+            reruns=len(alone),
+            fault=next((one.fault for one in alone if one.fault is not None), None),
+        )
+
+    def run(
+        self, key: MergeKey, data: list[bytes], rows: int, max_rows: int
+    ) -> tuple[list[OutputColumn], float, float]:
+        """Outputs for joined input bytes, and the seconds that the arrays and the backend took. Raises
+        whatever the backend raises."""
+        started = time.perf_counter()
+        arrays = self.layout.arrays(key, data, rows)
+        prepared = time.perf_counter()
+        if not self.layout.batched or rows <= max_rows:
+            outputs = self.backend.run(arrays, key[0])
+        else:
+            outputs = self._in_slices(arrays, key[0], rows, max_rows)
+        ran = time.perf_counter()
+        batched = self.layout.batched
+        columns = [
+            to_column(name, self._datatypes[name], array, rows, batched=batched)
+            for name, array in outputs.items()
+        ]
+        return columns, prepared - started, ran - prepared
+
+    def _attempt(self, items: Sequence[Item], rows: int, max_rows: int) -> Execution:
+        started = time.perf_counter()
+        data = [b"".join(parts) for parts in zip(*[item.data for item in items], strict=True)]
+        joined = time.perf_counter() - started
+        try:
+            columns, prepare, infer = self.run(items[0].key, data, rows, max_rows)
+        except HeadraceError as error:
+            failures = [(item, error) for item in items]
+            return Execution([], failures, joined, time.perf_counter() - started - joined, 0.0)
+        except Exception as error:  # any failure of a model is answered, logged and counted, never fatal
+            internal = Internal("the model failed on this input")
+            failures = [(item, internal) for item in items]
+            return Execution([], failures, joined, time.perf_counter() - started - joined, 0.0, fault=error)
+        cut = time.perf_counter() - started - joined - prepare - infer
+        return Execution([Part(tuple(items), rows, data, columns)], [], joined + prepare, infer, cut)
+
+    def _in_slices(
+        self, arrays: dict[str, Array], wanted: tuple[str, ...], rows: int, max_rows: int
+    ) -> dict[str, Array]:
+        pieces: list[dict[str, Array]] = []
+        for first in range(0, rows, max_rows):
+            part = {name: array[first : first + max_rows] for name, array in arrays.items()}
+            piece = self.backend.run(part, wanted)
+            count = min(max_rows, rows - first)
+            for name, array in piece.items():
+                if array.ndim == 0 or array.shape[0] != count:
+                    raise ValueError(f"output {name} has shape {list(array.shape)} for {count} rows of input")
+            pieces.append(piece)
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -1,0 +1,225 @@
+"""What a model version takes, worked out once from its signature, so that checking a request costs a few
+comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.tensor_pb2 import DataType, Signature, Tensor
+
+from services.common.errors import InvalidArgument
+from services.worker.tensors import NUMPY_TYPES, Array, datatype_name, decode_bytes, to_array
+
+Shape = tuple[int, ...]
+
+#: Requests with equal keys may run in one batch: outputs wanted, and per input the shape of one row (the
+#: whole shape where the model is not batched). Model version and datatypes are fixed by the layout itself.
+MergeKey = tuple[tuple[str, ...], tuple[Shape, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    name: str
+    datatype: DataType
+    # Without the row dimension where the model is batched.
+    shape: Shape
+    # Bytes of one element; 0 for BYTES.
+    itemsize: int
+    # Bytes of one row; None where a dimension varies or elements are BYTES.
+    row_bytes: int | None
+
+
+class InputLayout:
+    """Checks requests against one signature and makes the arrays of a batch.
+
+    Raises ValueError for a signature that cannot be served."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.batched = signature.batched
+        self._inputs = tuple(
+            _input(spec.name, spec.datatype, tuple(spec.shape), self.batched) for spec in signature.inputs
+        )
+        if not self._inputs:
+            raise ValueError("the signature names no inputs")
+        self._order = {spec.name: position for position, spec in enumerate(self._inputs)}
+        self._outputs = {spec.name for spec in signature.outputs}
+        #: No dimension but the rows varies, and no element has a length of its own.
+        self.fixed = all(spec.row_bytes is not None for spec in self._inputs)
+        self._plain_key: MergeKey = ((), tuple(spec.shape for spec in self._inputs))
+
+    def take(self, request: PredictRequest) -> tuple[int, MergeKey, tuple[bytes, ...]]:
+        """Rows, merge key and the inputs' bytes in the signature's order.
+
+        Raises InvalidArgument naming the input."""
+        tensors = request.inputs
+        if len(tensors) != len(self._inputs):
+            self._explain(request)
+        if len(tensors) == 1:
+            tensor = tensors[0]
+            if tensor.name != self._inputs[0].name:
+                self._explain(request)
+            rows, shape = self._check(tensor, self._inputs[0])
+            data: tuple[bytes, ...] = (tensor.data,)
+            shapes: tuple[Shape, ...] = (shape,)
+        else:
+            rows, shapes, data = self._take_many(request)
+        outputs = request.outputs
+        if not outputs:
+            return rows, self._plain_key if self.fixed else ((), shapes), data
+        return rows, (self._wanted(tuple(outputs)), shapes), data
+
+    def arrays(self, key: MergeKey, data: list[bytes], rows: int) -> dict[str, Array]:
+        """The inputs of a batch: `data` holds per input the joined bytes of all its requests."""
+        shapes = key[1]
+        return {
+            spec.name: to_array(joined, spec.datatype, (rows, *shape) if self.batched else shape)
+            for spec, shape, joined in zip(self._inputs, shapes, data, strict=True)
+        }
+
+    def tensors(self, key: MergeKey, data: list[bytes], rows: int) -> list[Tensor]:
+        """The same inputs as messages, for the prediction log."""
+        return [
+            Tensor(
+                name=spec.name,
+                datatype=spec.datatype,
+                shape=(rows, *shape) if self.batched else shape,
+                data=joined,
+            )
+            for spec, shape, joined in zip(self._inputs, key[1], data, strict=True)
+        ]
+
+    def synthetic(self, rows: int, variable: int) -> tuple[MergeKey, list[bytes]]:
+        """Inputs for a warm-up run: zeros (a zero is a valid index, token and measurement), text for BYTES,
+        `variable` for each dimension that the signature leaves open."""
+        shapes = tuple(tuple(variable if d < 0 else d for d in spec.shape) for spec in self._inputs)
+        data = []
+        for spec, shape in zip(self._inputs, shapes, strict=True):
+            elements = prod(shape) * (rows if self.batched else 1)
+            data.append(
+                b"\x07\0\0\0warm up" * elements if not spec.itemsize else bytes(elements * spec.itemsize)
+            )
+        return ((), shapes), data
+
+    @property
+    def variable(self) -> bool:
+        """Whether a dimension other than the rows is left open."""
+        return any(d < 0 for spec in self._inputs for d in spec.shape)
+
+    def _take_many(self, request: PredictRequest) -> tuple[int, tuple[Shape, ...], tuple[bytes, ...]]:
+        count = len(self._inputs)
+        shapes: list[Shape] = [()] * count
+        data = [b""] * count
+        seen = [False] * count
+        rows = -1
+        for tensor in request.inputs:
+            position = self._order.get(tensor.name, -1)
+            if position < 0 or seen[position]:
+                self._explain(request)
+            seen[position] = True
+            of_this, shapes[position] = self._check(tensor, self._inputs[position])
+            data[position] = tensor.data
+            if rows >= 0 and of_this != rows:
+                raise InvalidArgument(
+                    f"{tensor.name} has {of_this} rows, the inputs before it {rows}",
+                    field=f"inputs.{tensor.name}",
+                )
+            rows = of_this
+        return rows, tuple(shapes), tuple(data)
+
+    def _check(self, tensor: Tensor, spec: _Input) -> tuple[int, Shape]:
+        if tensor.datatype != spec.datatype:
+            raise InvalidArgument(
+                f"{spec.name} is {datatype_name(tensor.datatype)}, "
+                f"the model takes {datatype_name(spec.datatype)}",
+                field=f"inputs.{spec.name}",
+            )
+        shape = tuple(tensor.shape)
+        if self.batched:
+            rows, row_shape = (shape[0], shape[1:]) if shape else (0, shape)
+            if rows < 1:
+                raise InvalidArgument(f"{spec.name} has no rows", field=f"inputs.{spec.name}")
+        else:
+            rows, row_shape = 1, shape
+        if spec.row_bytes is not None:
+            if row_shape == spec.shape and len(tensor.data) == rows * spec.row_bytes:
+                if spec.datatype == DataType.DATA_TYPE_BOOL:
+                    _check_bools(tensor.data, spec)
+                return rows, row_shape
+        elif len(row_shape) == len(spec.shape) and all(
+            want in (-1, have) and have >= 0 for want, have in zip(spec.shape, row_shape, strict=True)
+        ):
+            _check_length(tensor.data, rows * prod(row_shape), spec)
+            return rows, row_shape
+        self._explain_tensor(tensor, spec, shape, row_shape, rows)
+        raise AssertionError("unreachable: the tensor was found wrong")
+
+    def _explain_tensor(
+        self, tensor: Tensor, spec: _Input, shape: Shape, row_shape: Shape, rows: int
+    ) -> None:
+        if row_shape == spec.shape:
+            expected = rows * (spec.row_bytes or 0)
+            raise InvalidArgument(
+                f"{spec.name} has {len(tensor.data)} bytes, its shape asks for {expected}",
+                field=f"inputs.{spec.name}",
+            )
+        wanted = [-1, *spec.shape] if self.batched else list(spec.shape)
+        raise InvalidArgument(
+            f"{spec.name} has shape {list(shape)}, the model takes {wanted}", field=f"inputs.{spec.name}"
+        )
+
+    def _wanted(self, outputs: tuple[str, ...]) -> tuple[str, ...]:
+        for name in outputs:
+            if name not in self._outputs:
+                raise InvalidArgument(f"the model has no output {name}", field=f"outputs.{name}")
+        return outputs
+
+    def _explain(self, request: PredictRequest) -> None:
+        """Raise what is wrong with the set of input names."""
+        given: set[str] = set()
+        for tensor in request.inputs:
+            if tensor.name not in self._order:
+                raise InvalidArgument(f"the model has no input {tensor.name}", field=f"inputs.{tensor.name}")
+            if tensor.name in given:
+                raise InvalidArgument(f"{tensor.name} is given twice", field=f"inputs.{tensor.name}")
+            given.add(tensor.name)
+        missing = next(name for name in self._order if name not in given)
+        raise InvalidArgument(f"{missing} is missing", field=f"inputs.{missing}")
+
+
+def _input(name: str, datatype: DataType, shape: Shape, batched: bool) -> _Input:
+    if datatype != DataType.DATA_TYPE_BYTES and datatype not in NUMPY_TYPES:
+        raise ValueError(f"input {name} has the unknown datatype {datatype_name(datatype)}")
+    if batched and not shape:
+        raise ValueError(f"input {name} has no dimension for rows")
+    row_shape = shape[1:] if batched else shape
+    itemsize = 0 if datatype == DataType.DATA_TYPE_BYTES else NUMPY_TYPES[datatype].itemsize
+    fixed = itemsize > 0 and all(d >= 0 for d in row_shape)
+    return _Input(name, datatype, row_shape, itemsize, prod(row_shape) * itemsize if fixed else None)
+
+
+def _check_length(data: bytes, elements: int, spec: _Input) -> None:
+    field = f"inputs.{spec.name}"
+    if not spec.itemsize:
+        try:
+            found = len(decode_bytes(data))
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{spec.name}: {error.message}", field=field) from None
+        if found != elements:
+            raise InvalidArgument(
+                f"{spec.name} has {found} elements, its shape asks for {elements}", field=field
+            )
+        return
+    if len(data) != elements * spec.itemsize:
+        raise InvalidArgument(
+            f"{spec.name} has {len(data)} bytes, its shape asks for {elements * spec.itemsize}", field=field
+        )
+    if spec.datatype == DataType.DATA_TYPE_BOOL:
+        _check_bools(data, spec)
+
+
+def _check_bools(data: bytes, spec: _Input) -> None:
+    # Any other byte is undefined behaviour in a numpy bool array.
+    if data.translate(None, b"\0\1"):
+        raise InvalidArgument(f"{spec.name} holds bytes other than 0 and 1", field=f"inputs.{spec.name}")

@@ -1,0 +1,277 @@
+"""A model version that is loaded and warm: requests in, batches through the backend, log, replies out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code
+from opentelemetry.trace import SpanKind
+
+from services.common.clock import Clock
+from services.common.errors import Cancelled, DeadlineExceeded, HeadraceError, Internal
+from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers
+from services.worker.batch_queue import Batch, BatchPolicy, Item
+from services.worker.batcher import Batcher, LoopTurns
+from services.worker.execution import Execution, Runner
+from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.replies import ok_replies
+from services.worker.run_time import RunTime
+from services.worker.stats import ModelStats
+
+log = structlog.get_logger(__name__)
+
+_OK = Code.CODE_OK
+_MOST_LINKS = 128
+
+
+class Log(Protocol):
+    """The part of the event log that serving needs."""
+
+    @property
+    def usable(self) -> bool: ...
+
+    def append(self, key: bytes, value: bytes, headers: tuple[tuple[str, bytes], ...] = ()) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What all versions of a worker share."""
+
+    clock: Clock
+    log: Log
+    tracing: Tracing
+    pool: ThreadPoolExecutor
+    #: Batches expected to take longer than this many seconds run in a thread.
+    inline_below: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPolicy:
+    """What the deployment says of a version, and may change while it is loaded. `timeout` is seconds."""
+
+    batching: BatchPolicy
+    payloads: PayloadPolicy
+    timeout: float
+
+
+class LoadedModel:
+    """Serves one model version. All methods belong to the event loop; only runs happen in threads.
+
+    A batch's record is in the prediction log before any of its replies leaves; where the log takes none, its
+    members are refused with RESOURCE_EXHAUSTED."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        run_time: RunTime,
+        records: PredictionRecords,
+        policy: ServingPolicy,
+        serving: Serving,
+        *,
+        version: str,
+        slots: int,
+    ) -> None:
+        self.layout = runner.layout
+        self.stats = ModelStats()
+        self.run_time = run_time
+        self.version = version
+        self.running_rows = 0
+        self.last_used = serving.clock.monotonic()
+        self._runner = runner
+        self._records = records
+        self._policy = policy
+        self._serving = serving
+        self._loop = asyncio.get_running_loop()
+        self._batcher = Batcher(LoopTurns(serving.clock), policy.batching, run_time, self._run, slots=slots)
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a request has whose caller set no deadline."""
+        return self._policy.timeout
+
+    @property
+    def queued_rows(self) -> int:
+        return self._batcher.queued_rows
+
+    @property
+    def pending(self) -> int:
+        """Requests that wait."""
+        return self._batcher.queued
+
+    @property
+    def refused(self) -> Counter[str]:
+        """Requests that the batcher refused, by the name of the code."""
+        return self._batcher.refused
+
+    @property
+    def device(self) -> str:
+        return self._runner.backend.device
+
+    def configure(self, policy: ServingPolicy) -> None:
+        """Serve by `policy` from the next batch on."""
+        self._policy = policy
+        self._batcher.policy = policy.batching
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Queue requests that arrived together; each is settled exactly once, later."""
+        self._batcher.submit(items)
+
+    def cancel(self, item: Item) -> None:
+        """Nobody waits for `item` any more."""
+        self._batcher.cancel(item)
+
+    async def drain(self) -> None:
+        """Return once nothing waits and nothing runs."""
+        await self._batcher.drain()
+
+    def close(self) -> None:
+        """Refuse what waits and what comes, and give the backend's memory back once nothing runs."""
+        self._batcher.close()
+        if self._batcher.idle:
+            self._runner.backend.close()
+
+    def _run(self, batch: Batch) -> None:
+        serving = self._serving
+        started = serving.clock.monotonic()
+        self.last_used = started
+        self.running_rows += batch.rows
+        max_rows = self._policy.batching.max_rows
+        # Where a dimension varies, rows say too little about the time that a run takes.
+        inline = self.layout.fixed and self.run_time.estimate(batch.rows) <= serving.inline_below
+        self.stats.batch(batch.rows, batch.reason.value, inline=inline)
+        if inline:
+            self._finish(batch, self._runner.execute(batch, max_rows), started)
+            return
+        future = serving.pool.submit(self._runner.execute, batch, max_rows)
+        future.add_done_callback(
+            lambda done: self._loop.call_soon_threadsafe(self._ran, batch, done, started)
+        )
+
+    def _ran(self, batch: Batch, done: Future[Execution], started: float) -> None:
+        self._finish(batch, done.result(), started)
+
+    def _finish(self, batch: Batch, execution: Execution, started: float) -> None:
+        try:
+            self._answer(batch, execution, started)
+        except Exception as error:  # whatever goes wrong here, every caller gets an answer
+            log.exception("answering_failed", model=self._records.key.decode())
+            refusal = error if isinstance(error, HeadraceError) else Internal("the answer could not be made")
+            self._settle_all(batch.items, refusal)
+        finally:
+            self.running_rows -= batch.rows
+            self._batcher.finished()
+
+    def _answer(self, batch: Batch, execution: Execution, started: float) -> None:
+        clock = self._serving.clock
+        now = clock.monotonic()
+        elapsed = now - started
+        times = Answered(started, now, clock.unix_us(), max(1, round(elapsed * 1e6)))
+        if execution.fault is not None:
+            log.error("model_failed", model=self._records.key.decode(), exc_info=execution.fault)
+        if not execution.reruns and not execution.failures:
+            self.run_time.observe(batch.rows, elapsed, now)
+        headers = self._trace(batch, times, failed=bool(execution.failures))
+        whole = (
+            not execution.failures
+            and len(execution.parts) == 1
+            and all(not item.done and item.deadline > now for item in batch.items)
+        )
+        if whole:
+            part = execution.parts[0]
+            self._append(self._records.of_part(part, times, self._policy.payloads), headers)
+            for item, reply in ok_replies(self.version, part, times, batched=self.layout.batched):
+                item.settle(reply)
+            self.stats.succeeded += len(batch.items)
+            self.stats.rows += batch.rows
+        else:
+            self._answer_each(execution, times, headers)
+        self._count(batch, execution, times)
+
+    def _answer_each(
+        self, execution: Execution, times: Answered, headers: tuple[tuple[str, bytes], ...]
+    ) -> None:
+        """The same where members failed, were cancelled or came too late."""
+
+        def code(item: Item) -> Code:
+            if item.done:
+                return Cancelled.code
+            return _OK if item.deadline > times.finished else DeadlineExceeded.code
+
+        entries = [entry for part in execution.parts for entry in entries_of(part, code)]
+        codes = {id(entry.item): entry.code for entry in entries}
+        entries += [Entry(item, error.code) for item, error in execution.failures]
+        self._append(self._records.of_entries(entries, times, self._policy.payloads), headers)
+        for part in execution.parts:
+            for item, reply in ok_replies(self.version, part, times, batched=self.layout.batched):
+                if codes[id(item)] == _OK:
+                    item.settle(reply)
+                    self.stats.succeeded += 1
+                    self.stats.rows += item.rows
+                else:
+                    self._fail(item, DeadlineExceeded("the answer came after the deadline"))
+        for item, error in execution.failures:
+            self._fail(item, error)
+
+    def _append(self, records: Iterable[PredictionBatch], headers: tuple[tuple[str, bytes], ...]) -> None:
+        for record in records:
+            self._serving.log.append(self._records.key, record.SerializeToString(), headers)
+
+    def _settle_all(self, items: Sequence[Item], error: HeadraceError) -> None:
+        for item in items:
+            self._fail(item, error)
+
+    def _fail(self, item: Item, error: HeadraceError) -> None:
+        if not item.done:
+            self.stats.failed[Code.Name(error.code)] += 1
+            item.settle(error)
+
+    def _count(self, batch: Batch, execution: Execution, times: Answered) -> None:
+        stats, count = self.stats, len(batch.items)
+        stats.reruns += execution.reruns
+        stats.compute_input_s += execution.prepare * count
+        stats.compute_infer_s += execution.infer * count
+        stats.compute_output_s += execution.cut * count
+        waited = sum([item.queued_at for item in batch.items])
+        stats.queue_s += times.started * count - waited
+        stats.request_s += times.finished * count - waited
+
+    def _trace(self, batch: Batch, times: Answered, *, failed: bool) -> tuple[tuple[str, bytes], ...]:
+        """Record the batch as a span, child of its first sampled request and linked to the others; gives the
+        headers that let the log's readers continue that trace."""
+        traces = [trace for item in batch.items if (trace := item.request.trace)]
+        if not traces:
+            return ()
+        callers = [caller for trace in traces[:_MOST_LINKS] if (caller := from_trace_bytes(trace))]
+        if not callers:
+            return ()
+        tracing = self._serving.tracing
+        context = tracing.start(callers[0])
+        if context is None:
+            return ()
+        if tracing.enabled:
+            ended = times.unix_us * 1000
+            tracing.record_span(
+                "worker.batch",
+                ended - times.compute_us * 1000,
+                ended,
+                callers[0],
+                callers[1:],
+                {
+                    "headrace.model_version": self._records.key.decode(),
+                    "headrace.requests": len(batch.items),
+                    "headrace.rows": batch.rows,
+                    "headrace.release": batch.reason.value,
+                    "headrace.queue_us": max(0, int((times.started - batch.items[0].queued_at) * 1e6)),
+                },
+                context=context,
+                kind=SpanKind.SERVER,
+                error="requests of the batch failed" if failed else None,
+            )
+        return kafka_headers(context)

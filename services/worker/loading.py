@@ -1,0 +1,124 @@
+"""From an artifact's digest to a version that is loaded and warm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from headrace.v1.control_pb2 import LoadedVersion
+
+from services.worker.artifacts import ArtifactCache
+from services.worker.backends.port import Backend, BackendOptions, LoadFailed
+from services.worker.backends.registry import loader
+from services.worker.desired import Desired
+from services.worker.execution import Runner
+from services.worker.input_layout import InputLayout
+from services.worker.loaded_model import LoadedModel, Serving
+from services.worker.prediction_log import PredictionRecords
+from services.worker.run_time import RunTime
+from services.worker.warm_up import WarmUp, warm_up
+
+log = structlog.get_logger(__name__)
+
+OnState = Callable[[LoadedVersion.State], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """`source` names this process in the prediction log. `memory_limit` is bytes, 0: none. `slots` is how
+    many batches of a version may run at once."""
+
+    source: str
+    backend: BackendOptions
+    memory_limit: int = 0
+    slots: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A version that serves, and the bytes that the process grew by."""
+
+    model: LoadedModel
+    memory_bytes: int
+
+
+class VersionLoader:
+    """Downloads concurrently, loads and measures one version at a time: two at once would measure each
+    other."""
+
+    def __init__(self, artifacts: ArtifactCache, serving: Serving, options: LoadOptions) -> None:
+        self._artifacts = artifacts
+        self._serving = serving
+        self._options = options
+        self._one_at_a_time = asyncio.Lock()
+
+    async def load(self, desired: Desired, on_state: OnState) -> Loaded:
+        """Bring `desired` up. Raises LoadFailed with the reason, Unavailable when the artifact store is
+        away."""
+        key, served = desired.key, desired.served
+        try:
+            layout = InputLayout(served.signature)
+        except ValueError as error:
+            raise LoadFailed(f"the signature cannot be served: {error}") from error
+        directory = await self._artifacts.fetch(served.artifact_digest)
+        async with self._one_at_a_time:
+            self._check_memory(served.artifact_bytes)
+            before = resident_bytes()
+            backend = await asyncio.to_thread(self._open, desired, directory)
+            on_state(LoadedVersion.STATE_WARMING)
+            run_time = RunTime()
+            runner = Runner(backend, served.signature, layout)
+            max_rows = desired.policy.batching.max_rows
+            try:
+                warm = await asyncio.to_thread(warm_up, runner, layout, max_rows, run_time)
+            except BaseException:
+                backend.close()
+                raise
+            grown = max(resident_bytes() - before, served.artifact_bytes)
+        self._tell(desired, warm, run_time, max_rows)
+        records = PredictionRecords(
+            self._options.source, key.model, key.version, served.artifact_digest, layout
+        )
+        model = LoadedModel(
+            runner, run_time, records, desired.policy, self._serving,
+            version=key.version, slots=self._options.slots,
+        )  # fmt: skip
+        return Loaded(model, grown)
+
+    def _open(self, desired: Desired, directory: Path) -> Backend:
+        served = desired.served
+        return loader(served.backend)(directory, served.signature, self._options.backend)
+
+    def _check_memory(self, artifact_bytes: int) -> None:
+        limit = self._options.memory_limit
+        used = resident_bytes()
+        if limit and used + artifact_bytes > limit:
+            raise LoadFailed(
+                f"no memory for {artifact_bytes >> 20} MiB: {used >> 20} of {limit >> 20} MiB are in use"
+            )
+
+    def _tell(self, desired: Desired, warm: WarmUp, run_time: RunTime, max_rows: int) -> None:
+        key = desired.key
+        if not warm.ran:
+            log.warning("not_warmed_up", model=key.model, version=key.version, reason=warm.reason)
+            return
+        log.info(
+            "loaded",
+            model=key.model,
+            version=key.version,
+            one_row_us=round(run_time.estimate(1) * 1e6),
+            full_batch_us=round(run_time.estimate(max_rows) * 1e6),
+            max_rows=max_rows,
+        )
+
+
+def resident_bytes() -> int:
+    """Memory that the process holds; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0

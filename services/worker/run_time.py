@@ -1,0 +1,62 @@
+"""How long a model runs, learned while it runs."""
+
+from __future__ import annotations
+
+from math import inf
+
+# Each measurement counts this much less than the next one: the last fifty or so decide.
+_KEEP = 0.98
+# An optimistic bound older than this many seconds is forgotten: refusing on the strength of one slow minute
+# would leave nothing that could ever measure a faster one.
+_FLOOR_LIFE_S = 10.0
+
+
+class RunTime:
+    """Run time of a batch as a line over its rows, `fixed + per_row * rows`, in seconds: least squares with
+    exponentially fading weights, both coefficients kept non-negative.
+
+    `floor` is the fastest single run lately seen: nothing can be answered sooner."""
+
+    __slots__ = ("_floor_now", "_floor_past", "_n", "_nn", "_nt", "_since", "_t", "_w", "fixed", "per_row")
+
+    def __init__(self) -> None:
+        self._w = self._n = self._nn = self._t = self._nt = 0.0
+        self._floor_now = self._floor_past = inf
+        self._since = 0.0
+        self.fixed = 0.0
+        self.per_row = 0.0
+
+    def observe(self, rows: int, seconds: float, now: float) -> None:
+        """Take in that `rows` rows ran in `seconds`, ending at `now` (any monotonic scale)."""
+        self._w = self._w * _KEEP + 1.0
+        self._n = self._n * _KEEP + rows
+        self._nn = self._nn * _KEEP + rows * rows
+        self._t = self._t * _KEEP + seconds
+        self._nt = self._nt * _KEEP + rows * seconds
+        self._fit()
+        if now - self._since > _FLOOR_LIFE_S / 2:
+            self._floor_past, self._floor_now, self._since = self._floor_now, inf, now
+        self._floor_now = min(self._floor_now, seconds)
+
+    def estimate(self, rows: int) -> float:
+        """Seconds that a batch of `rows` rows will take; 0 before the first measurement."""
+        return self.fixed + self.per_row * rows
+
+    def floor(self, rows: int, now: float) -> float:
+        """Seconds that `rows` rows take at the very least; 0 when no run was measured lately."""
+        if now - self._since > _FLOOR_LIFE_S:
+            return 0.0
+        fastest = min(self._floor_now, self._floor_past, self.estimate(rows))
+        return fastest if fastest < inf else 0.0
+
+    def _fit(self) -> None:
+        mean_n, mean_t = self._n / self._w, self._t / self._w
+        variance = self._nn / self._w - mean_n * mean_n
+        # With all batches of one size lately, a slope cannot be told from the offset: the last known one
+        # stays.
+        slope = self.per_row
+        if variance > 1e-6 * mean_n * mean_n:
+            slope = max(0.0, (self._nt / self._w - mean_n * mean_t) / variance)
+        slope = min(slope, mean_t / mean_n)
+        self.per_row = slope
+        self.fixed = mean_t - slope * mean_n

@@ -1,0 +1,112 @@
+"""Requests as they arrive, from the frame stream or one at a time, to the versions that answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.clock import Clock
+from services.common.errors import HeadraceError, NotFound, ResourceExhausted, Unavailable
+from services.common.frames import Peer
+from services.worker.batch_queue import Answer, Item
+from services.worker.loaded_model import LoadedModel, Log
+from services.worker.model_host import ModelHost
+from services.worker.replies import error_reply
+
+Settle = Callable[[PredictRequest, Answer], None]
+
+
+class Servicer:
+    """Hands requests to the versions that they name."""
+
+    def __init__(self, host: ModelHost, log: Log, clock: Clock) -> None:
+        self._host = host
+        self._log = log
+        self._clock = clock
+        #: Set once the worker takes nothing more.
+        self.closed = False
+        self.refused: dict[str, int] = {}
+
+    def accept(self, requests: Iterable[PredictRequest], settle: Settle) -> list[tuple[LoadedModel, Item]]:
+        """Queue `requests`, which arrived together; `settle` is called once for each, now or later.
+
+        Returns those that wait. A version that is not loaded is UNAVAILABLE, so that the router tries another
+        endpoint; a request that its version cannot take is INVALID_ARGUMENT with the field."""
+        now = self._clock.monotonic()
+        groups: dict[LoadedModel, list[Item]] = {}
+        waiting: list[tuple[LoadedModel, Item]] = []
+        closed = self._closed()
+        for request in requests:
+            loaded = self._host.find(request.model, request.version)
+            try:
+                if closed is not None:
+                    raise closed
+                if loaded is None:
+                    raise self._not_here(request)
+                rows, key, data = loaded.layout.take(request)
+            except HeadraceError as error:
+                self._count(error)
+                settle(request, error)
+                continue
+            timeout = request.timeout_us
+            deadline = now + (timeout / 1e6 if timeout else loaded.timeout)
+            item = Item(request, rows, key, data, deadline, settle)
+            group = groups.get(loaded)
+            if group is None:
+                groups[loaded] = [item]
+            else:
+                group.append(item)
+            waiting.append((loaded, item))
+        for loaded, items in groups.items():
+            loaded.submit(items)
+        return waiting
+
+    def _closed(self) -> HeadraceError | None:
+        if self.closed:
+            return Unavailable("the worker is leaving")
+        if not self._log.usable:
+            # Refused before running: what cannot be logged is not computed either.
+            return ResourceExhausted("the prediction log takes nothing more", retry_after_ms=1000)
+        return None
+
+    def _not_here(self, request: PredictRequest) -> HeadraceError:
+        name = f"{request.model} version {request.version}"
+        if self._host.knows(request.model):
+            return Unavailable(f"{name} is not loaded here", field="version")
+        return NotFound(f"{name} is not deployed here", field="model")
+
+    def _count(self, error: HeadraceError) -> None:
+        name = Code.Name(error.code)
+        self.refused[name] = self.refused.get(name, 0) + 1
+
+
+class FrameConnection:
+    """One router's stream."""
+
+    def __init__(self, servicer: Servicer, peer: Peer) -> None:
+        self._servicer = servicer
+        self._peer = peer
+        self._waiting: dict[int, tuple[LoadedModel, Item]] = {}
+
+    def on_request_frame(self, frame: RequestFrame) -> None:
+        """Queue the frame's requests at once, and take out those that nobody waits for."""
+        waiting = self._waiting
+        for loaded, item in self._servicer.accept(frame.items, self._settle):
+            if not item.done:
+                waiting[item.request.id] = (loaded, item)
+        for identifier in frame.cancels:
+            cancelled = waiting.pop(identifier, None)
+            if cancelled is not None:
+                cancelled[0].cancel(cancelled[1])
+
+    def on_closed(self) -> None:
+        """The router has gone: nobody waits for its requests any more."""
+        waiting, self._waiting = self._waiting, {}
+        for loaded, item in waiting.values():
+            loaded.cancel(item)
+
+    def _settle(self, request: PredictRequest, answer: Answer) -> None:
+        self._waiting.pop(request.id, None)
+        self._peer.reply(answer if isinstance(answer, PredictReply) else error_reply(request, answer))

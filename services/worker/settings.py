@@ -1,0 +1,54 @@
+"""The worker's environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from services.common.settings import ArtifactSettings, Port, ServiceSettings
+
+
+class Settings(ServiceSettings, ArtifactSettings):
+    """What a worker reads. Ports: 0 lets the system choose one."""
+
+    #: Stays the same over restarts: the prediction log that an earlier process left is found by it.
+    worker_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "worker-0"
+    #: Serves the models that are deployed to this pool.
+    pool: str = "default"
+    #: Host name under which routers reach this worker; empty: `host`.
+    advertise_host: str = ""
+    frames_port: Port = 8020
+    grpc_port: Port = 8021
+    ops_port: Port = 8022
+
+    #: Where the deployment makes no statement: rows per batch, rows and bytes that may wait per version.
+    max_rows: Annotated[int, Field(ge=1)] = 64
+    max_queue_rows: Annotated[int, Field(ge=1)] = 8192
+    max_queue_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    default_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+
+    #: Threads that run models, and batches of one version that may run at once in them.
+    run_threads: Annotated[int, Field(ge=1)] = 2
+    slots: Annotated[int, Field(ge=1)] = 1
+    #: Threads of one run.
+    backend_threads: Annotated[int, Field(ge=1)] = 1
+    #: Batches expected to be faster than this run on the event loop: handing them over would take longer.
+    inline_below_us: Annotated[int, Field(ge=0)] = 500
+    #: Versions that would take the process beyond this fail to load; 0: no limit.
+    memory_limit_bytes: Annotated[int, Field(ge=0)] = 0
+
+    #: The prediction log on disk, while Kafka is away; full: requests are refused.
+    log_max_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    #: Larger requests are logged without their tensors.
+    log_payload_max_bytes: Annotated[int, Field(ge=0)] = 1 << 20
+
+    heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
+    #: How long a version that is no longer deployed goes on answering.
+    linger_s: Annotated[float, Field(ge=0)] = 2.0
+
+    @property
+    def directory(self) -> Path:
+        """This worker's own part of the state directory."""
+        return self.state_dir / f"worker-{self.worker_id}"

@@ -1,0 +1,51 @@
+"""What the worker says of itself."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from headrace.v1.control_pb2 import WorkerStatus
+
+from services.common.clock import Clock
+from services.common.lifecycle import Health
+from services.worker.loading import resident_bytes
+from services.worker.model_host import ModelHost
+
+
+class StatusReport:
+    """Makes a WorkerStatus each time it is called. `ports` are those of the frame stream and of gRPC."""
+
+    def __init__(
+        self, worker_id: str, pool: str, address: str, ports: tuple[int, int],
+        host: ModelHost, health: Health, clock: Clock, *, memory_limit: int,
+    ) -> None:  # fmt: skip
+        self._fixed = WorkerStatus(
+            worker_id=worker_id,
+            incarnation=uuid4().hex,
+            frames_address=f"{address}:{ports[0]}",
+            grpc_address=f"{address}:{ports[1]}",
+            pool=pool,
+            memory_limit_bytes=memory_limit,
+        )
+        self._host = host
+        self._health = health
+        self._clock = clock
+        #: Set when the worker leaves; before that its health decides.
+        self.state: WorkerStatus.State | None = None
+
+    def __call__(self) -> WorkerStatus:
+        """The status now."""
+        models = [model for _, model in self._host.serving()]
+        status = WorkerStatus()
+        status.CopyFrom(self._fixed)
+        status.state = self.state or self._by_health()
+        status.versions.extend(self._host.states())
+        status.queued_rows = sum(model.queued_rows for model in models)
+        status.running_rows = sum(model.running_rows for model in models)
+        status.memory_bytes = resident_bytes()
+        status.device = models[0].device if models else "cpu"
+        status.sent_at_us = self._clock.unix_us()
+        return status
+
+    def _by_health(self) -> WorkerStatus.State:
+        return WorkerStatus.STATE_READY if self._health.ready else WorkerStatus.STATE_STARTING

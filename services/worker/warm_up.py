@@ -1,0 +1,58 @@
+"""First runs of a freshly loaded version: they prove that it works and measure how long it takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from services.worker.backends.port import LoadFailed
+from services.worker.execution import Runner
+from services.worker.input_layout import InputLayout
+from services.worker.run_time import RunTime
+
+# Sizes tried for dimensions that the signature leaves open; 224 is what image models are made for.
+_OPEN_SIZES = (1, 16, 64, 224)
+_RUNS = 5
+# No size is measured for longer than this many seconds after its first run.
+_MEASURE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """`ran` is False where no synthetic input fits a model with open dimensions; `reason` says what
+    failed."""
+
+    ran: bool
+    reason: str = ""
+
+
+def warm_up(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTime) -> WarmUp:
+    """Run one row and `max_rows` rows, several times each, and teach `run_time`. Blocking.
+
+    Raises LoadFailed when a model with a fixed shape cannot run, or answers with the wrong number of rows."""
+    failure: Exception | None = None
+    for size in _OPEN_SIZES if layout.variable else (1,):
+        try:
+            _measure(runner, layout, max_rows if layout.batched else 1, run_time, size)
+        except Exception as error:  # a backend may raise anything
+            failure = error
+        else:
+            return WarmUp(ran=True)
+    reason = str(failure).strip().splitlines()[0][:300] if str(failure).strip() else type(failure).__name__
+    if layout.variable:
+        return WarmUp(ran=False, reason=reason)
+    raise LoadFailed(f"the model fails on an input of zeros: {reason}") from failure
+
+
+def _measure(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTime, size: int) -> None:
+    for rows in sorted({1, max_rows}):
+        key, data = layout.synthetic(rows, size)
+        runner.run(key, data, rows, max_rows)  # the first run allocates; it is not what later ones take
+        until = time.monotonic() + _MEASURE_S
+        for _ in range(_RUNS):
+            started = time.monotonic()
+            runner.run(key, data, rows, max_rows)
+            ended = time.monotonic()
+            run_time.observe(rows, ended - started, ended)
+            if ended > until:
+                break
