@@ -10,9 +10,9 @@ from scipy.spatial import distance
 from services.drift.detectors.binning import finite
 
 
-def jensen_shannon(reference_shares: ArrayLike, current_shares: ArrayLike) -> float:
-    """Root of the Jensen-Shannon divergence, base 2: 0 equal, 1 disjoint (Endres & Schindelin 2003)."""
-    return float(distance.jensenshannon(reference_shares, current_shares, base=2))
+def jensen_shannon(reference_shares: ArrayLike, current_shares: ArrayLike, *, base: float = 2.0) -> float:
+    """Root of the Jensen-Shannon divergence (Endres & Schindelin 2003): 0 equal, 1 disjoint to base 2."""
+    return float(distance.jensenshannon(reference_shares, current_shares, base=base))
 
 
 def hellinger(reference_shares: ArrayLike, current_shares: ArrayLike) -> float:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from services.drift.detectors.ks import EFFECT_FLOOR, ks_two_sample
+from services.drift.detectors.ks import EFFECT_FLOOR, Method, ks_two_sample
 
 Correction = Literal["fdr", "bonferroni"]
 
@@ -37,16 +37,24 @@ class FeatureDrift:
 
 
 def ks_features(
-    reference: ArrayLike, current: ArrayLike, *, level: float = 0.05, correction: Correction = "fdr"
+    reference: ArrayLike,
+    current: ArrayLike,
+    *,
+    level: float = 0.05,
+    correction: Correction = "fdr",
+    method: Method = "auto",
 ) -> FeatureDrift:
     """KS per column of two matrices (rows, features), corrected over the columns.
 
     "fdr" is Benjamini & Hochberg (1995), "bonferroni" holds the family-wise error.
+    `method` is that of `ks_two_sample`.
     """
     left, right = np.atleast_2d(np.asarray(reference)), np.atleast_2d(np.asarray(current))
     if left.shape[1] != right.shape[1]:
         raise ValueError("reference and current need the same features")
-    tests = [ks_two_sample(left[:, column], right[:, column]) for column in range(left.shape[1])]
+    tests = [
+        ks_two_sample(left[:, column], right[:, column], method=method) for column in range(left.shape[1])
+    ]
     p_values = np.array([test.p_value for test in tests])
     threshold, drifted, q_values = decide(p_values, level, correction)
     return FeatureDrift(np.array([t.statistic for t in tests]), p_values, q_values, threshold, drifted)

@@ -1,0 +1,120 @@
+"""Cases of a vectors file: reading, running their recipes, comparing with what is expected."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: Expected entries that are words for the reader, or that a kind's own check reads.
+PROSE = frozenset({"must_hold", "accept", "why", "note"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case. `data` holds the arrays that its recipe made, empty where it has none."""
+
+    id: str
+    kind: str
+    source: str
+    inputs: Mapping[str, Any]
+    expected: Mapping[str, Any]
+    tolerance: Mapping[str, Any]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """Everything that may name the variant: the source, the definition, the call."""
+        parts = [self.source, *(self.inputs.get(key, "") for key in ("definition", "r_call", "recipe"))]
+        return " ".join(str(part) for part in parts)
+
+    def number(self, *names: str, default: float) -> float:
+        """The first of `names` among the inputs."""
+        return next((float(self.inputs[name]) for name in names if name in self.inputs), default)
+
+    def pattern(self, expression: str, default: str) -> str:
+        """The first group of a regular expression found in the words."""
+        found = re.search(expression, self.words)
+        return found.group(1) if found else default
+
+
+#: What a kind computes: the values under the names of `expected`.
+Answer = Callable[[Case], Mapping[str, Any]]
+#: A kind's own comparison where tolerances alone do not say it: problems found, empty if none.
+Check = Callable[[Case, Mapping[str, Any]], list[str]]
+
+
+def read(path: Path) -> list[Case]:
+    """The cases of a file, their recipes not yet run."""
+    entries = json.loads(path.read_text())
+    return [
+        Case(
+            id=entry["id"],
+            kind=entry["kind"],
+            source=entry.get("source", ""),
+            inputs=entry["inputs"],
+            expected=entry["expected"],
+            tolerance=entry.get("tolerance", {}),
+        )
+        for entry in entries
+    ]
+
+
+def run_recipe(case: Case) -> dict[str, Any]:
+    """Run the case's recipe with numpy as np. Raises ValueError where a checksum does not hold."""
+    recipe = case.inputs.get("recipe_python")
+    if recipe is None:
+        return {}
+    made: dict[str, Any] = {"np": np}
+    exec(recipe, made)  # the file is the test's own input
+    for name, checksum in case.inputs.get("checksums", {}).items():
+        values = np.asarray(made[name])
+        first = values.ravel()[: len(checksum["first3"])].astype(float)
+        same = (
+            list(values.shape) == list(checksum["shape"])
+            and math.isclose(float(values.sum()), checksum["sum"], rel_tol=1e-9, abs_tol=1e-7)
+            and np.allclose(first, checksum["first3"], rtol=1e-9)
+        )
+        if not same:
+            raise ValueError(f"the recipe made another {name} than the file's author had")
+    return made
+
+
+def differences(case: Case, answer: Mapping[str, Any]) -> list[str]:
+    """Where the answer leaves the tolerance of what is expected."""
+    problems: list[str] = []
+    for name, wanted in case.expected.items():
+        if name in PROSE:
+            continue
+        if name not in answer:
+            problems.append(f"{name}: no value")
+            continue
+        problems += _compare(name, wanted, answer[name], case.tolerance)
+    return problems
+
+
+def _compare(name: str, wanted: Any, found: Any, tolerance: Mapping[str, Any]) -> list[str]:
+    if isinstance(wanted, Mapping):
+        return [
+            problem
+            for key, value in wanted.items()
+            for problem in _compare(f"{name}.{key}", value, found[key], tolerance)
+        ]
+    expected, actual = np.atleast_1d(wanted).astype(float), np.atleast_1d(found).astype(float)
+    if expected.shape != actual.shape:
+        return [f"{name}: {actual.size} values instead of {expected.size}"]
+    allowed = np.maximum(
+        float(tolerance.get("abs", 0.0)),
+        float(tolerance.get("rel", 0.0 if "abs" in tolerance else 1e-6)) * np.abs(expected),
+    )
+    with np.errstate(invalid="ignore"):
+        wrong = ~((np.abs(actual - expected) <= allowed) | (actual == expected))
+    return [
+        f"{name}: {actual[place]!r} instead of {expected[place]!r}" for place in np.flatnonzero(wrong)[:3]
+    ]
