@@ -83,6 +83,21 @@ async def test_an_append_is_on_disk_when_it_returns(tmp_path: Path, bus: MemoryB
         bus.away = False
 
 
+async def test_with_fsync_every_append_reaches_the_disk_itself(
+    tmp_path: Path, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    async with opened(tmp_path / "with", bus, fsync=True) as log:
+        log.append(b"k", b"1")
+        log.append(b"k", b"2")
+        assert len(flushed) == 2
+    async with opened(tmp_path / "without", bus) as log:
+        log.append(b"k", b"3")
+    assert len(flushed) == 2
+    assert arrived(bus) == [b"1", b"2", b"3"]
+
+
 async def test_many_events_travel_in_one_publish(tmp_path: Path, bus: MemoryBus) -> None:
     batches: list[int] = []
     publish = bus.publish
