@@ -47,12 +47,13 @@ RESOURCE_EXHAUSTED. An item's deadline is `loop.time() + item.timeout_us / 1e6` 
 TLS: pass `server_tls(...)` / `client_tls(...)`; ALPN must settle on h2.
 
 Reading order: limits, wire (frames of HTTP/2), messages (gRPC messages, coalescing), connection (the data
-path both sides share), server, client, tls.
+path both sides share), peer, server_connection, server, client_connection, client, tls.
 """
 
 from services.common.frames.client import FrameCalls, lost
 from services.common.frames.limits import Limits
-from services.common.frames.server import FrameHandler, FrameServer, Peer
+from services.common.frames.peer import FrameHandler, Peer
+from services.common.frames.server import FrameServer
 from services.common.frames.tls import client_tls, server_tls
 
 __all__ = ["FrameCalls", "FrameHandler", "FrameServer", "Limits", "Peer", "client_tls", "lost", "server_tls"]

@@ -62,13 +62,16 @@ class Http2Connection(asyncio.Protocol):
         self._received = 0  # not yet granted again
         self._stream_received = 0
         self._unsent = bytearray()
-        self._paused = False  # the socket takes nothing more
+        self._paused_at: float | None = None  # since when the socket takes nothing more
+        self._owed_answers = 0  # written meanwhile
         self._reading_held = False
+        self._grants_held = False  # no new windows: what the peer asked for is more than it takes
 
         self._ending = False  # nothing is read or sent any more
         self._control_frames = 0
         self._heard_at = loop.time()
         self._ping_sent_at: float | None = None
+        self._ping_after_s = limits.ping_after_s
         self._keepalive: asyncio.TimerHandle | None = None
         self._linger: asyncio.TimerHandle | None = None
 
@@ -139,10 +142,12 @@ class Http2Connection(asyncio.Protocol):
             self.lost.set_result(reason)
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self._paused_at = self._loop.time()
+        self._watch()
 
     def resume_writing(self) -> None:
-        self._paused = False
+        self._paused_at = None
+        self._owed_answers = 0
         self._drain()
 
     def eof_received(self) -> bool:
@@ -300,7 +305,7 @@ class Http2Connection(asyncio.Protocol):
                 self._peer_max_frame = value
             elif key == wire.HEADER_TABLE_SIZE:
                 self._encoder.header_table_size = min(value, _OUR_TABLE_SIZE)
-        self._write(wire.frame(wire.SETTINGS, wire.ACK, 0))
+        self._acknowledge(wire.frame(wire.SETTINGS, wire.ACK, 0))
         self._drain()
 
     def _take_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
@@ -309,7 +314,15 @@ class Http2Connection(asyncio.Protocol):
         if len(payload) != 8:
             raise Violation(ErrorCode.FRAME_SIZE_ERROR, "PING is not 8 bytes")
         if not flags & wire.ACK:
-            self._write(wire.frame(wire.PING, wire.ACK, 0, payload))
+            self._acknowledge(wire.frame(wire.PING, wire.ACK, 0, payload))
+
+    def _acknowledge(self, answer: bytes) -> None:
+        """Acknowledgements have no window: a peer that asks and never reads must not pile them up."""
+        if self._paused_at is not None:
+            self._owed_answers += 1
+            if self._owed_answers > self._limits.max_control_frames:
+                raise Violation(ErrorCode.ENHANCE_YOUR_CALM, "answers are not read")
+        self._write(answer)
 
     def _take_reset(self, stream_id: int, payload: bytes) -> None:
         if len(payload) != 4:
@@ -347,7 +360,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _grant(self) -> None:
         """Give windows back in few, large steps."""
-        if self._received * 4 < self._limits.window_bytes or self._ending:
+        if self._received * 4 < self._limits.window_bytes or self._grants_held or self._ending:
             return
         grants = wire.window_update(0, self._received)
         if self._remote_open and self._stream_received:
@@ -356,7 +369,10 @@ class Http2Connection(asyncio.Protocol):
         self._write(grants)
 
     def _hold_reading(self, hold: bool) -> None:
-        """Leave the peer's bytes in the socket while it does not take ours."""
+        """Leave the peer's bytes in the socket while it does not read ours.
+
+        Only one side of a pair may do this, the server: were both to wait for the other, both would for ever.
+        """
         if hold != self._reading_held and self._transport is not None and not self._transport.is_closing():
             self._reading_held = hold
             (self._transport.pause_reading if hold else self._transport.resume_reading)()
@@ -397,7 +413,7 @@ class Http2Connection(asyncio.Protocol):
         return (
             self._local_open
             and not self._unsent
-            and not self._paused
+            and self._paused_at is None
             and not self._ending
             and self._connection_window > 0
             and self._stream_window > 0
@@ -424,7 +440,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _drain(self) -> None:
         unsent = self._unsent
-        while unsent and not self._paused and self._local_open and not self._ending:
+        while unsent and self._paused_at is None and self._local_open and not self._ending:
             size = min(len(unsent), self._peer_max_frame, self._connection_window, self._stream_window)
             if size <= 0:
                 return
@@ -481,13 +497,18 @@ class Http2Connection(asyncio.Protocol):
         """Start asking whether the peer lives; called when something becomes owed."""
         if self._keepalive is None and not self._ending:
             self._heard_at = max(self._heard_at, self._loop.time())
-            self._keepalive = self._loop.call_later(self._limits.ping_after_s, self._check_alive)
+            self._keepalive = self._loop.call_later(self._ping_after_s, self._check_alive)
 
     def _check_alive(self) -> None:
         self._keepalive = None
-        if self._ending or not self._busy():
+        if self._ending or not (self._busy() or self._paused_at is not None):
             return
         now = self._loop.time()
+        patience = self._limits.ping_after_s + self._limits.ping_timeout_s
+        if self._paused_at is not None and now >= self._paused_at + patience:
+            self._end("connection lost: the peer does not read")
+            self.abort()
+            return
         if self._reading_held:  # it may well speak; nobody listens
             self._ping_sent_at = None
             silent_until = now + self._limits.ping_after_s
@@ -498,7 +519,7 @@ class Http2Connection(asyncio.Protocol):
                 self.abort()
                 return
         else:
-            silent_until = self._heard_at + self._limits.ping_after_s
+            silent_until = self._heard_at + self._ping_after_s
             if now >= silent_until:
                 self._ping_sent_at = now
                 self._write(wire.frame(wire.PING, 0, 0, b"headrace"))

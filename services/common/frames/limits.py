@@ -16,7 +16,7 @@ class Limits:
     #: Items waiting for the peer's window or the socket. Beyond it, submit is refused and a server whose
     #: client does not read its replies hangs up.
     max_buffer_bytes: int = 96 << 20
-    #: A server stops reading from a client that has this much unread.
+    #: A server grants no more window to a client that has this much waiting for it.
     pause_buffer_bytes: int = 8 << 20
     #: Items in flight on one stream; a server states it in its hello, a client keeps to the smaller one.
     max_in_flight: int = 16_384

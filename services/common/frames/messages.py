@@ -11,6 +11,10 @@ from typing import Final
 
 from services.common.frames.wire import ErrorCode, Violation
 
+#: The stream, and the version of what is said on it.
+PATH: Final = "/headrace.v1.DataPlane/Frames"
+PROTOCOL: Final = 1
+
 PREFIX_BYTES: Final = 5
 
 #: Tag of `items` in RequestFrame and ReplyFrame (field 2, length-delimited).

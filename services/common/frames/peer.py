@@ -1,0 +1,177 @@
+"""A server's view of one client: which of its items are open, and the replies queued for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Protocol
+
+from headrace.v1.dataplane_pb2 import Hello, PredictReply, RequestFrame
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.frames.limits import Limits
+from services.common.frames.messages import item_header
+from services.common.frames.wire import ErrorCode, Violation
+
+_BUSY: Final = "more requests in flight than this stream may have"
+
+
+class Outlet(Protocol):
+    """Where a peer's frames leave."""
+
+    @property
+    def can_send(self) -> bool:
+        """Whether a message would not only be queued behind another."""
+        ...
+
+    def send_message(self, parts: list[bytes], size: int) -> None:
+        """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
+        ...
+
+    def on_flushed(self, waiting: int) -> None:
+        """The outbox was flushed; `waiting` bytes had to stay."""
+        ...
+
+
+class FrameHandler(Protocol):
+    """What a server does with the frames of one connection."""
+
+    def on_request_frame(self, frame: RequestFrame) -> None:
+        """Take the frame's items and cancels. Must not block; answers go to `peer.reply`, now or later."""
+        ...
+
+    def on_closed(self) -> None:
+        """The connection is gone, or the peer waits no more. Called once."""
+        ...
+
+
+class Peer:
+    """The client at the other end of one connection, as its handler sees it."""
+
+    __slots__ = (
+        "_closed",
+        "_connection",
+        "_limits",
+        "_loop",
+        "_open",
+        "_outbox",
+        "_outbox_bytes",
+        "_scheduled",
+        "instance",
+        "remote",
+        "role",
+    )
+
+    def __init__(self, connection: Outlet, limits: Limits, hello: Hello, remote: str) -> None:
+        self.role: str = hello.role
+        self.instance: str = hello.instance
+        self.remote = remote
+        self._connection = connection
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._open: set[int] = set()
+        self._outbox: list[bytes] = []  # item header, item, item header, item, …
+        self._outbox_bytes = 0
+        self._scheduled = False
+        self._closed = False
+
+    @property
+    def in_flight(self) -> int:
+        """Items neither answered nor cancelled."""
+        return len(self._open)
+
+    @property
+    def closed(self) -> bool:
+        """Whether replies lead nowhere any more."""
+        return self._closed
+
+    @property
+    def idle(self) -> bool:
+        """Whether every item was answered and every answer handed to the socket."""
+        return not self._open and not self._outbox
+
+    def reply(self, reply: PredictReply) -> None:
+        """Answer the item `reply.id`. Everything queued when the loop turns leaves in one frame.
+
+        Serializes at once. A reply to an item that is not open is dropped.
+        """
+        item_id = reply.id
+        if item_id not in self._open:
+            return
+        self._open.remove(item_id)
+        payload = reply.SerializeToString()
+        size = len(payload)
+        if size > self._limits.max_message_bytes - 16:
+            payload = _refusal(item_id, Code.CODE_INTERNAL, "the answer is larger than a message may be")
+            size = len(payload)
+        head = item_header(size)
+        self._outbox.append(head)
+        self._outbox.append(payload)
+        self._outbox_bytes += size + len(head)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    # The connection's part.
+
+    def take(self, frame: RequestFrame) -> None:
+        """Open the frame's items, close its cancels, and refuse what is too much."""
+        opened = self._open
+        if frame.cancels:
+            opened.difference_update(frame.cancels)
+        items = frame.items
+        room = self._limits.max_in_flight - len(opened)
+        if len(items) > room:
+            for item in items[room:]:
+                if item.id in opened:
+                    raise Violation(ErrorCode.PROTOCOL_ERROR, "an item id was used twice")
+                opened.add(item.id)
+                self.reply(
+                    PredictReply(
+                        id=item.id, code=Code.CODE_RESOURCE_EXHAUSTED, message=_BUSY, retry_after_ms=100
+                    )
+                )
+            del items[room:]
+        before = len(opened)
+        opened.update([item.id for item in items])
+        if len(opened) - before != len(items):
+            raise Violation(ErrorCode.PROTOCOL_ERROR, "an item id was used twice")
+
+    def abandon(self, ids: list[int], message: str) -> None:
+        """Answer those of `ids` that are still open with INTERNAL."""
+        for item_id in ids:
+            self.reply(PredictReply(id=item_id, code=Code.CODE_INTERNAL, message=message))
+
+    def close(self) -> None:
+        """Forget everything; replies are dropped from now on."""
+        self._closed = True
+        self._open.clear()
+        self._outbox.clear()
+        self._outbox_bytes = 0
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the peer takes it."""
+        connection = self._connection
+        outbox = self._outbox
+        target = self._limits.frame_target_bytes
+        while outbox and connection.can_send:
+            if self._outbox_bytes <= target:
+                connection.send_message(outbox, self._outbox_bytes)
+                self._outbox = outbox = []
+                self._outbox_bytes = 0
+                break
+            count = size = 0
+            while count < len(outbox) and size < target:
+                size += len(outbox[count]) + len(outbox[count + 1])
+                count += 2
+            connection.send_message(outbox[:count], size)
+            del outbox[:count]
+            self._outbox_bytes -= size
+        connection.on_flushed(self._outbox_bytes)
+
+
+def _refusal(item_id: int, code: Code, message: str) -> bytes:
+    return PredictReply(id=item_id, code=code, message=message).SerializeToString()
