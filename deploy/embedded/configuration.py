@@ -12,7 +12,7 @@ from deploy.embedded.server import LOOPBACK, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLATFORM_ENV = REPOSITORY / "deploy" / "platform.env"
-MAX_WORKERS = 3  # the fourth would take the registry's ports
+MAX_WORKERS = 64
 WORKER_STRIDE = 3
 #: Variables that replace a part of the stack by an address.
 REPLACEABLE = ("DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS", "ARTIFACT_STORE_URL")
@@ -45,7 +45,7 @@ class Configuration:
         platform = read_platform_env()
         home = Path(environment.get("HEADRACE_HOME") or REPOSITORY / ".headrace").absolute()
         kafka_home = environment.get("KAFKA_HOME")
-        return cls(
+        configuration = cls(
             home=home,
             workers=_workers(environment.get("HEADRACE_WORKERS") or "2"),
             ports=_ports(platform, environment),
@@ -60,6 +60,24 @@ class Configuration:
             kafka_bootstrap_servers=environment.get("KAFKA_BOOTSTRAP_SERVERS") or None,
             artifact_store_url=environment.get("ARTIFACT_STORE_URL") or (home / "artifacts").as_uri(),
         )
+        configuration.check_ports()
+        return configuration
+
+    def check_ports(self) -> None:
+        """Raises EmbeddedError where two parts would listen on one port."""
+        taken: dict[int, str] = {self.ports["KAFKA_PORT"] + 1: "KAFKA_PORT + 1"}
+        workers = {
+            f"{kind} of worker-{index}": self.worker_port(index, kind)
+            for index in range(self.workers)
+            for kind in ("FRAMES", "GRPC", "OPS")
+        }
+        others = {name: port for name, port in self.ports.items() if not name.startswith("WORKER_")}
+        for name, port in (others | workers).items():
+            if port in taken:
+                raise EmbeddedError(
+                    f"Port {port} would be both {taken[port]} and {name}: change one, or HEADRACE_WORKERS."
+                )
+            taken[port] = name
 
     def worker_port(self, index: int, kind: str) -> int:
         """Port of worker `index`, `kind` being FRAMES, GRPC or OPS."""

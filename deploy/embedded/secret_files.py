@@ -20,12 +20,8 @@ class Secrets:
 
 def load_or_create(home: Path) -> Secrets:
     """Read `secrets` and `admin.key` in `home`; what is missing is made (0600) and stays as it is."""
-    return Secrets(
-        internal_token=_keep(home / "secrets", f"INTERNAL_TOKEN={secrets.token_urlsafe(32)}").partition("=")[
-            2
-        ],
-        admin_key=_keep(home / "admin.key", admin_key()),
-    )
+    line = _keep(home / "secrets", f"INTERNAL_TOKEN={secrets.token_urlsafe(32)}")
+    return Secrets(internal_token=line.partition("=")[2], admin_key=_keep(home / "admin.key", admin_key()))
 
 
 def _keep(path: Path, fresh: str) -> str:

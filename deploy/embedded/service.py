@@ -73,10 +73,7 @@ def _reasons(body: bytes) -> str:
         said = json.loads(body)
     except ValueError:
         return body.decode(errors="replace")[:200]
-    checks = said.get("checks", said.get("reasons", said)) if isinstance(said, dict) else said
-    if isinstance(checks, dict):
-        waiting = [
-            f"{name}: {why}" for name, why in checks.items() if why not in (True, None, "", "ok", "ready")
-        ]
-        return "; ".join(waiting)[:300]
-    return str(checks)[:300]
+    reasons = said.get("reasons") if isinstance(said, dict) else None
+    if not isinstance(reasons, dict):
+        return "not ready"
+    return "; ".join(f"{part}: {reason}" for part, reason in reasons.items())[:300]

@@ -1,0 +1,177 @@
+"""The parts of a stack: which servers and services there are, with which ports and environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.embedded.apache_kafka import ApacheKafkaServer
+from deploy.embedded.configuration import REPOSITORY, Configuration, inherited_environment
+from deploy.embedded.postgres import PostgresServer
+from deploy.embedded.secret_files import Secrets
+from deploy.embedded.server import LOOPBACK, Server
+from deploy.embedded.service import ServiceProcess
+from deploy.embedded.tansu import TansuServer
+from deploy.embedded.valkey import ValkeyServer
+
+NOT_DURABLE = (
+    "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops. "
+    "Set KAFKA_HOME (an unpacked Apache Kafka, Java 17+) or KAFKA_BOOTSTRAP_SERVERS for a durable one."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What to run. `drain_order` groups the services as they are stopped: callers before the called."""
+
+    servers: list[Server]
+    services: list[Server]
+    drain_order: list[list[Server]]
+    broker: Server | None
+    bootstrap_servers: str
+    external: dict[str, str]
+    warnings: list[str]
+
+
+def draw(configuration: Configuration, secrets: Secrets) -> Blueprint:
+    """Decide the parts; nothing is started. Raises EmbeddedError where a server's binaries are missing."""
+    home, ports = configuration.home, configuration.ports
+    external: dict[str, str] = {}
+    servers: list[Server] = []
+    warnings: list[str] = []
+
+    postgres: Server | None = None
+    if configuration.database_url is None:
+        postgres = PostgresServer(home / "postgres", ports["POSTGRES_PORT"])
+        servers.append(postgres)
+    else:
+        external["postgres"] = "DATABASE_URL"
+
+    valkey: Server | None = None
+    if configuration.redis_url is None:
+        valkey = ValkeyServer(home / "valkey", ports["VALKEY_PORT"])
+        servers.append(valkey)
+    else:
+        external["valkey"] = "REDIS_URL"
+
+    broker = _broker(configuration)
+    if broker is None:
+        external["kafka"] = configuration.kafka_bootstrap_servers or ""
+    else:
+        servers.append(broker)
+        if not broker.durable:
+            warnings.append(NOT_DURABLE)
+    bootstrap = broker.url if broker is not None else configuration.kafka_bootstrap_servers or ""
+
+    def addresses() -> dict[str, str]:
+        return {
+            "DATABASE_URL": postgres.url if postgres is not None else configuration.database_url or "",
+            "REDIS_URL": valkey.url if valkey is not None else configuration.redis_url or "",
+            "KAFKA_BOOTSTRAP_SERVERS": bootstrap,
+        }
+
+    groups = _services(configuration, secrets, addresses)
+    for server in [*servers, *(service for group in groups for service in group)]:
+        server.log = configuration.logs / f"{server.name}.log"
+    return Blueprint(
+        servers=servers,
+        services=[service for group in groups for service in group],
+        drain_order=groups,
+        broker=broker,
+        bootstrap_servers=bootstrap,
+        external=external,
+        warnings=warnings,
+    )
+
+
+def _broker(configuration: Configuration) -> Server | None:
+    if configuration.kafka_bootstrap_servers is not None:
+        return None
+    port = configuration.ports["KAFKA_PORT"]
+    if configuration.kafka_home is None:
+        return TansuServer(configuration.home / "tansu", port)
+    return ApacheKafkaServer(
+        configuration.home / "kafka", port, kafka_home=configuration.kafka_home, controller_port=port + 1
+    )
+
+
+def _services(
+    configuration: Configuration, secrets: Secrets, addresses: Callable[[], dict[str, str]]
+) -> list[list[Server]]:
+    ports = configuration.ports
+    common = {
+        **inherited_environment(),
+        **configuration.shared,
+        "PYTHONPATH": python_path(),
+        "HOST": LOOPBACK,
+        "STATE_DIR": str(configuration.home / "state"),
+        "INTERNAL_TOKEN": secrets.internal_token,
+        "ARTIFACT_STORE_URL": configuration.artifact_store_url,
+    }
+
+    def service(
+        name: str, own: Mapping[str, object], *, health: str, module: str | None = None
+    ) -> ServiceProcess:
+        listening = {key: int(str(value)) for key, value in own.items() if key.endswith("_PORT")}
+        return ServiceProcess(
+            name,
+            configuration.home / "state",
+            module=f"services.{module or name}",
+            ports=tuple(listening.values()),
+            health_port=listening[health],
+            environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
+        )
+
+    gateway = {
+        "HTTP_PORT": ports["GATEWAY_HTTP_PORT"],
+        "GRPC_PORT": ports["GATEWAY_GRPC_PORT"],
+        "OPS_PORT": ports["GATEWAY_OPS_PORT"],
+        "ROUTER_ADDRESSES": f"{LOOPBACK}:{ports['ROUTER_FRAMES_PORT']}",
+        "REGISTRY_URL": f"http://{LOOPBACK}:{ports['REGISTRY_HTTP_PORT']}",
+        "ANALYTICS_URL": f"http://{LOOPBACK}:{ports['ANALYTICS_HTTP_PORT']}",
+        "DRIFT_URL": f"http://{LOOPBACK}:{ports['DRIFT_HTTP_PORT']}",
+    }
+    router = {
+        "FRAMES_PORT": ports["ROUTER_FRAMES_PORT"],
+        "GRPC_PORT": ports["ROUTER_GRPC_PORT"],
+        "OPS_PORT": ports["ROUTER_OPS_PORT"],
+    }
+    registry = {
+        "HTTP_PORT": ports["REGISTRY_HTTP_PORT"],
+        "GRPC_PORT": ports["REGISTRY_GRPC_PORT"],
+        "BOOTSTRAP_ADMIN_KEY": secrets.admin_key,
+    }
+    workers = [
+        {
+            "WORKER_ID": f"worker-{index}",
+            "ADVERTISE_HOST": LOOPBACK,
+            "FRAMES_PORT": configuration.worker_port(index, "FRAMES"),
+            "GRPC_PORT": configuration.worker_port(index, "GRPC"),
+            "OPS_PORT": configuration.worker_port(index, "OPS"),
+        }
+        for index in range(configuration.workers)
+    ]
+    return [
+        [service("gateway", gateway, health="OPS_PORT")],
+        [service("router", router, health="OPS_PORT")],
+        [service(str(own["WORKER_ID"]), own, health="OPS_PORT", module="worker") for own in workers],
+        [
+            service("registry", registry, health="HTTP_PORT"),
+            service("analytics", {"HTTP_PORT": ports["ANALYTICS_HTTP_PORT"]}, health="HTTP_PORT"),
+            service("drift", {"HTTP_PORT": ports["DRIFT_HTTP_PORT"]}, health="HTTP_PORT"),
+        ],
+    ]
+
+
+def python_path() -> str:
+    """The repository is importable without being installed, and so is the generated code."""
+    folders = [str(folder) for folder in (REPOSITORY, REPOSITORY / "proto", REPOSITORY / "client")]
+    inherited = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*folders, inherited] if inherited else folders)
+
+
+def state_directories(home: Path) -> list[Path]:
+    """Folders that must be there before anything starts."""
+    return [home, home / "logs", home / "state", home / "artifacts"]

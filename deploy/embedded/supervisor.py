@@ -1,0 +1,214 @@
+"""The process that owns the stack: starts every part, keeps it running, stops it in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from deploy.embedded import guard
+from deploy.embedded.blueprint import Blueprint, draw, state_directories
+from deploy.embedded.configuration import Configuration
+from deploy.embedded.keeper import Keeper
+from deploy.embedded.log_files import trim_logs
+from deploy.embedded.postgres import PostgresServer
+from deploy.embedded.process import EmbeddedError
+from deploy.embedded.secret_files import load_or_create
+from deploy.embedded.server import Server
+from deploy.embedded.status import PartStatus, Phase, StackStatus, State
+from services.common.bus.admin import ensure_topics
+from services.common.errors import HeadraceError
+from services.common.topics import all_topics
+
+log = logging.getLogger("headrace.supervisor")
+
+DRAIN_S = 25.0
+#: How long a killed supervisor's PostgreSQL may take to write its checkpoint; the others need none.
+DATABASE_GRACE_S = 5.0
+TRIM_EVERY_S = 30.0
+TOPICS_DEADLINE_S = 20.0
+
+
+class Supervisor:
+    """One run from start to stop. `lock` is the descriptor that holds the home's lock."""
+
+    def __init__(self, configuration: Configuration, lock: int) -> None:
+        self._configuration = configuration
+        self._lock = lock
+        self._status_file = configuration.home / "status.json"
+        self._holds = configuration.home / "hold"
+        self._guard: subprocess.Popen[str] | None = None
+        self._keepers: dict[str, Keeper] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._status = StackStatus(os.getpid(), Phase.STARTING)
+
+    async def run(self) -> int:
+        """Until SIGTERM or SIGINT. Returns the exit code: 0 stopped, 1 the start failed."""
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        try:
+            blueprint = self._lay_out()
+        except (EmbeddedError, OSError) as error:
+            return self._fail(str(error))
+        self._start_guard()
+        failure = await self._keep(blueprint, stopping)
+        await self._stop(blueprint, failed=failure is not None)
+        if failure is not None:
+            return self._fail(failure)
+        self._status.phase = Phase.STOPPED
+        self.changed()
+        return 0
+
+    def _lay_out(self) -> Blueprint:
+        for folder in state_directories(self._configuration.home):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._holds.mkdir(exist_ok=True)
+        for leftover in self._holds.iterdir():
+            leftover.unlink()
+        blueprint = draw(self._configuration, load_or_create(self._configuration.home))
+        self._keepers = {
+            server.name: Keeper(
+                server,
+                self,
+                on_up=partial(_make_topics, server.url) if server is blueprint.broker else None,
+            )
+            for server in (*blueprint.servers, *blueprint.services)
+        }
+        external = [
+            PartStatus(name, State.EXTERNAL, detail=detail) for name, detail in blueprint.external.items()
+        ]
+        self._status.parts = [*external, *(keeper.status for keeper in self._keepers.values())]
+        self._status.warnings = blueprint.warnings
+        self._status.addresses = {
+            "REST": self._configuration.rest_url,
+            "gRPC": self._configuration.grpc_address,
+            "Kafka": blueprint.bootstrap_servers,
+        }
+        self.changed()
+        return blueprint
+
+    async def _keep(self, blueprint: Blueprint, stopping: asyncio.Event) -> str | None:
+        """Run every keeper until told to stop; the sentence of what failed, or None."""
+        failure: str | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                story = group.create_task(self._bring_up(blueprint, group))
+                trimming = group.create_task(self._trim_logs())
+                await stopping.wait()
+                # Nothing may be started any more: end every keeper before anything is stopped.
+                for task in (story, trimming, *self._tasks):
+                    task.cancel()
+        except* EmbeddedError as errors:
+            failure = _first_sentence(errors)
+        except* Exception as errors:
+            log.exception("the supervisor failed", exc_info=errors)
+            failure = f"The supervisor failed ({errors.exceptions[0]!r}); see {self._configuration.logs}."
+        return failure
+
+    async def _bring_up(self, blueprint: Blueprint, group: asyncio.TaskGroup) -> None:
+        self._tasks = [
+            group.create_task(self._keepers[server.name].run(), name=server.name)
+            for server in blueprint.servers
+        ]
+        await self._all_up(blueprint.servers)
+        if blueprint.broker is None:
+            await _make_topics(blueprint.bootstrap_servers)
+        self._tasks += [
+            group.create_task(self._keepers[server.name].run(), name=server.name)
+            for server in blueprint.services
+        ]
+        await self._all_up(blueprint.services)
+        log.info("all parts are ready")
+        self._status.phase = Phase.READY
+        self.changed()
+
+    async def _all_up(self, servers: Iterable[Server]) -> None:
+        # Each keeper ends its own waiting: a part that never comes up raises there and cancels this.
+        for server in servers:
+            await self._keepers[server.name].came_up.wait()
+
+    async def _stop(self, blueprint: Blueprint, *, failed: bool) -> None:
+        self._status.phase = Phase.STOPPING
+        self.changed()
+        grace = 3.0 if failed else DRAIN_S
+        for servers in (*blueprint.drain_order, blueprint.servers):
+            async with asyncio.TaskGroup() as group:
+                for server in servers:
+                    group.create_task(self._keepers[server.name].stop(grace))
+        if self._guard is not None and self._guard.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._guard.stdin.close()
+            await asyncio.to_thread(self._guard.wait, 15)
+
+    def _fail(self, sentence: str) -> int:
+        log.error(sentence)
+        self._status.phase, self._status.error = Phase.FAILED, sentence
+        self.changed()
+        return 1
+
+    async def _trim_logs(self) -> None:
+        while True:
+            await asyncio.sleep(TRIM_EVERY_S)
+            await asyncio.to_thread(trim_logs, self._configuration.logs)
+
+    # What keepers ask for (see keeper.Surroundings).
+
+    def changed(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not end what runs
+            self._status.write(self._status_file)
+
+    def launched(self, server: Server) -> None:
+        grace = DATABASE_GRACE_S if isinstance(server, PostgresServer) else 0.0
+        self._tell_guard(f"+{server.pid} {grace}")
+
+    def ended(self, pid: int) -> None:
+        self._tell_guard(f"-{pid}")
+
+    def is_held(self, name: str) -> bool:
+        return (self._holds / name).exists()
+
+    def note(self, message: str) -> None:
+        log.warning(message)
+
+    def _start_guard(self) -> None:
+        script = str(Path(guard.__file__))
+        self._guard = subprocess.Popen(  # noqa: S603 - our own script
+            [sys.executable, "-I", "-S", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+            pass_fds=[self._lock],
+            start_new_session=True,
+        )
+
+    def _tell_guard(self, line: str) -> None:
+        if self._guard is not None and self._guard.stdin is not None:
+            try:
+                self._guard.stdin.write(line + "\n")
+            except BrokenPipeError:  # killed by somebody; the kernel's own rope is still there
+                log.warning("the guard process is gone")
+                self._guard = None
+
+
+async def _make_topics(bootstrap: str) -> None:
+    """Raises EmbeddedError. Runs after every start of the broker: a memory-only one has forgotten them."""
+    try:
+        created = await ensure_topics(bootstrap, all_topics(), timeout=TOPICS_DEADLINE_S)
+    except HeadraceError as error:
+        raise EmbeddedError(f"The topics on {bootstrap} could not be made: {error.message}.") from error
+    log.info("%d topics made on %s", len(created), bootstrap)
+
+
+def _first_sentence(errors: BaseExceptionGroup[BaseException]) -> str:
+    first = errors.exceptions[0]
+    return _first_sentence(first) if isinstance(first, BaseExceptionGroup) else str(first)
