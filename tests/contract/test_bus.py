@@ -70,7 +70,7 @@ class BusContract:
         )
         assert by_value[b"no key"].key is None
         assert by_value[None].key == b"k"
-        assert by_value[None].offset == got.offset + 1
+        assert by_value[None].offset > got.offset
         assert by_value[None].partition == got.partition
 
     async def test_keeps_the_order_of_each_key_over_many_publishes(self, bus: Bus, topic: Topic) -> None:
