@@ -1,0 +1,7 @@
+"""The artifact store: files that services share, on a local folder or in S3. store.py holds all of it but
+digest.py, which names content by its SHA-256."""
+
+from services.common.objects.digest import blob_path, digest_of_bytes, digest_of_file
+from services.common.objects.store import ArtifactStore
+
+__all__ = ["ArtifactStore", "blob_path", "digest_of_bytes", "digest_of_file"]
