@@ -1,0 +1,108 @@
+"""Wires the drift service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.common.bus.kafka import KafkaBus
+from services.common.clock import Clock
+from services.common.db import OutboxRelay, engine, migrate, transaction
+from services.common.errors import HeadraceError, Unavailable
+from services.common.internal_auth import InternalAuth
+from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
+from services.common.problems import install_problem_handlers
+from services.common.telemetry import setup_tracing
+from services.common.telemetry.asgi import TraceRequests
+from services.common.topics import DEPLOYMENTS, PREDICTIONS
+from services.drift import repository
+from services.drift.consumers import PredictionConsumer
+from services.drift.endpoints import routes
+from services.drift.metrics import Metrics
+from services.drift.settings import Settings
+from services.drift.signatures import Signatures
+from services.drift.tables import Outbox
+from services.drift.webhooks import WebhookSender
+
+log = structlog.get_logger(__name__)
+
+SCHEMA = "drift"
+GROUP = "drift"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_TABLE_WAIT_S = 15.0
+_HOUSEKEEPING = timedelta(seconds=15)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """The running service."""
+
+    port: int
+    health: Health
+
+
+@asynccontextmanager
+async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
+    """Serve and consume while the block runs; on the way out the running batch is finished first."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    health = Health("database", "deployments")
+    tracing = setup_tracing("drift", cfg.otel_exporter_otlp_endpoint or None, cfg.otel_traces_sample_ratio)
+    limits = cfg.limits()
+    signatures = Signatures()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(tracing.close)
+        await migrate(cfg.database_url, SCHEMA, _MIGRATIONS)
+        database = engine(cfg.database_url, SCHEMA)
+        stack.push_async_callback(database.dispose)
+        health.set_ready("database")
+        bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-drift"))
+        relay = await stack.enter_async_context(OutboxRelay(database, Outbox, bus, clock))
+        await stack.enter_async_context(WebhookSender(database, clock, metrics))
+
+        app = FastAPI(title="Headrace drift", version="1")
+        app.include_router(routes(database, clock, limits.cadence))
+        install_problem_handlers(app)
+        app.add_middleware(InternalAuth, token=cfg.internal_token)
+        app.add_middleware(TraceRequests, tracing=tracing)
+        app.add_middleware(OpsEndpoints, health=health, registry=registry)
+        port = await stack.enter_async_context(serve_asgi(app, cfg.host, cfg.http_port))
+
+        table = await stack.enter_async_context(bus.table(DEPLOYMENTS, signatures.apply))
+        try:
+            # Columns have names once the deployments are known; a record is not read before.
+            await table.ready(_TABLE_WAIT_S)
+        except Unavailable as error:
+            log.warning("deployments_late", reason=error.message)
+        health.set_ready("deployments")
+        consumer = PredictionConsumer(database, signatures, relay, limits, clock, tracing, metrics)
+        await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumer.on_predictions))
+        housekeeping = asyncio.create_task(_keep_house(database, bus, clock, metrics), name="housekeeping")
+        stack.push_async_callback(_cancelled, housekeeping)
+        yield Drift(port, health)
+        health.start_draining()
+
+
+async def _keep_house(database: AsyncEngine, bus: KafkaBus, clock: Clock, metrics: Metrics) -> None:
+    while True:
+        try:
+            metrics.lag.set(await bus.lag(PREDICTIONS, GROUP))
+            async with transaction(database) as session:
+                await repository.forget_old_claims(session, clock.now())
+        except HeadraceError as error:
+            log.info("housekeeping_later", reason=error.message)
+        await asyncio.sleep(_HOUSEKEEPING.total_seconds())
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

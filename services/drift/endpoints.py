@@ -1,0 +1,203 @@
+"""The REST API of the drift service, behind the gateway's door."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import FailedPrecondition, NotFound
+from services.common.ids import id_text, new_id, parse_id
+from services.drift import repository
+from services.drift.detectors.sketches import QuantileSketch
+from services.drift.evaluation import Severity
+from services.drift.recording import alert_json
+from services.drift.sample import Sample
+from services.drift.schemas import ReferenceBody, WebhookBody
+from services.drift.stream import Cadence
+from services.drift.tables import StreamRow, WebhookRow, WindowRow
+
+Limit = Annotated[int, Query(ge=1, le=repository.MAX_LISTED)]
+State = Literal["open", "acknowledged", "resolved"]
+Json = dict[str, Any]
+
+_SHOWN_SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_MAX_WEBHOOKS = 100
+
+
+def routes(engine: AsyncEngine, clock: Clock, cadence: Cadence) -> APIRouter:
+    """All routes under /v1/drift."""
+    router = APIRouter(prefix="/v1/drift", tags=["drift"])
+    _add_models(router, engine, cadence)
+    _add_references(router, engine, clock)
+    _add_alerts(router, engine, clock)
+    _add_webhooks(router, engine, clock)
+    return router
+
+
+def _add_models(router: APIRouter, engine: AsyncEngine, cadence: Cadence) -> None:
+    @router.get("/models/{model}")
+    async def show_model(model: str) -> Json:
+        """Every version that was seen: how far its reference is, and what its newest window says."""
+        async with transaction(engine) as session:
+            found = await repository.streams(session, model)
+            if not found:
+                raise NotFound(f"Nothing has been seen of {model} yet.", field="model")
+            newest = {row.version: await repository.windows(session, model, row.version, 1) for row in found}
+            open_alerts = await repository.alerts(session, model, "open", repository.MAX_LISTED)
+        versions = [
+            _version_json(row, cadence)
+            | {
+                "window": _window_json(newest[row.version][0]) if newest[row.version] else None,
+                "open_alerts": sum(alert.version == row.version for alert in open_alerts),
+            }
+            for row in found
+        ]
+        return {"model": model, "versions": versions}
+
+    @router.get("/models/{model}/versions/{version}/windows")
+    async def list_windows(model: str, version: str, limit: Limit = 20) -> Json:
+        """The newest comparisons, newest first."""
+        async with transaction(engine) as session:
+            await repository.find_stream(session, model, version)
+            found = await repository.windows(session, model, version, limit)
+        return {"model": model, "version": version, "windows": [_window_json(row) for row in found]}
+
+
+def _add_references(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
+    path = "/models/{model}/versions/{version}/reference"
+
+    @router.get(path)
+    async def show_reference(model: str, version: str) -> Json:
+        """What the live stream is compared with."""
+        async with transaction(engine) as session:
+            row = await repository.find_stream(session, model, version)
+        if row.reference is None:
+            raise FailedPrecondition(f"The reference of {model}/{version} is still being learned.")
+        sample = Sample.from_bytes(row.reference)
+        return {
+            "model": model,
+            "version": version,
+            "source": row.reference_source,
+            "rows": sample.rows,
+            "numeric": {name: _quantiles(sketch) for name, sketch in sample.numeric.items()},
+            "categorical": {name: dict(counts) for name, counts in sample.categorical.items()},
+        }
+
+    @router.put(path)
+    async def upload_reference(model: str, version: str, body: ReferenceBody) -> Json:
+        """Compare with this sample from now on. What was remembered of the stream so far is dropped."""
+        now = clock.now()
+        sample = Sample()
+        await asyncio.to_thread(sample.add, body.observations(), clock.unix_us())
+        async with transaction(engine) as session:
+            row = await repository.lock_stream(session, model, version, now)
+            _replace(row, sample, "upload")
+            row.reference_at = row.updated_at = now
+            await repository.forget_signals(session, model, version, now)
+        return {"model": model, "version": version, "source": "upload", "rows": sample.rows}
+
+    @router.delete(path, status_code=204)
+    async def relearn_reference(model: str, version: str) -> Response:
+        """Learn a new reference from the next predictions."""
+        now = clock.now()
+        async with transaction(engine) as session:
+            await repository.find_stream(session, model, version)
+            row = await repository.lock_stream(session, model, version, now)
+            _replace(row, None, "stream")
+            row.reference_at, row.updated_at = None, now
+            await repository.forget_signals(session, model, version, now)
+        return Response(status_code=204)
+
+
+def _add_alerts(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
+    @router.get("/alerts")
+    async def list_alerts(model: str | None = None, state: State | None = None, limit: Limit = 100) -> Json:
+        """The newest first."""
+        async with transaction(engine) as session:
+            found = await repository.alerts(session, model, state, limit)
+        return {"alerts": [alert_json(row) for row in found]}
+
+    @router.post("/alerts/{alert_id}/acknowledge")
+    async def acknowledge(alert_id: str) -> Json:
+        """Somebody looks at it. It still ends by itself when the feature is calm again."""
+        async with transaction(engine) as session:
+            row = await repository.find_alert(session, parse_id(alert_id, "alert_id"))
+            row.acknowledged_at = row.acknowledged_at or clock.now()
+        return alert_json(row)
+
+
+def _add_webhooks(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
+    @router.get("/webhooks")
+    async def list_webhooks() -> Json:
+        """Where alerts are posted."""
+        async with transaction(engine) as session:
+            found = await repository.webhooks(session)
+        return {"webhooks": [_webhook_json(row) for row in found]}
+
+    @router.post("/webhooks", status_code=201)
+    async def add_webhook(body: WebhookBody, request: Request) -> Json:
+        """Post every change of an alert there: opened, grown louder, resolved."""
+        row = WebhookRow(webhook_id=new_id(), url=str(body.url), model=body.model, created_at=clock.now())
+        async with transaction(engine) as session:
+            if len(await repository.webhooks(session)) >= _MAX_WEBHOOKS:
+                raise FailedPrecondition(f"There are {_MAX_WEBHOOKS} webhooks already.")
+            session.add(row)
+        return _webhook_json(row)
+
+    @router.delete("/webhooks/{webhook_id}", status_code=204)
+    async def remove_webhook(webhook_id: str) -> Response:
+        """Stop posting there; what is still on its way is dropped."""
+        async with transaction(engine) as session:
+            row = await session.get(WebhookRow, parse_id(webhook_id, "webhook_id"))
+            if row is None:
+                raise NotFound("There is no webhook of this id.", field="webhook_id")
+            await session.delete(row)
+        return Response(status_code=204)
+
+
+def _replace(row: StreamRow, reference: Sample | None, source: str) -> None:
+    stream = repository.to_stream(row)
+    stream.replace_reference(reference)
+    row.reference = reference.to_bytes() if reference else None
+    row.reference_source = source
+    row.learning, row.pane, row.panes = stream.learning.to_bytes(), stream.pane.to_bytes(), []
+
+
+def _version_json(row: StreamRow, cadence: Cadence) -> Json:
+    learned = Sample.from_bytes(row.learning).rows
+    reference = Sample.from_bytes(row.reference).rows if row.reference else 0
+    return {
+        "version": row.version,
+        "reference": {
+            "source": row.reference_source,
+            "ready": row.reference is not None,
+            "rows": reference or learned,
+            "rows_wanted": reference or cadence.reference_rows,
+        },
+        "updated_at": row.updated_at.isoformat(),
+    }
+
+
+def _window_json(row: WindowRow) -> Json:
+    return {
+        "start_us": row.start_us,
+        "end_us": row.end_us,
+        "rows": row.rows,
+        "reference_rows": row.reference_rows,
+        "severity": Severity(row.severity).name.lower(),
+        "features": row.features,
+    }
+
+
+def _webhook_json(row: WebhookRow) -> Json:
+    return {"webhook_id": id_text(row.webhook_id), "url": row.url, "model": row.model}
+
+
+def _quantiles(sketch: QuantileSketch) -> Json:
+    values = sketch.quantiles(_SHOWN_SHARES)
+    return {f"p{share * 100:g}": float(value) for share, value in zip(_SHOWN_SHARES, values, strict=True)}

@@ -1,0 +1,27 @@
+"""Every metric of the drift service."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class Metrics:
+    """Created once in `app.py`; labels are model names only, never users or features."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.records = Counter("headrace_drift_records", "Prediction records read", registry=registry)
+        self.unknown_versions = Counter(
+            "headrace_drift_unknown_versions",
+            "Records of versions that no deployment names",
+            registry=registry,
+        )
+        self.windows = Counter(
+            "headrace_drift_windows", "Windows compared with their reference", ["model"], registry=registry
+        )
+        self.open_alerts = Gauge(
+            "headrace_drift_open_alerts", "Alerts that have not ended", registry=registry
+        )
+        self.deliveries = Counter(
+            "headrace_drift_deliveries", "Alerts posted to webhooks", ["outcome"], registry=registry
+        )
+        self.lag = Gauge("headrace_drift_lag", "Prediction records not yet read", registry=registry)

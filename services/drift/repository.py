@@ -1,0 +1,164 @@
+"""Reads and writes of the schema `drift`. Every function works inside the caller's transaction."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, func, or_, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.common.errors import NotFound
+from services.drift.sample import Sample
+from services.drift.stream import Stream
+from services.drift.tables import AlertRow, ClaimRow, DeliveryRow, SignalRow, StreamRow, WebhookRow, WindowRow
+
+#: Windows kept per model version.
+KEPT_WINDOWS = 1000
+
+#: Longer than Kafka redelivers anything.
+KEPT_CLAIMS = timedelta(days=14)
+
+MAX_LISTED = 500
+
+
+async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: datetime) -> set[bytes]:
+    """Those of `batch_ids` that were never claimed before; they are from now on."""
+    rows = [{"batch_id": batch_id, "claimed_at": now} for batch_id in sorted(set(batch_ids))]
+    statement = insert(ClaimRow).values(rows).on_conflict_do_nothing().returning(ClaimRow.batch_id)
+    return set((await session.scalars(statement)).all())
+
+
+async def forget_old_claims(session: AsyncSession, now: datetime) -> None:
+    """Drop claims that no redelivery can reach any more."""
+    await session.execute(delete(ClaimRow).where(ClaimRow.claimed_at < now - KEPT_CLAIMS))
+
+
+async def lock_stream(session: AsyncSession, model: str, version: str, now: datetime) -> StreamRow:
+    """The row of one model version, locked until the transaction ends; made where it is missing."""
+    empty = Sample().to_bytes()
+    fresh = insert(StreamRow).values(
+        model=model,
+        version=version,
+        reference_source="stream",
+        learning=empty,
+        pane=empty,
+        panes=[],
+        updated_at=now,
+    )
+    await session.execute(fresh.on_conflict_do_nothing())
+    found = select(StreamRow).where(StreamRow.model == model, StreamRow.version == version)
+    return (await session.scalars(found.with_for_update())).one()
+
+
+async def find_stream(session: AsyncSession, model: str, version: str) -> StreamRow:
+    """Raises NotFound where nothing was ever seen of the version."""
+    row = await session.get(StreamRow, (model, version))
+    if row is None:
+        raise NotFound(f"Nothing has been seen of {model}/{version} yet.", field="version")
+    return row
+
+
+async def streams(session: AsyncSession, model: str) -> Sequence[StreamRow]:
+    """Every version of `model` that was ever seen."""
+    found = select(StreamRow).where(StreamRow.model == model).order_by(StreamRow.version)
+    return (await session.scalars(found)).all()
+
+
+def to_stream(row: StreamRow) -> Stream:
+    """What the row holds."""
+    return Stream(
+        reference=Sample.from_bytes(row.reference) if row.reference else None,
+        learning=Sample.from_bytes(row.learning),
+        pane=Sample.from_bytes(row.pane),
+        panes=[Sample.from_bytes(base64.b64decode(text)) for text in row.panes],
+    )
+
+
+def store_stream(row: StreamRow, stream: Stream, now: datetime) -> None:
+    """Write `stream` back; a reference that was just learned is dated `now`."""
+    if stream.reference is None:
+        row.reference = row.reference_at = None
+    elif row.reference is None:
+        row.reference, row.reference_at = stream.reference.to_bytes(), now
+    row.learning, row.pane = stream.learning.to_bytes(), stream.pane.to_bytes()
+    row.panes = [base64.b64encode(pane.to_bytes()).decode() for pane in stream.panes]
+    row.updated_at = now
+
+
+async def add_window(session: AsyncSession, row: WindowRow) -> None:
+    """Keep one comparison, and the last 1,000 of its version."""
+    session.add(row)
+    await session.flush()
+    same = (WindowRow.model == row.model, WindowRow.version == row.version)
+    oldest = select(WindowRow.id).where(*same).order_by(WindowRow.id.desc()).offset(KEPT_WINDOWS).limit(1)
+    await session.execute(delete(WindowRow).where(*same, WindowRow.id <= oldest.scalar_subquery()))
+
+
+async def windows(session: AsyncSession, model: str, version: str, limit: int) -> Sequence[WindowRow]:
+    """The newest comparisons of a version, newest first."""
+    found = select(WindowRow).where(WindowRow.model == model, WindowRow.version == version)
+    return (await session.scalars(found.order_by(WindowRow.id.desc()).limit(limit))).all()
+
+
+async def signals(session: AsyncSession, model: str, version: str) -> dict[tuple[str, str], SignalRow]:
+    """What is remembered of a version, by feature and detector."""
+    found = select(SignalRow).where(SignalRow.model == model, SignalRow.version == version)
+    return {(row.feature, row.detector): row for row in await session.scalars(found)}
+
+
+async def forget_signals(session: AsyncSession, model: str, version: str, now: datetime) -> None:
+    """With a new reference nothing that was remembered holds; open alerts end."""
+    await session.execute(delete(SignalRow).where(SignalRow.model == model, SignalRow.version == version))
+    open_alerts = select(AlertRow).where(
+        AlertRow.model == model, AlertRow.version == version, AlertRow.resolved_at.is_(None)
+    )
+    for alert in await session.scalars(open_alerts):
+        alert.resolved_at = alert.updated_at = now
+
+
+async def alerts(
+    session: AsyncSession, model: str | None, state: str | None, limit: int
+) -> Sequence[AlertRow]:
+    """The newest alerts first; `state` is "open", "acknowledged" or "resolved"."""
+    found = select(AlertRow).order_by(AlertRow.opened_at.desc(), AlertRow.alert_id).limit(limit)
+    if model is not None:
+        found = found.where(AlertRow.model == model)
+    if state == "resolved":
+        found = found.where(AlertRow.resolved_at.is_not(None))
+    elif state is not None:
+        acknowledged = AlertRow.acknowledged_at
+        wanted = acknowledged.is_not(None) if state == "acknowledged" else acknowledged.is_(None)
+        found = found.where(AlertRow.resolved_at.is_(None), wanted)
+    return (await session.scalars(found)).all()
+
+
+async def find_alert(session: AsyncSession, alert_id: bytes) -> AlertRow:
+    """Raises NotFound."""
+    row = await session.get(AlertRow, alert_id)
+    if row is None:
+        raise NotFound("There is no alert of this id.", field="alert_id")
+    return row
+
+
+async def webhooks(session: AsyncSession, model: str | None = None) -> Sequence[WebhookRow]:
+    """All of them, or those that want the alerts of `model`."""
+    found = select(WebhookRow).order_by(WebhookRow.created_at)
+    if model is not None:
+        found = found.where(or_(WebhookRow.model.is_(None), WebhookRow.model == model))
+    return (await session.scalars(found)).all()
+
+
+async def due_deliveries(session: AsyncSession, now: datetime, limit: int) -> Sequence[DeliveryRow]:
+    """Deliveries whose time has come, locked; those that another replica is at are left to it."""
+    found = select(DeliveryRow).where(DeliveryRow.delivered_at.is_(None), DeliveryRow.next_at <= now)
+    found = found.order_by(DeliveryRow.next_at).limit(limit).with_for_update(skip_locked=True)
+    return (await session.scalars(found)).all()
+
+
+async def open_alert_count(session: AsyncSession) -> int:
+    """Alerts that have not ended."""
+    counted = select(func.count()).select_from(AlertRow).where(AlertRow.resolved_at.is_(None))
+    return (await session.scalar(counted)) or 0

@@ -1,0 +1,214 @@
+"""The drift service on a real PostgreSQL and a real broker: records in, alerts out, each counted once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from headrace.v1.control_pb2 import ServedVersion, ServingConfig
+from headrace.v1.events_pb2 import DriftAlert, PredictionBatch
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, Task, Tensor, TensorSpec
+
+from deploy.embedded.tansu import TansuServer
+from services.common.bus.admin import ensure_topics
+from services.common.bus.kafka import KafkaBus
+from services.common.bus.port import Record
+from services.common.clock import SystemClock
+from services.common.ids import new_id
+from services.common.topics import ALERTS, DEPLOYMENTS, PREDICTIONS, all_topics, dead_letters
+from services.drift.app import drift_app
+from services.drift.settings import Settings
+
+TOKEN = "a-token-for-tests-only"
+HEADERS = {"authorization": f"Bearer {TOKEN}"}
+SIGNATURE = Signature(
+    inputs=[TensorSpec(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[-1, 2], columns=["age", "dose"])],
+    outputs=[TensorSpec(name="label", datatype=DataType.DATA_TYPE_INT64, shape=[-1])],
+    batched=True,
+    task=Task.TASK_CLASSIFICATION,
+    prediction_output="label",
+)
+
+
+def config() -> Record:
+    value = ServingConfig(
+        model="cancer", revision=1, versions=[ServedVersion(version="1", signature=SIGNATURE, weight=10_000)]
+    )
+    return Record(DEPLOYMENTS.name, b"cancer", value.SerializeToString())
+
+
+def prediction(rng: np.random.Generator, rows: int, shift: float = 0.0) -> Record:
+    x = rng.normal([shift, 0.0], 1.0, size=(rows, 2)).astype("<f4")
+    label = rng.integers(0, 2, rows).astype("<i8")
+    batch = PredictionBatch(
+        batch_id=new_id(),
+        model="cancer",
+        version="1",
+        answered_at_us=SystemClock().unix_us(),
+        codes=[Code.CODE_OK] * rows,
+        rows=[1] * rows,
+        inputs=[Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=x.shape, data=x.tobytes())],
+        outputs=[Tensor(name="label", datatype=DataType.DATA_TYPE_INT64, shape=[rows], data=label.tobytes())],
+    )
+    return Record(PREDICTIONS.name, b"cancer/1", batch.SerializeToString())
+
+
+@asynccontextmanager
+async def running(database_url: str, bootstrap: str) -> AsyncIterator[httpx.AsyncClient]:
+    cfg = Settings(
+        kafka_bootstrap_servers=bootstrap,
+        internal_token=TOKEN,
+        database_url=database_url,
+        http_port=0,
+        drift_reference_rows=200,
+        drift_pane_rows=100,
+        drift_window_panes=1,
+        drift_resolve_after=2,
+    )
+    async with drift_app(cfg, SystemClock()) as service:
+        base = f"http://127.0.0.1:{service.port}"
+        async with httpx.AsyncClient(base_url=base, headers=HEADERS, timeout=10) as client:
+            yield client
+
+
+async def until(
+    client: httpx.AsyncClient, path: str, condition: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Ask again until `condition` holds; the last answer is shown when it never does."""
+    body: dict[str, Any] = {}
+    for _ in range(300):
+        answer = await client.get(path)
+        body = answer.json()
+        if answer.status_code == 200 and condition(body):
+            return body
+        await asyncio.sleep(0.1)
+    pytest.fail(f"{path} stayed {json.dumps(body)[:1000]}")
+
+
+def seen_rows(body: dict[str, Any]) -> int:
+    return int(body["versions"][0]["reference"]["rows"])
+
+
+async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_list(
+    database_url: str, new_tansu: Callable[[], TansuServer]
+) -> None:
+    broker = new_tansu()
+    await ensure_topics(broker.url, all_topics())
+    rng = np.random.default_rng(11)
+    posted: list[dict[str, Any]] = []
+
+    async def hook(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        posted.append(json.loads(await reader.readexactly(length)))
+        # The first answer is a failure: the alert must come again.
+        status = b"500 no" if len(posted) == 1 else b"204 ok"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(hook, "127.0.0.1", 0)
+    address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/alerts"
+    async with KafkaBus(broker.url, "test") as bus, running(database_url, broker.url) as client:
+        heard: list[DriftAlert] = []
+
+        async def on_alerts(records: Sequence[Record]) -> None:
+            heard.extend(DriftAlert.FromString(record.value or b"") for record in records)
+
+        async with bus.consume(ALERTS, "registry", on_alerts):
+            assert (await client.post("/v1/drift/webhooks", json={"url": address})).status_code == 201
+            await bus.publish([config()])
+            await bus.publish([prediction(rng, 50) for _ in range(4)])
+            await until(client, "/v1/drift/models/cancer", lambda b: b["versions"][0]["reference"]["ready"])
+            quiet = [prediction(rng, 100) for _ in range(2)]
+            await bus.publish(quiet + quiet)  # redelivered: counted once
+            path = "/v1/drift/models/cancer/versions/1/windows"
+            calm = await until(client, path, lambda b: len(b["windows"]) >= 2)
+            assert [w["severity"] for w in calm["windows"]] == ["none", "none"]
+            assert (await client.get("/v1/drift/alerts")).json() == {"alerts": []}
+
+            await bus.publish([prediction(rng, 100, shift=2.0) for _ in range(2)])
+            listed = await until(client, "/v1/drift/alerts?model=cancer&state=open", lambda b: b["alerts"])
+            psi = next(alert for alert in listed["alerts"] if alert["detector"] == "psi")
+            assert psi["feature"] == "age"
+            assert psi["severity"] == "critical"
+            assert psi["value"] > psi["critical_value"] > 0
+            assert {alert["feature"] for alert in listed["alerts"]} == {"age"}
+            for _ in range(150):
+                if len(posted) >= 3 and len(heard) >= 2:
+                    break
+                await asyncio.sleep(0.1)
+            assert psi["alert_id"] in {body["alert_id"] for body in posted}
+            assert {alert.feature for alert in heard} == {"age"}
+            windows = (await client.get(path)).json()["windows"]
+            assert len(windows) == 4  # the redelivered records made no window of their own
+
+            await bus.publish([prediction(rng, 100) for _ in range(2)])
+            await until(client, "/v1/drift/alerts?state=resolved", lambda b: len(b["alerts"]) == 2)
+    server.close()
+
+
+async def test_an_uploaded_reference_replaces_the_learned_one(
+    database_url: str, new_tansu: Callable[[], TansuServer]
+) -> None:
+    broker = new_tansu()
+    await ensure_topics(broker.url, all_topics())
+    rng = np.random.default_rng(12)
+    async with KafkaBus(broker.url, "test") as bus, running(database_url, broker.url) as client:
+        path = "/v1/drift/models/cancer/versions/1/reference"
+        features = {"age": rng.normal(size=300).tolist(), "prediction": ["0", "1"] * 150}
+        assert (await client.put(path, json={"features": features})).json()["rows"] == 300
+        await bus.publish([config(), prediction(rng, 100)])
+        shown = await until(
+            client, "/v1/drift/models/cancer/versions/1/windows", lambda b: len(b["windows"]) == 1
+        )
+        assert {f["feature"] for f in shown["windows"][0]["features"]} == {"age", "prediction"}
+        assert (await client.get(path)).json()["source"] == "upload"
+        assert (await client.delete(path)).status_code == 204
+        assert (await client.get(path)).status_code == 409
+
+
+async def test_bad_input_names_the_field(database_url: str, kafka_bootstrap: str) -> None:
+    await ensure_topics(kafka_bootstrap, all_topics())
+    async with running(database_url, kafka_bootstrap) as client:
+        path = "/v1/drift/models/cancer/versions/1/reference"
+        uneven = await client.put(path, json={"features": {"a": [1, 2], "b": [1, 2, 3]}})
+        assert uneven.status_code == 422
+        assert "differ in length" in uneven.json()["detail"]
+        url = await client.post("/v1/drift/webhooks", json={"url": "file:///etc/passwd"})
+        assert (url.status_code, url.json()["field"]) == (422, "body.url")
+        assert (await client.get("/v1/drift/models/none")).status_code == 404
+        assert (await client.get("/v1/drift/alerts?limit=0")).status_code == 422
+        stranger = await client.get("/v1/drift/alerts", headers={"authorization": "Bearer wrong"})
+        assert stranger.status_code == 401
+        assert (await client.get("/metrics", headers={"authorization": ""})).status_code == 200
+
+
+async def test_a_record_that_cannot_be_read_goes_to_the_dead_letters(
+    database_url: str, new_tansu: Callable[[], TansuServer]
+) -> None:
+    broker = new_tansu()
+    await ensure_topics(broker.url, all_topics())
+    rng = np.random.default_rng(13)
+    async with KafkaBus(broker.url, "test") as bus, running(database_url, broker.url) as client:
+        buried: list[Record] = []
+
+        async def on_dead(records: Sequence[Record]) -> None:
+            buried.extend(records)
+
+        async with bus.consume(dead_letters(PREDICTIONS, "drift"), "test", on_dead):
+            await bus.publish([config()])
+            await bus.publish([Record(PREDICTIONS.name, b"cancer/1", b"\xff\xff"), prediction(rng, 60)])
+            body = await until(client, "/v1/drift/models/cancer", lambda b: seen_rows(b) == 60)
+            assert body["model"] == "cancer"
+            for _ in range(100):
+                if buried:
+                    break
+                await asyncio.sleep(0.1)
+    assert [record.value for record in buried] == [b"\xff\xff"]
