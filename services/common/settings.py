@@ -3,6 +3,7 @@ the parts it uses: `class Settings(ServiceSettings, DatabaseSettings): ...`. Onl
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -107,10 +108,11 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def load(kind: type[S]) -> S:
-    """Read `kind` from the environment. Raises ConfigurationError, which names every variable that is
-    missing or wrong and never shows a value."""
+    """Read `kind` from the environment, and from SECRETS_DIR where that is set: a folder of files named like
+    the variables, in lower case, as container platforms mount secrets. A variable wins over a file. Raises
+    ConfigurationError, which names every variable that is missing or wrong and never shows a value."""
     try:
-        return kind()
+        return kind(_secrets_dir=os.environ.get("SECRETS_DIR") or None)
     except ValidationError as error:
         raise ConfigurationError(_sentence(error)) from None
 
