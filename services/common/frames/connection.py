@@ -53,6 +53,7 @@ class Http2Connection(asyncio.Protocol):
         self._last_stream_id = 0
         self._local_open = False  # we may still send on it
         self._remote_open = False  # the peer may still send on it
+        self._stream_over = False  # we ended it; what the peer still sends on it is dropped
         self._reader = MessageReader(limits.max_message_bytes)
 
         self._peer_initial_window = wire.DEFAULT_WINDOW
@@ -211,6 +212,9 @@ class Http2Connection(asyncio.Protocol):
             if not stream_id or stream_id > self._last_stream_id:
                 raise Violation(ErrorCode.PROTOCOL_ERROR, "DATA on a stream that is not open")
             self._count_control()  # still under way when its stream was refused
+            return
+        if self._stream_over:
+            self._count_control()
             return
         if not self._remote_open:
             raise Violation(ErrorCode.STREAM_CLOSED, "DATA after the end of the stream")
@@ -436,9 +440,14 @@ class Http2Connection(asyncio.Protocol):
             self._unsent += prefix
             for part in parts:
                 self._unsent += part
-            self._drain()
+            self._pump()
 
     def _drain(self) -> None:
+        self._pump()
+        if self._can_send:
+            self._on_writable()
+
+    def _pump(self) -> None:
         unsent = self._unsent
         while unsent and self._paused_at is None and self._local_open and not self._ending:
             size = min(len(unsent), self._peer_max_frame, self._connection_window, self._stream_window)
@@ -448,8 +457,6 @@ class Http2Connection(asyncio.Protocol):
             self._stream_window -= size
             self._write(wire.frame(wire.DATA, 0, self._stream_id, bytes(memoryview(unsent)[:size])))
             del unsent[:size]
-        if self._can_send:
-            self._on_writable()
 
     # Ending
 

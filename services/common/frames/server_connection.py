@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 from urllib.parse import quote
 
 from google.protobuf.message import DecodeError
@@ -20,6 +20,11 @@ from services.common.frames.peer import FrameHandler, Peer
 from services.common.frames.wire import ErrorCode, Violation
 
 log = logging.getLogger(__name__)
+
+#: Between a stream's trailers and the connection's GOAWAY, seconds.
+_PARTING_S: Final = 0.1
+#: What gRPC leaves as it is in grpc-message: printable ASCII but the percent sign.
+_PLAIN: Final = " !\"#$&'()*+,-./:;<=>?@[]^_`{|}~\\"
 
 
 class Acceptor(Protocol):
@@ -78,6 +83,8 @@ class ServerConnection(Http2Connection):
             super().data_received(data)
 
     def _on_headers(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
+        if stream_id == self._stream_id and self._stream_over:
+            return
         if stream_id == self._stream_id and self._remote_open:
             if not end_stream:
                 raise Violation(ErrorCode.PROTOCOL_ERROR, "headers in the middle of the stream")
@@ -250,22 +257,36 @@ class ServerConnection(Http2Connection):
 
     def _refuse_http(self, status: str) -> None:
         self._send_headers([(":status", status)], end_stream=True)
-        self._fail(ErrorCode.NO_ERROR, f"the client was refused with HTTP status {status}")
+        self._leave(f"the client was refused with HTTP status {status}")
 
     def _finish(self, code: Code, message: str) -> None:
         """End the stream with a gRPC status, and the connection with it."""
-        if self._ending:
+        if self._ending or self._stream_over:
             return
-        if self._local_open and not self._unsent:
-            trailers = [("grpc-status", str(int(code)))]
-            if message:
-                trailers.append(("grpc-message", quote(message, safe=" !\"#$&'()*+,-./:;<=>?@[]^_`{|}~")))
-            if self._peer is None:
-                trailers = [(":status", "200"), ("content-type", "application/grpc"), *trailers]
-            self._send_headers(trailers, end_stream=True)
-        elif self._stream_id:
-            self._write(wire.reset(self._stream_id, ErrorCode.CANCEL))
-        self._fail(ErrorCode.NO_ERROR, message or "the stream is complete")
+        if not self._local_open or self._unsent:
+            if self._stream_id:
+                self._write(wire.reset(self._stream_id, ErrorCode.CANCEL))
+            self._fail(ErrorCode.NO_ERROR, message or "the stream is complete")
+            return
+        trailers = [("grpc-status", str(int(code)))]
+        if message:
+            trailers.append(("grpc-message", quote(message, safe=_PLAIN)))
+        if self._peer is None:
+            trailers = [(":status", "200"), ("content-type", "application/grpc"), *trailers]
+        self._send_headers(trailers, end_stream=True)
+        self._leave(message or "the stream is complete")
+
+    def _leave(self, reason: str) -> None:
+        """The stream is over; give the client a moment to read why before GOAWAY.
+
+        Some clients drop what they have not yet handled of a stream when they see a GOAWAY.
+        """
+        self._stream_over = True
+        self._local_open = self._remote_open = False
+        self._close_peer()
+        if self._handshake is not None:
+            self._handshake.cancel()
+        self._handshake = self._loop.call_later(_PARTING_S, self._fail, ErrorCode.NO_ERROR, reason)
 
     def _end(self, reason: str) -> None:
         super()._end(reason)
