@@ -125,5 +125,5 @@ def _sentence(error: ValidationError) -> str:
             missing.append(name)
         else:
             wrong.append(f"{name} is wrong: {problem['msg']}")
-    parts = [f"not set: {', '.join(missing)}"] if missing else []
-    return "The environment is incomplete: " + "; ".join(parts + wrong) + "."
+    parts = [f"not set: {', '.join(sorted(missing))}"] if missing else []
+    return "The environment does not fit: " + "; ".join(parts + wrong) + "."

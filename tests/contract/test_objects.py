@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import boto3
+import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -37,14 +37,7 @@ def s3_endpoint() -> Iterator[str]:
 
 def _new_bucket(endpoint: str) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-        region_name="us-east-1",
-    )
-    client.create_bucket(Bucket=bucket)
+    httpx.put(f"{endpoint}/{bucket}").raise_for_status()
     return bucket
 
 

@@ -193,7 +193,7 @@ class ArtifactStore:
         whole = data.read_bytes() if small and isinstance(data, Path) else data
         if isinstance(whole, bytes):
             if digest is not None and digest_of_bytes(whole) != digest:
-                raise DataLoss(f"{data} changed while it was read.")
+                raise DataLoss(f"The file for {path} changed while it was read.")
             obstore.put(self._store, path, whole)
         else:
             obstore.put(
