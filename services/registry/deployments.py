@@ -1,0 +1,235 @@
+"""What serves a model: versions and weights, one revision after another. Every function runs in the caller's
+transaction; the record for `control.deployments.v1` commits with the change or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import cast
+
+from headrace.v1.control_pb2 import Balancing, Batching, BucketRange, ServedVersion, ServingConfig
+from headrace.v1.registry_pb2 import Deployment
+from headrace.v1.tensor_pb2 import Signature
+
+from services.common.clock import Clock
+from services.common.errors import Aborted, InvalidArgument, NotFound
+from services.common.topics import DEPLOYMENTS
+from services.registry.buckets import BUCKETS, Range, allocate
+from services.registry.repository import Repository
+from services.registry.schemas import DeployIn, utc_us
+from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One entry of a deployment's history; no `deployment`: undeployed."""
+
+    revision: int
+    reason: str
+    at: datetime
+    deployment: Deployment | None
+
+
+async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> Deployment:
+    """Make `wanted` the state of `model`'s serving. An alias may name a version; it is resolved now.
+
+    Asking for what is there already changes nothing and makes no revision. Raises NotFound for an unknown
+    model, InvalidArgument naming `versions…`, Aborted where `expected_revision` is not the current one.
+    """
+    if await tx.model(model, lock=True) is None:
+        raise no_model(model)
+    row = await tx.deployment(model)
+    if wanted.expected_revision is not None and wanted.expected_revision != (row.revision if row else 0):
+        at = f"at revision {row.revision}" if row else "not deployed"
+        raise Aborted(f"{model} is {at}, not at {wanted.expected_revision}", field="expected_revision")
+    aliases = {alias.alias: alias.version for alias in await tx.aliases(model)}
+    served = await _served(tx, model, wanted, aliases)
+    old = ServingConfig.FromString(row.config) if row else ServingConfig()
+    config = ServingConfig(
+        model=model,
+        versions=served,
+        aliases=_resolvable(aliases, served),
+        buckets=_buckets(old.buckets, served),
+        salt=model,
+        pool=wanted.pool,
+        batching=Batching(**wanted.batching.model_dump()),
+        balancing=cast(Balancing, Balancing.Value(f"BALANCING_{wanted.balancing.upper()}")),
+        log_payloads=wanted.log_payloads,
+        default_timeout_ms=wanted.default_timeout_ms,
+    )
+    if row is not None and _same_state(old, config):
+        return _deployment(row)
+    return await _commit_revision(tx, config, "deploy", clock)
+
+
+async def undeploy(tx: Repository, model: str, clock: Clock) -> None:
+    """Take `model` out of serving. Raises NotFound where it is not deployed."""
+    if await tx.model(model, lock=True) is None:
+        raise no_model(model)
+    if await tx.deployment(model) is None:
+        raise not_deployed(model)
+    revision = await tx.next_revision(model)
+    await tx.delete_deployment(model)
+    tx.add(HistoryRow(model=model, revision=revision, reason="undeploy", config=None, created_at=clock.now()))
+    tx.publish(DEPLOYMENTS, model, None)
+
+
+async def get_deployment(tx: Repository, model: str) -> Deployment:
+    """Raises NotFound where the model is unknown or not deployed."""
+    row = await tx.deployment(model)
+    if row is not None:
+        return _deployment(row)
+    if await tx.model(model) is None:
+        raise no_model(model)
+    raise not_deployed(model)
+
+
+async def list_deployments(tx: Repository, after: str, limit: int) -> tuple[list[Deployment], str | None]:
+    """A page by model name, and where the next one starts."""
+    rows = await tx.deployments(after, limit + 1)
+    page = rows[:limit]
+    return [_deployment(row) for row in page], page[-1].model if len(rows) > limit else None
+
+
+async def history(
+    tx: Repository, model: str, before: int | None, limit: int
+) -> tuple[list[Revision], int | None]:
+    """Revisions of `model`, newest first, and where the next page starts. Raises NotFound."""
+    if await tx.model(model) is None:
+        raise no_model(model)
+    rows = await tx.history(model, before if before is not None else 1 << 62, limit + 1)
+    entries = [_revision(row) for row in rows[:limit]]
+    return entries, entries[-1].revision if len(rows) > limit else None
+
+
+def served_versions(row: DeploymentRow) -> set[str]:
+    """Versions that a deployment holds loaded, those of weight 0 included."""
+    return {served.version for served in ServingConfig.FromString(row.config).versions}
+
+
+async def refresh_aliases(tx: Repository, model: str, clock: Clock) -> None:
+    """After an alias moved: tell those who serve the model. The caller holds the model's lock."""
+    row = await tx.deployment(model)
+    if row is None:
+        return
+    config = ServingConfig.FromString(row.config)
+    aliases = _resolvable({alias.alias: alias.version for alias in await tx.aliases(model)}, config.versions)
+    if dict(config.aliases) == aliases:
+        return
+    config.aliases.clear()
+    config.aliases.update(aliases)
+    await _commit_revision(tx, config, "alias", clock)
+
+
+async def republish(tx: Repository, model: str, seen: int, clock: Clock) -> None:
+    """Put the state of `model` on the topic again, where it holds revision `seen` (0: nothing).
+
+    A `seen` above ours (this database was restored from an older copy) is overtaken by a new revision, else
+    everybody would go on ignoring ours.
+    """
+    await tx.model(model, lock=True)
+    row = await tx.deployment(model)
+    if row is None:
+        tx.publish(DEPLOYMENTS, model, None)
+    elif row.revision < seen:
+        await _commit_revision(tx, ServingConfig.FromString(row.config), "republish", clock, above=seen)
+    else:
+        tx.publish(DEPLOYMENTS, model, row.config)
+
+
+async def _served(
+    tx: Repository, model: str, wanted: DeployIn, aliases: Mapping[str, str]
+) -> list[ServedVersion]:
+    total = sum(share.ten_thousandths for share in wanted.versions)
+    if total != BUCKETS:
+        raise InvalidArgument(f"the weights add up to {total / 100:g}%, not 100%", field="versions")
+    names = [aliases.get(share.version, share.version) for share in wanted.versions]
+    rows = {row.version: row for row in await tx.versions(model, names)}
+    served: list[ServedVersion] = []
+    for index, (name, share) in enumerate(zip(names, wanted.versions, strict=True)):
+        row = rows.get(name)
+        if row is None:
+            raise InvalidArgument(
+                f"{model} has no version {share.version!r}", field=f"versions[{index}].version"
+            )
+        if any(other.version == name for other in served):
+            raise InvalidArgument(f"version {name!r} stands twice", field=f"versions[{index}].version")
+        variant = share.variant or name
+        if any(other.variant == variant for other in served):
+            raise InvalidArgument(f"variant {variant!r} stands twice", field=f"versions[{index}].variant")
+        served.append(_served_version(row, share.ten_thousandths, variant))
+    return served
+
+
+def _served_version(row: VersionRow, weight: int, variant: str) -> ServedVersion:
+    return ServedVersion(
+        version=row.version,
+        artifact_digest=row.artifact_digest,
+        backend=row.backend,
+        signature=Signature.FromString(row.signature),
+        variant=variant,
+        weight=weight,
+        artifact_bytes=row.artifact_bytes,
+    )
+
+
+def _buckets(old: Sequence[BucketRange], served: Sequence[ServedVersion]) -> list[BucketRange]:
+    before = [Range(piece.first, piece.last, piece.version) for piece in old]
+    after = allocate(before, {version.version: version.weight for version in served})
+    return [BucketRange(first=piece.first, last=piece.last, version=piece.version) for piece in after]
+
+
+def _resolvable(aliases: Mapping[str, str], served: Sequence[ServedVersion]) -> dict[str, str]:
+    """Aliases of versions that are served: a name that the topic carries can always be answered."""
+    versions = {version.version for version in served}
+    return {alias: version for alias, version in aliases.items() if version in versions}
+
+
+def _same_state(a: ServingConfig, b: ServingConfig) -> bool:
+    """Equal but for when and as what revision they were published."""
+    left, right = ServingConfig(), ServingConfig()
+    left.CopyFrom(a)
+    right.CopyFrom(b)
+    for config in (left, right):
+        config.revision = config.published_at_us = 0
+    return left == right
+
+
+async def _commit_revision(
+    tx: Repository, config: ServingConfig, reason: str, clock: Clock, *, above: int = 0
+) -> Deployment:
+    now = clock.now()
+    config.revision = await tx.next_revision(config.model, above)
+    config.published_at_us = utc_us(now)
+    # Deterministic, so that publishing the same state again gives the same bytes
+    value = config.SerializeToString(deterministic=True)
+    await tx.put_deployment(config.model, config.revision, value, now)
+    tx.add(
+        HistoryRow(model=config.model, revision=config.revision, reason=reason, config=value, created_at=now)
+    )
+    tx.publish(DEPLOYMENTS, config.model, value)
+    return Deployment(config=config, updated_at_us=utc_us(now))
+
+
+def _deployment(row: DeploymentRow) -> Deployment:
+    config = ServingConfig.FromString(row.config)
+    return Deployment(config=config, updated_at_us=utc_us(row.updated_at))
+
+
+def _revision(row: HistoryRow) -> Revision:
+    deployment = None
+    if row.config is not None:
+        config = ServingConfig.FromString(row.config)
+        deployment = Deployment(config=config, updated_at_us=utc_us(row.created_at))
+    return Revision(row.revision, row.reason, row.created_at, deployment)
+
+
+def no_model(model: str) -> NotFound:
+    """The error for a model that is not there."""
+    return NotFound(f"there is no model {model!r}", field="model")
+
+
+def not_deployed(model: str) -> NotFound:
+    """The error for a model that nothing serves."""
+    return NotFound(f"{model} is not deployed", field="model")

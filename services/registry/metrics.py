@@ -1,0 +1,39 @@
+"""Every metric of the registry. Labels are topics and transports: bounded sets."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class Metrics:
+    """The registry's metrics in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.versions_created = Counter(
+            "headrace_registry_versions_created_total", "Model versions made.", registry=self.registry
+        )
+        self.uploaded_bytes = Counter(
+            "headrace_registry_uploaded_bytes_total", "Bytes of new versions.", registry=self.registry
+        )
+        self.rpcs = Counter(
+            "headrace_registry_rpcs_total", "gRPC calls by method and code.", ["method", "code"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.republished = Counter(
+            "headrace_registry_republished_total",
+            "Control records published again because the broker did not hold them.",
+            ["topic"],
+            registry=self.registry,
+        )
+        self.control_missing = Gauge(
+            "headrace_registry_control_missing",
+            "Control records that the broker did not hold at the last check.",
+            ["topic"],
+            registry=self.registry,
+        )
+        self.outbox_age = Gauge(
+            "headrace_registry_outbox_age_seconds",
+            "Age of the oldest control record that waits for the broker.",
+            registry=self.registry,
+        )

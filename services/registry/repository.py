@@ -1,0 +1,168 @@
+"""Queries of one transaction. No rule of the domain lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.common.bus import Record
+from services.common.topics import Topic
+from services.registry.tables import (
+    AliasRow,
+    ControlOutbox,
+    DeploymentRow,
+    HistoryRow,
+    KeyRow,
+    ModelRow,
+    RevisionRow,
+    VersionRow,
+)
+
+
+class Repository:
+    """The registry's tables as one transaction sees them."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+        #: What to publish if and only if this transaction commits, in order.
+        self.records: list[Record] = []
+
+    def add(self, row: Any) -> None:
+        """Insert `row` with the next flush."""
+        self._session.add(row)
+
+    async def flush(self) -> None:
+        """Send what was added, so that constraints speak up now."""
+        await self._session.flush()
+
+    def publish(self, topic: Topic, key: str, value: bytes | None) -> None:
+        """Add to `records`."""
+        self.records.append(Record(topic.name, key.encode(), value))
+
+    # models
+
+    async def insert_model(self, row: dict[str, Any]) -> bool:
+        """False where the name is taken."""
+        statement = insert(ModelRow).values(**row).on_conflict_do_nothing().returning(ModelRow.name)
+        return (await self._session.execute(statement)).scalar() is not None
+
+    async def model(self, name: str, *, lock: bool = False) -> ModelRow | None:
+        """With `lock`, whoever else wants to change something of this model waits for this transaction."""
+        return await self._session.get(ModelRow, name, with_for_update=lock)
+
+    async def models(self, after: str, limit: int) -> Sequence[ModelRow]:
+        statement = select(ModelRow).where(ModelRow.name > after).order_by(ModelRow.name).limit(limit)
+        return (await self._session.scalars(statement)).all()
+
+    async def delete_model(self, name: str) -> None:
+        await self._session.execute(delete(ModelRow).where(ModelRow.name == name))
+
+    # versions and aliases
+
+    async def version(self, model: str, version: str) -> VersionRow | None:
+        """Deleted ones included."""
+        return await self._session.get(VersionRow, (model, version))
+
+    async def versions(self, model: str, names: Sequence[str] | None = None) -> Sequence[VersionRow]:
+        """Those not deleted, oldest first; only `names` where given."""
+        statement = select(VersionRow).where(VersionRow.model == model, VersionRow.deleted_at.is_(None))
+        if names is not None:
+            statement = statement.where(VersionRow.version.in_(names))
+        statement = statement.order_by(VersionRow.created_at, VersionRow.version)
+        return (await self._session.scalars(statement)).all()
+
+    async def version_names(self, model: str) -> Sequence[str]:
+        """Every name ever given, deleted ones included."""
+        return (
+            await self._session.scalars(select(VersionRow.version).where(VersionRow.model == model))
+        ).all()
+
+    async def aliases(self, *models: str) -> Sequence[AliasRow]:
+        statement = select(AliasRow).where(AliasRow.model.in_(models)).order_by(AliasRow.alias)
+        return (await self._session.scalars(statement)).all()
+
+    async def alias(self, model: str, alias: str) -> AliasRow | None:
+        return await self._session.get(AliasRow, (model, alias))
+
+    async def put_alias(self, model: str, alias: str, version: str, at: datetime) -> None:
+        statement = insert(AliasRow).values(model=model, alias=alias, version=version, updated_at=at)
+        changed = {"version": version, "updated_at": at}
+        await self._session.execute(
+            statement.on_conflict_do_update(index_elements=["model", "alias"], set_=changed)
+        )
+
+    async def delete_alias(self, model: str, alias: str) -> None:
+        await self._session.execute(delete(AliasRow).where(AliasRow.model == model, AliasRow.alias == alias))
+
+    # deployments
+
+    async def deployment(self, model: str) -> DeploymentRow | None:
+        return await self._session.get(DeploymentRow, model)
+
+    async def deployments(self, after: str, limit: int) -> Sequence[DeploymentRow]:
+        statement = select(DeploymentRow).where(DeploymentRow.model > after)
+        statement = statement.order_by(DeploymentRow.model).limit(limit)
+        return (await self._session.scalars(statement)).all()
+
+    async def put_deployment(self, model: str, revision: int, config: bytes, at: datetime) -> None:
+        values = {"revision": revision, "config": config, "updated_at": at}
+        statement = insert(DeploymentRow).values(model=model, **values)
+        await self._session.execute(statement.on_conflict_do_update(index_elements=["model"], set_=values))
+
+    async def delete_deployment(self, model: str) -> None:
+        await self._session.execute(delete(DeploymentRow).where(DeploymentRow.model == model))
+
+    async def next_revision(self, model: str, above: int = 0) -> int:
+        """The revision after the last one and after `above`. Others wait for one until this commits."""
+        statement = insert(RevisionRow).values(model=model, revision=above + 1)
+        raised = func.greatest(RevisionRow.revision, above) + 1
+        statement = statement.on_conflict_do_update(index_elements=["model"], set_={"revision": raised})
+        return int((await self._session.execute(statement.returning(RevisionRow.revision))).scalar_one())
+
+    async def deployed_revisions(self) -> dict[str, int]:
+        """Model → revision of everything deployed."""
+        rows = await self._session.execute(select(DeploymentRow.model, DeploymentRow.revision))
+        return {row[0]: row[1] for row in rows.all()}
+
+    async def last_revisions(self) -> dict[str, int]:
+        """Model → last revision of everything ever deployed."""
+        rows = await self._session.execute(select(RevisionRow.model, RevisionRow.revision))
+        return {row[0]: row[1] for row in rows.all()}
+
+    async def history(self, model: str, before: int, limit: int) -> Sequence[HistoryRow]:
+        """Revisions below `before`, newest first."""
+        statement = select(HistoryRow).where(HistoryRow.model == model, HistoryRow.revision < before)
+        statement = statement.order_by(HistoryRow.revision.desc()).limit(limit)
+        return (await self._session.scalars(statement)).all()
+
+    # keys
+
+    async def insert_key(self, row: dict[str, Any]) -> None:
+        """Nothing happens where the key id is there already."""
+        await self._session.execute(
+            insert(KeyRow).values(**row).on_conflict_do_nothing(index_elements=["key_id"])
+        )
+
+    async def key(self, key_id: str, *, lock: bool = False) -> KeyRow | None:
+        return await self._session.get(KeyRow, key_id, with_for_update=lock)
+
+    async def keys(self, after: str, limit: int) -> Sequence[KeyRow]:
+        statement = select(KeyRow).where(KeyRow.key_id > after).order_by(KeyRow.key_id).limit(limit)
+        return (await self._session.scalars(statement)).all()
+
+    async def key_revisions(self) -> dict[str, int]:
+        """Key id → revision, revoked ones included."""
+        rows = await self._session.execute(select(KeyRow.key_id, KeyRow.revision))
+        return {row[0]: row[1] for row in rows.all()}
+
+    # outbox
+
+    async def pending(self, topic: Topic) -> set[str]:
+        """Keys of the records of `topic` that are not published yet."""
+        rows = await self._session.scalars(select(ControlOutbox.key).where(ControlOutbox.topic == topic.name))
+        return {key.decode() for key in rows if key is not None}

@@ -1,0 +1,195 @@
+"""What callers send, checked once for REST and gRPC alike. `views.py` holds what they get."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+)
+
+from services.common.errors import InvalidArgument, MalformedBody
+from services.common.problems import field_path
+
+ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+VersionText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+#: Starts with a letter: the default version texts are whole numbers, and a request may name either.
+AliasName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,62}$")]
+PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+#: No NUL: PostgreSQL cannot store one.
+Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
+Tags = Annotated[dict[Label, Text], Field(max_length=100)]
+Datatype = Literal[
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64",
+    "FP16", "FP32", "FP64", "BYTES", "BF16",
+]  # fmt: skip
+TaskName = Literal["classification", "regression", "embedding", "generation"]
+BalancingName = Literal["least_latency", "round_robin", "weighted", "consistent_hash"]
+Scope = Literal["predict", "read", "admin"]
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelIn(_Input):
+    """A model to create."""
+
+    name: ModelName
+    description: Text = ""
+    tags: Tags = {}
+
+
+class ModelPatch(_Input):
+    """What to change of a model; what is absent stays."""
+
+    description: Text | None = None
+    tags: Tags | None = None
+
+
+class TensorOverride(_Input):
+    """Completes one tensor read from the file. Shape may narrow -1 to a number, never contradict."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+    datatype: Datatype | None = None
+    shape: Annotated[list[Annotated[int, Field(ge=-1, lt=1 << 31)]], Field(max_length=16)] | None = None
+    columns: Annotated[list[Text], Field(max_length=100_000)] | None = None
+
+
+class SignatureOverrides(_Input):
+    """Completes the signature read from the file."""
+
+    inputs: Annotated[list[TensorOverride], Field(max_length=1000)] = []
+    outputs: Annotated[list[TensorOverride], Field(max_length=1000)] = []
+    batched: bool | None = None
+    task: TaskName | None = None
+    prediction_output: str | None = None
+    probability_output: str | None = None
+    classes: Annotated[list[Text], Field(max_length=100_000)] | None = None
+
+
+class LineageIn(_Input):
+    """Where a version comes from. `parent` is "model/version"."""
+
+    source_uri: Text = ""
+    git_commit: Text = ""
+    training_run: Text = ""
+    training_data_digest: Text = ""
+    parent: Text = ""
+
+
+class VersionIn(_Input):
+    """What is said of an upload beside its files. No `version`: the next whole number. No `backend`: by the
+    files."""
+
+    version: VersionText | None = None
+    backend: str = ""
+    signature: SignatureOverrides = SignatureOverrides()
+    metrics: Annotated[dict[Label, FiniteFloat], Field(max_length=1000)] = {}
+    lineage: LineageIn = LineageIn()
+    tags: Tags = {}
+
+
+class AliasIn(_Input):
+    """The version that an alias shall stand for."""
+
+    version: VersionText
+
+
+class AliasPath(_Input):
+    """The alias itself, where no route checks it."""
+
+    alias: AliasName
+
+
+class PageIn(_Input):
+    """Which part of a list."""
+
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    after: Annotated[str, StringConstraints(max_length=100, pattern=r"^[^\x00]*$")] = ""
+
+
+class Share(_Input):
+    """One version of a deployment. `weight` is percent with at most two decimals."""
+
+    version: VersionText
+    weight: Annotated[Decimal, Field(ge=0, le=100, decimal_places=2)]
+    variant: VersionText | None = None
+
+    @property
+    def ten_thousandths(self) -> int:
+        """The weight in 1/10,000, as everything inside counts it."""
+        return int(self.weight * 100)
+
+
+def _ascending(rows: list[int]) -> list[int]:
+    if rows != sorted(set(rows)):
+        raise ValueError("preferred_rows grow from entry to entry")
+    return rows
+
+
+class BatchingIn(_Input):
+    """How workers batch; 0 leaves it to the worker."""
+
+    max_rows: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    max_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    preferred_rows: Annotated[
+        list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(max_length=16), AfterValidator(_ascending)
+    ] = []
+    max_queue_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+
+
+class DeployIn(_Input):
+    """The whole wanted state of a model's serving; what is absent takes its default."""
+
+    versions: Annotated[list[Share], Field(min_length=1, max_length=100)]
+    pool: PoolName = "default"
+    batching: BatchingIn = BatchingIn()
+    balancing: BalancingName = "least_latency"
+    log_payloads: bool = True
+    default_timeout_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
+    #: The deployment changes only if this is still its revision.
+    expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+
+
+class KeyIn(_Input):
+    """An API key to create. `rate_per_second` 0: no limit; `burst` 0: one second's worth; no models: all."""
+
+    name: Label
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=3)] = ["predict"]
+    rate_per_second: Annotated[FiniteFloat, Field(ge=0, le=1e6)] = 0.0
+    burst: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    models: Annotated[list[ModelName], Field(max_length=1000)] = []
+    expires_at: AwareDatetime | None = None
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(kind: type[M], values: dict[str, Any] | str | bytes) -> M:
+    """`values` (a dict, or JSON text) as `kind`. Raises MalformedBody where it is not JSON, InvalidArgument
+    naming the first wrong field."""
+    try:
+        if isinstance(values, dict):
+            return kind.model_validate(values)
+        return kind.model_validate_json(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise MalformedBody(f"metadata is not JSON: {first['msg']}", field="metadata") from None
+        raise InvalidArgument(first["msg"], field=field_path(first["loc"]) or None) from None
+
+
+def utc_us(moment: datetime) -> int:
+    """Microseconds since the Unix epoch."""
+    return round(moment.timestamp() * 1_000_000)

@@ -1,0 +1,218 @@
+"""Receiving files without holding them: bytes go to a temporary file and through SHA-256 as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from services.common.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    InvalidArgument,
+    MalformedBody,
+    ResourceExhausted,
+)
+from services.registry.artifacts import ReceivedFile, check_path
+
+MAX_FILES = 1000
+MAX_METADATA_BYTES = 8 << 20
+_BUFFER = 1 << 20
+
+
+class Uploads:
+    """Where uploads are received: `at_once` of them, each of at most `max_bytes` within `within_s`."""
+
+    def __init__(self, directory: Path, *, at_once: int, max_bytes: int, within_s: float) -> None:
+        self._directory = directory
+        self._free = at_once
+        self._max_bytes = max_bytes
+        self._within_s = within_s
+
+    def clear(self) -> None:
+        """Remove what a killed process left behind. Blocking; before the first upload."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+
+    @asynccontextmanager
+    async def receive(self) -> AsyncIterator[Upload]:
+        """One upload; its files are gone after the block. Raises ResourceExhausted where too many are
+        running, DeadlineExceeded where the block takes too long."""
+        if not self._free:
+            raise ResourceExhausted("too many uploads are running", retry_after_ms=2000)
+        self._free -= 1
+        directory = None
+        try:
+            directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._directory))
+            async with asyncio.timeout(self._within_s):
+                yield Upload(directory, self._max_bytes)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the upload took longer than {self._within_s:g} s") from None
+        finally:
+            self._free += 1
+            if directory is not None:
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+class Upload:
+    """Files received so far, one after another: `begin`, `write` as often as needed, `end`."""
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.files: list[ReceivedFile] = []
+        self._directory = directory
+        self._left = max_bytes
+        self._path = ""
+        self._buffer = bytearray()
+        self._file: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    async def begin(self, path: str) -> None:
+        """A file whose path inside the version is `path`. Raises InvalidArgument, field `files`."""
+        if len(self.files) >= MAX_FILES:
+            raise InvalidArgument(f"a version has at most {MAX_FILES} files", field="files")
+        self._path = check_path(path)
+        self._hash, self._size = hashlib.sha256(), 0
+        self._file = await asyncio.to_thread(open, self._at, "wb")
+
+    async def write(self, data: bytes) -> None:
+        """More of the file that was begun. Raises BodyTooLarge."""
+        self._left -= len(data)
+        if self._left < 0:
+            raise BodyTooLarge("the upload is larger than this registry accepts", field="files")
+        self._buffer += data
+        if len(self._buffer) >= _BUFFER:
+            await self._flush()
+
+    async def end(self) -> ReceivedFile:
+        """The file that was begun is complete."""
+        await self._flush()
+        if self._file is not None:
+            await asyncio.to_thread(self._file.close)
+            self._file = None
+        received = ReceivedFile(self._path, f"sha256:{self._hash.hexdigest()}", self._size, self._at)
+        self.files.append(received)
+        return received
+
+    @property
+    def _at(self) -> Path:
+        return self._directory / f"{len(self.files):04d}"
+
+    async def _flush(self) -> None:
+        data, self._buffer = self._buffer, bytearray()
+        await asyncio.to_thread(self._store, data)
+
+    def _store(self, data: bytearray) -> None:
+        if self._file is None:
+            raise RuntimeError("write before begin")
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+async def receive_multipart(content_type: str, body: AsyncIterator[bytes], upload: Upload) -> bytes:
+    """Receive a multipart/form-data body: its `files` into `upload`; the text of `metadata` is the result.
+
+    Raises MalformedBody where it is no such body or ends early, InvalidArgument for other fields.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data" or not options.get(b"boundary"):
+        raise MalformedBody("the body is multipart/form-data with `metadata` and `files`")
+    form = _Form(upload)
+    parser = MultipartParser(options[b"boundary"], form.callbacks())  # type: ignore[arg-type]  # a TypedDict there
+    async for chunk in body:
+        try:
+            parser.write(chunk)
+        except ValueError as error:
+            raise MalformedBody("the multipart body is malformed") from error
+        await form.act()
+    if not form.complete:
+        raise MalformedBody("the multipart body ends early")
+    return bytes(form.metadata)
+
+
+class _Form:
+    """Collects the parser's synchronous events of one chunk, then acts on them."""
+
+    def __init__(self, upload: Upload) -> None:
+        self.metadata = bytearray()
+        self.complete = False
+        self._upload = upload
+        self._events: list[tuple[str, bytes]] = []
+        self._name = self._value = b""
+        self._disposition = b""
+        self._in_file = False
+        self._seen_metadata = False
+
+    def callbacks(self) -> dict[str, object]:
+        """What MultipartParser calls."""
+
+        def on_header_field(data: bytes, start: int, end: int) -> None:
+            self._name += data[start:end]
+
+        def on_header_value(data: bytes, start: int, end: int) -> None:
+            self._value += data[start:end]
+
+        def on_header_end() -> None:
+            if self._name.lower() == b"content-disposition":
+                self._disposition = self._value
+            self._name = self._value = b""
+
+        def on_headers_finished() -> None:
+            self._events.append(("begin", self._disposition))
+            self._disposition = b""
+
+        def on_part_data(data: bytes, start: int, end: int) -> None:
+            self._events.append(("data", data[start:end]))
+
+        def on_part_end() -> None:
+            self._events.append(("end", b""))
+
+        def on_end() -> None:
+            self.complete = True
+
+        functions = (
+            on_header_field,
+            on_header_value,
+            on_header_end,
+            on_headers_finished,
+            on_part_data,
+            on_part_end,
+            on_end,
+        )
+        return {function.__name__: function for function in functions}
+
+    async def act(self) -> None:
+        events, self._events = self._events, []
+        for kind, data in events:
+            if kind == "begin":
+                await self._begin(data)
+            elif kind == "end":
+                if self._in_file:
+                    await self._upload.end()
+            elif self._in_file:
+                await self._upload.write(data)
+            else:
+                self.metadata += data
+                if len(self.metadata) > MAX_METADATA_BYTES:
+                    raise BodyTooLarge("metadata is too large", field="metadata")
+
+    async def _begin(self, disposition: bytes) -> None:
+        _kind, options = parse_options_header(disposition)
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._in_file = name == "files"
+        if self._in_file:
+            await self._upload.begin(options.get(b"filename", b"").decode("utf-8", "replace"))
+        elif name != "metadata" or self._seen_metadata:
+            raise InvalidArgument(
+                "the parts are one `metadata` and any number of `files`", field=name or None
+            )
+        else:
+            self._seen_metadata = True
