@@ -99,6 +99,7 @@ class Keeper:
         finally:
             # Also after a failed on_up: a half-started part is not left beside its successor.
             if not child.alive:
+                child.kill()  # what it started and left behind
                 self._around.ended(child.pid)
         code = child.exit_code or 0
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -106,16 +107,12 @@ class Child:
             self._process.send_signal(self.command.stop_signal)
 
     def kill(self) -> None:
-        """End it and whatever it started in its group, at once, and reap it."""
-        # A group whose leader has been reaped may carry a recycled number: only signal it before that.
-        if self.alive:
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            except PermissionError:
-                self._process.kill()
-            self._process.wait(timeout=10)
+        """End it and whatever it started in its group, at once, and reap it. Also what it left behind."""
+        # A number is not given out again while a group carries it, so this reaches no stranger.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait(timeout=10)
 
     def wait(self, timeout: float) -> bool:
         """True when it has ended within `timeout` seconds."""

@@ -128,8 +128,8 @@ class Server(ABC):
         """End it cleanly, by force after `grace` seconds. Its data stays."""
         if self.child is not None:
             self.child.terminate()
-            if not self.child.wait(grace):
-                self.child.kill()
+            self.child.wait(grace)
+            self.child.kill()  # its group too: what it started may not have followed it
 
     def kill(self) -> None:
         """SIGKILL, as a crash would be. Its data stays as the crash left it."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.embedded import lock
@@ -37,13 +38,21 @@ class Stack:
     """The stack of one home folder, whoever started it.
 
     `environment` decides everything (see `Configuration.read`). With `detached` False the stack ends with
-    the process that started it, cleanly; otherwise it outlives it.
+    the process that started it, cleanly; otherwise it outlives it. `supervisor` is the module, with its
+    arguments, that is run in the background.
     """
 
-    def __init__(self, environment: Mapping[str, str], *, detached: bool = True) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *,
+        detached: bool = True,
+        supervisor: Sequence[str] = ("deploy.embedded", "supervise"),
+    ) -> None:
         self.configuration = Configuration.read(environment)
-        self._environment = dict(environment)
+        self.environment = dict(environment)
         self._detached = detached
+        self._module = supervisor
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -54,6 +63,7 @@ class Stack:
         workers: int = 2,
         kafka_home: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        supervisor: Sequence[str] = ("deploy.embedded", "supervise"),
     ) -> Stack:
         """A stack for a test: nothing of the caller's own stack is touched or used."""
         foreign = ("HEADRACE_", "KAFKA_", "DATABASE_URL", "REDIS_URL", "ARTIFACT_STORE_URL", "OTEL_")
@@ -62,7 +72,7 @@ class Stack:
         chosen |= {"HEADRACE_HOME": str(home), "HEADRACE_WORKERS": str(workers)}
         if kafka_home is not None:
             chosen["KAFKA_HOME"] = str(kafka_home)
-        return cls(chosen | dict(environment or {}), detached=False)
+        return cls(chosen | dict(environment or {}), detached=False, supervisor=supervisor)
 
     # Addresses.
 
@@ -151,13 +161,12 @@ class Stack:
             raise
 
     def stop(self, timeout: float = STOP_TIMEOUT_S, progress: Progress = lambda status: None) -> bool:
-        """Drain and stop everything; data stays. False where nothing ran. After `timeout` seconds by force."""
-        if not self.running:
-            self._reap()
+        """Drain and stop everything; data stays. False where nothing ran. After `timeout` s by force."""
+        if not self._anything_left():
             return False
         asked: int | None = None
         deadline = time.monotonic() + timeout
-        while self.running and time.monotonic() < deadline:
+        while self._anything_left() and time.monotonic() < deadline:
             status = self.status()
             pid = self._supervisor.pid if self._supervisor is not None else status.pid if status else None
             if pid is not None and asked is None:
@@ -165,19 +174,21 @@ class Stack:
                 _signal(pid, signal.SIGTERM)
             if status is not None:
                 progress(status)
-            self._reap()
             time.sleep(POLL_S)
-        if self.running and asked is not None:
+        if self._anything_left() and asked is not None:
             _signal(asked, signal.SIGKILL)
-            self._reap()
             self._until(
-                lambda: not self.running, KILLED_TIMEOUT_S, "The stack did not end when it was killed."
+                lambda: not self._anything_left(),
+                KILLED_TIMEOUT_S,
+                "The stack did not end when it was killed.",
             )
         return True
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL, *, hold: bool = False) -> int:
-        """Send a signal to one part (or to `supervisor`) and return the pid it had. With `hold` it stays down until
-        `release`; otherwise the supervisor starts it again."""
+        """Send a signal to one part (or to `supervisor`) and return the pid it had.
+
+        With `hold` it stays down until `release`; otherwise the supervisor starts it again.
+        """
         if name == "supervisor":
             status = self.status()
             if status is None:
@@ -227,10 +238,10 @@ class Stack:
 
     def _launch(self) -> subprocess.Popen[bytes]:
         self.configuration.logs.mkdir(parents=True, exist_ok=True)
-        environment = self._environment | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
+        environment = self.environment | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
         with (self.configuration.logs / "supervisor.log").open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", "deploy.embedded", "supervise"],
+            return subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-m", *self._module],
                 cwd=REPOSITORY,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -271,16 +282,14 @@ class Stack:
                 raise EmbeddedError(sentence)
             time.sleep(POLL_S)
 
-    def _reap(self) -> None:
-        if self._supervisor is not None:
-            self._supervisor.poll()
+    def _anything_left(self) -> bool:
+        """The lock is held, or the supervisor that we started has not taken it yet."""
+        return self.running or (self._supervisor is not None and self._supervisor.poll() is None)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _exists(pid: int) -> bool:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from deploy.embedded.keeper import Keeper
 from deploy.embedded.log_files import trim_logs
 from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.process import EmbeddedError
-from deploy.embedded.secret_files import load_or_create
+from deploy.embedded.secret_files import Secrets, load_or_create
 from deploy.embedded.server import Server
 from deploy.embedded.status import PartStatus, Phase, StackStatus, State
 from services.common.bus.admin import ensure_topics
 from services.common.errors import HeadraceError
 from services.common.topics import all_topics
+
+Draw = Callable[[Configuration, Secrets], Blueprint]
 
 log = logging.getLogger("headrace.supervisor")
 
@@ -39,8 +41,9 @@ TOPICS_DEADLINE_S = 20.0
 class Supervisor:
     """One run from start to stop. `lock` is the descriptor that holds the home's lock."""
 
-    def __init__(self, configuration: Configuration, lock: int) -> None:
+    def __init__(self, configuration: Configuration, lock: int, draw: Draw = draw) -> None:
         self._configuration = configuration
+        self._draw = draw
         self._lock = lock
         self._status_file = configuration.home / "status.json"
         self._holds = configuration.home / "hold"
@@ -74,7 +77,7 @@ class Supervisor:
         self._holds.mkdir(exist_ok=True)
         for leftover in self._holds.iterdir():
             leftover.unlink()
-        blueprint = draw(self._configuration, load_or_create(self._configuration.home))
+        blueprint = self._draw(self._configuration, load_or_create(self._configuration.home))
         self._keepers = {
             server.name: Keeper(
                 server,

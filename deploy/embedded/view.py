@@ -129,13 +129,13 @@ def welcome(console: Console, stack: Stack, status: StackStatus, seconds: float)
 
 def commands(stack: Stack) -> list[str]:
     """What a newcomer pastes first: a prediction over REST, the same by the command line, the comparison."""
-    key = f"$(cat {stack.configuration.admin_key_file})"
+    key = f'-H "Authorization: Bearer $(cat {stack.configuration.admin_key_file})"'
+    predict = f"{stack.rest_url}/v1/predict"
+    compare = f"{stack.rest_url}/v1/analytics/models/cancer/compare?a=1&b=2&metric=error_rate"
     return [
-        f'curl -s {stack.rest_url}/v1/predict -H "Authorization: Bearer {key}" -H "Content-Type: application/json" '
-        "-d @examples/cancer_request.json",
-        ".venv/bin/headrace predict cancer --inputs @examples/cancer_inputs.json --user alice",
-        f'curl -s "{stack.rest_url}/v1/analytics/models/cancer/compare?a=1&b=2&metric=error_rate" '
-        f'-H "Authorization: Bearer {key}"',
+        f'curl -s {predict} {key} -H "Content-Type: application/json" -d @examples/cancer_request.json',
+        ".venv/bin/headrace predict minilm --inputs '[\"water drives the turbine\"]'",
+        f'curl -s {key} "{compare}"',
     ]
 
 
