@@ -46,9 +46,9 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def test_the_token_opens_unary_and_streaming_calls(channel: grpc.aio.Channel) -> None:
-    unary = channel.unary_unary("/test.Echo/Unary")
+    unary = channel.unary_unary("/test.Echo/Unary", bytes, bytes)
     assert await unary(b"hello", metadata=metadata(_TOKEN), timeout=5) == b"hello"
-    stream = channel.stream_stream("/test.Echo/Stream")
+    stream = channel.stream_stream("/test.Echo/Stream", bytes, bytes)
     call = stream(iter([b"a", b"b"]), metadata=metadata(_TOKEN), timeout=5)
     assert [reply async for reply in call] == [b"a", b"b"]
 
@@ -58,16 +58,16 @@ async def test_without_it_calls_end_unauthenticated(
     channel: grpc.aio.Channel, given: tuple[tuple[str, str], ...]
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await channel.unary_unary("/test.Echo/Unary")(b"hello", metadata=given, timeout=5)
+        await channel.unary_unary("/test.Echo/Unary", bytes, bytes)(b"hello", metadata=given, timeout=5)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-    stream = channel.stream_stream("/test.Echo/Stream")(iter([b"a"]), metadata=given, timeout=5)
+    stream = channel.stream_stream("/test.Echo/Stream", bytes, bytes)(iter([b"a"]), metadata=given, timeout=5)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [reply async for reply in stream]
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_health_needs_no_token(channel: grpc.aio.Channel) -> None:
-    assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=5) == b""
+    assert await channel.unary_unary("/grpc.health.v1.Health/Check", bytes, bytes)(b"", timeout=5) == b""
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -82,7 +82,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 async def test_spans_reach_an_otlp_collector() -> None:
     collector = Collector()
     server = grpc.aio.server()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]  # generated code
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     tracing = setup_tracing("gateway", f"http://127.0.0.1:{port}", 1.0)

@@ -67,8 +67,7 @@ def _problem(response: httpx.Response) -> dict[str, Any]:
 
 def test_every_code_has_a_status_and_every_error_a_problem() -> None:
     assert set(HTTP_STATUS) == set(Code.values())
-    for name in Code.keys():  # noqa: SIM118 - the enum wrapper is no dict
-        code = Code.Value(name)
+    for code in HTTP_STATUS:
         error = errors.error_of(code, "It went wrong.", field="x")
         status, body = problem(error, "abc")
         decoded = json.loads(body)
