@@ -1,4 +1,4 @@
-"""Writes the installation's secrets into a folder, once: the services' shared token and the first admin key."""
+"""Writes the secrets of an installation into a folder, once: the shared token and the first admin key."""
 
 from __future__ import annotations
 
