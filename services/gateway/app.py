@@ -1,0 +1,159 @@
+"""The gateway, wired."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from services.common.bus import Bus, KafkaBus, Table
+from services.common.clock import Clock
+from services.common.errors import Unavailable
+from services.common.frames import FrameCalls
+from services.common.lifecycle import Health, ops_app, serve_asgi
+from services.common.telemetry import setup_tracing
+from services.common.topics import DEPLOYMENTS, KEYS
+from services.gateway.catalogue import Catalogue
+from services.gateway.followed import followed
+from services.gateway.hot.front import HotFront, HttpLimits
+from services.gateway.hot.protocol import HotProtocol
+from services.gateway.keys import KeyRing
+from services.gateway.leases import leased
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.oip_server import InferenceServicer, serve_oip
+from services.gateway.predict import PredictLimits, PredictService
+from services.gateway.rest.app import Parts, rest_app
+from services.gateway.rest.management import management_client, upstreams
+from services.gateway.router_client import RouterClient
+from services.gateway.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A running gateway and the ports that it got."""
+
+    http_port: int
+    grpc_port: int
+    ops_port: int
+    health: Health
+
+
+@asynccontextmanager
+async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Gateway]:
+    """Serve while the block runs. `bus` replaces Kafka.
+
+    At the end: not ready at once, `drain_notice_s` of answers that close their connection, then no new
+    connections, then the rest of `drain_s` for what runs.
+    """
+    process = f"gateway-{os.getpid()}-{secrets.token_hex(3)}"
+    health, registry = Health(), CollectorRegistry()
+    catalogue, keys = Catalogue(), KeyRing(clock)
+    metrics = GatewayMetrics(registry)
+    limits = PredictLimits(cfg.max_body_bytes, cfg.default_timeout_s, cfg.max_timeout_s)
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        tracing = setup_tracing(
+            "gateway", cfg.otel_exporter_otlp_endpoint or None, cfg.otel_traces_sample_ratio
+        )
+        stack.push_async_callback(tracing.close)
+        ops = ops_app(health, registry)
+        ops_port = await enter(serve_asgi(ops, cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port))
+
+        events: Bus = bus if bus is not None else await enter(KafkaBus(cfg.kafka_bootstrap_servers, process))
+        folder = cfg.state_dir / "gateway"
+        tables = (
+            await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
+            await enter(followed(events, DEPLOYMENTS, catalogue.apply, folder / "deployments.table")),
+        )
+        await enter(leased(cfg.redis_url, clock, process, keys.buckets))
+        channels = await _channels(stack, cfg, process)
+        router = RouterClient(channels)
+        client = await enter(management_client(cfg.internal_token))
+
+        service = PredictService(
+            catalogue=catalogue,
+            keys=keys,
+            router=router,
+            tracing=tracing,
+            metrics=metrics,
+            clock=clock,
+            limits=limits,
+        )
+        services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
+        parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services)
+        front = HotFront(service, HttpLimits(), hot=cfg.hot_routes)
+        health.add_check("router", lambda: None if router.usable else "no router can be reached")
+        gauge = metrics.gauge
+        gauge("headrace_gateway_connections", "Open HTTP connections.", lambda: len(front.connections))
+        gauge("headrace_gateway_in_flight", "Requests waiting for a router.", lambda: router.in_flight)
+        gauge("headrace_gateway_models", "Models in service.", lambda: len(catalogue))
+        gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
+
+        await _control_known(tables, cfg.control_wait_s, bool(len(keys)))
+        grpc_port = await enter(
+            serve_oip(
+                InferenceServicer(
+                    catalogue=catalogue,
+                    keys=keys,
+                    router=router,
+                    health=health,
+                    tracing=tracing,
+                    metrics=metrics,
+                    clock=clock,
+                    limits=limits,
+                ),
+                cfg.host,
+                cfg.grpc_port,
+                max_body_bytes=cfg.max_body_bytes,
+                drain_s=cfg.drain_s / 2,
+            )
+        )
+        await enter(front.sweeping())
+        http_port = await enter(
+            serve_asgi(
+                rest_app(parts),
+                cfg.host,
+                cfg.http_port,
+                drain_s=cfg.drain_s / 2,
+                http=functools.partial(HotProtocol, front),
+                reuse_port=cfg.reuse_port,
+            )
+        )
+        ports = Gateway(http_port, grpc_port, ops_port, health)
+        log.info("serving", http=http_port, grpc=grpc_port, ops=ops_port, models=len(catalogue))
+        try:
+            yield ports
+        finally:
+            health.start_draining()
+            front.draining = True
+            await asyncio.sleep(cfg.drain_notice_s)
+
+
+async def _channels(stack: AsyncExitStack, cfg: Settings, process: str) -> list[FrameCalls]:
+    channels = []
+    for address in cfg.routers:
+        calls = FrameCalls(address, credential=cfg.internal_token, role="gateway", instance=process)
+        stack.push_async_callback(calls.close)
+        calls.start()
+        channels.append(calls)
+    return channels
+
+
+async def _control_known(tables: tuple[Table, ...], wait_s: float, has_snapshot: bool) -> None:
+    """Wait until keys and models are known. Kafka away: serve the snapshot at once; without one, after
+    `wait_s`, serve nothing until the topics can be read."""
+    try:
+        async with asyncio.timeout(1.0 if has_snapshot else wait_s):
+            for table in tables:
+                await table.ready(wait_s)
+    except (TimeoutError, Unavailable):
+        log.warning("control_topics_away", serving="the snapshot" if has_snapshot else "nobody yet")

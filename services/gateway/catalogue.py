@@ -1,0 +1,105 @@
+"""The models that can be called, as `control.deployments.v1` tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from headrace.v1.control_pb2 import ServingConfig
+
+from services.common.errors import NotFound
+from services.gateway.signature import ModelSignature, compile_signature
+
+
+@dataclass(frozen=True, slots=True)
+class ServedVersion:
+    """One version of a model that workers have loaded. `weight` is its share of the traffic in 1/10,000."""
+
+    name: str
+    signature: ModelSignature
+    backend: str
+    variant: str
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model in service. `default` decides the inputs of requests that name no version: the version with the
+    largest share. `timeout_s` and `max_rows` are 0 where the deployment leaves them open."""
+
+    name: str
+    revision: int
+    versions: dict[str, ServedVersion]
+    aliases: dict[str, str]
+    default: ServedVersion
+    timeout_s: float
+    max_rows: int
+
+    def version(self, asked: str | None) -> ServedVersion:
+        """The version whose signature counts for a request that asked for `asked`, a version or an alias;
+        none: the default. Raises NotFound with field `version`."""
+        if not asked:
+            return self.default
+        found = self.versions.get(asked) or self.versions.get(self.aliases.get(asked, ""))
+        if found is None:
+            raise NotFound(f"{self.name} has no version {asked[:64]!r} in service.", field="version")
+        return found
+
+
+class Catalogue:
+    """Every model in service, by name."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, ServedModel] = {}
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """Take one record of the topic. Older revisions are ignored. Raises ValueError for a record that no
+        model can be made of; what was served before stays."""
+        name = key.decode()
+        if value is None:
+            self._models.pop(name, None)
+            return
+        config = ServingConfig.FromString(value)
+        known = self._models.get(name)
+        if known is not None and config.revision < known.revision:
+            return
+        self._models[name] = served_model(config)
+
+    def model(self, name: str) -> ServedModel:
+        """Raises NotFound with field `model`."""
+        found = self._models.get(name)
+        if found is None:
+            raise NotFound(f"There is no model {name[:64]!r} in service.", field="model")
+        return found
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(sorted(self._models.values(), key=lambda model: model.name))
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+
+def served_model(config: ServingConfig) -> ServedModel:
+    """The working form of `config`. Raises ValueError where it has no version or a signature makes no
+    sense."""
+    if not config.versions:
+        raise ValueError(f"{config.model} has no version")
+    versions = {
+        version.version: ServedVersion(
+            version.version,
+            compile_signature(version.signature),
+            version.backend,
+            version.variant or version.version,
+            version.weight,
+        )
+        for version in config.versions
+    }
+    return ServedModel(
+        name=config.model,
+        revision=config.revision,
+        versions=versions,
+        aliases=dict(config.aliases),
+        default=max(versions.values(), key=lambda version: version.weight),
+        timeout_s=config.default_timeout_ms / 1000,
+        max_rows=config.batching.max_rows,
+    )

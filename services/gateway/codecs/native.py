@@ -1,0 +1,148 @@
+"""Bodies of the native routes: `/v1/predict` and `/v1/embed`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import orjson
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Task
+
+from services.common.errors import InvalidArgument
+from services.gateway.codecs.results import array_of, native_result, nested
+from services.gateway.codecs.rows import tensors_of_input, tensors_of_inputs
+from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
+from services.gateway.datatypes import BYTES
+from services.gateway.signature import ModelSignature
+
+_ABSENT = msgspec.Raw(b"")
+_MAX_UNIT = 512
+
+
+class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
+    """`inputs` or `input` (one row); the rest is optional, `model` only where the path names it."""
+
+    model: str = ""
+    inputs: msgspec.Raw = _ABSENT
+    input: msgspec.Raw = _ABSENT
+    user_id: str | int | None = None
+    version: str | int | None = None
+    outputs: list[str] | None = None
+
+
+_body = msgspec.json.Decoder(PredictBody)
+_AT = re.compile(r" - at `\$\.?([^`]*)`$")
+_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
+
+
+def decode_body(raw: bytes | bytearray) -> PredictBody:
+    """The outer object; inputs stay raw until the model is known. Raises InvalidArgument or MalformedBody."""
+    try:
+        return _body.decode(raw)
+    except msgspec.ValidationError as error:
+        raise wrong_field(error) from None
+    except PARSE_ERRORS as error:
+        raise malformed(error) from None
+
+
+def wrong_field(error: msgspec.ValidationError) -> InvalidArgument:
+    """msgspec's finding as ours, with the field it is about."""
+    text = str(error)
+    at = _AT.search(text)
+    named = _UNKNOWN.search(text) or _MISSING.search(text)
+    sentence = _AT.sub("", text)
+    path = [part for part in (at[1] if at else "", named[1] if named else "") if part]
+    field = ".".join(path).replace(".[", "[") or None
+    return InvalidArgument(f"{field}: {sentence}." if field else f"{sentence}.", field=field)
+
+
+def unit_of(user_id: str | int | None) -> str:
+    """The experiment unit that `user_id` names."""
+    unit = "" if user_id is None else str(user_id)
+    if len(unit) > _MAX_UNIT:
+        raise InvalidArgument(f"user_id is longer than {_MAX_UNIT} characters.", field="user_id")
+    return unit
+
+
+def fill_request(request: PredictRequest, signature: ModelSignature, body: PredictBody) -> bool:
+    """Put inputs, unit and outputs into `request`; True where the body had the single `input`."""
+    single = body.input is not _ABSENT
+    if single:
+        if body.inputs is not _ABSENT:
+            raise InvalidArgument("Send inputs or input, not both.", field="input")
+        request.inputs.extend(tensors_of_input(signature, body.input))
+    elif body.inputs is _ABSENT:
+        raise InvalidArgument("inputs is missing.", field="inputs")
+    else:
+        request.inputs.extend(tensors_of_inputs(signature, body.inputs))
+    if body.user_id is not None:
+        request.unit = unit_of(body.user_id)
+    if body.outputs:
+        for index, name in enumerate(body.outputs):
+            if name not in signature.output_names:
+                listed = ", ".join(sorted(signature.output_names))
+                raise InvalidArgument(
+                    f"outputs[{index}]: the model has no output {name[:64]!r}; it gives {listed}.",
+                    field=f"outputs[{index}]",
+                )
+        request.outputs.extend(body.outputs)
+    return single
+
+
+def encode_answer(
+    request_id: str,
+    model: str,
+    signature: ModelSignature,
+    reply: PredictReply,
+    *,
+    single: bool,
+    latency_ms: float,
+) -> bytes:
+    """The JSON answer of a predict route."""
+    prediction, outputs, confidence = native_result(signature, reply.outputs, single=single)
+    answer: dict[str, Any] = {"request_id": request_id, "model": model, "version": reply.version}
+    if reply.variant:
+        answer["variant"] = reply.variant
+    answer["prediction"] = prediction
+    answer["outputs"] = outputs
+    if confidence is not None:
+        answer["confidence"] = confidence
+    answer["cached"] = reply.cached
+    if reply.fallback:
+        answer["fallback"] = True
+    answer["latency_ms"] = round(latency_ms, 3)
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def require_embedding(signature: ModelSignature, model: str) -> None:
+    """Raise InvalidArgument where the model does not turn texts into vectors."""
+    fits = (
+        signature.task == Task.TASK_EMBEDDING
+        and len(signature.inputs) == 1
+        and signature.inputs[0].datatype is BYTES
+    )
+    if not fits:
+        raise InvalidArgument(f"{model} does not embed texts.", field="model")
+
+
+def encode_embeddings(
+    request_id: str, model: str, signature: ModelSignature, reply: PredictReply, latency_ms: float
+) -> bytes:
+    """The JSON answer of `/v1/embed`: one vector per text."""
+    found = next(
+        (tensor for tensor in reply.outputs if tensor.name == signature.prediction), reply.outputs[0]
+    )
+    vectors = array_of(found)
+    answer = {
+        "request_id": request_id,
+        "model": model,
+        "version": reply.version,
+        "embeddings": nested(vectors),
+        "dimensions": int(vectors.shape[-1]),
+        "cached": reply.cached,
+        "latency_ms": round(latency_ms, 3),
+    }
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,262 @@
+"""Bodies of the Open Inference Protocol V2 over REST, as JSON and with binary tensors."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import msgspec
+import orjson
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Parameter, Tensor
+
+from services.common.errors import InvalidArgument, Unimplemented
+from services.gateway.codecs.native import wrong_field
+from services.gateway.codecs.results import array_of, bytes_elements
+from services.gateway.codecs.rows import check_shape, tensor_from_nested_or_flat
+from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
+from services.gateway.datatypes import BF16, BY_NUMBER, BYTES
+from services.gateway.signature import InputSpec, ModelSignature
+
+_ABSENT = msgspec.Raw(b"")
+
+Scalar = str | int | float | bool | None
+
+
+class V2Input(msgspec.Struct):
+    """One input tensor; `data` is absent where its bytes follow the JSON."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Scalar] | None = None
+    data: msgspec.Raw = _ABSENT
+
+
+class V2Output(msgspec.Struct):
+    """One output asked for."""
+
+    name: str
+    parameters: dict[str, Scalar] | None = None
+
+
+class V2Request(msgspec.Struct):
+    """An inference request."""
+
+    inputs: list[V2Input]
+    id: str = ""
+    parameters: dict[str, Scalar] | None = None
+    outputs: list[V2Output] | None = None
+
+
+class V2State(msgspec.Struct):
+    """What the answer must know of its request. `binary` names the outputs wanted as bytes, None: all."""
+
+    id: str
+    binary: frozenset[str] | None
+
+
+_request = msgspec.json.Decoder(V2Request)
+
+#: Parameters that the gateway itself acts on; the others go with the request.
+_OURS = frozenset({"binary_data_output", "binary_data_size", "user_id", "timeout"})
+_SHARED_MEMORY = "shared_memory_region"
+
+
+def decode_request(body: bytes | bytearray, json_length: bytes | None) -> tuple[V2Request, memoryview]:
+    """The JSON part, and the raw tensors behind it (empty for a body that is JSON as a whole). `json_length`
+    is the header Inference-Header-Content-Length."""
+    view = memoryview(body)
+    if json_length is not None:
+        length = int(json_length) if json_length.isdigit() and len(json_length) < 12 else -1
+        if not 0 <= length <= len(body):
+            raise InvalidArgument(
+                "Inference-Header-Content-Length does not fit the body.",
+                field="Inference-Header-Content-Length",
+            )
+    else:
+        length = len(body)
+    try:
+        return _request.decode(view[:length]), view[length:]
+    except msgspec.ValidationError as error:
+        raise wrong_field(error) from None
+    except PARSE_ERRORS as error:
+        raise malformed(error) from None
+
+
+def fill_request(
+    request: PredictRequest, signature: ModelSignature, asked: V2Request, binary: memoryview
+) -> V2State:
+    """Put inputs, outputs and parameters into `request`. Raises InvalidArgument naming `inputs.<name>`."""
+    given: dict[str, Tensor] = {}
+    for one in asked.inputs:
+        where = f"inputs.{one.name}"
+        spec = signature.by_name.get(one.name)
+        if spec is None:
+            raise InvalidArgument(f"{where} is no input of this model.", field=where)
+        if one.name in given:
+            raise InvalidArgument(f"{where} is given twice.", field=where)
+        given[one.name], binary = _tensor(spec, one, binary, where)
+    if len(binary):
+        raise InvalidArgument(f"{len(binary)} bytes follow the tensors that the JSON part announces.")
+    for spec in signature.inputs:
+        if spec.name not in given:
+            raise InvalidArgument(f"inputs.{spec.name} is missing.", field=f"inputs.{spec.name}")
+    tensors = [given[spec.name] for spec in signature.inputs]
+    check_rows(signature, tensors)
+    request.inputs.extend(tensors)
+    fill_parameters(request, asked.parameters)
+    wanted = asked.outputs or []
+    fill_outputs(request, signature, [one.name for one in wanted])
+    for output in wanted:
+        if (output.parameters or {}).get("classification"):
+            raise Unimplemented(f"outputs.{output.name}: the classification extension is not served.")
+        if _SHARED_MEMORY in (output.parameters or {}):
+            raise Unimplemented(f"outputs.{output.name}: shared memory is not served.")
+    return V2State(asked.id, _binary_outputs(signature, asked))
+
+
+def check_rows(signature: ModelSignature, tensors: list[Tensor]) -> None:
+    """Raise InvalidArgument where the inputs of a batched model differ in rows."""
+    if signature.batched:
+        for tensor in tensors[1:]:
+            if tensor.shape[0] != tensors[0].shape[0]:
+                where = f"inputs.{tensor.name}"
+                raise InvalidArgument(
+                    f"{where} has {tensor.shape[0]} rows, {tensors[0].name} has {tensors[0].shape[0]}.",
+                    field=where,
+                )
+
+
+def fill_parameters(request: PredictRequest, parameters: dict[str, Scalar] | None) -> None:
+    """Pass a request's own parameters on; `user_id` names the experiment unit."""
+    for name, value in (parameters or {}).items():
+        if name == "user_id":
+            request.unit = str(value)[:512]
+        elif name not in _OURS and value is not None:
+            request.parameters[name].CopyFrom(_parameter(name, value))
+
+
+def fill_outputs(request: PredictRequest, signature: ModelSignature, names: list[str]) -> None:
+    """Ask for the outputs `names`; none: all."""
+    for name in names:
+        if name not in signature.output_names:
+            raise InvalidArgument(f"outputs.{name} is no output of this model.", field=f"outputs.{name}")
+    request.outputs.extend(names)
+
+
+def raw_tensor(spec: InputSpec, shape: list[int], data: bytes, where: str) -> Tensor:
+    """Raw little-endian bytes as a tensor, once their length fits the shape."""
+    count = prod(shape)
+    if spec.datatype is BYTES:
+        try:
+            found = sum(1 for _ in bytes_elements(data))
+        except ValueError:
+            found = -1
+        if found != count:
+            raise InvalidArgument(f"{where}: its bytes are not {count} elements with lengths.", field=where)
+    elif len(data) != count * spec.datatype.itemsize:
+        raise InvalidArgument(
+            f"{where} has {len(data)} bytes where shape {shape} asks for {count * spec.datatype.itemsize}.",
+            field=where,
+        )
+    return Tensor(name=spec.name, datatype=spec.datatype.number, shape=shape, data=data)
+
+
+def check_declared(spec: InputSpec, datatype: str, shape: list[int], where: str) -> None:
+    """Raise InvalidArgument where what a client declares is not what the signature says."""
+    if datatype != spec.datatype.name:
+        raise InvalidArgument(
+            f"{where} has datatype {datatype[:16]!r} where the model takes {spec.datatype.name}.", field=where
+        )
+    check_shape(spec, shape, where)
+
+
+def encode_answer(
+    model: str, state: V2State, request_id: str, reply: PredictReply
+) -> tuple[bytes, int | None]:
+    """The body, and the length of its JSON part where binary tensors follow it."""
+    outputs: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    for tensor in reply.outputs:
+        datatype = BY_NUMBER[tensor.datatype]
+        entry: dict[str, Any] = {
+            "name": tensor.name,
+            "datatype": datatype.name,
+            "shape": list(tensor.shape),
+        }
+        if datatype is BF16 or state.binary is None or tensor.name in state.binary:
+            entry["parameters"] = {"binary_data_size": len(tensor.data)}
+            blobs.append(tensor.data)
+        else:
+            flat = array_of(tensor).reshape(-1)
+            entry["data"] = flat.tolist() if flat.dtype == object else flat
+        outputs.append(entry)
+    answer: dict[str, Any] = {
+        "model_name": model,
+        "model_version": reply.version,
+        "id": state.id or request_id,
+        "outputs": outputs,
+    }
+    parameters = answer_parameters(reply)
+    if parameters:
+        answer["parameters"] = parameters
+    head = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not blobs:
+        return head, None
+    return b"".join([head, *blobs]), len(head)
+
+
+def answer_parameters(reply: PredictReply) -> dict[str, Scalar]:
+    """What an answer says beside its tensors."""
+    parameters: dict[str, Scalar] = {}
+    for name, value in reply.parameters.items():
+        kind = value.WhichOneof("value")
+        if kind is not None:
+            parameters[name] = getattr(value, kind)
+    if reply.variant and reply.variant != reply.version:
+        parameters["variant"] = reply.variant
+    if reply.cached:
+        parameters["cached"] = True
+    if reply.fallback:
+        parameters["fallback"] = True
+    return parameters
+
+
+def _tensor(spec: InputSpec, one: V2Input, binary: memoryview, where: str) -> tuple[Tensor, memoryview]:
+    """The tensor, and the bytes left for the inputs after it."""
+    check_declared(spec, one.datatype, one.shape, where)
+    parameters = one.parameters or {}
+    if _SHARED_MEMORY in parameters:
+        raise Unimplemented(f"{where}: shared memory is not served.", field=where)
+    size = parameters.get("binary_data_size")
+    if size is None:
+        if one.data is _ABSENT:
+            raise InvalidArgument(f"{where} has no data.", field=where)
+        return tensor_from_nested_or_flat(spec, one.data, one.shape, where), binary
+    if one.data is not _ABSENT:
+        raise InvalidArgument(f"{where} has data and binary_data_size.", field=where)
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
+        raise InvalidArgument(f"{where}: binary_data_size does not fit the body.", field=where)
+    return raw_tensor(spec, one.shape, bytes(binary[:size]), where), binary[size:]
+
+
+def _parameter(name: str, value: str | int | float | bool) -> Parameter:
+    if isinstance(value, bool):
+        return Parameter(bool_value=value)
+    if isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise InvalidArgument(f"parameters.{name} is outside 64 bits.", field=f"parameters.{name}")
+        return Parameter(int64_value=value)
+    if isinstance(value, float):
+        return Parameter(double_value=value)
+    return Parameter(string_value=value)
+
+
+def _binary_outputs(signature: ModelSignature, asked: V2Request) -> frozenset[str] | None:
+    everything = bool((asked.parameters or {}).get("binary_data_output"))
+    if not asked.outputs:
+        return None if everything else frozenset()
+    return frozenset(
+        one.name for one in asked.outputs if (one.parameters or {}).get("binary_data", everything)
+    )

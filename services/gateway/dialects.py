@@ -1,0 +1,137 @@
+"""What each hot route speaks: how its body becomes a request, its reply a body, its error an error body."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+
+from services.common.errors import HeadraceError, InvalidArgument
+from services.common.problems import problem_headers
+from services.gateway.call import Call
+from services.gateway.catalogue import Catalogue, ServedVersion
+from services.gateway.codecs import native, v2
+from services.gateway.errors import as_oip, as_problem
+from services.gateway.keys import Key
+from services.gateway.targets import Dialect
+
+_JSON = b"content-type: application/json\r\n"
+_BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
+
+
+class Speaker(Protocol):
+    """One dialect. `read` sets `call.model` as soon as it is known; headers are lines with their CRLF."""
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None: ...
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]: ...
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]: ...
+
+
+def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:
+    """A speaker for every dialect."""
+    return {
+        Dialect.NATIVE: NativeSpeaker(catalogue),
+        Dialect.EMBED: EmbedSpeaker(catalogue),
+        Dialect.V2: V2Speaker(catalogue),
+    }
+
+
+class _Speaker:
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+
+    def _version(
+        self, call: Call, key: Key, request: PredictRequest, model: str, asked: str
+    ) -> ServedVersion:
+        """Note model and version in call and request, once the key may call the model."""
+        key.require_model(model)
+        served = call.model = self._catalogue.model(model)
+        request.model = served.name
+        if asked:
+            request.version = asked
+            return served.version(asked)
+        return served.default
+
+    @staticmethod
+    def _answered_by(call: Call, reply: PredictReply) -> ServedVersion:
+        served = call.model
+        if served is None:
+            raise ValueError("a reply to a request that named no model")
+        # A version that has been taken out of service meanwhile is described by the one that replaced it.
+        return served.versions.get(reply.version, served.default)
+
+
+class NativeSpeaker(_Speaker):
+    """`/v1/predict` and `/v1/models/{model}/predict`."""
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None:
+        body = native.decode_body(call.body)
+        model = body.model
+        named = call.target.model
+        if named:
+            if model and model != named:
+                raise InvalidArgument(f"The path names the model {named}.", field="model")
+            model = named
+        elif not model:
+            raise InvalidArgument("model is missing.", field="model")
+        asked = "" if body.version is None else str(body.version)
+        version = self._version(call, key, request, model, asked)
+        call.single = native.fill_request(request, version.signature, body)
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
+        return _JSON, native.encode_answer(
+            call.request_id.hex(),
+            call.request.model,
+            self._answered_by(call, reply).signature,
+            reply,
+            single=call.single,
+            latency_ms=latency_ms,
+        )
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
+        status, body = as_problem(error, request_id)
+        return status, _lines(problem_headers(error)), body
+
+
+class EmbedSpeaker(NativeSpeaker):
+    """`/v1/embed`."""
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None:
+        super().read(call, key, request)
+        served = call.model
+        if served is not None:
+            native.require_embedding(served.version(request.version).signature, served.name)
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
+        signature = self._answered_by(call, reply).signature
+        return _JSON, native.encode_embeddings(
+            call.request_id.hex(), call.request.model, signature, reply, latency_ms
+        )
+
+
+class V2Speaker(_Speaker):
+    """`/v2/models/{model}[/versions/{version}]/infer`."""
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None:
+        target = call.target
+        version = self._version(call, key, request, target.model, target.version)
+        asked, binary = v2.decode_request(call.body, call.json_length)
+        call.v2 = v2.fill_request(request, version.signature, asked, binary)
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
+        state = call.v2
+        if state is None:
+            raise ValueError("a reply to a request that was not read")
+        body, json_length = v2.encode_answer(call.request.model, state, call.request_id.hex(), reply)
+        return (_JSON if json_length is None else _BINARY % json_length), body
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
+        status, body = as_oip(error)
+        headers = [pair for pair in problem_headers(error) if pair[0] != b"content-type"]
+        return status, _JSON + _lines(headers), body
+
+
+def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:
+    return b"".join([b"%s: %s\r\n" % pair for pair in headers])

@@ -1,0 +1,89 @@
+"""One hot request in the pipeline of its connection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from services.common.errors import HeadraceError
+from services.gateway.call import Call
+from services.gateway.predict import PredictService
+from services.gateway.targets import Target
+
+if TYPE_CHECKING:
+    from services.gateway.hot.protocol import HotProtocol
+
+_CLOSE = b"connection: close\r\n"
+
+
+class _NobodyWaits:
+    """Stands for the event by which uvicorn wakes an ASGI application."""
+
+    @staticmethod
+    def set() -> None:
+        return
+
+
+class HotExchange(Call):
+    """Stands in uvicorn's pipeline where an ASGI request has its cycle, so that both kinds keep their
+    order."""
+
+    # What uvicorn reads and sets on a cycle.
+    response_complete = False
+    disconnected = False
+    keep_alive = True
+    message_event = _NobodyWaits
+
+    #: Its turn has come: nothing before it on the connection is unanswered.
+    started = False
+    #: Its message was read to the end.
+    complete = False
+    size = 0
+    expects_continue = False
+    refusal: HeadraceError | None = None
+
+    def __init__(self, service: PredictService, target: Target, protocol: HotProtocol) -> None:
+        super().__init__(service, target)
+        self.protocol = protocol
+
+    def take(self, chunk: bytes, limit: int) -> bool:
+        """Add a piece of the body; False where it is more than `limit` bytes now. Most bodies are one
+        piece."""
+        self.size += len(chunk)
+        if self.size > limit:
+            return False
+        if not self.body:
+            self.body = chunk
+        elif isinstance(self.body, bytearray):
+            self.body += chunk
+        else:
+            self.body = bytearray(self.body) + chunk
+        return True
+
+    def run(self) -> None:
+        """Its turn has come and it is complete, or refused already."""
+        if self.refusal is not None:
+            self.service.refuse(self, self.refusal)
+        else:
+            self.service.begin(self)
+
+    def answer(self, status: int, headers: bytes, body: bytes) -> None:
+        protocol = self.protocol
+        self.response_complete = True
+        self.body = b""
+        if self.disconnected or protocol.transport.is_closing():
+            return
+        keep_alive = self.keep_alive and not protocol.front.draining
+        protocol.transport.write(
+            b"%s%s%scontent-length: %d\r\n%s\r\n%s"
+            % (
+                STATUS_LINE[status],
+                protocol.default_lines(),
+                headers,
+                len(body),
+                b"" if keep_alive else _CLOSE,
+                body,
+            )
+        )
+        protocol.answered(self, keep_alive=keep_alive)

@@ -1,0 +1,133 @@
+"""API keys, as `control.keys.v1` tells them: who calls, and what they may do.
+
+Key texts carry 256 random bits, so SHA-256 finds and checks them at once. Texts that were good are remembered
+with their key until any key changes; bad ones are not, so guessing fills no memory."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from hashlib import sha256
+
+from headrace.v1.control_pb2 import ApiKey
+
+from services.common.clock import Clock
+from services.common.errors import PermissionDenied, Unauthenticated
+from services.gateway.limiter import Bucket
+
+_REMEMBERED = 10_000
+
+
+class Scope(enum.StrEnum):
+    """What a key may do. `admin` includes the others."""
+
+    PREDICT = "predict"
+    READ = "read"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key. `models` empty: all; `expires_at_us` 0: never; `bucket` None: no rate limit."""
+
+    key_id: str
+    scopes: frozenset[str]
+    models: frozenset[str]
+    expires_at_us: int
+    revision: int
+    digest: bytes
+    bucket: Bucket | None
+
+    def require(self, scope: Scope) -> None:
+        """Raise PermissionDenied without `scope`."""
+        if scope not in self.scopes:
+            raise PermissionDenied(f"This key lacks the scope {scope}.")
+
+    def require_model(self, model: str) -> None:
+        """Raise PermissionDenied where the key is for other models."""
+        if self.models and model not in self.models:
+            raise PermissionDenied(f"This key is not for the model {model[:64]!r}.", field="model")
+
+
+class KeyRing:
+    """Every key that opens the door."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._by_id: dict[str, Key] = {}
+        self._by_digest: dict[bytes, Key] = {}
+        self._by_header: dict[bytes, Key] = {}
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """Take one record of the topic. Revoked and removed keys are shut out at once."""
+        key_id = key.decode()
+        known = self._by_id.get(key_id)
+        record = ApiKey.FromString(value) if value is not None else None
+        if known is not None and record is not None and record.revision < known.revision:
+            return
+        self._by_header.clear()
+        if known is not None:
+            self._by_digest.pop(known.digest, None)
+            del self._by_id[key_id]
+        if record is None or record.revoked:
+            return
+        if len(record.key_sha256) != 32:
+            raise ValueError(f"key {key_id} has no SHA-256")
+        made = _key(key_id, record, known.bucket if known else None)
+        self._by_id[key_id] = made
+        self._by_digest[made.digest] = made
+
+    def authenticate(self, authorization: bytes | None, api_key: bytes | None) -> Key:
+        """The key of a request's `Authorization: Bearer …` or `X-API-Key` header. Raises Unauthenticated."""
+        header = authorization if authorization is not None else api_key
+        key = self._by_header.get(header) if header is not None else None
+        if key is None:
+            key = self._looked_up(authorization, api_key)
+        if key.expires_at_us and self._clock.unix_us() >= key.expires_at_us:
+            raise Unauthenticated("This API key has expired.")
+        return key
+
+    def buckets(self) -> list[Bucket]:
+        """The buckets of all keys that have a limit."""
+        return [key.bucket for key in self._by_id.values() if key.bucket is not None]
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def _looked_up(self, authorization: bytes | None, api_key: bytes | None) -> Key:
+        if authorization is not None:
+            scheme, _, text = authorization.partition(b" ")
+            if scheme.lower() != b"bearer":
+                raise Unauthenticated("Send the API key as `Authorization: Bearer <key>` or `X-API-Key`.")
+            text = text.strip()
+        elif api_key is not None:
+            text = api_key.strip()
+        else:
+            raise Unauthenticated("An API key is needed: `Authorization: Bearer <key>` or `X-API-Key`.")
+        found = self._by_digest.get(sha256(text).digest())
+        if found is None:
+            raise Unauthenticated("This API key is not known.")
+        if len(self._by_header) >= _REMEMBERED:
+            self._by_header.clear()
+        self._by_header[authorization if authorization is not None else api_key or b""] = found
+        return found
+
+
+def _key(key_id: str, record: ApiKey, bucket: Bucket | None) -> Key:
+    scopes = set(record.scopes)
+    if Scope.ADMIN in scopes:
+        scopes |= {Scope.PREDICT, Scope.READ}
+    rate = record.rate_per_second
+    if rate <= 0:
+        bucket = None
+    elif bucket is None or not bucket.has_limit(rate, record.burst):
+        bucket = Bucket(key_id, rate, record.burst)
+    return Key(
+        key_id=key_id,
+        scopes=frozenset(scopes),
+        models=frozenset(record.models),
+        expires_at_us=record.expires_at_us,
+        revision=record.revision,
+        digest=record.key_sha256,
+        bucket=bucket,
+    )

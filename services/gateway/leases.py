@@ -1,0 +1,112 @@
+"""The shared part of the rate limits: one round trip to Redis per interval, for all keys together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from services.common.clock import Clock
+from services.gateway.limiter import Bucket
+
+log = structlog.get_logger(__name__)
+
+_INTERVAL_S = 0.05
+_TIMEOUT_S = 0.5
+_RETRY_S = 1.0
+_BUCKETS_PER_TRIP = 1000
+
+#: KEYS[1]: hash of one key. ARGV: rate, burst, spent, process, seconds a process counts after its last
+#: report. Time is Redis's own, so that clocks of gateways do not matter. Overdraft is kept to one burst.
+_SETTLE = """
+local t = redis.call('TIME')
+local now = t[1] + t[2] / 1e6
+local rate, burst, spent = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local state = redis.call('HMGET', KEYS[1], 'tokens', 'at')
+local tokens = tonumber(state[1]) or burst
+local at = tonumber(state[2]) or now
+tokens = math.min(burst, tokens + math.max(0, now - at) * rate) - spent
+tokens = math.max(tokens, -burst)
+redis.call('HSET', KEYS[1], 'tokens', tostring(tokens), 'at', tostring(now), 'p:' .. ARGV[4], tostring(now))
+local sharers = 0
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  if string.sub(all[i], 1, 2) == 'p:' then
+    if now - tonumber(all[i + 1]) > tonumber(ARGV[5]) then redis.call('HDEL', KEYS[1], all[i])
+    else sharers = sharers + 1 end
+  end
+end
+redis.call('EXPIRE', KEYS[1], math.ceil(burst / rate) + 60)
+return {tostring(tokens), sharers}
+"""
+_SHARER_S = 2.0
+
+
+class Leases:
+    """Settles the buckets that were used since the last time."""
+
+    def __init__(self, redis: Redis, clock: Clock, process: str) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._process = process
+        self._script = redis.register_script(_SETTLE)
+        self.available = False
+
+    async def settle(self, buckets: Iterable[Bucket]) -> None:
+        """Report what `buckets` spent and take over what their keys have left. Raises RedisError or
+        TimeoutError; then nothing is lost."""
+        used = [bucket for bucket in buckets if bucket.spent][:_BUCKETS_PER_TRIP]
+        if not used:
+            return
+        reports = [bucket.report() for bucket in used]
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                pipeline = self._redis.pipeline(transaction=False)
+                for bucket, spent in zip(used, reports, strict=True):
+                    await self._script(
+                        keys=[f"headrace:limit:{{{bucket.key_id}}}"],
+                        args=[bucket.rate, bucket.burst, spent, self._process, _SHARER_S],
+                        client=pipeline,
+                    )
+                answers = await pipeline.execute()
+        except BaseException:
+            for bucket, spent in zip(used, reports, strict=True):
+                bucket.unreported(spent)
+            raise
+        now = self._clock.monotonic()
+        for bucket, (left, sharers) in zip(used, answers, strict=True):
+            bucket.granted(float(left), int(sharers), now)
+
+    async def run(self, buckets: Callable[[], Iterable[Bucket]]) -> None:
+        """Settle at intervals, for ever. Redis away: local shares."""
+        while True:
+            try:
+                await self.settle(buckets())
+            except (RedisError, TimeoutError, OSError) as error:
+                if self.available:
+                    log.warning("limits_local", reason=str(error) or type(error).__name__)
+                self.available = False
+                await asyncio.sleep(_RETRY_S)
+            else:
+                self.available = True
+                await asyncio.sleep(_INTERVAL_S)
+
+
+@asynccontextmanager
+async def leased(
+    redis_url: str, clock: Clock, process: str, buckets: Callable[[], Iterable[Bucket]]
+) -> AsyncIterator[Leases]:
+    """Keep `buckets()` settled while the block runs."""
+    redis = Redis.from_url(redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    leases = Leases(redis, clock, process)
+    task = asyncio.create_task(leases.run(buckets), name="limits")
+    try:
+        yield leases
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        await redis.aclose()

@@ -1,0 +1,244 @@
+"""The Open Inference Protocol over gRPC, with health and reflection."""
+
+# ruff: noqa: N802 - the names of the methods are the protocol's
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.tensor_pb2 import Code
+from open_inference import open_inference_pb2 as oip_pb2
+from open_inference import open_inference_pb2_grpc as oip_grpc
+
+from services.common.clock import Clock
+from services.common.errors import Fatal, HeadraceError, Internal, error_of
+from services.common.ids import id_text, new_id
+from services.common.lifecycle import Health
+from services.common.telemetry import Tracing, parse_traceparent, trace_bytes
+from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
+from services.gateway.codecs import oip
+from services.gateway.keys import Key, KeyRing, Scope
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.predict import PredictLimits
+from services.gateway.rest.v2_routes import (
+    EXTENSIONS,
+    SERVER_NAME,
+    model_metadata,
+    repository_index,
+    server_version,
+)
+from services.gateway.router_client import RouterClient
+
+log = structlog.get_logger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Answer = TypeVar("Answer")
+
+_ROUTE = "grpc_infer"
+_SERVICE = "inference.GRPCInferenceService"
+#: Protobuf around the tensors.
+_MESSAGE_SLACK = 1 << 20
+
+_STATUS: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
+
+
+class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
+    """The protocol's methods. Errors become gRPC statuses with the same number as their code."""
+
+    def __init__(
+        self,
+        *,
+        catalogue: Catalogue,
+        keys: KeyRing,
+        router: RouterClient,
+        health: Health,
+        tracing: Tracing,
+        metrics: GatewayMetrics,
+        clock: Clock,
+        limits: PredictLimits,
+    ) -> None:
+        self._catalogue = catalogue
+        self._keys = keys
+        self._router = router
+        self._health = health
+        self._tracing = tracing
+        self._metrics = metrics
+        self._clock = clock
+        self._limits = limits
+
+    async def ServerLive(self, request: oip_pb2.ServerLiveRequest, context: Context) -> Any:
+        return oip_pb2.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: oip_pb2.ServerReadyRequest, context: Context) -> Any:
+        return oip_pb2.ServerReadyResponse(ready=self._health.ready)
+
+    async def ModelReady(self, request: oip_pb2.ModelReadyRequest, context: Context) -> Any:
+        async def answer() -> oip_pb2.ModelReadyResponse:
+            self._asked(context, request.name, request.version)
+            return oip_pb2.ModelReadyResponse(ready=self._health.ready)
+
+        return await self._answered(context, answer)
+
+    async def ServerMetadata(self, request: oip_pb2.ServerMetadataRequest, context: Context) -> Any:
+        async def answer() -> oip_pb2.ServerMetadataResponse:
+            self._caller(context, Scope.PREDICT, Scope.READ)
+            return oip_pb2.ServerMetadataResponse(
+                name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS
+            )
+
+        return await self._answered(context, answer)
+
+    async def ModelMetadata(self, request: oip_pb2.ModelMetadataRequest, context: Context) -> Any:
+        async def answer() -> oip_pb2.ModelMetadataResponse:
+            described = model_metadata(*self._asked(context, request.name, request.version))
+            return oip_pb2.ModelMetadataResponse(**described)
+
+        return await self._answered(context, answer)
+
+    async def RepositoryIndex(self, request: oip_pb2.RepositoryIndexRequest, context: Context) -> Any:
+        async def answer() -> oip_pb2.RepositoryIndexResponse:
+            self._caller(context, Scope.PREDICT, Scope.READ)
+            return oip_pb2.RepositoryIndexResponse(models=repository_index(self._catalogue))
+
+        return await self._answered(context, answer)
+
+    async def ModelInfer(self, request: oip_pb2.ModelInferRequest, context: Context) -> Any:
+        began = self._clock.monotonic()
+        served: list[str] = []
+        code: int = Code.CODE_CANCELLED
+        try:
+            answer = await self._answered(context, lambda: self._infer(request, context, served, began))
+            code = Code.CODE_OK
+        except grpc.aio.AbortError:
+            code = _code(context)
+            raise
+        finally:
+            took = self._clock.monotonic() - began
+            self._metrics.observe(_ROUTE, served[0] if served else "", code, took)
+        return answer
+
+    async def _infer(
+        self, asked: oip_pb2.ModelInferRequest, context: Context, served: list[str], began: float
+    ) -> oip_pb2.ModelInferResponse:
+        key = self._caller(context, Scope.PREDICT)
+        if key.bucket is not None:
+            key.bucket.admit(began)
+        model, version = self._found(key, asked.model_name, asked.model_version)
+        served.append(model.name)
+        request = PredictRequest(
+            request_id=new_id(),
+            received_at_us=self._clock.unix_us(),
+            key_id=key.key_id,
+            model=model.name,
+            version=asked.model_version,
+        )
+        oip.fill_request(request, version.signature, asked)
+        parent = parse_traceparent(_metadata(context, "traceparent"))
+        trace, started = self._tracing.start(parent), time.time_ns()
+        request.trace = trace_bytes(trace)
+        left = context.time_remaining()
+        allowed = model.timeout_s or self._limits.default_timeout_s
+        timeout = min(left, self._limits.max_timeout_s) if left is not None else allowed
+        reply = await self._router.predict(request, began + timeout)
+        if trace is not None:
+            self._tracing.record_span(
+                "ModelInfer",
+                started,
+                time.time_ns(),
+                parent,
+                attributes={"headrace.model": model.name, "headrace.request_id": id_text(request.request_id)},
+                context=trace,
+            )
+        if reply.code != Code.CODE_OK:
+            raise error_of(reply.code, reply.message, field=reply.field, retry_after_ms=reply.retry_after_ms)
+        return oip.to_response(asked, id_text(request.request_id), reply)
+
+    async def _answered(self, context: Context, answer: Callable[[], Awaitable[Answer]]) -> Answer:
+        try:
+            return await answer()
+        except HeadraceError as error:
+            failure = error
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("grpc_crashed")
+            failure = Internal("The gateway failed to handle this request.")
+        message = failure.message
+        if failure.field and failure.field not in message:
+            message = f"{failure.field}: {message}"
+        trailing: tuple[tuple[str, str], ...] = ()
+        if failure.retry_after_ms:
+            # What gRPC's own retry policy reads.
+            trailing = (("grpc-retry-pushback-ms", str(failure.retry_after_ms)),)
+        await context.abort(_STATUS[failure.code], message, trailing)
+        raise AssertionError("abort raises")
+
+    def _asked(self, context: Context, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
+        return self._found(self._caller(context, Scope.PREDICT, Scope.READ), model, version)
+
+    def _found(self, key: Key, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
+        key.require_model(model)
+        served = self._catalogue.model(model)
+        return served, served.version(version)
+
+    def _caller(self, context: Context, *any_of: Scope) -> Key:
+        authorization, api_key = _metadata(context, "authorization"), _metadata(context, "x-api-key")
+        key = self._keys.authenticate(authorization, api_key)
+        if not any(scope in key.scopes for scope in any_of):
+            key.require(any_of[0])
+        return key
+
+
+@asynccontextmanager
+async def serve_oip(
+    servicer: InferenceServicer, host: str, port: int, *, max_body_bytes: int, drain_s: float
+) -> AsyncIterator[int]:
+    """Serve while the block runs; gives the bound port. At the end calls have `drain_s` seconds. Raises Fatal
+    where the port is taken."""
+    bound = max_body_bytes + _MESSAGE_SLACK
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", bound),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    oip_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    serving = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+    health_pb2_grpc.add_HealthServicer_to_server(serving, server)
+    names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+    reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+    for name in ("", *names):
+        await serving.set(name, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        chosen = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise Fatal(f"Cannot listen on {host}:{port} for gRPC: the port is taken.") from error
+    await server.start()
+    try:
+        yield chosen
+    finally:
+        await serving.enter_graceful_shutdown()
+        await server.stop(drain_s)
+
+
+def _code(context: Context) -> int:
+    """The status that the call was aborted with; a number or a member of grpc's enumeration."""
+    code: Any = context.code()
+    return int(code.value[0] if isinstance(code, grpc.StatusCode) else code or 0)
+
+
+def _metadata(context: Context, name: str) -> bytes | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == name:
+            return value if isinstance(value, bytes) else value.encode("latin-1", "replace")
+    return None

@@ -1,0 +1,210 @@
+"""The way of one hot request through the gateway: who calls, within limits, is it right, on to a router; and
+back.
+
+Nothing here waits. `begin` ends with the request on a channel or answered; the channel's callback ends it. So
+a request costs no task and no future, and the frames on both sides decide how much work is done at once.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+
+import structlog
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Code
+from opentelemetry.trace import SpanKind
+
+from services.common.clock import Clock
+from services.common.errors import HeadraceError, Internal, InvalidArgument, Unavailable, error_of
+from services.common.frames import lost
+from services.common.ids import new_id
+from services.common.telemetry import Tracing, parse_traceparent, trace_bytes
+from services.gateway.call import Call
+from services.gateway.catalogue import Catalogue
+from services.gateway.compression import decompressed
+from services.gateway.dialects import speakers
+from services.gateway.keys import KeyRing, Scope
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.router_client import RouterClient
+
+log = structlog.get_logger(__name__)
+
+_CLIENT_GONE = 499
+_OK = Code.CODE_OK
+
+
+@dataclass(frozen=True, slots=True)
+class PredictLimits:
+    """Bounds of a request; bytes and seconds."""
+
+    max_body_bytes: int = 32 << 20
+    default_timeout_s: float = 10.0
+    max_timeout_s: float = 300.0
+
+
+class PredictService:
+    """Answers calls, whatever transport brought them."""
+
+    def __init__(
+        self,
+        *,
+        catalogue: Catalogue,
+        keys: KeyRing,
+        router: RouterClient,
+        tracing: Tracing,
+        metrics: GatewayMetrics,
+        clock: Clock,
+        limits: PredictLimits,
+    ) -> None:
+        self._keys = keys
+        self._router = router
+        self._tracing = tracing
+        self._metrics = metrics
+        self._monotonic = clock.monotonic
+        self._unix_us = clock.unix_us
+        self._speakers = speakers(catalogue)
+        self.limits = limits
+
+    def begin(self, call: Call) -> None:
+        """Start `call`, whose headers and body are complete."""
+        now = call.began = self._monotonic()
+        call.request_id = request_id_of(call.asked_id)
+        try:
+            key = self._keys.authenticate(call.authorization, call.api_key)
+            key.require(Scope.PREDICT)
+            if key.bucket is not None:
+                key.bucket.admit(now)
+            request = call.request = PredictRequest(
+                request_id=call.request_id, received_at_us=self._unix_us(), key_id=key.key_id
+            )
+            if call.content_encoding is not None:
+                call.body = decompressed(call.body, call.content_encoding, self.limits.max_body_bytes)
+            self._speakers[call.target.dialect].read(call, key, request)
+            call.body = b""
+            self._trace(call, request)
+            call.deadline = now + self._timeout_s(call)
+            channel = call.channel = self._router.pick()
+            call.ticket = channel.submit(request, call.deadline, call.on_reply)
+        except HeadraceError as error:
+            self.refuse(call, error)
+        except Exception:
+            log.exception("predict_crashed", route=call.target.dialect.value)
+            self.refuse(call, Internal("The gateway failed to handle this request."))
+
+    def finish(self, call: Call, reply: PredictReply) -> None:
+        """Answer `call` with the router's reply."""
+        if reply.code != _OK:
+            if not self._retried(call, reply):
+                self.refuse(call, _error(reply))
+            return
+        call.channel = None
+        took = self._monotonic() - call.began
+        try:
+            headers, body = self._speakers[call.target.dialect].write(call, reply, took * 1000)
+        except HeadraceError as error:
+            self.refuse(call, error)
+            return
+        except Exception:
+            log.exception("answer_crashed", model=call.request.model, version=reply.version)
+            self.refuse(call, Internal("The gateway failed to write the answer."))
+            return
+        call.answer(200, b"%sx-request-id: %s\r\n" % (headers, call.request_id.hex().encode()), body)
+        self._over(call, 200, took)
+
+    def refuse(self, call: Call, error: HeadraceError) -> None:
+        """Answer `call` with `error`. Transports use it too, for what they find wrong before `begin`."""
+        call.channel = None
+        if not call.request_id:
+            call.began = self._monotonic()
+            call.request_id = request_id_of(call.asked_id)
+        text = call.request_id.hex()
+        status, headers, body = self._speakers[call.target.dialect].refuse(error, text)
+        call.answer(status, b"%sx-request-id: %s\r\n" % (headers, text.encode()), body)
+        self._over(call, status, self._monotonic() - call.began)
+        if status >= 500:
+            self._metrics.log_failure(log, status, call, error)
+
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for the answer of `call` any more."""
+        channel, call.channel = call.channel, None
+        if channel is not None:
+            channel.cancel(call.ticket)
+            self._over(call, _CLIENT_GONE, self._monotonic() - call.began)
+
+    def _trace(self, call: Call, request: PredictRequest) -> None:
+        if call.traceparent is not None:
+            call.trace_parent = parse_traceparent(call.traceparent)
+        elif not self._tracing.enabled:
+            return
+        context = call.trace_context = self._tracing.start(call.trace_parent)
+        if context is not None:
+            call.started_ns = time.time_ns()
+            request.trace = trace_bytes(context)
+
+    def _timeout_s(self, call: Call) -> float:
+        limits = self.limits
+        if call.timeout is not None:
+            if not call.timeout.isdigit() or not 0 < int(call.timeout[:12]) <= limits.max_timeout_s * 1000:
+                raise InvalidArgument(
+                    f"X-Request-Timeout-Ms must be 1 … {limits.max_timeout_s * 1000:.0f}.",
+                    field="X-Request-Timeout-Ms",
+                )
+            return int(call.timeout) / 1000
+        model = call.model
+        return (model.timeout_s if model is not None else 0.0) or limits.default_timeout_s
+
+    def _retried(self, call: Call, reply: PredictReply) -> bool:
+        """Whether the call went to another router, since the connection to the first was lost."""
+        if call.retried or not lost(reply):
+            return False
+        call.retried = True
+        try:
+            channel = self._router.pick(call.channel)
+        except Unavailable:
+            return False
+        call.channel = channel
+        call.ticket = channel.submit(call.request, call.deadline, call.on_reply)
+        return True
+
+    def _over(self, call: Call, status: int, took: float) -> None:
+        model = call.model.name if call.model is not None else ""
+        self._metrics.observe(call.target.dialect.value, model, status, took)
+        context = call.trace_context
+        if context is not None:
+            self._tracing.record_span(
+                f"POST {call.target.dialect.value}",
+                call.started_ns,
+                time.time_ns(),
+                call.trace_parent,
+                attributes={
+                    "headrace.model": model,
+                    "headrace.request_id": call.request_id.hex(),
+                    "http.response.status_code": status,
+                },
+                context=context,
+                kind=SpanKind.SERVER,
+                error=f"HTTP {status}" if status >= 500 else None,
+            )
+
+
+def request_id_of(header: bytes | None) -> bytes:
+    """The id that a caller asked for by X-Request-Id where it is one, so that its retries keep their id; else
+    a fresh one."""
+    if header is not None and len(header) in (32, 36):
+        try:
+            return uuid.UUID(header.decode("ascii")).bytes
+        except ValueError:
+            pass
+    return new_id()
+
+
+def _error(reply: PredictReply) -> HeadraceError:
+    retry_ms = reply.retry_after_ms
+    if not retry_ms and reply.code in (Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED):
+        retry_ms = 1000
+    if lost(reply):
+        return Unavailable("The router cannot be reached.", retry_after_ms=retry_ms)
+    message = reply.message or "The request failed."
+    return error_of(reply.code, message, field=reply.field, retry_after_ms=retry_ms)

@@ -1,0 +1,92 @@
+"""The FastAPI application, composed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+import orjson
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.common.bus import Bus
+from services.common.clock import Clock
+from services.common.lifecycle import Health
+from services.common.telemetry import Tracing
+from services.common.telemetry.asgi import TraceRequests
+from services.gateway.catalogue import Catalogue
+from services.gateway.keys import KeyRing
+from services.gateway.keys import Scope as KeyScope
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.predict import PredictService
+from services.gateway.rest.door import RequestIds, authenticated, bounded_body, install_errors
+from services.gateway.rest.hot_routes import hot_routes
+from services.gateway.rest.management import Upstream, management_routes
+from services.gateway.rest.outcomes import parse_outcomes, publish_outcomes
+from services.gateway.rest.v2_routes import server_version, v2_routes
+from services.gateway.targets import target_of
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the application is made of."""
+
+    service: PredictService
+    catalogue: Catalogue
+    keys: KeyRing
+    bus: Bus
+    health: Health
+    metrics: GatewayMetrics
+    tracing: Tracing
+    clock: Clock
+    client: httpx.AsyncClient
+    upstreams: tuple[Upstream, ...]
+
+
+def rest_app(parts: Parts) -> ASGIApp:
+    """Every REST route of the gateway."""
+    app = FastAPI(
+        title="Headrace",
+        version=server_version(),
+        description="Predictions, outcomes and management of a Headrace installation.",
+        redirect_slashes=False,
+    )
+    app.include_router(hot_routes(parts.service))
+    app.include_router(v2_routes(parts.catalogue, parts.keys, parts.health, parts.metrics, parts.clock))
+    app.include_router(management_routes(parts.client, parts.upstreams, parts.keys, parts.clock))
+
+    @app.post("/v1/outcomes", status_code=202, tags=["outcomes"], summary="Say what became of predictions")
+    async def outcomes(request: Request) -> Response:
+        authenticated(request, parts.keys, KeyScope.PREDICT, parts.clock.monotonic())
+        body = await bounded_body(request, parts.service.limits.max_body_bytes)
+        given = parse_outcomes(body, parts.clock.unix_us())
+        await publish_outcomes(parts.bus, given)
+        answer = {"accepted": len(given), "event_ids": [one.event_id.hex() for one in given]}
+        return Response(orjson.dumps(answer), 202, media_type="application/json")
+
+    @app.get("/health/live", tags=["health"])
+    async def live() -> Response:
+        return Response(b'{"live":true}', media_type="application/json")
+
+    @app.get("/health/ready", tags=["health"])
+    async def ready() -> Response:
+        reasons = parts.health.reasons()
+        body = orjson.dumps({"ready": not reasons, "reasons": reasons})
+        return Response(body, 503 if reasons else 200, media_type="application/json")
+
+    install_errors(app)
+    app.add_middleware(RequestIds)
+    return _TracedButHot(app, TraceRequests(app, parts.tracing))
+
+
+class _TracedButHot:
+    """One span per ordinary request; the hot ones are recorded by `PredictService` whatever brought them."""
+
+    def __init__(self, app: ASGIApp, traced: ASGIApp) -> None:
+        self._app = app
+        self._traced = traced
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hot = scope["type"] == "http" and scope["method"] == "POST" and target_of(scope["path"].encode())
+        await (self._app if hot else self._traced)(scope, receive, send)

@@ -1,0 +1,107 @@
+"""What every ordinary route shares: request ids, callers, bounded bodies, and errors in the shape of the
+path."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.common.errors import BodyTooLarge, HeadraceError
+from services.common.ids import id_text
+from services.common.problems import install_problem_handlers, problem_headers
+from services.gateway.errors import as_oip
+from services.gateway.keys import Key, KeyRing
+from services.gateway.keys import Scope as KeyScope
+from services.gateway.predict import request_id_of
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+class RequestIds:
+    """ASGI middleware: every answer carries X-Request-Id, the one asked for where it is an id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
+        request_id = id_text(request_id_of(asked))
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", []))
+                if not any(name.lower() == b"x-request-id" for name, _value in headers):
+                    headers.append((b"x-request-id", request_id.encode()))
+                message["headers"] = headers
+            await send(message)
+
+        await self._app(scope, receive, marked)
+
+
+def authenticated(request: Request, keys: KeyRing, scope: KeyScope, now: float) -> Key:
+    """The caller, allowed to do `scope` and within its rate. Raises Unauthenticated, PermissionDenied or
+    ResourceExhausted."""
+    key = keys.authenticate(_header(request, "authorization"), _header(request, "x-api-key"))
+    key.require(scope)
+    if key.bucket is not None:
+        key.bucket.admit(now)
+    return key
+
+
+async def bounded_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises BodyTooLarge beyond `limit` bytes, after reading (and dropping) as much again,
+    so that most senders see the answer before the connection ends."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            chunks.append(chunk)
+        else:
+            chunks.clear()
+            if size > 2 * limit:
+                break
+    if size > limit:
+        raise BodyTooLarge(f"The body is longer than {limit} bytes.")
+    return b"".join(chunks)
+
+
+def install_errors(app: FastAPI) -> None:
+    """Problems everywhere; `{"error": …}` below /v2."""
+    install_problem_handlers(app)
+    for kind in (HeadraceError, HTTPException):
+        usual: Handler = app.exception_handlers[kind]  # type: ignore[assignment]  # both are coroutines
+        app.add_exception_handler(kind, _by_path(usual))
+
+
+def _by_path(usual: Handler) -> Handler:
+    async def handle(request: Request, error: Exception) -> Response:
+        if not request.url.path.startswith("/v2"):
+            return await usual(request, error)
+        if isinstance(error, HeadraceError):
+            status, body = as_oip(error)
+            headers = {name.decode(): value.decode() for name, value in problem_headers(error)}
+            return Response(body, status, headers | {"content-type": "application/json"})
+        answer = await usual(request, error)
+        detail = HeadraceError(getattr(error, "detail", "") or "The request failed.")
+        if answer.status_code == 404:
+            detail = HeadraceError(f"There is nothing at {request.url.path}.")
+        elif answer.status_code == 405:
+            detail = HeadraceError(f"{request.url.path} does not take {request.method}.")
+        _status, body = as_oip(detail)
+        return Response(body, answer.status_code, media_type="application/json")
+
+    return handle
+
+
+def _header(request: Request, name: str) -> bytes | None:
+    value = request.headers.get(name)
+    return None if value is None else value.encode("latin-1")

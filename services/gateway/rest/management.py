@@ -1,0 +1,155 @@
+"""One door to the management APIs: a streaming reverse proxy with the caller checked here.
+
+Bodies pass in pieces both ways, so an upload of any size costs one piece of memory. The upstream sees the
+installation's credential and who asked, never the caller's key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+import httpx
+from fastapi import APIRouter, Request
+from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
+
+from services.common.clock import Clock
+from services.common.credential import bearer
+from services.common.errors import DeadlineExceeded, NotFound, Unavailable
+from services.common.telemetry import current_context, traceparent
+from services.gateway.keys import Key, KeyRing, Scope
+from services.gateway.rest.door import authenticated
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+_RETRY_MS = 1000
+
+#: Of one connection only (RFC 9110, 7.6.1), or ours to set.
+_NOT_PASSED_ON = frozenset(
+    (
+        b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+        b"transfer-encoding upgrade host authorization x-api-key x-request-id traceparent expect cookie "
+        b"forwarded x-forwarded-for x-headrace-key-id x-headrace-scopes"
+    ).split()
+)
+_NOT_PASSED_BACK = frozenset(
+    b"connection keep-alive transfer-encoding date server x-request-id upgrade".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One service behind the door. `writes` is the scope for everything but GET and HEAD."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    base_url: str
+    writes: Scope
+
+
+def upstreams(registry_url: str, analytics_url: str, drift_url: str) -> tuple[Upstream, ...]:
+    """The services behind the door."""
+    return (
+        Upstream("registry", ("/v1/models", "/v1/deployments", "/v1/keys"), registry_url, Scope.ADMIN),
+        Upstream("analytics", ("/v1/analytics",), analytics_url, Scope.READ),
+        Upstream("drift", ("/v1/drift",), drift_url, Scope.ADMIN),
+    )
+
+
+def management_client(token: str, connect_s: float = 2.0, silence_s: float = 120.0) -> httpx.AsyncClient:
+    """The client that every upstream is asked with; at most 64 requests at once."""
+    return httpx.AsyncClient(
+        headers={"authorization": bearer(token)},
+        timeout=httpx.Timeout(silence_s, connect=connect_s, pool=connect_s),
+        limits=httpx.Limits(max_connections=64, max_keepalive_connections=16),
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
+def management_routes(
+    client: httpx.AsyncClient, services: tuple[Upstream, ...], keys: KeyRing, clock: Clock
+) -> APIRouter:
+    """Routes for every prefix; what stands under them is documented by the services themselves."""
+    router = APIRouter(tags=["management"])
+    for service in services:
+        for prefix in service.prefixes:
+            handler = _handler(client, service, keys, clock)
+            for path in (prefix, prefix + "/{rest:path}"):
+                router.add_api_route(
+                    path,
+                    handler,
+                    methods=_METHODS,
+                    include_in_schema=path == prefix,
+                    summary=f"Passed on to {service.name}",
+                    operation_id=f"{service.name}{prefix.replace('/', '_')}" if path == prefix else None,
+                )
+    return router
+
+
+def _handler(client: httpx.AsyncClient, service: Upstream, keys: KeyRing, clock: Clock):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
+    async def passed_on(request: Request) -> Response:
+        scope = Scope.READ if request.method in ("GET", "HEAD") else service.writes
+        caller = authenticated(request, keys, scope, clock.monotonic())
+        return await _forward(client, service, request, caller)
+
+    return passed_on
+
+
+async def _forward(client: httpx.AsyncClient, service: Upstream, request: Request, caller: Key) -> Response:
+    outgoing = client.build_request(
+        request.method,
+        _url(service, request),
+        headers=_request_headers(request, caller),
+        content=_body(request),
+    )
+    try:
+        answer = await client.send(outgoing, stream=True)
+    except httpx.TimeoutException as error:
+        if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
+            raise Unavailable(
+                f"The {service.name} service is not there now.", retry_after_ms=_RETRY_MS
+            ) from None
+        raise DeadlineExceeded(f"The {service.name} service did not answer in time.") from None
+    except ClientDisconnect:
+        return Response(status_code=499)
+    except httpx.TransportError:
+        raise Unavailable(f"The {service.name} service is not there now.", retry_after_ms=_RETRY_MS) from None
+    response = StreamingResponse(
+        answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose)
+    )
+    response.raw_headers = [
+        (name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _NOT_PASSED_BACK
+    ]
+    return response
+
+
+def _url(service: Upstream, request: Request) -> httpx.URL:
+    path: bytes = request.scope["raw_path"].split(b"?")[0]
+    # Dot segments, plain or escaped, would lead out of the prefix that the scope was checked for.
+    segments = request.url.path.split("/")
+    if ".." in segments or "." in segments or b"%2f" in path.lower():
+        raise NotFound(f"There is nothing at {request.url.path}.")
+    query: bytes = request.scope["query_string"]
+    return httpx.URL(service.base_url).copy_with(raw_path=path + (b"?" + query if query else b""))
+
+
+def _request_headers(request: Request, caller: Key) -> list[tuple[bytes, bytes]]:
+    headers = [(name, value) for name, value in request.headers.raw if name not in _NOT_PASSED_ON]
+    headers += [
+        (b"x-headrace-key-id", caller.key_id.encode()),
+        (b"x-headrace-scopes", ",".join(sorted(caller.scopes)).encode()),
+        (b"x-request-id", request.state.request_id.encode()),
+    ]
+    context = current_context()
+    if context is not None:
+        headers.append((b"traceparent", traceparent(context).encode()))
+    return headers
+
+
+def _body(request: Request) -> AsyncIterator[bytes] | None:
+    headers: Mapping[str, str] = request.headers
+    if "content-length" not in headers and "transfer-encoding" not in headers:
+        return None
+    return request.stream()

@@ -1,0 +1,188 @@
+"""The Open Inference Protocol over REST, inference itself aside."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from services.common.clock import Clock
+from services.common.errors import InvalidArgument, MalformedBody, Unimplemented
+from services.common.lifecycle import Health
+from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
+from services.gateway.keys import KeyRing, Scope
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.rest.door import authenticated, bounded_body
+
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+SERVER_NAME = "headrace"
+_MAX_INDEX_BODY = 4096
+
+
+def server_version() -> str:
+    """The version of the installed gateway; 0 where it runs from a source tree."""
+    try:
+        return importlib.metadata.version("headrace-gateway")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+def model_metadata(model: ServedModel, version: ServedVersion) -> dict[str, Any]:
+    """Model metadata; all versions in service are listed."""
+    signature = version.signature
+    return {
+        "name": model.name,
+        "versions": list(model.versions),
+        "platform": platform_of(version),
+        "inputs": [
+            {"name": s.name, "datatype": s.datatype.name, "shape": list(s.shape)} for s in signature.inputs
+        ],
+        "outputs": [
+            {"name": s.name, "datatype": s.datatype.name, "shape": list(s.shape)} for s in signature.outputs
+        ],
+    }
+
+
+def platform_of(version: ServedVersion) -> str:
+    """The platform name that clients of other servers know."""
+    return {"onnx": "onnx_onnxv1"}.get(version.backend, version.backend)
+
+
+def repository_index(catalogue: Catalogue) -> list[dict[str, str]]:
+    """Every version in service."""
+    return [
+        {"name": model.name, "version": version, "state": "READY", "reason": ""}
+        for model in catalogue
+        for version in model.versions
+    ]
+
+
+def v2_routes(
+    catalogue: Catalogue, keys: KeyRing, health: Health, metrics: GatewayMetrics, clock: Clock
+) -> APIRouter:
+    """All routes below /v2 but infer."""
+    router = APIRouter(tags=["open inference protocol"])
+
+    def asked(request: Request, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
+        caller = authenticated(request, keys, _reading(request, keys), clock.monotonic())
+        caller.require_model(model)
+        served = catalogue.model(model)
+        return served, served.version(version)
+
+    async def server(request: Request) -> Response:
+        authenticated(request, keys, _reading(request, keys), clock.monotonic())
+        return _json({"name": SERVER_NAME, "version": server_version(), "extensions": list(EXTENSIONS)})
+
+    async def live() -> Response:
+        return _json({"live": True})
+
+    async def ready() -> Response:
+        return _json({"ready": health.ready}, 200 if health.ready else 503)
+
+    async def metadata(request: Request, model: str, version: str = "") -> Response:
+        return _json(model_metadata(*asked(request, model, version)))
+
+    async def model_ready(request: Request, model: str, version: str = "") -> Response:
+        served, _version = asked(request, model, version)
+        return _json({"name": served.name, "ready": health.ready}, 200 if health.ready else 503)
+
+    async def config(request: Request, model: str, version: str = "") -> Response:
+        return _json(_config(*asked(request, model, version)))
+
+    async def stats(request: Request, model: str, version: str = "") -> Response:
+        served, found = asked(request, model, version)
+        return _json({"model_stats": [_stats(metrics, served, found)]})
+
+    async def index(request: Request) -> Response:
+        authenticated(request, keys, _reading(request, keys), clock.monotonic())
+        await _index_request(request)
+        return _json(repository_index(catalogue))
+
+    async def load(request: Request, model: str) -> Response:
+        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        catalogue.model(model)  # what is deployed is loaded already
+        return Response(status_code=200)
+
+    async def unload(request: Request, model: str) -> Response:
+        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        served = catalogue.model(model)
+        raise Unimplemented(f"Undeploy it: DELETE /v1/deployments/{served.name}.")
+
+    for path, answer in (
+        ("", metadata),
+        ("/ready", model_ready),
+        ("/config", config),
+        ("/stats", stats),
+    ):
+        router.add_api_route(f"/v2/models/{{model}}{path}", answer, methods=["GET"])
+        router.add_api_route(f"/v2/models/{{model}}/versions/{{version}}{path}", answer, methods=["GET"])
+    router.add_api_route("/v2", server, methods=["GET"])
+    router.add_api_route("/v2/health/live", live, methods=["GET"])
+    router.add_api_route("/v2/health/ready", ready, methods=["GET"])
+
+    router.add_api_route("/v2/repository/index", index, methods=["POST"])
+    router.add_api_route("/v2/repository/models/{model}/load", load, methods=["POST"])
+    router.add_api_route("/v2/repository/models/{model}/unload", unload, methods=["POST"])
+    return router
+
+
+async def _index_request(request: Request) -> None:
+    """Check the body of an index request; all that is in service is ready, so its `ready` decides nothing."""
+    body = await bounded_body(request, _MAX_INDEX_BODY)
+    try:
+        asked = orjson.loads(body) if body.strip() else {}
+    except orjson.JSONDecodeError as error:
+        raise MalformedBody(f"The body is not JSON: {error}.") from None
+    if not isinstance(asked, dict):
+        raise InvalidArgument("The body must be an object.")
+
+
+def _reading(request: Request, keys: KeyRing) -> Scope:
+    """Clients with predict alone may look at what they call."""
+    key = keys.authenticate(
+        *(
+            None if (value := request.headers.get(name)) is None else value.encode("latin-1")
+            for name in ("authorization", "x-api-key")
+        )
+    )
+    return Scope.READ if Scope.READ in key.scopes else Scope.PREDICT
+
+
+def _config(model: ServedModel, version: ServedVersion) -> dict[str, Any]:
+    signature = version.signature
+    skip = 1 if signature.batched else 0
+
+    def entry(spec: Any) -> dict[str, Any]:
+        kind = "STRING" if spec.datatype.name == "BYTES" else spec.datatype.name
+        return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape[skip:])}
+
+    return {
+        "name": model.name,
+        "platform": platform_of(version),
+        "backend": version.backend,
+        "max_batch_size": (model.max_rows or 1) if signature.batched else 0,
+        "input": [entry(spec) for spec in signature.inputs],
+        "output": [entry(spec) for spec in signature.outputs],
+        "version_policy": {"specific": {"versions": list(model.versions)}},
+    }
+
+
+def _stats(metrics: GatewayMetrics, model: ServedModel, version: ServedVersion) -> dict[str, Any]:
+    """Counts are those of this process, over all versions of the model."""
+    counted = metrics.model_counts(model.name)
+    good = {"count": counted.succeeded, "ns": round(counted.succeeded_s * 1e9)}
+    bad = {"count": counted.failed, "ns": round(counted.failed_s * 1e9)}
+    return {
+        "name": model.name,
+        "version": version.name if len(model.versions) == 1 else "",
+        "inference_count": counted.succeeded,
+        "execution_count": counted.succeeded,
+        "inference_stats": {"success": good, "fail": bad},
+    }
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")

@@ -1,0 +1,48 @@
+"""The environment of the gateway."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from services.common.settings import CommaSeparated, Port, RedisSettings, ServiceSettings
+
+
+class Settings(ServiceSettings, RedisSettings):
+    """What the gateway reads. Durations are seconds, sizes bytes."""
+
+    http_port: Port = 8000
+    grpc_port: Port = 8001
+    ops_port: Port = 8002
+
+    #: `host:port` of the routers' frame streams, `a:1,b:2`.
+    router_addresses: CommaSeparated = ()
+    #: The same for one router.
+    router_address: str = ""
+    registry_url: str = "http://127.0.0.1:8030"
+    analytics_url: str = "http://127.0.0.1:8040"
+    drift_url: str = "http://127.0.0.1:8050"
+
+    max_body_bytes: Annotated[int, Field(gt=0)] = 32 << 20
+    default_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    max_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    #: Hot routes before ASGI; off, the same answers come through ASGI.
+    hot_routes: bool = True
+    #: How long the gateway goes on answering, with `Connection: close`, after it said that it is not ready.
+    drain_notice_s: Annotated[float, Field(ge=0)] = 1.0
+    #: How long the first start waits for the control topics before it serves what it has.
+    control_wait_s: Annotated[float, Field(gt=0)] = 10.0
+    #: Several gateways on one port, where the kernel spreads the connections.
+    reuse_port: bool = False
+
+    @model_validator(mode="after")
+    def _some_router(self) -> Settings:
+        if not self.routers:
+            raise ValueError("set ROUTER_ADDRESSES or ROUTER_ADDRESS")
+        return self
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Addresses of all routers."""
+        return self.router_addresses or ((self.router_address,) if self.router_address else ())

@@ -1,0 +1,61 @@
+"""Which paths are hot: answered by `predict.py`, whatever brought them there."""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+
+class Dialect(enum.Enum):
+    """What a route speaks; the value is its label in metrics."""
+
+    NATIVE = "predict"
+    EMBED = "embed"
+    V2 = "v2_infer"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A hot route. `model` and `version` are what the path names, empty where it leaves them to the body."""
+
+    dialect: Dialect
+    model: str = ""
+    version: str = ""
+
+
+_FIXED = {
+    b"/v1/predict": Target(Dialect.NATIVE),
+    b"/api/v1/predict": Target(Dialect.NATIVE),
+    b"/v1/embed": Target(Dialect.EMBED),
+}
+_NATIVE = re.compile(rb"/(?:api/)?v1/models/([A-Za-z0-9._-]{1,128})/predict")
+_V2 = re.compile(rb"/v2/models/([A-Za-z0-9._-]{1,128})(?:/versions/([A-Za-z0-9._-]{1,128}))?/infer")
+_REMEMBERED = 4096
+_known: dict[bytes, Target | None] = {}
+
+
+def target_of(path: bytes) -> Target | None:
+    """The hot route of a request path without query; None where the path is no hot one. Paths with percent
+    escapes or a query are none either: they take the ordinary way to the same answer."""
+    try:
+        return _known[path]
+    except KeyError:
+        pass
+    if len(_known) >= _REMEMBERED:
+        _known.clear()
+    found = _known[path] = _parsed(path)
+    return found
+
+
+def _parsed(path: bytes) -> Target | None:
+    fixed = _FIXED.get(path)
+    if fixed is not None:
+        return fixed
+    native = _NATIVE.fullmatch(path)
+    if native is not None:
+        return Target(Dialect.NATIVE, native[1].decode())
+    infer = _V2.fullmatch(path)
+    if infer is not None:
+        return Target(Dialect.V2, infer[1].decode(), (infer[2] or b"").decode())
+    return None
