@@ -1,6 +1,6 @@
 """Writes the locks beside this file: `python requirements/lock.py`.
 
-`dev.txt` is everything a checkout needs; `<service>.txt` is what one image carries, in the same versions. Only
+`dev.txt` is what a checkout needs; `<service>.txt` is what one image carries, in the same versions. Only
 names and versions are kept: an index address in a lock would tie the project to somebody's mirror.
 """
 
