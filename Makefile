@@ -1,0 +1,70 @@
+# Needs make and Python 3.11+ (HEADRACE_PYTHON picks one). Everything else goes into .venv.
+.DEFAULT_GOAL := help
+.PHONY: help venv up down logs status test check bench proto lock lint format-check types imports contracts unit
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+JOBS ?= 2
+
+help:
+	@echo "make up      start the whole platform on this machine and wait until it is ready"
+	@echo "make down    stop it; data stays in .headrace"
+	@echo "make status  what runs"
+	@echo "make logs    what it says (PART=gateway for one part, FOLLOW=1 to go on)"
+	@echo "make test    every test"
+	@echo "make check   linters, types, import contracts, protobuf contracts, unit tests"
+	@echo "make bench   measure"
+	@echo "make proto   generate the code of the contracts"
+	@echo "make lock    resolve the requirements anew"
+
+venv: $(STAMP)
+
+$(STAMP): requirements/dev.txt client/pyproject.toml deploy/venv.sh
+	@sh deploy/venv.sh
+	@touch $@
+
+up: $(STAMP)
+	@$(PY) -m deploy.embedded up
+
+# These need no installation of what changed meanwhile: a stack that runs can be stopped.
+down status:
+	@test -x $(PY) || { echo "There is no .venv: Headrace was never started here." >&2; exit 1; }
+	@$(PY) -m deploy.embedded $@
+
+logs:
+	@test -x $(PY) || { echo "There is no .venv: Headrace was never started here." >&2; exit 1; }
+	@$(PY) -m deploy.embedded logs $(if $(FOLLOW),--follow) $(PART)
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+# The parts run side by side; a part's output appears when it is done.
+check: $(STAMP)
+	@$(MAKE) --no-print-directory -j$(JOBS) --output-sync=target types unit lint format-check imports contracts
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+
+format-check: $(STAMP)
+	$(PY) -m ruff format --check .
+
+types: $(STAMP)
+	$(PY) -m mypy
+
+imports: $(STAMP)
+	PYTHONPATH=.:proto:client .venv/bin/lint-imports
+
+contracts: $(STAMP)
+	$(PY) proto/generate.py --check
+
+unit: $(STAMP)
+	$(PY) -m pytest tests/unit
+
+bench: $(STAMP)
+	$(PY) -m benchmarks
+
+proto: $(STAMP)
+	$(PY) proto/generate.py
+
+lock: $(STAMP)
+	$(PY) requirements/lock.py

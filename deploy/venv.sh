@@ -1,0 +1,48 @@
+#!/bin/sh
+# Makes or updates .venv from requirements/dev.txt. Called by the Makefile; needs Python 3.11+ and nothing else.
+# HEADRACE_PYTHON picks the interpreter.
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf '%s\n' "$*" >&2; }
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    if [ -n "${HEADRACE_PYTHON:-}" ]; then
+        recent "$HEADRACE_PYTHON" && { echo "$HEADRACE_PYTHON"; return; }
+        say "HEADRACE_PYTHON=$HEADRACE_PYTHON is no Python 3.11 or later."
+        exit 1
+    fi
+    for name in python3 python3.13 python3.12 python3.11 python3.14 python; do
+        if command -v "$name" >/dev/null 2>&1 && recent "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+    say "Headrace needs Python 3.11 or later and found none: install it, or set HEADRACE_PYTHON to one."
+    exit 1
+}
+
+if [ -d .venv ] && ! recent .venv/bin/python; then
+    say "The .venv of this checkout has no Python 3.11 or later; making it anew."
+    rm -rf .venv
+fi
+if [ ! -d .venv ]; then
+    python=$(find_python)
+    say "Making .venv with $python"
+    "$python" -m venv .venv || {
+        rm -rf .venv
+        say "$python cannot make virtual environments: install its venv module (Debian: apt install python3-venv)."
+        exit 1
+    }
+fi
+
+# uv resolves and links in seconds what takes pip minutes; where it cannot run, pip does it.
+if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv &&
+    .venv/bin/uv pip install --python .venv/bin/python -r requirements/dev.txt &&
+    .venv/bin/uv pip install --python .venv/bin/python --quiet --no-deps -e client; then
+    exit 0
+fi
+say "uv could not install the requirements; trying pip"
+.venv/bin/python -m pip install --disable-pip-version-check -r requirements/dev.txt
+.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e client
