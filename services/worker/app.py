@@ -78,6 +78,7 @@ async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         pool = ThreadPoolExecutor(cfg.run_threads, thread_name_prefix="run")
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
+        stack.push_async_callback(store.close)
         artifacts = ArtifactCache(store, cfg.directory / "artifacts")
         await artifacts.clear_partial()
 

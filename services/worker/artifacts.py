@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -13,8 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from uuid import uuid4
 
-from services.common.errors import HeadraceError, NotFound, Unavailable
-from services.common.objects import blob_path
+from services.common.errors import DataLoss, HeadraceError, InvalidArgument, NotFound
 from services.worker.backends.port import LoadFailed
 
 _MANIFEST_BYTES = 1 << 20
@@ -23,9 +21,13 @@ _MANIFEST_BYTES = 1 << 20
 class Blobs(Protocol):
     """The part of the artifact store that a worker reads."""
 
-    async def get(self, path: str) -> bytes: ...
+    async def get_blob(self, digest: str) -> bytes:
+        """The content of that digest. Raises NotFound, DataLoss where the bytes are others, Unavailable."""
+        ...
 
-    async def download(self, path: str, to: Path) -> None: ...
+    async def download_blob(self, digest: str, to: Path) -> int:
+        """The same into a file; folders are created. Also raises ResourceExhausted for a full disk."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +85,22 @@ class ArtifactCache:
     async def _manifest(self, digest: str) -> bytes:
         async with self._downloads:
             try:
-                manifest = await self._blobs.get(blob_path(digest))
+                return await self._blobs.get_blob(digest)
             except NotFound:
                 raise LoadFailed(f"the artifact store has no manifest {digest}") from None
-        found = _sha256(manifest)
-        if found != digest:
-            raise LoadFailed(f"the artifact is corrupt: its manifest {digest} has the digest {found}")
-        return manifest
+            except (DataLoss, InvalidArgument) as error:
+                raise LoadFailed(f"the artifact is corrupt: manifest: {error.message}") from error
 
     async def _file(self, file: ManifestFile, to: Path) -> None:
         async with self._downloads:
-            await asyncio.to_thread(to.parent.mkdir, parents=True, exist_ok=True)
             try:
-                await self._blobs.download(blob_path(file.digest), to)
+                size = await self._blobs.download_blob(file.digest, to)
             except NotFound:
                 raise LoadFailed(f"the artifact store has no {file.path} ({file.digest})") from None
-            except OSError as error:
-                raise Unavailable(f"{file.path} cannot be written: {error.strerror}") from error
-            found = await asyncio.to_thread(_sha256_of_file, to)
-        if found != file.digest:
-            raise LoadFailed(f"the artifact is corrupt: {file.path} should have {file.digest}, has {found}")
+            except (DataLoss, InvalidArgument) as error:
+                raise LoadFailed(f"the artifact is corrupt: {file.path}: {error.message}") from error
+        if size != file.size:
+            raise LoadFailed(f"the artifact is corrupt: {file.path} has {size} bytes, not {file.size}")
 
 
 def _parse(manifest: bytes, digest: str) -> list[ManifestFile]:
@@ -143,15 +141,6 @@ def _remove_others(root: Path, wanted: set[str]) -> None:
     for directory in root.glob("sha256-*"):
         if directory.name not in wanted:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def _sha256(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _first(group: BaseExceptionGroup[HeadraceError]) -> HeadraceError:

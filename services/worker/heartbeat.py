@@ -46,7 +46,9 @@ class Heartbeat:
             else:
                 self._reached = True
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._interval)
+                # Not wait_for: before Python 3.12 it can lose a cancellation.
+                async with asyncio.timeout(self._interval):
+                    await self._changed.wait()
 
     async def last(self, status: WorkerStatus) -> None:
         """Publish `status`, for 2 s at most: the process ends whether or not the broker listens."""

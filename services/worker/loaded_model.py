@@ -106,6 +106,11 @@ class LoadedModel:
         return self._batcher.queued
 
     @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return self._batcher.idle
+
+    @property
     def refused(self) -> Counter[str]:
         """Requests that the batcher refused, by the name of the code."""
         return self._batcher.refused

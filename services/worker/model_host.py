@@ -190,7 +190,8 @@ class ModelHost:
             wait = min(_BACKOFF_FIRST_S * 2**slot.attempts, _BACKOFF_MAX_S)
             slot.attempts += 1
             with suppress(TimeoutError):
-                await asyncio.wait_for(slot.unwanted.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await slot.unwanted.wait()
         return None
 
     async def _take_down(self, slot: Slot, model: LoadedModel) -> None:
@@ -200,7 +201,8 @@ class ModelHost:
         if self._serving.get(name) is model:
             del self._serving[name]
         with suppress(TimeoutError):
-            await asyncio.wait_for(model.drain(), self._drain)
+            async with asyncio.timeout(self._drain):
+                await model.drain()
         model.close()
         log.info("unloaded", model=slot.key.model, version=slot.key.version)
 

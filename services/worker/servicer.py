@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
@@ -12,16 +13,27 @@ from services.common.errors import HeadraceError, NotFound, ResourceExhausted, U
 from services.common.frames import Peer
 from services.worker.batch_queue import Answer, Item
 from services.worker.loaded_model import LoadedModel, Log
-from services.worker.model_host import ModelHost
 from services.worker.replies import error_reply
 
 Settle = Callable[[PredictRequest, Answer], None]
 
 
+class Versions(Protocol):
+    """What is loaded."""
+
+    def find(self, model: str, version: str) -> LoadedModel | None:
+        """The version, if it can answer now."""
+        ...
+
+    def knows(self, model: str) -> bool:
+        """Whether the model is deployed anywhere."""
+        ...
+
+
 class Servicer:
     """Hands requests to the versions that they name."""
 
-    def __init__(self, host: ModelHost, log: Log, clock: Clock) -> None:
+    def __init__(self, host: Versions, log: Log, clock: Clock) -> None:
         self._host = host
         self._log = log
         self._clock = clock
