@@ -9,6 +9,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import grpc
 import grpclib
@@ -22,9 +23,13 @@ from headrace.v1.dataplane_pb2_grpc import DataPlaneServicer, DataPlaneStub, add
 from headrace.v1.tensor_pb2 import Code, Tensor
 
 from services.common.frames import FrameCalls, lost
-from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving
+from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, until
 
+ServicerContext = grpc.aio.ServicerContext[RequestFrame, ReplyFrame]
 Exchange = Callable[[RequestFrame], Awaitable[ReplyFrame]]
+
+register: Callable[[DataPlaneServicer, grpc.aio.Server], None] = add_DataPlaneServicer_to_server
+stub: Callable[[grpc.aio.Channel], Any] = DataPlaneStub
 
 # Servers that echo, each at an address.
 
@@ -42,8 +47,10 @@ def echoed(frame: RequestFrame) -> ReplyFrame:
 
 
 class GrpcioEcho(DataPlaneServicer):
-    async def Frames(self, request_iterator, context):  # noqa: N802 - gRPC's name  # type: ignore[no-untyped-def]
-        if dict(context.invocation_metadata()).get("authorization") != f"Bearer {TOKEN}":
+    async def Frames(  # noqa: N802 - gRPC's name
+        self, request_iterator: AsyncIterator[RequestFrame], context: ServicerContext
+    ) -> AsyncIterator[ReplyFrame]:
+        if dict(context.invocation_metadata() or ()).get("authorization") != f"Bearer {TOKEN}":
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
         async for frame in request_iterator:
             if frame.HasField("hello"):
@@ -55,7 +62,7 @@ class GrpcioEcho(DataPlaneServicer):
 @asynccontextmanager
 async def grpcio_server() -> AsyncIterator[str]:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
-    add_DataPlaneServicer_to_server(GrpcioEcho(), server)
+    register(GrpcioEcho(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -110,7 +117,7 @@ async def own_client(address: str) -> AsyncIterator[Exchange]:
         yield exchange
 
 
-async def collect(frame: RequestFrame, read: Callable[[], Awaitable[Message]]) -> ReplyFrame:
+async def collect(frame: RequestFrame, read: Callable[[], Awaitable[Message | None]]) -> ReplyFrame:
     replies: dict[int, PredictReply] = {}
     async with asyncio.timeout(20):
         while len(replies) < len(frame.items):
@@ -124,7 +131,7 @@ async def collect(frame: RequestFrame, read: Callable[[], Awaitable[Message]]) -
 async def grpcio_client(address: str) -> AsyncIterator[Exchange]:
     options = [("grpc.max_receive_message_length", -1)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
-        call = DataPlaneStub(channel).Frames(metadata=(("authorization", f"Bearer {TOKEN}"),))
+        call = stub(channel).Frames(metadata=(("authorization", f"Bearer {TOKEN}"),))
         await call.write(RequestFrame(hello=Hello(protocol=1, role="gateway", instance="grpcio")))
         assert (await call.read()).hello.protocol == 1
 
@@ -134,7 +141,7 @@ async def grpcio_client(address: str) -> AsyncIterator[Exchange]:
 
         yield exchange
         await call.done_writing()
-        assert await call.read() is grpc.aio.EOF
+        assert not isinstance(await call.read(), ReplyFrame)
         assert await call.code() is grpc.StatusCode.OK
 
 
@@ -213,17 +220,23 @@ def metadata(token: str) -> tuple[tuple[str, str], ...]:
     return (("authorization", f"Bearer {token}"),)
 
 
+async def grpclib_first_message(method: StreamStreamMethod[RequestFrame, ReplyFrame]) -> None:
+    async with method.open(metadata={"authorization": "Bearer wrong"}) as stream:
+        await stream.send_request()
+        await stream.recv_message()
+
+
 class TestStatus:
     async def test_grpcio_sees_the_wrong_credential(self) -> None:
         async with own_server() as address, grpc.aio.insecure_channel(address) as channel:
-            call = DataPlaneStub(channel).Frames(metadata=metadata("wrong"))
+            call = stub(channel).Frames(metadata=metadata("wrong"))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     async def test_grpcio_sees_the_wrong_version(self) -> None:
         async with own_server() as address, grpc.aio.insecure_channel(address) as channel:
-            call = DataPlaneStub(channel).Frames(metadata=metadata(TOKEN))
+            call = stub(channel).Frames(metadata=metadata(TOKEN))
             await call.write(RequestFrame(hello=Hello(protocol=99)))
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
@@ -233,7 +246,7 @@ class TestStatus:
     async def test_grpcio_sees_an_unknown_method(self) -> None:
         async with own_server() as address, grpc.aio.insecure_channel(address) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await DataPlaneStub(channel).Predict(PredictRequest(), metadata=metadata(TOKEN), timeout=5)
+                await stub(channel).Predict(PredictRequest(), metadata=metadata(TOKEN), timeout=5)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
     async def test_grpclib_sees_the_wrong_credential(self) -> None:
@@ -242,39 +255,33 @@ class TestStatus:
             async with Channel(host, int(port)) as channel:
                 method = StreamStreamMethod(channel, PATH, RequestFrame, ReplyFrame)
                 with pytest.raises(grpclib.GRPCError) as caught:
-                    async with method.open(metadata={"authorization": "Bearer wrong"}) as stream:
-                        await stream.send_request()
-                        await stream.recv_message()
+                    await grpclib_first_message(method)
                 assert caught.value.status is grpclib.Status.UNAUTHENTICATED
 
     async def test_a_compressing_grpcio_client_is_refused(self) -> None:
         async with own_server() as address, grpc.aio.insecure_channel(address) as channel:
-            call = DataPlaneStub(channel).Frames(metadata=metadata(TOKEN), compression=grpc.Compression.Gzip)
+            call = stub(channel).Frames(metadata=metadata(TOKEN), compression=grpc.Compression.Gzip)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
     async def test_our_client_hears_why_grpcio_refused(self) -> None:
         async with grpcio_server() as address, calling(address, connect=False, credential="wrong") as calls:
-            async with asyncio.timeout(5):
-                while "UNAUTHENTICATED" not in calls.last_error:
-                    await asyncio.sleep(0.01)
+            await until(lambda: "UNAUTHENTICATED" in calls.last_error)
             assert not calls.connected
 
     async def test_our_client_survives_a_restart_of_a_grpcio_server(self) -> None:
         server = grpc.aio.server()
-        add_DataPlaneServicer_to_server(GrpcioEcho(), server)
+        register(GrpcioEcho(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with calling(f"127.0.0.1:{port}") as calls:
             assert (await calls.predict(PredictRequest(version="1"), None)).version == "1"
             await server.stop(None)
-            async with asyncio.timeout(5):
-                while calls.connected:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not calls.connected)
             assert lost(await calls.predict(PredictRequest(version="1"), None))
             again = grpc.aio.server()
-            add_DataPlaneServicer_to_server(GrpcioEcho(), again)
+            register(GrpcioEcho(), again)
             again.add_insecure_port(f"127.0.0.1:{port}")
             await again.start()
             await calls.wait_connected(5)
@@ -285,14 +292,16 @@ class TestStatus:
 class TestOwnClientKeepsToTheHello:
     async def test_refuses_beyond_the_servers_max_in_flight(self) -> None:
         class OneAtATime(GrpcioEcho):
-            async def Frames(self, request_iterator, context):  # noqa: N802 - gRPC's name  # type: ignore[no-untyped-def]
+            async def Frames(  # noqa: N802 - gRPC's name
+                self, request_iterator: AsyncIterator[RequestFrame], context: ServicerContext
+            ) -> AsyncIterator[ReplyFrame]:
                 await anext(request_iterator)
                 yield ReplyFrame(hello=Hello(protocol=1, max_in_flight=1))
                 async for frame in request_iterator:
                     yield echoed(frame)
 
         server = grpc.aio.server()
-        add_DataPlaneServicer_to_server(OneAtATime(), server)
+        register(OneAtATime(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with calling(f"127.0.0.1:{port}") as calls:

@@ -215,10 +215,14 @@ class Http2Connection(asyncio.Protocol):
             return
         if self._stream_over:
             self._count_control()
-            return
-        if not self._remote_open:
+        elif not self._remote_open:
             raise Violation(ErrorCode.STREAM_CLOSED, "DATA after the end of the stream")
-        self._stream_received += length
+        else:
+            self._stream_received += length
+            self._content(flags, data, start, end)
+
+    def _content(self, flags: int, data: bytes | bytearray, start: int, end: int) -> None:
+        """Part of the stream, without padding."""
         try:
             messages = self._reader.feed(data, start, end)
         except (Oversize, CompressedMessage) as error:

@@ -97,6 +97,10 @@ class ServerConnection(Http2Connection):
             self._write(wire.reset(stream_id, ErrorCode.REFUSED_STREAM))
             return
         self._open_stream(stream_id)
+        self._admit_stream(stream_id, headers, end_stream=end_stream)
+
+    def _admit_stream(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
+        """Look at the request headers; the stream goes on only if all is as it must be."""
         fields = _fields(headers)
         if fields is None:
             self._write(wire.reset(stream_id, ErrorCode.PROTOCOL_ERROR))

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from services.common.frames import FrameServer, Limits
 from services.common.frames.wire import ErrorCode, frame, settings
-from tests.fixtures.frames import PREFACE, QUICK, Echoes, Wire, calling, message, serving
+from tests.fixtures.frames import PREFACE, QUICK, Echoes, Wire, calling, message, serving, until
+
+Running = tuple[FrameServer, str]
 
 SMALL = Limits(
     handshake_s=0.3,
@@ -61,7 +63,10 @@ VIOLATIONS = {
     "headers in the middle of the stream": (frame(1, 4, 1, b"\x88"), ErrorCode.PROTOCOL_ERROR),
     "undecodable header block": (frame(1, 4, 3, b"\xff\xff\xff\xff\xff\xff"), ErrorCode.COMPRESSION_ERROR),
     "endless header block": (frame(1, 0, 3) + frame(9, 0, 3, b"\0" * 16384) * 2, ErrorCode.ENHANCE_YOUR_CALM),
-    "interrupted header block": (frame(1, 0, 3, b"\x88") + frame(6, 0, 0, b"12345678"), ErrorCode.PROTOCOL_ERROR),
+    "interrupted header block": (
+        frame(1, 0, 3, b"\x88") + frame(6, 0, 0, b"12345678"),
+        ErrorCode.PROTOCOL_ERROR,
+    ),
     "continuation of another stream": (frame(1, 0, 3, b"\x88") + frame(9, 4, 5), ErrorCode.PROTOCOL_ERROR),
     "continuation without headers": (frame(9, 4, 1), ErrorCode.PROTOCOL_ERROR),
     "priority without a stream": (frame(2, 0, 0, b"12345"), ErrorCode.PROTOCOL_ERROR),
@@ -93,7 +98,10 @@ VIOLATIONS = {
     "frame larger than agreed": (b"\xff\xff\xff\0\0\0\0\0\1", ErrorCode.FRAME_SIZE_ERROR),
     "padding longer than the frame": (frame(0, 8, 1, b"\x05abc"), ErrorCode.PROTOCOL_ERROR),
     "padded without a length": (frame(0, 8, 1), ErrorCode.FRAME_SIZE_ERROR),
-    "more data than the window": (frame(0, 0, 1, b"\0" + b"\0\1\0\0" + b"a" * 16379) * 5, ErrorCode.FLOW_CONTROL_ERROR),
+    "more data than the window": (
+        frame(0, 0, 1, b"\0" + b"\0\1\0\0" + b"a" * 16379) * 5,
+        ErrorCode.FLOW_CONTROL_ERROR,
+    ),
     "end inside a message": (frame(0, 1, 1, b"\0\0\0\0\x09abc"), ErrorCode.PROTOCOL_ERROR),
     "message prefix not gRPC's": (frame(0, 0, 1, b"\x07\0\0\0\0"), ErrorCode.PROTOCOL_ERROR),
     "flood of pings": (frame(6, 0, 0, b"12345678") * 60, ErrorCode.ENHANCE_YOUR_CALM),
@@ -105,7 +113,7 @@ VIOLATIONS = {
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
-async def test_ends_with_the_right_code_and_harms_only_itself(server: tuple[FrameServer, str], name: str) -> None:
+async def test_ends_with_the_right_code_and_harms_only_itself(server: Running, name: str) -> None:
     sent, code = VIOLATIONS[name]
     async with calling(server[1], SMALL) as other:
         raw = await Wire.connect(server[1])
@@ -127,7 +135,7 @@ async def test_ends_with_the_right_code_and_harms_only_itself(server: tuple[Fram
     ],
     ids=["HTTP/1.1", "no settings", "settings acknowledgement first", "TLS on a plain port"],
 )
-async def test_a_wrong_beginning_is_a_protocol_error(server: tuple[FrameServer, str], first: bytes) -> None:
+async def test_a_wrong_beginning_is_a_protocol_error(server: Running, first: bytes) -> None:
     raw = await Wire.connect(server[1])
     await raw.send(first)
     assert await raw.goaway() is ErrorCode.PROTOCOL_ERROR
@@ -150,9 +158,7 @@ class TestRefusals:
             ({"content-type": "text/plain"}, {":status": "415"}),
         ],
     )
-    async def test_headers(
-        self, server: tuple[FrameServer, str], changed: dict[str, str], expected: dict[str, str]
-    ) -> None:
+    async def test_headers(self, server: Running, changed: dict[str, str], expected: dict[str, str]) -> None:
         raw = await Wire.connect(server[1])
         await raw.open(changed)
         flags, _, _ = await raw.until(1)
@@ -170,7 +176,7 @@ class TestRefusals:
         ],
         ids=["compressed", "lies about its length", "no protobuf"],
     )
-    async def test_messages(self, server: tuple[FrameServer, str], sent: bytes, status: Code) -> None:
+    async def test_messages(self, server: Running, sent: bytes, status: Code) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
         await raw.until(0)
@@ -179,21 +185,21 @@ class TestRefusals:
         assert raw.headers["grpc-status"] == str(int(status))
         raw.close()
 
-    async def test_malformed_header_names(self, server: tuple[FrameServer, str]) -> None:
+    async def test_malformed_header_names(self, server: Running) -> None:
         raw = await Wire.connect(server[1])
         await raw.open({"Upper": "case"})
         _, _, payload = await raw.until(3)
         assert int.from_bytes(payload, "big") == ErrorCode.PROTOCOL_ERROR
         raw.close()
 
-    async def test_no_hello_in_time(self, server: tuple[FrameServer, str]) -> None:
+    async def test_no_hello_in_time(self, server: Running) -> None:
         raw = await Wire.connect(server[1])
         await raw.send(PREFACE + settings({}))
         assert await raw.goaway() is ErrorCode.SETTINGS_TIMEOUT
         assert await raw.closed()
         raw.close()
 
-    async def test_too_many_connections(self, server: tuple[FrameServer, str]) -> None:
+    async def test_too_many_connections(self, server: Running) -> None:
         held = [await Wire.connect(server[1]) for _ in range(8)]
         for raw in held:
             await raw.open()
@@ -214,7 +220,7 @@ class TestAllowed:
             ids += [reply.id for reply in ReplyFrame.FromString(payload[5:]).items]
         return ids
 
-    async def test_every_byte_alone(self, server: tuple[FrameServer, str]) -> None:
+    async def test_every_byte_alone(self, server: Running) -> None:
         raw = await Wire.connect(server[1])
         sent = (
             PREFACE
@@ -229,7 +235,7 @@ class TestAllowed:
         assert await self.replies(raw, 1) == [7]
         raw.close()
 
-    async def test_padding_priority_continuation_unknown_frames(self, server: tuple[FrameServer, str]) -> None:
+    async def test_padding_priority_continuation_unknown_frames(self, server: Running) -> None:
         raw = await Wire.connect(server[1])
         block = raw.request_headers()
         hello = raw.hello()
@@ -249,7 +255,7 @@ class TestAllowed:
         assert await self.replies(raw, 3) == [1, 2, 3]
         raw.close()
 
-    async def test_ping_is_answered_with_its_own_bytes(self, server: tuple[FrameServer, str]) -> None:
+    async def test_ping_is_answered_with_its_own_bytes(self, server: Running) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
         await raw.send(frame(6, 0, 0, b"abcdefgh"))
@@ -257,7 +263,7 @@ class TestAllowed:
         assert payload == b"abcdefgh"
         raw.close()
 
-    async def test_a_second_stream_is_refused_and_the_first_goes_on(self, server: tuple[FrameServer, str]) -> None:
+    async def test_a_second_stream_is_refused_and_the_first_goes_on(self, server: Running) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
         await raw.until(0)
@@ -296,14 +302,13 @@ class TestAllowed:
             raw.close()
 
     async def test_half_closed_clients_get_their_answers_then_ok(
-        self, server: tuple[FrameServer, str], echoes: Echoes
+        self, server: Running, echoes: Echoes
     ) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
         await raw.until(0)
         await raw.send(frame(0, 1, 1, item(1, "hold")))
-        while not echoes.made or not echoes.made[-1].held:
-            await asyncio.sleep(0.01)
+        await until(lambda: echoes.made and echoes.made[-1].held)
         echoes.made[-1].release()
         assert await self.replies(raw, 1) == [1]
         await raw.until(1)
@@ -311,7 +316,7 @@ class TestAllowed:
         raw.close()
 
     async def test_items_beyond_the_limit_are_refused_one_by_one(
-        self, server: tuple[FrameServer, str], echoes: Echoes
+        self, server: Running, echoes: Echoes
     ) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
@@ -327,7 +332,7 @@ class TestAllowed:
         assert len(echoes.made[-1].held) == 4
         raw.close()
 
-    async def test_a_silent_peer_is_asked_and_then_left(self, server: tuple[FrameServer, str], echoes: Echoes) -> None:
+    async def test_a_silent_peer_is_asked_and_then_left(self, server: Running, echoes: Echoes) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
         await raw.until(0)
@@ -338,7 +343,7 @@ class TestAllowed:
         assert echoes.made[-1].closed == 1
         raw.close()
 
-    async def test_an_answering_peer_may_wait_long(self, server: tuple[FrameServer, str], echoes: Echoes) -> None:
+    async def test_an_answering_peer_may_wait_long(self, server: Running, echoes: Echoes) -> None:
         raw = await Wire.connect(server[1])
         await raw.open()
         await raw.until(0)
@@ -352,7 +357,11 @@ class TestAllowed:
 
     async def test_a_client_that_reads_nothing_is_bounded(self, echoes: Echoes) -> None:
         limits = Limits(
-            max_message_bytes=1 << 20, max_buffer_bytes=1 << 20, linger_s=0.1, ping_after_s=0.2, ping_timeout_s=0.2
+            max_message_bytes=1 << 20,
+            max_buffer_bytes=1 << 20,
+            linger_s=0.1,
+            ping_after_s=0.2,
+            ping_timeout_s=0.2,
         )
         async with serving(echoes, limits) as (server, address):
             raw = await Wire.connect(address)
@@ -365,9 +374,7 @@ class TestAllowed:
                         await raw.send(frame(0, 0, 1, body[at : at + 16_384]))
             except ConnectionError:
                 pass
-            async with asyncio.timeout(5):
-                while server.connections:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not server.connections)
             raw.close()
 
 
@@ -392,9 +399,7 @@ class TestGarbage:
                 raw.close()
             async with calling(address, SMALL) as calls:
                 assert (await calls.predict(PredictRequest(version="fine"), None)).version == "fine"
-            async with asyncio.timeout(5):
-                while server.connections:
-                    await asyncio.sleep(0.001)
+            await until(lambda: not server.connections)
         assert asyncio.all_tasks() == before
         gc.collect()
         assert failures == []
