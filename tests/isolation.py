@@ -1,8 +1,8 @@
 """Proves that each service stands on its own dependencies: `python -m tests.isolation [service …]`.
 
-For each service a new environment gets the service's locked requirements, the contracts, `services.common` and
-the service itself, each installed as a wheel, plus a test runner. In it every module of the service is imported
-and its unit tests run. Nothing of another service is there, so an import across a border fails here.
+For each service a new environment gets the service's locked requirements, the contracts, `services.common`
+and the service itself, each installed as a wheel, plus a test runner. In it every module of the service is
+imported and its unit tests run. Nothing of another service is there, so an import across a border fails here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ names = [m.name for m in pkgutil.walk_packages(package.__path__, package.__name_
 for name in names:
     if not name.endswith("__main__") and ".migrations" not in name:
         importlib.import_module(name)
-others = [m for m in sys.modules if m.startswith("services.") and m.split(".")[1] not in ("common", sys.argv[1])]
+own = ("common", sys.argv[1])
+others = [m for m in sys.modules if m.startswith("services.") and m.split(".")[1] not in own]
 sys.exit("imports " + ", ".join(others) if others else 0)
 """
 

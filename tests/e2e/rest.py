@@ -1,0 +1,73 @@
+"""Requests against a running platform, as an application would send them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from deploy.embedded.stack import Stack
+
+Json = dict[str, Any]
+
+
+@asynccontextmanager
+async def caller(stack: Stack, key: str | None = None, at_once: int = 32) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with `key`, by default the admin key."""
+    headers = {"authorization": f"Bearer {key or stack.admin_key}"}
+    limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+    async with httpx.AsyncClient(
+        base_url=stack.rest_url, headers=headers, timeout=30, limits=limits
+    ) as client:
+        yield client
+
+
+async def predict_all(
+    client: httpx.AsyncClient, model: str, rows: Iterable[NDArray[np.float32]], users: Sequence[str]
+) -> list[Json]:
+    """One request per row, many at once, answers in the order of the rows. Fails on any that is not 200."""
+
+    async def one(row: NDArray[np.float32], user: str) -> Json:
+        body = {"model": model, "inputs": [row.tolist()], "user_id": user}
+        answer = await client.post("/v1/predict", json=body)
+        assert answer.status_code == 200, answer.text
+        found: Json = answer.json()
+        return found
+
+    return await asyncio.gather(*(one(row, user) for row, user in zip(rows, users, strict=True)))
+
+
+async def until(
+    client: httpx.AsyncClient, path: str, condition: Callable[[Json], bool], within_s: float = 30.0
+) -> Json:
+    """Ask `path` until `condition` holds; fails with the last answer where it never does."""
+    deadline = time.monotonic() + within_s
+    while True:
+        answer = await client.get(path)
+        if answer.status_code == 200 and condition(answer.json()):
+            found: Json = answer.json()
+            return found
+        if time.monotonic() > deadline:
+            pytest.fail(f"{path} stayed {answer.status_code} {answer.text[:1500]}")
+        await asyncio.sleep(0.2)
+
+
+async def counted(client: httpx.AsyncClient, model: str) -> int:
+    """Requests of `model` that analytics has counted."""
+    answer = await client.get(f"/v1/analytics/models/{model}")
+    if answer.status_code == 404:
+        return 0
+    assert answer.status_code == 200, answer.text
+    return total(answer.json())
+
+
+def total(shown: Json) -> int:
+    """Requests over all versions of what analytics shows of a model."""
+    return sum(int(version["requests"]) for version in shown["versions"])
