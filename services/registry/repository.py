@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
@@ -20,8 +20,11 @@ from services.registry.tables import (
     KeyRow,
     ModelRow,
     RevisionRow,
+    Tables,
     VersionRow,
 )
+
+R = TypeVar("R", bound=Tables)
 
 
 class Repository:
@@ -35,6 +38,12 @@ class Repository:
     def add(self, row: Any) -> None:
         """Insert `row` with the next flush."""
         self._session.add(row)
+
+    async def _get(self, kind: type[R], *key: str, lock: bool = False) -> R | None:
+        """One row by its primary key. PostgreSQL refuses a NUL in a text, so nothing is stored under one."""
+        if any("\0" in part for part in key):
+            return None
+        return await self._session.get(kind, key, with_for_update=lock)
 
     async def flush(self) -> None:
         """Send what was added, so that constraints speak up now."""
@@ -53,7 +62,7 @@ class Repository:
 
     async def model(self, name: str, *, lock: bool = False) -> ModelRow | None:
         """With `lock`, whoever else wants to change something of this model waits for this transaction."""
-        return await self._session.get(ModelRow, name, with_for_update=lock)
+        return await self._get(ModelRow, name, lock=lock)
 
     async def models(self, after: str, limit: int) -> Sequence[ModelRow]:
         statement = select(ModelRow).where(ModelRow.name > after).order_by(ModelRow.name).limit(limit)
@@ -66,7 +75,7 @@ class Repository:
 
     async def version(self, model: str, version: str) -> VersionRow | None:
         """Deleted ones included."""
-        return await self._session.get(VersionRow, (model, version))
+        return await self._get(VersionRow, model, version)
 
     async def versions(self, model: str, names: Sequence[str] | None = None) -> Sequence[VersionRow]:
         """Those not deleted, oldest first; only `names` where given."""
@@ -87,7 +96,7 @@ class Repository:
         return (await self._session.scalars(statement)).all()
 
     async def alias(self, model: str, alias: str) -> AliasRow | None:
-        return await self._session.get(AliasRow, (model, alias))
+        return await self._get(AliasRow, model, alias)
 
     async def put_alias(self, model: str, alias: str, version: str, at: datetime) -> None:
         statement = insert(AliasRow).values(model=model, alias=alias, version=version, updated_at=at)
@@ -102,7 +111,7 @@ class Repository:
     # deployments
 
     async def deployment(self, model: str) -> DeploymentRow | None:
-        return await self._session.get(DeploymentRow, model)
+        return await self._get(DeploymentRow, model)
 
     async def deployments(self, after: str, limit: int) -> Sequence[DeploymentRow]:
         statement = select(DeploymentRow).where(DeploymentRow.model > after)
@@ -149,7 +158,7 @@ class Repository:
         )
 
     async def key(self, key_id: str, *, lock: bool = False) -> KeyRow | None:
-        return await self._session.get(KeyRow, key_id, with_for_update=lock)
+        return await self._get(KeyRow, key_id, lock=lock)
 
     async def keys(self, after: str, limit: int) -> Sequence[KeyRow]:
         statement = select(KeyRow).where(KeyRow.key_id > after).order_by(KeyRow.key_id).limit(limit)
