@@ -165,10 +165,11 @@ class LoadedModel:
     def _finish(self, batch: Batch, execution: Execution, started: float) -> None:
         try:
             self._answer(batch, execution, started)
-        except Exception as error:  # whatever goes wrong here, every caller gets an answer
+        except HeadraceError as error:  # the log is full
+            self._settle_all(batch.items, error)
+        except Exception:  # whatever goes wrong here, every caller gets an answer
             log.exception("answering_failed", model=self._records.key.decode())
-            refusal = error if isinstance(error, HeadraceError) else Internal("the answer could not be made")
-            self._settle_all(batch.items, refusal)
+            self._settle_all(batch.items, Internal("the answer could not be made"))
         finally:
             self.running_rows -= batch.rows
             self._batcher.finished()

@@ -1,5 +1,5 @@
-"""The batcher under random interleavings in simulated time: whatever arrives, is cancelled or fails, every waiter
-is settled once, with its own rows, in time or with a refusal."""
+"""The batcher under random interleavings in simulated time: whatever arrives, is cancelled or fails, every
+waiter is settled once, with its own rows, in time or with a refusal."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import heapq
 from collections.abc import Callable
 from itertools import count
 
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from services.common.errors import DeadlineExceeded, ResourceExhausted
 from services.worker.batch_queue import Answer, Batch, BatchPolicy, Item
 from services.worker.batcher import Batcher
