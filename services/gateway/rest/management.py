@@ -76,15 +76,16 @@ def management_routes(
     for service in services:
         for prefix in service.prefixes:
             handler = _handler(client, service, keys, clock)
-            for path in (prefix, prefix + "/{rest:path}"):
+            for method in ("GET", "POST"):
                 router.add_api_route(
-                    path,
+                    prefix,
                     handler,
-                    methods=_METHODS,
-                    include_in_schema=path == prefix,
-                    summary=f"Passed on to {service.name}",
-                    operation_id=f"{service.name}{prefix.replace('/', '_')}" if path == prefix else None,
+                    methods=[method],
+                    summary=f"Passed on to {service.name}, which documents what stands below",
+                    operation_id=f"{method.lower()}{prefix.replace('/', '_')}",
                 )
+            for path in (prefix, prefix + "/{rest:path}"):
+                router.add_api_route(path, handler, methods=_METHODS, include_in_schema=False)
     return router
 
 

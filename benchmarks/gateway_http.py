@@ -1,0 +1,196 @@
+"""How many predictions per second the gateway's REST front takes, hot and through ASGI, and their ratio.
+
+    python -m benchmarks.gateway_http [--seconds 4] [--connections 1,32,128]
+
+One gateway process (uvloop) with key, rate limit, validation, metrics and request ids on; its router is a channel
+in the same process that answers at once, so the figures are those of the front alone. `wrk` (one thread, 30
+floats per request) loads it; hot and ASGI alternate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import httpx
+import uvloop
+from headrace.v1.control_pb2 import ApiKey, ServedVersion, ServingConfig
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Signature, Task, Tensor, TensorSpec
+from prometheus_client import CollectorRegistry
+
+from services.common.bus import MemoryBus
+from services.common.clock import SystemClock
+from services.common.lifecycle import Health, serve_asgi
+from services.common.telemetry import setup_tracing
+from services.gateway.catalogue import Catalogue
+from services.gateway.hot.front import HotFront, HttpLimits
+from services.gateway.hot.protocol import HotProtocol
+from services.gateway.keys import KeyRing
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.predict import PredictLimits, PredictService
+from services.gateway.rest.app import Parts, rest_app
+from services.gateway.rest.management import upstreams
+from services.gateway.router_client import OnReply, RouterClient
+
+FEATURES = 30
+KEY = "hr_benchmarkkey_" + "b" * 43
+
+
+class InstantChannel:
+    """Answers everything that one loop turn brought at the next: the least a router could take."""
+
+    usable = True
+    in_flight = 0
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: list[tuple[int, OnReply]] = []
+        self._last = 0
+        reply = PredictReply(version="1", variant="1")
+        reply.outputs.add(name="label", datatype="DATA_TYPE_INT64", shape=[1], data=struct.pack("<q", 1))
+        reply.outputs.add(
+            name="probabilities", datatype="DATA_TYPE_FP32", shape=[1, 2], data=struct.pack("<2f", 0.1, 0.9)
+        )
+        self._reply = reply.SerializeToString()
+
+    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
+        """Serialize the request, as a real channel does, and answer it soon."""
+        request.id = self._last = self._last + 1
+        request.SerializeToString()
+        if not self._waiting:
+            self._loop.call_soon(self._answer)
+        self._waiting.append((self._last, on_reply))
+        return self._last
+
+    def cancel(self, local_id: int) -> None:
+        """Nothing is kept to cancel."""
+
+    def _answer(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for _id, on_reply in waiting:
+            on_reply(PredictReply.FromString(self._reply))
+
+
+def signature() -> Signature:
+    """A tabular classifier."""
+    return Signature(
+        inputs=[TensorSpec(name="x", datatype="DATA_TYPE_FP32", shape=[-1, FEATURES])],
+        outputs=[
+            TensorSpec(name="label", datatype="DATA_TYPE_INT64", shape=[-1]),
+            TensorSpec(name="probabilities", datatype="DATA_TYPE_FP32", shape=[-1, 2]),
+        ],
+        batched=True,
+        task=Task.TASK_CLASSIFICATION,
+        probability_output="probabilities",
+        classes=["malignant", "benign"],
+    )
+
+
+async def serve(*, hot: bool) -> None:
+    """Serve until killed; the port is the first line of output."""
+    from hashlib import sha256  # noqa: PLC0415 - only the server needs it
+
+    clock, registry = SystemClock(), CollectorRegistry()
+    keys, catalogue, metrics = KeyRing(clock), Catalogue(), GatewayMetrics(registry)
+    record = ApiKey(
+        key_sha256=sha256(KEY.encode()).digest(), scopes=["predict"], rate_per_second=1e6, burst=1_000_000
+    )
+    keys.apply(b"benchmarkkey", record.SerializeToString())
+    config = ServingConfig(
+        model="cancer", revision=1, versions=[ServedVersion(version="1", signature=signature(), weight=10_000)]
+    )
+    catalogue.apply(b"cancer", config.SerializeToString())
+    tracing = setup_tracing("gateway", None)
+    service = PredictService(
+        catalogue=catalogue,
+        keys=keys,
+        router=RouterClient([InstantChannel()]),
+        tracing=tracing,
+        metrics=metrics,
+        clock=clock,
+        limits=PredictLimits(),
+    )
+    client = httpx.AsyncClient()
+    services = upstreams("http://127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:1")
+    parts = Parts(service, catalogue, keys, MemoryBus(), Health(), metrics, tracing, clock, client, services)
+    front = HotFront(service, HttpLimits(), hot=hot)
+    async with (
+        front.sweeping(),
+        serve_asgi(rest_app(parts), "127.0.0.1", 0, http=partial(HotProtocol, front)) as port,
+    ):
+        print(port, flush=True)
+        await asyncio.Event().wait()
+
+
+def load(port: int, connections: int, seconds: int, script: Path) -> tuple[float, str, int]:
+    """Requests per second, p99 as wrk writes it, and failed requests."""
+    wrk = shutil.which("wrk")
+    if wrk is None:
+        raise SystemExit("wrk is needed")
+    command = [wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script)]
+    output = subprocess.run(
+        [*command, f"http://127.0.0.1:{port}/v1/predict"], check=True, capture_output=True, text=True
+    ).stdout
+    rate = re.search(r"Requests/sec:\s+([\d.]+)", output)
+    slowest = re.search(r"99%\s+(\S+)", output)
+    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", output)
+    if rate is None or slowest is None:
+        raise SystemExit(output)
+    return float(rate[1]), slowest[1], int(failed[1]) if failed else 0
+
+
+def main() -> None:
+    """Alternate hot and ASGI and print both with their ratio."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    arguments.add_argument("--serve", choices=["hot", "asgi"])
+    arguments.add_argument("--seconds", type=int, default=4)
+    arguments.add_argument("--connections", default="1,32,128")
+    chosen = arguments.parse_args()
+    if chosen.serve:
+        uvloop.run(serve(hot=chosen.serve == "hot"))
+        return
+    numbers = random.Random(0)
+    row = [round(numbers.uniform(0, 30), 4) for _ in range(FEATURES)]
+    body = json.dumps({"model": "cancer", "inputs": [row], "user_id": "u17"})
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "predict.lua"
+        script.write_text(
+            f"wrk.method='POST'\nwrk.body='{body}'\nwrk.headers['content-type']='application/json'\n"
+            f"wrk.headers['authorization']='Bearer {KEY}'\n"
+        )
+        servers = {
+            way: subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gateway_http", "--serve", way],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for way in ("hot", "asgi")
+        }
+        try:
+            ports = {way: int(server.stdout.readline()) for way, server in servers.items() if server.stdout}
+            for port in ports.values():
+                load(port, 8, 1, script)
+            for connections in (int(one) for one in chosen.connections.split(",")):
+                found = {way: load(port, connections, chosen.seconds, script) for way, port in ports.items()}
+                for way, (rate, slowest, failed) in found.items():
+                    print(f"c={connections:<4} {way:<5} {rate:>9.0f} requests/s  p99 {slowest:<8} failed {failed}")
+                print(f"c={connections:<4} ratio {found['hot'][0] / found['asgi'][0]:>8.2f}")
+        finally:
+            for server in servers.values():
+                server.kill()
+                server.wait()
+
+
+if __name__ == "__main__":
+    main()
