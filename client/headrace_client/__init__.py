@@ -1,0 +1,42 @@
+"""Headrace from Python: `Headrace` (sync) and `AsyncHeadrace`.
+
+Read in this order: `client` or `async_client` (what can be asked), `operations` (each call as a request and
+the reading of its answer), `exchange` (one request, its retries and errors), then `results`, `errors`,
+`tensors` (Open Inference Protocol bodies), `uploads` (multipart with progress) and `cli`.
+"""
+
+from headrace_client.async_client import AsyncHeadrace
+from headrace_client.client import Headrace
+from headrace_client.errors import (
+    Conflict,
+    ConnectionFailed,
+    DeadlineExceeded,
+    HeadraceError,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
+from headrace_client.results import Embeddings, Inference, NewKey, Outcome, Prediction
+
+__all__ = [
+    "AsyncHeadrace",
+    "Conflict",
+    "ConnectionFailed",
+    "DeadlineExceeded",
+    "Embeddings",
+    "Headrace",
+    "HeadraceError",
+    "Inference",
+    "InvalidRequest",
+    "NewKey",
+    "NotFound",
+    "Outcome",
+    "PermissionDenied",
+    "Prediction",
+    "RateLimited",
+    "Unauthenticated",
+    "Unavailable",
+]
