@@ -1,0 +1,114 @@
+"""Wires the analytics service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from services.analytics.consumers import Consumers
+from services.analytics.endpoints import routes
+from services.analytics.flushing import Flusher, SegmentWriter
+from services.analytics.metrics import Metrics
+from services.analytics.reading import Reader
+from services.analytics.segments import SegmentFiles
+from services.analytics.settings import Settings
+from services.analytics.signatures import Signatures
+from services.common.bus.kafka import KafkaBus
+from services.common.clock import Clock
+from services.common.db import engine, migrate
+from services.common.errors import HeadraceError, Unavailable
+from services.common.internal_auth import InternalAuth
+from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
+from services.common.objects import ArtifactStore
+from services.common.problems import install_problem_handlers
+from services.common.telemetry import setup_tracing
+from services.common.telemetry.asgi import TraceRequests
+from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS
+
+log = structlog.get_logger(__name__)
+
+SCHEMA = "analytics"
+GROUP = "analytics"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_TABLE_WAIT_S = 15.0
+_LAG_PERIOD_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Analytics:
+    """The running service."""
+
+    port: int
+    health: Health
+
+
+@asynccontextmanager
+async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]:
+    """Serve and consume while the block runs; on the way out the running batch is finished first."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    health = Health("database", "artifact_store", "deployments")
+    tracing = setup_tracing(
+        "analytics", cfg.otel_exporter_otlp_endpoint or None, cfg.otel_traces_sample_ratio
+    )
+    signatures, sizes = Signatures(), cfg.sizes()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(tracing.close)
+        await migrate(cfg.database_url, SCHEMA, _MIGRATIONS)
+        database = engine(cfg.database_url, SCHEMA)
+        stack.push_async_callback(database.dispose)
+        health.set_ready("database")
+        store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
+        stack.push_async_callback(store.close)
+        await store.check()
+        health.set_ready("artifact_store")
+        bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-analytics"))
+
+        files = SegmentFiles(store, cfg.state_dir / "analytics" / "segments")
+        writer = SegmentWriter(store, signatures, clock, metrics)
+        reader = Reader(database, files, signatures, metrics)
+        app = FastAPI(title="Headrace analytics", version="1")
+        app.include_router(routes(reader))
+        install_problem_handlers(app)
+        app.add_middleware(InternalAuth, token=cfg.internal_token)
+        app.add_middleware(TraceRequests, tracing=tracing)
+        app.add_middleware(OpsEndpoints, health=health, registry=registry)
+        port = await stack.enter_async_context(serve_asgi(app, cfg.host, cfg.http_port))
+
+        table = await stack.enter_async_context(bus.table(DEPLOYMENTS, signatures.apply))
+        try:
+            # Which output holds the answer is known once the deployments are.
+            await table.ready(_TABLE_WAIT_S)
+        except Unavailable as error:
+            log.warning("deployments_late", reason=error.message)
+        health.set_ready("deployments")
+        await stack.enter_async_context(Flusher(database, writer, files, store, sizes, clock, metrics))
+        consumers = Consumers(database, writer, sizes.direct_rows, clock, tracing, metrics)
+        await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumers.on_predictions))
+        await stack.enter_async_context(bus.consume(OUTCOMES, GROUP, consumers.on_outcomes))
+        lag = asyncio.create_task(_watch_lag(bus, metrics), name="lag")
+        stack.push_async_callback(_cancelled, lag)
+        yield Analytics(port, health)
+        health.start_draining()
+
+
+async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
+    while True:
+        for topic in (PREDICTIONS, OUTCOMES):
+            try:
+                metrics.lag.labels(topic.name).set(await bus.lag(topic, GROUP))
+            except HeadraceError as error:
+                log.info("lag_unknown", topic=topic.name, reason=error.message)
+        await asyncio.sleep(_LAG_PERIOD_S)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,199 @@
+"""Two versions on one metric: which test fits, what it says, and what speaks against believing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from services.analytics.queries import Arms, Observations
+from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL, CountTest
+from services.analytics.statistics.effects import Arm, Effect, effect
+from services.analytics.statistics.fixed_horizon import Inference, t_test
+from services.analytics.statistics.moments import Moments, PairedMoments
+from services.analytics.statistics.proportions import two_proportion_z_test, wilson
+from services.analytics.statistics.sequential import asymptotic_sequence
+
+#: Below so many units an arm, normal approximations are a courtesy.
+_FEW_UNITS = 100
+_FEW_EVENTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ArmEstimate:
+    """One arm: `observations` of `units`, their mean with its 95% interval."""
+
+    name: str
+    units: int
+    observations: int
+    mean: float | None
+    ci: tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """b minus a. `fixed` holds at one look planned beforehand, `sequential` at every look; `relative` is the
+    fixed result as a share of a. All three are None where an arm has too little. `sample_ratio` tests the
+    units per arm against the logged propensities, None where those are not known.
+    """
+
+    a: ArmEstimate
+    b: ArmEstimate
+    fixed: Inference | None
+    relative: Inference | None
+    sequential: Inference | None
+    sample_ratio: CountTest | None
+    assumptions: list[str]
+    warnings: list[str]
+
+
+def compare(arms: Arms, metric: str, names: tuple[str, str], *, alpha: float = 0.05) -> Comparison:
+    """Two-proportion z-test or Welch's t-test where every unit has one observation, else the same question by
+    the delta method with the unit as what was randomised."""
+    clustered = bool(np.any(arms.a.counts > 1) or np.any(arms.b.counts > 1))
+    binary = arms.a.binary and arms.b.binary
+    sides = [_summary(side, binary=binary, clustered=clustered) for side in (arms.a, arms.b)]
+    estimates = [
+        _estimate(name, side, summary, binary=binary, clustered=clustered, alpha=alpha)
+        for name, side, summary in zip(names, (arms.a, arms.b), sides, strict=True)
+    ]
+    ratio = sample_ratio(arms)
+    warnings = _warnings(arms, ratio, binary=binary)
+    assumptions = _assumptions(metric, binary=binary, clustered=clustered)
+    if min(estimates[0].units, estimates[1].units) < 2 or sides[0] is None or sides[1] is None:
+        warnings.append("An arm has fewer than two units: nothing can be said yet.")
+        return Comparison(estimates[0], estimates[1], None, None, None, ratio, assumptions, warnings)
+    absolute = effect(sides[0], sides[1])
+    relative = None if absolute.baseline == 0 else t_test(effect(sides[0], sides[1], "relative"), alpha=alpha)
+    return Comparison(
+        a=estimates[0],
+        b=estimates[1],
+        fixed=_fixed(arms, absolute, binary=binary, clustered=clustered, alpha=alpha),
+        relative=relative,
+        sequential=asymptotic_sequence(absolute, alpha=alpha),
+        sample_ratio=ratio,
+        assumptions=assumptions,
+        warnings=warnings,
+    )
+
+
+def sample_ratio(arms: Arms) -> CountTest | None:
+    """Units per arm against what their logged propensities promised, revision by revision (weights may have
+    changed); None where propensities are missing or an arm was given no share."""
+    revisions = np.union1d(arms.a.revisions, arms.b.revisions)
+    observed, expected = np.zeros(2), np.zeros(2)
+    for revision in revisions:
+        sides = [side.propensities[side.revisions == revision] for side in (arms.a, arms.b)]
+        if not (sides[0].size and sides[1].size):
+            continue
+        shares = np.array([float(np.median(side)) for side in sides])
+        if np.any(shares <= 0) or np.any(shares >= 1):
+            continue
+        sizes = np.array([side.size for side in sides], dtype=np.float64)
+        observed += sizes
+        expected += shares / shares.sum() * sizes.sum()
+    if observed.sum() == 0:
+        return None
+    statistic = float(np.sum((observed - expected) ** 2 / expected))
+    return CountTest(statistic, 1, float(stats.chi2.sf(statistic, 1)))
+
+
+def _summary(side: Observations, *, binary: bool, clustered: bool) -> Arm | None:
+    if side.units.size == 0:
+        return None
+    if clustered:
+        return Arm.ratio(PairedMoments.of(side.totals, side.counts))
+    if binary:
+        return Arm.proportion(float(side.totals.sum()), side.units.size)
+    return Arm.from_moments(Moments.of(side.totals))
+
+
+def _estimate(
+    name: str, side: Observations, summary: Arm | None, *, binary: bool, clustered: bool, alpha: float
+) -> ArmEstimate:
+    observations = int(side.counts.sum())
+    if summary is None:
+        return ArmEstimate(name, 0, 0, None, None)
+    if binary and not clustered:
+        ci = wilson(float(side.totals.sum()), side.units.size, alpha=alpha)
+    else:
+        spread = float(stats.norm.isf(alpha / 2)) * summary.error_variance**0.5
+        ci = (summary.mean - spread, summary.mean + spread)
+    return ArmEstimate(name, summary.n, observations, summary.mean, ci if summary.n > 1 else None)
+
+
+def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha: float) -> Inference:
+    if clustered:
+        result = t_test(absolute, alpha=alpha)
+        return _renamed(result, "ratio of sums per unit, delta method, Welch's t-test")
+    if not binary:
+        return _renamed(t_test(absolute, alpha=alpha), "Welch's t-test")
+    counts = [(float(side.totals.sum()), int(side.units.size)) for side in (arms.a, arms.b)]
+    found = two_proportion_z_test(counts[0], counts[1], alpha=alpha)
+    return Inference(
+        estimate=found.estimate,
+        std_error=absolute.std_error,
+        ci=found.wald_ci,
+        p_value=found.p_value,
+        statistic=found.z,
+        degrees_of_freedom=float("inf"),
+        alpha=alpha,
+        method="two-proportion z-test (pooled), unpooled Wald interval",
+    )
+
+
+def _renamed(result: Inference, method: str) -> Inference:
+    return Inference(
+        estimate=result.estimate,
+        std_error=result.std_error,
+        ci=result.ci,
+        p_value=result.p_value,
+        statistic=result.statistic,
+        degrees_of_freedom=result.degrees_of_freedom,
+        alpha=result.alpha,
+        method=method,
+        always_valid=result.always_valid,
+    )
+
+
+def _assumptions(metric: str, *, binary: bool, clustered: bool) -> list[str]:
+    unit = (
+        "The unit is the user or session: all its observations count together, units are independent."
+        if clustered
+        else "Every unit has one observation; units are independent."
+    )
+    kind = f"{metric} is {'a share of zeros and ones' if binary else 'a mean'}; its mean is about normal."
+    return [
+        unit,
+        kind,
+        "The fixed result holds at one look, at a size planned beforehand; the sequential one at every look.",
+    ]
+
+
+def _warnings(arms: Arms, ratio: CountTest | None, *, binary: bool) -> list[str]:
+    warnings = ["Peeking: looking at `fixed` again and again makes false positives; decide by `sequential`."]
+    if ratio is None:
+        warnings.append("The split was not checked: the log holds no propensities of both arms.")
+    elif ratio.p_value < SAMPLE_RATIO_LEVEL:
+        warnings.append(
+            f"Sample ratio mismatch (p = {ratio.p_value:.2g}): the arms do not hold the shares that the "
+            "split promised, so the comparison may be biased. Look for the cause first."
+        )
+    if arms.crossed:
+        warnings.append(
+            f"{arms.crossed} units met both versions and count for the one they met first; "
+            "a split that changed, or versions asked for by name, do that."
+        )
+    for name, side in (("a", arms.a), ("b", arms.b)):
+        if side.units.size < _FEW_UNITS:
+            warnings.append(
+                f"Arm {name} has {side.units.size} units: intervals are rough below {_FEW_UNITS}."
+            )
+        elif binary:
+            events = float(side.totals.sum())
+            if min(events, float(side.counts.sum()) - events) < _FEW_EVENTS:
+                warnings.append(
+                    f"Arm {name} has fewer than {_FEW_EVENTS} events of a kind: its interval is rough."
+                )
+    return warnings

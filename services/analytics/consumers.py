@@ -1,0 +1,138 @@
+"""Records come in: parse, claim, write in one transaction; the bus commits the offsets after that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+from headrace.v1.events_pb2 import Outcome, OutcomeBatch, PredictionBatch
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.analytics import repository
+from services.analytics.columns import parse
+from services.analytics.flushing import SegmentWriter
+from services.analytics.metrics import Metrics
+from services.analytics.tables import InboxRow
+from services.common.bus.port import Malformed, Record
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import InvalidArgument
+from services.common.telemetry import Tracing, context_from_kafka
+
+_MAX_TEXT = 4096
+
+
+class Consumers:
+    """Handlers of inference.predictions.v1 and inference.outcomes.v1 for the group `analytics`."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        writer: SegmentWriter,
+        direct_rows: int,
+        clock: Clock,
+        tracing: Tracing,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._writer = writer
+        self._direct_rows = direct_rows
+        self._clock = clock
+        self._tracing = tracing
+        self._metrics = metrics
+
+    async def on_predictions(self, records: Sequence[Record]) -> None:
+        """Take in every record once, durably. Raises Malformed for one that cannot be read; anything else is
+        retried."""
+        started = self._clock.unix_us()
+        batches = await asyncio.to_thread(_parse_all, records)
+        now = self._clock.now()
+        async with transaction(self._engine) as session:
+            fresh = await repository.claim(session, [batch.batch_id for batch in batches], now)
+            new: list[tuple[PredictionBatch, Record]] = []
+            for batch, record in zip(batches, records, strict=True):
+                if batch.batch_id in fresh:
+                    fresh.discard(batch.batch_id)  # the same record twice in one delivery
+                    new.append((batch, record))
+            rows = sum(len(batch.request_ids) // 16 for batch, _ in new)
+            if rows >= self._direct_rows:
+                await self._writer.write(session, [batch for batch, _ in new], "direct")
+            elif new:
+                waiting = [
+                    InboxRow(
+                        batch_id=batch.batch_id,
+                        model=batch.model,
+                        version=batch.version,
+                        rows=len(batch.request_ids) // 16,
+                        received_at=now,
+                        request_ids=batch.request_ids,
+                        value=record.value,
+                    )
+                    for batch, record in new
+                ]
+                await repository.add_to_inbox(session, waiting)
+        self._count("predictions", len(records), len(records) - len(new))
+        for model, count in Counter(batch.model for batch, _ in new).items():
+            taken = sum(len(batch.request_ids) // 16 for batch, _ in new if batch.model == model)
+            self._metrics.requests.labels(model).inc(taken if count else 0)
+        self._trace("analytics.predictions", records, started)
+
+    async def on_outcomes(self, records: Sequence[Record]) -> None:
+        """Keep every outcome once; late and repeated ones are normal."""
+        started = self._clock.unix_us()
+        outcomes: list[Outcome] = []
+        for index, record in enumerate(records):
+            outcomes += _outcomes(index, record)
+        added = 0
+        if outcomes:
+            async with transaction(self._engine) as session:
+                added = await repository.add_outcomes(session, outcomes, self._clock.now())
+        self._metrics.outcomes.inc(added)
+        self._count("outcomes", len(records), 0)
+        self._trace("analytics.outcomes", records, started)
+
+    def _count(self, topic: str, records: int, repeated: int) -> None:
+        self._metrics.records.labels(topic).inc(records)
+        self._metrics.repeated.labels(topic).inc(repeated)
+
+    def _trace(self, name: str, records: Sequence[Record], started_us: int) -> None:
+        """One span per record of a sampled trace, so that the trace reaches from request to here."""
+        if not self._tracing.enabled:
+            return
+        for record in records:
+            parent = context_from_kafka(record.headers)
+            if parent is not None:
+                self._tracing.record_span(
+                    name,
+                    started_us * 1000,
+                    self._clock.unix_us() * 1000,
+                    parent,
+                    attributes={"messaging.destination.name": record.topic},
+                )
+
+
+def _parse_all(records: Sequence[Record]) -> list[PredictionBatch]:
+    batches = []
+    for index, record in enumerate(records):
+        try:
+            batches.append(parse(record.value))
+        except InvalidArgument as error:
+            raise Malformed(index, error.message) from error
+    return batches
+
+
+def _outcomes(index: int, record: Record) -> list[Outcome]:
+    try:
+        outcomes = list(OutcomeBatch.FromString(record.value or b"").outcomes)
+    except DecodeError:
+        raise Malformed(index, "not an OutcomeBatch") from None
+    for place, outcome in enumerate(outcomes):
+        if len(outcome.event_id) != 16 or len(outcome.request_id) != 16 or not outcome.metric:
+            raise Malformed(index, f"outcome {place} lacks an id of 16 bytes or its metric")
+        if outcome.WhichOneof("value") is None or len(outcome.text) > _MAX_TEXT:
+            raise Malformed(index, f"outcome {place} has no value, or one that is too long")
+        if "\0" in outcome.text or "\0" in outcome.metric or "\0" in outcome.model:
+            raise Malformed(index, f"outcome {place} holds a zero byte")
+    return outcomes

@@ -1,0 +1,124 @@
+"""The REST API of the analytics service, behind the gateway's door."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from typing import Annotated, Any
+
+import duckdb
+from fastapi import APIRouter, Query
+
+from services.analytics import queries, schemas
+from services.analytics.comparison import compare
+from services.analytics.reading import Reader
+from services.analytics.schemas import Json
+from services.common.errors import InvalidArgument, NotFound
+from services.common.ids import parse_id
+
+Name = Annotated[str, Query(min_length=1, max_length=64)]
+Instant = Annotated[datetime | None, Query()]
+
+_BUILT_IN = {"error_rate": None, "latency_ms": None, "accuracy": "label"}
+_MAX_RECENT = 1000
+
+
+def routes(reader: Reader) -> APIRouter:
+    """All routes under /v1/analytics."""
+    router = APIRouter(prefix="/v1/analytics", tags=["analytics"])
+
+    @router.get("/models/{model}")
+    async def show_model(model: str, since: Instant = None, until: Instant = None) -> Json:
+        """Per version and variant of the requests that callers sent: counts, error rate with its Wilson
+        interval, latency quantiles, outcome means. Shadow and batch requests are counted apart."""
+        rows, means, accuracies, others = await reader.ask(
+            model, _overview, since_us=_us(since, "since"), until_us=_us(until, "until")
+        )
+        versions = [
+            schemas.version_json(
+                row,
+                [mean for mean in means if _arm_of(mean) == _arm_of(row)],
+                next((one for one in accuracies if _arm_of(one) == _arm_of(row)), None),
+            )
+            for row in rows
+        ]
+        return {
+            "model": model,
+            "requests": sum(row["requests"] for row in rows),
+            "other_origins": others,
+            "versions": versions,
+        }
+
+    @router.get("/models/{model}/compare")
+    async def compare_versions(
+        model: str,
+        a: Name,
+        b: Name,
+        metric: Name = "error_rate",
+        alpha: Annotated[float, Query(gt=0, lt=0.5)] = 0.05,
+        since: Instant = None,
+        until: Instant = None,
+    ) -> Json:
+        """b against a (versions or variants) on error_rate, latency_ms, accuracy or the name of an outcome,
+        per user or session where requests name them."""
+        if a == b:
+            raise InvalidArgument("a and b are the same version.", field="b")
+
+        def question(connection: duckdb.DuckDBPyConnection) -> tuple[queries.Arms, list[Json]]:
+            return queries.arms(connection, metric, a, b), queries.summary(connection)
+
+        arms, rows = await reader.ask(
+            model,
+            question,
+            metric=_BUILT_IN.get(metric, metric),
+            outcomes=metric not in ("error_rate", "latency_ms"),
+            since_us=_us(since, "since"),
+            until_us=_us(until, "until"),
+        )
+        seen = {name for row in rows for name in _arm_of(row)}
+        for field, name in (("a", a), ("b", b)):
+            if name not in seen:
+                raise NotFound(f"No prediction of {model} by {name} has been seen.", field=field)
+        if metric not in _BUILT_IN and not arms.a.units.size and not arms.b.units.size:
+            raise NotFound(f"There is no outcome named {metric} of these versions yet.", field="metric")
+        found = await asyncio.to_thread(compare, arms, metric, (a, b), alpha=alpha)
+        return schemas.comparison_json(model, metric, found)
+
+    @router.get("/predictions/{request_id}")
+    async def show_prediction(request_id: str) -> Json:
+        """What answered a request: model, version, artifact, variant, time, inputs and outputs where they are
+        logged; the outcomes that came for it; and every attempt it took."""
+        return schemas.prediction_json(await reader.find(parse_id(request_id)))
+
+    @router.get("/query")
+    async def recent_predictions(
+        model: Name, limit: Annotated[int, Query(ge=1, le=_MAX_RECENT)] = 100
+    ) -> Json:
+        """The newest requests of a model, of every origin, without their payload."""
+        rows = await reader.recent(model, limit)
+        return {"model": model, "predictions": [schemas.row_json(row) for row in rows]}
+
+    return router
+
+
+def _overview(
+    connection: duckdb.DuckDBPyConnection,
+) -> tuple[list[Json], list[Json], list[Json], dict[str, int]]:
+    return (
+        queries.summary(connection),
+        queries.outcome_means(connection),
+        queries.accuracies(connection),
+        queries.other_origins(connection),
+    )
+
+
+def _arm_of(row: dict[str, Any]) -> tuple[str, str]:
+    return row["version"], row["variant"]
+
+
+def _us(moment: datetime | None, field: str) -> int | None:
+    if moment is None:
+        return None
+    if moment.tzinfo is None:
+        raise InvalidArgument("A time needs its zone, as in 2026-01-31T12:00:00Z.", field=field)
+    return round(moment.timestamp() * 1e6)

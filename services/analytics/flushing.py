@@ -1,0 +1,202 @@
+"""From records to Parquet: at once where a delivery is large, through the inbox where it is small."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import structlog
+from headrace.v1.events_pb2 import PredictionBatch
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+from services.analytics import repository
+from services.analytics.columns import CORE, layout, to_table
+from services.analytics.metrics import Metrics
+from services.analytics.segments import Segment, SegmentFiles, encode
+from services.analytics.signatures import Signatures
+from services.analytics.tables import SegmentRow
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import HeadraceError
+from services.common.objects import ArtifactStore
+
+log = structlog.get_logger(__name__)
+
+_PERIOD_S = 2.0
+_TAKEN_AT_ONCE = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """When records become Parquet, and which objects are joined. `*_rows` are requests."""
+
+    direct_rows: int = 2_000
+    flush_rows: int = 5_000
+    flush_after_s: float = 60.0
+    segment_rows: int = 200_000
+    join_segments: int = 8
+
+
+class SegmentWriter:
+    """Writes objects. An object counts from the commit of the transaction that names it, so one whose
+    transaction failed is never read."""
+
+    def __init__(self, store: ArtifactStore, signatures: Signatures, clock: Clock, metrics: Metrics) -> None:
+        self._store = store
+        self._signatures = signatures
+        self._clock = clock
+        self._metrics = metrics
+
+    async def write(self, session: AsyncSession, batches: Sequence[PredictionBatch], why: str) -> None:
+        """One object for each model version and layout among the records."""
+        groups: dict[tuple[str, str, str], list[PredictionBatch]] = defaultdict(list)
+        for batch in batches:
+            groups[batch.model, batch.version, layout(batch)].append(batch)
+        for (model, version, kind), members in groups.items():
+            output = self._signatures.prediction_output(model, version)
+            segment, data = await asyncio.to_thread(_encode_batches, members, version, kind, output)
+            await self._put(session, segment, data, why)
+
+    async def write_joined(
+        self, session: AsyncSession, rows: Sequence[SegmentRow], files: Sequence[str]
+    ) -> None:
+        """One object instead of several of the same version and layout."""
+        segment, data = await asyncio.to_thread(_encode_joined, rows, files)
+        await self._put(session, segment, data, "joined")
+        await repository.drop_segments(session, [row.id for row in rows], self._clock.now())
+
+    async def _put(self, session: AsyncSession, segment: Segment, data: bytes, why: str) -> None:
+        await self._store.put(segment.object, data)
+        await repository.add_segment(session, segment, self._clock.now())
+        self._metrics.segments.labels(why).inc()
+
+
+class Flusher:
+    """Turns a full or old inbox into objects, joins small objects, forgets what nobody needs. Several
+    replicas may run it: each passes over what another has locked."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        writer: SegmentWriter,
+        files: SegmentFiles,
+        store: ArtifactStore,
+        sizes: Sizes,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._writer = writer
+        self._files = files
+        self._store = store
+        self._sizes = sizes
+        self._clock = clock
+        self._metrics = metrics
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="flusher")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.flush_due()
+                await self.join_small()
+                await self.forget()
+            except HeadraceError as error:
+                log.info("flush_later", reason=error.message)
+            except Exception:
+                # The inbox keeps what is not flushed; a bug here must not end the service.
+                log.exception("flush_failed")
+            await asyncio.sleep(_PERIOD_S)
+
+    async def flush_due(self) -> int:
+        """Write what the inbox has held for long enough or enough of; how many objects' worth."""
+        async with transaction(self._engine) as session:
+            waiting = await repository.waiting(session)
+        self._metrics.inbox_rows.set(sum(item.rows for item in waiting))
+        due = self._clock.now() - timedelta(seconds=self._sizes.flush_after_s)
+        flushed = 0
+        for item in waiting:
+            if item.rows >= self._sizes.flush_rows or item.oldest <= due:
+                flushed += await self._flush(item.model, item.version)
+        return flushed
+
+    async def _flush(self, model: str, version: str) -> int:
+        async with transaction(self._engine) as session:
+            rows = await repository.take_from_inbox(session, model, version, _TAKEN_AT_ONCE)
+            if not rows:
+                return 0
+            values = [row.value for row in rows]
+            batches = await asyncio.to_thread(lambda: [PredictionBatch.FromString(value) for value in values])
+            await self._writer.write(session, batches, "flushed")
+        return 1
+
+    async def join_small(self) -> int:
+        """Join crowds of small objects; how many crowds."""
+        joined = 0
+        async with transaction(self._engine) as session:
+            groups = await repository.small_segments(
+                session, self._sizes.segment_rows // 2, self._sizes.join_segments
+            )
+            for group in groups:
+                chosen = _up_to(group, self._sizes.segment_rows)
+                if len(chosen) > 1:
+                    files = await self._files.paths([row.object for row in chosen])
+                    await self._writer.write_joined(session, chosen, files)
+                    joined += 1
+        return joined
+
+    async def forget(self) -> None:
+        """Delete objects that were joined into others, and claims that no redelivery can reach."""
+        async with transaction(self._engine) as session:
+            await repository.forget_old_claims(session, self._clock.now())
+            gone = await repository.forgotten_segments(session, self._clock.now())
+            for row in gone:
+                await self._store.delete(row.object)
+            if gone:
+                await repository.forget_segments(session, [row.id for row in gone])
+
+
+def _up_to(rows: Sequence[SegmentRow], limit: int) -> list[SegmentRow]:
+    chosen: list[SegmentRow] = []
+    held = 0
+    for row in rows:
+        if chosen and held + row.rows > limit:
+            break
+        chosen.append(row)
+        held += row.rows
+    return chosen
+
+
+def _encode_batches(
+    batches: Sequence[PredictionBatch], version: str, kind: str, output: str
+) -> tuple[Segment, bytes]:
+    return encode(to_table(batches, output), version, kind, [batch.batch_id for batch in batches])
+
+
+def _encode_joined(rows: Sequence[SegmentRow], files: Sequence[str]) -> tuple[Segment, bytes]:
+    tables = [pq.read_table(file, partitioning=None) for file in files]
+    joined = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+    core = [name for name in CORE.names if name in joined.column_names]
+    rest = [name for name in joined.column_names if name not in core]
+    return encode(
+        joined.select(core + rest), rows[0].version, rows[0].layout, [r.object.encode() for r in rows]
+    )

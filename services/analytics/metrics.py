@@ -1,0 +1,32 @@
+"""Every metric of the analytics service."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class Metrics:
+    """Created once in `app.py`; labels are model names and topics only."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.records = Counter("headrace_analytics_records", "Records read", ["topic"], registry=registry)
+        self.repeated = Counter(
+            "headrace_analytics_repeated_records", "Records read before", ["topic"], registry=registry
+        )
+        self.requests = Counter(
+            "headrace_analytics_requests", "Logged rows taken in", ["model"], registry=registry
+        )
+        self.outcomes = Counter("headrace_analytics_outcomes", "New outcomes", registry=registry)
+        self.segments = Counter(
+            "headrace_analytics_segments", "Parquet objects written", ["why"], registry=registry
+        )
+        self.inbox_rows = Gauge(
+            "headrace_analytics_inbox_rows", "Requests that are not in Parquet yet", registry=registry
+        )
+        self.lag = Gauge("headrace_analytics_lag", "Records not yet read", ["topic"], registry=registry)
+        self.query_seconds = Histogram(
+            "headrace_analytics_query_seconds",
+            "Time of a DuckDB query",
+            registry=registry,
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+        )

@@ -1,0 +1,302 @@
+"""Questions to the prediction store, in SQL. Pure over files and tables; they block, run them in a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from services.analytics.columns import CORE
+
+OUTCOMES = pa.schema(
+    [
+        ("event_id", pa.binary()),
+        ("request_id", pa.binary()),
+        ("metric", pa.string()),
+        ("number", pa.float64()),
+        ("text", pa.string()),
+        ("row", pa.int64()),
+        ("observed_at_us", pa.int64()),
+    ]
+)
+
+_ORIGINS = {1: "online", 2: "shadow", 3: "batch"}
+
+_LOGGED = (
+    "request_id, batch_id, position, writer, model, version, artifact_digest, variant, unit_hash, "
+    "propensity, revision, code, origin, attempt, cached, answered_at_us, latency_us, queue_us, compute_us, "
+    "rows, predicted, predicted_text"
+)
+
+_VIEWS = """
+CREATE TEMP VIEW logged AS
+SELECT * FROM everything
+WHERE answered_at_us >= getvariable('since_us') AND answered_at_us < getvariable('until_us');
+
+-- Of the rows that one request left, the one its caller's answer came from comes first. Rows without a
+-- request id are requests of their own.
+CREATE TEMP TABLE requests AS SELECT * EXCLUDE (place) FROM (
+    SELECT *, row_number() OVER (
+        PARTITION BY request_id, origin,
+                     CASE WHEN request_id = getvariable('no_id') THEN batch_id END,
+                     CASE WHEN request_id = getvariable('no_id') THEN position END
+        ORDER BY attempt DESC, writer DESC, answered_at_us DESC, batch_id, position) AS place
+    FROM logged
+) WHERE place = 1;
+
+-- CANCELLED (1) is no error of ours: nobody waited for the answer any more.
+CREATE TEMP VIEW online AS SELECT *, code NOT IN (0, 1) AS failed FROM requests WHERE origin = 1;
+
+CREATE TEMP TABLE outcomes AS SELECT request_id, metric, "row", number, text FROM (
+    SELECT *, row_number() OVER (
+        PARTITION BY request_id, metric, "row" ORDER BY observed_at_us DESC, event_id DESC) AS place
+    FROM given
+) WHERE place = 1;
+
+CREATE TEMP VIEW labelled AS
+SELECT *, CASE
+    WHEN predicted_text IS NOT NULL THEN
+        (predicted_text["row" + 1] = coalesce(text, number::VARCHAR))::DOUBLE
+    WHEN number IS NULL THEN 0.0
+    ELSE (predicted["row" + 1] = number)::DOUBLE END AS value
+FROM online JOIN outcomes USING (request_id)
+WHERE code = 0 AND metric = 'label' AND coalesce(len(predicted_text), len(predicted)) > "row";
+"""
+
+_SUMMARY = """
+SELECT version, variant, count(*) AS requests, count(DISTINCT unit_hash) AS units,
+       count(*) FILTER (failed) AS errors, count(*) FILTER (code = 1) AS cancelled,
+       count(*) FILTER (cached) AS cached,
+       min(answered_at_us) AS first_at_us, max(answered_at_us) AS last_at_us,
+       avg(latency_us) FILTER (code = 0) / 1000 AS latency_mean,
+       stddev_samp(latency_us) FILTER (code = 0) / 1000 AS latency_sd,
+       quantile_cont(latency_us, [0.5, 0.95, 0.99]) FILTER (code = 0) AS latency_quantiles,
+       any_value(artifact_digest) FILTER (artifact_digest <> '') AS artifact_digest
+FROM online GROUP BY version, variant ORDER BY version, variant
+"""
+
+_OUTCOME_MEANS = """
+SELECT version, variant, metric, count(*) AS n, avg(number) AS mean, stddev_samp(number) AS sd
+FROM online JOIN outcomes USING (request_id) WHERE number IS NOT NULL
+GROUP BY version, variant, metric ORDER BY version, variant, metric
+"""
+
+_ACCURACIES = """
+SELECT version, variant, count(*) AS n, sum(value) AS correct FROM labelled
+GROUP BY version, variant ORDER BY version, variant
+"""
+
+_MEASURED = {
+    "error_rate": "SELECT *, failed::DOUBLE AS value FROM online WHERE code <> 1",
+    "latency_ms": "SELECT *, latency_us / 1000.0 AS value FROM online WHERE code = 0 AND NOT cached",
+    "accuracy": "SELECT * FROM labelled",
+}
+_MEASURED_OUTCOME = """
+SELECT *, number AS value FROM online JOIN outcomes USING (request_id)
+WHERE metric = getvariable('metric') AND number IS NOT NULL
+"""
+
+_ARMS = """
+CREATE TEMP TABLE observations AS
+SELECT CASE WHEN version = getvariable('a') OR (variant = getvariable('a') AND version <> getvariable('b'))
+            THEN 'a' ELSE 'b' END AS arm, unit_hash, revision, propensity, answered_at_us, value
+FROM measured
+WHERE version IN (getvariable('a'), getvariable('b')) OR variant IN (getvariable('a'), getvariable('b'));
+
+CREATE TEMP TABLE firsts AS
+SELECT unit_hash, arg_min(arm, (answered_at_us, arm)) AS arm, count(DISTINCT arm) > 1 AS crossed
+FROM observations GROUP BY unit_hash;
+"""
+
+_ARM = """
+SELECT unit_hash, sum(value) AS total, count(*)::DOUBLE AS n,
+       arg_min(revision, answered_at_us) AS revision,
+       arg_min(propensity, answered_at_us)::DOUBLE AS propensity,
+       coalesce(bool_and(value IN (0, 1)), true) AS zero_or_one
+FROM observations JOIN firsts USING (unit_hash, arm) WHERE arm = $arm
+GROUP BY unit_hash ORDER BY unit_hash
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that was logged of one model at one moment: objects, and what is still in the inbox.
+    `since_us` and `until_us` bound the time of the answer."""
+
+    files: Sequence[str] = ()
+    inbox: pa.Table | None = None
+    outcomes: pa.Table = field(default_factory=OUTCOMES.empty_table)
+    since_us: int = 0
+    until_us: int = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Observations:
+    """What one arm measured per unit: the sum of the values and how many there were. `revisions` and
+    `propensities` are of the unit's first request. `binary`: every value is 0 or 1."""
+
+    units: NDArray[np.uint64]
+    totals: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    revisions: NDArray[np.uint64]
+    propensities: NDArray[np.float64]
+    binary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Arms:
+    """Both arms, and how many units were seen in both (they count for the one they met first)."""
+
+    a: Observations
+    b: Observations
+    crossed: int
+
+
+def open_snapshot(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+    """A connection with `requests` (one row per request), `online` (those that callers sent) and `outcomes`
+    (per request, row and metric the value observed last). Close it."""
+    connection = duckdb.connect(":memory:", config={"threads": 2})
+    connection.execute("SET enable_progress_bar = false")
+    _set(connection, since_us=snapshot.since_us, until_us=snapshot.until_us, no_id=bytes(16))
+    core = CORE.empty_table() if snapshot.inbox is None else snapshot.inbox.select(CORE.names)
+    connection.register("inbox", core)
+    connection.register("given", snapshot.outcomes)
+    sources = ["inbox"]
+    if snapshot.files:
+        _set(connection, files=list(snapshot.files))
+        sources.append("read_parquet(getvariable('files'), union_by_name = true)")
+    parts = [f"FROM {source} SELECT {_LOGGED}" for source in sources]
+    connection.execute(f"CREATE TEMP VIEW everything AS {' UNION ALL '.join(parts)}")
+    connection.execute(_VIEWS)
+    return connection
+
+
+def summary(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """Per version and variant of online requests: counts, `codes` other than OK, latency of OK answers (mean
+    and sd in ms, quantiles 0.5, 0.95, 0.99 in µs)."""
+    rows = _dicts(connection, _SUMMARY)
+    codes = connection.execute(
+        "SELECT version, variant, code, count(*) FROM online WHERE code <> 0 GROUP BY ALL ORDER BY ALL"
+    ).fetchall()
+    for row in rows:
+        mine = (row["version"], row["variant"])
+        row["codes"] = {code: n for version, variant, code, n in codes if (version, variant) == mine}
+    return rows
+
+
+def other_origins(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    """Requests that were not online, which no other number here counts."""
+    rows = connection.execute(
+        "SELECT origin, count(*) FROM requests WHERE origin <> 1 GROUP BY origin ORDER BY origin"
+    ).fetchall()
+    return {_ORIGINS.get(origin, str(origin)): count for origin, count in rows}
+
+
+def outcome_means(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """Per version, variant and metric: how many outcomes with a number were joined, their mean and sd."""
+    return _dicts(connection, _OUTCOME_MEANS)
+
+
+def accuracies(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
+    """Per version and variant: labelled rows, and how many of them were predicted right."""
+    return _dicts(connection, _ACCURACIES)
+
+
+def arms(connection: duckdb.DuckDBPyConnection, metric: str, a: str, b: str) -> Arms:
+    """Observations of two versions (or variants) per unit. A unit that met both counts with the one that it
+    met first, by its requests there. Once per connection.
+
+    `metric`: error_rate, latency_ms, accuracy, or the name of an outcome with numbers.
+    """
+    _set(connection, a=a, b=b, metric=metric)
+    measured = _MEASURED.get(metric, _MEASURED_OUTCOME)
+    connection.execute(f"CREATE TEMP VIEW measured AS {measured}")
+    connection.execute(_ARMS)
+    crossed = connection.execute("SELECT count(*) FROM firsts WHERE crossed").fetchone()
+    return Arms(_arm(connection, "a"), _arm(connection, "b"), int(crossed[0]) if crossed else 0)
+
+
+def recent(connection: duckdb.DuckDBPyConnection, limit: int) -> list[dict[str, Any]]:
+    """The newest requests of the snapshot, of every origin."""
+    return _dicts(
+        connection,
+        "SELECT * FROM requests ORDER BY answered_at_us DESC, request_id DESC LIMIT $limit",
+        {"limit": limit},
+    )
+
+
+def rows_of_request(
+    files: Sequence[str], inbox: Sequence[pa.Table], request_id: bytes
+) -> list[dict[str, Any]]:
+    """Every row that the request left, payload included, online and the caller's answer first. Tensors come
+    as `(values, datatype, row shape)`."""
+    found: list[dict[str, Any]] = []
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+        for file in files:
+            found_here = connection.sql(
+                "SELECT * FROM read_parquet($file) WHERE request_id = $id",
+                params={"file": file, "id": request_id},
+            )
+            table = found_here.to_arrow_table()
+            if table.num_rows:
+                found += _with_tensors(table, pq.read_schema(file))
+    for table in inbox:
+        wanted = pc.equal(table["request_id"], pa.scalar(request_id, pa.binary(16)))
+        found += _with_tensors(table.filter(wanted), table.schema)
+    return sorted(
+        found,
+        key=lambda row: (
+            row["origin"],
+            -row["attempt"],
+            -row["writer"],
+            -row["answered_at_us"],
+            row["batch_id"],
+            row["position"],
+        ),
+    )
+
+
+def _with_tensors(table: pa.Table, schema: pa.Schema) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for name in table.column_names:
+        if not name.startswith(("input:", "output:")):
+            continue
+        details = schema.field(name).metadata or {}
+        datatype = int(details.get(b"datatype", b"0"))
+        shape = [int(size) for size in details.get(b"row_shape", b"").decode().split(",") if size]
+        for row in rows:
+            if row[name] is not None:
+                row[name] = (row[name], datatype, shape)
+    return rows
+
+
+def _arm(connection: duckdb.DuckDBPyConnection, arm: str) -> Observations:
+    found = connection.execute(_ARM, {"arm": arm}).fetchnumpy()
+    return Observations(
+        units=np.asarray(found["unit_hash"], dtype=np.uint64),
+        totals=np.asarray(found["total"], dtype=np.float64),
+        counts=np.asarray(found["n"], dtype=np.float64),
+        revisions=np.asarray(found["revision"], dtype=np.uint64),
+        propensities=np.asarray(found["propensity"], dtype=np.float64),
+        binary=bool(np.all(found["zero_or_one"])),
+    )
+
+
+def _set(connection: duckdb.DuckDBPyConnection, **variables: object) -> None:
+    for name, value in variables.items():
+        connection.execute(f"SET VARIABLE {name} = $value", {"value": value})
+
+
+def _dicts(
+    connection: duckdb.DuckDBPyConnection, sql: str, values: dict[str, object] | None = None
+) -> list[dict[str, Any]]:
+    found = connection.execute(sql, values or {})
+    names = [column[0] for column in found.description or []]
+    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]

@@ -1,0 +1,182 @@
+"""What was logged, at one moment: the store's rows and objects brought together and asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from services.analytics import queries, repository
+from services.analytics.columns import CORE, layout, parse, to_table
+from services.analytics.metrics import Metrics
+from services.analytics.queries import OUTCOMES, Snapshot
+from services.analytics.segments import SegmentFiles
+from services.analytics.signatures import Signatures
+from services.analytics.tables import OutcomeRow
+from services.common.db import transaction
+from services.common.errors import DeadlineExceeded, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+_QUERY_S = 30.0
+_AT_ONCE = 2
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One request: its rows, the caller's answer first, and what was said about it."""
+
+    rows: list[dict[str, Any]]
+    outcomes: list[OutcomeRow]
+
+
+class Reader:
+    """Answers questions about a model. At most two queries run at once, each for at most 30 s."""
+
+    def __init__(
+        self, engine: AsyncEngine, files: SegmentFiles, signatures: Signatures, metrics: Metrics
+    ) -> None:
+        self._engine = engine
+        self._files = files
+        self._signatures = signatures
+        self._metrics = metrics
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(
+        self,
+        model: str,
+        question: Callable[[duckdb.DuckDBPyConnection], T],
+        *,
+        metric: str | None = None,
+        outcomes: bool = True,
+        since_us: int | None = None,
+        until_us: int | None = None,
+    ) -> T:
+        """Put `question` to what was logged of `model` in that time; with `metric`, only that one's outcomes
+        are joined. Raises NotFound for a model never seen, DeadlineExceeded after 30 s."""
+        async with self._one_moment() as session:
+            segments = await repository.segments(session, model, since_us, until_us)
+            values = await repository.inbox(session, model)
+            if not segments and not values and not await repository.segments(session, model):
+                raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
+            said = await repository.outcomes_of(session, model, metric) if outcomes else []
+        paths = await self._files.paths([segment.object for segment in segments])
+        numbers = self._signatures.class_numbers(model)
+
+        def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> T:
+            tables = self._tables(values)
+            inbox = None
+            if tables:
+                core = [table.select(CORE.names) for table in tables]
+                inbox = pa.concat_tables(core).unify_dictionaries()
+            snapshot = Snapshot(
+                files=paths,
+                inbox=inbox,
+                outcomes=_outcomes_table(said, numbers),
+                since_us=since_us or 0,
+                until_us=until_us if until_us is not None else (1 << 63) - 1,
+            )
+            with queries.open_snapshot(snapshot) as connection:
+                hold(connection)
+                return question(connection)
+
+        return await self._within_deadline(run)
+
+    async def recent(self, model: str, limit: int) -> list[dict[str, Any]]:
+        """The newest requests of a model, of every origin, without payloads."""
+        async with self._one_moment() as session:
+            segments = await repository.newest_segments(session, model, limit)
+            values = await repository.inbox(session, model)
+        if not segments and not values:
+            raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
+        paths = await self._files.paths([segment.object for segment in segments])
+
+        def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> list[dict[str, Any]]:
+            core = [table.select(CORE.names) for table in self._tables(values)]
+            inbox = pa.concat_tables(core).unify_dictionaries() if core else None
+            with queries.open_snapshot(Snapshot(files=paths, inbox=inbox)) as connection:
+                hold(connection)
+                return queries.recent(connection, limit)
+
+        return await self._within_deadline(run)
+
+    async def find(self, request_id: bytes) -> Found:
+        """Everything about one request. Raises NotFound."""
+        async with self._one_moment() as session:
+            segments = await repository.segments_of_request(session, request_id)
+            values = await repository.inbox_of_request(session, request_id)
+            outcomes = await repository.outcomes_of_request(session, request_id)
+        paths = await self._files.paths([segment.object for segment in segments])
+        rows = await self._within_deadline(
+            lambda _hold: queries.rows_of_request(paths, self._tables(values), request_id)
+        )
+        if not rows:
+            raise NotFound("No prediction with this request id has been seen yet.", field="request_id")
+        return Found(rows, outcomes)
+
+    @asynccontextmanager
+    async def _one_moment(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that sees one state, so that a record is either in the inbox or in an object."""
+        async with transaction(self._engine) as session:
+            await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            yield session
+
+    def _tables(self, values: Sequence[bytes]) -> list[pa.Table]:
+        groups = defaultdict(list)
+        for value in values:
+            batch = parse(value)
+            groups[batch.model, batch.version, layout(batch)].append(batch)
+        return [
+            to_table(batches, self._signatures.prediction_output(model, version))
+            for (model, version, _), batches in groups.items()
+        ]
+
+    async def _within_deadline(self, run: Callable[[Callable[[duckdb.DuckDBPyConnection], None]], T]) -> T:
+        held: list[duckdb.DuckDBPyConnection] = []
+        async with self._slots:
+            timed = self._metrics.query_seconds.time()(run)
+            work = asyncio.ensure_future(asyncio.to_thread(timed, held.append))
+            try:
+                async with asyncio.timeout(_QUERY_S):
+                    return await asyncio.shield(work)
+            except TimeoutError:
+                for connection in held:
+                    connection.interrupt()
+                await asyncio.wait({work}, timeout=_QUERY_S)
+                if work.done() and not work.cancelled():
+                    work.exception()  # the interrupt, seen
+                raise DeadlineExceeded(
+                    "The question took longer than 30 s; ask about a shorter time.", field="since"
+                ) from None
+
+
+def _outcomes_table(
+    said: Sequence[tuple[bytes, bytes, str, float | None, str | None, int, int]], numbers: dict[str, float]
+) -> pa.Table:
+    """Labels given as class names or as digits become the numbers that predictions use."""
+    columns: list[list[Any]] = [list(column) for column in zip(*said, strict=True)] if said else [[]] * 7
+    metrics, values, texts = columns[2], columns[3], columns[4]
+    for place, text in enumerate(texts):
+        if text is not None and metrics[place] == "label":
+            values[place] = _number_of(text, numbers)
+    return pa.table(columns, schema=OUTCOMES)
+
+
+def _number_of(text: str, numbers: dict[str, float]) -> float | None:
+    if text in numbers:
+        return numbers[text]
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,235 @@
+"""Reads and writes of the schema `analytics`. Every function works inside the caller's transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+
+from headrace.v1.events_pb2 import Outcome
+from sqlalchemy import CursorResult, and_, delete, func, or_, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.analytics.segments import Segment
+from services.analytics.tables import ClaimRow, InboxRow, OutcomeRow, SegmentRow
+
+#: Longer than Kafka redelivers anything, or a spool waits for a broker.
+KEPT_CLAIMS = timedelta(days=14)
+#: Longer than any query reads objects that were joined meanwhile.
+KEPT_DROPPED = timedelta(minutes=10)
+
+_ADD_OUTCOMES = text(
+    """
+    INSERT INTO outcomes
+        (event_id, request_id, model, metric, number, text, "row", observed_at_us, received_at)
+    SELECT e, r, m, k, n, t, w, o, :now
+    FROM unnest(CAST(:events AS bytea[]), CAST(:requests AS bytea[]), CAST(:models AS text[]),
+                CAST(:metrics AS text[]), CAST(:numbers AS double precision[]), CAST(:texts AS text[]),
+                CAST(:rows AS bigint[]), CAST(:times AS bigint[])) AS given (e, r, m, k, n, t, w, o)
+    ON CONFLICT DO NOTHING
+    """
+)
+_CLAIM = text(
+    """
+    INSERT INTO claims (batch_id, claimed_at) SELECT b, :now FROM unnest(CAST(:ids AS bytea[])) AS given (b)
+    ON CONFLICT DO NOTHING RETURNING batch_id
+    """
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What the inbox holds of one model version."""
+
+    model: str
+    version: str
+    rows: int
+    oldest: datetime
+
+
+async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: datetime) -> set[bytes]:
+    """Those of `batch_ids` that were never claimed before; they are from now on."""
+    # Sorted, so that two replicas never wait for each other's rows.
+    found = await session.execute(_CLAIM, {"ids": sorted(set(batch_ids)), "now": now})
+    return set(found.scalars())
+
+
+async def add_to_inbox(session: AsyncSession, rows: Sequence[InboxRow]) -> None:
+    """Keep records until they become Parquet."""
+    session.add_all(rows)
+    await session.flush()
+
+
+async def waiting(session: AsyncSession) -> list[Waiting]:
+    """The inbox by model version."""
+    statement = select(
+        InboxRow.model, InboxRow.version, func.sum(InboxRow.rows), func.min(InboxRow.received_at)
+    ).group_by(InboxRow.model, InboxRow.version)
+    return [Waiting(m, v, int(n), oldest) for m, v, n, oldest in await session.execute(statement)]
+
+
+async def take_from_inbox(session: AsyncSession, model: str, version: str, limit: int) -> list[InboxRow]:
+    """The oldest records of a version, removed when the transaction commits. Records that another replica is
+    taking are passed over."""
+    statement = (
+        select(InboxRow)
+        .where(InboxRow.model == model, InboxRow.version == version)
+        .order_by(InboxRow.received_at, InboxRow.batch_id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    rows = list((await session.scalars(statement)).all())
+    if rows:
+        await session.execute(delete(InboxRow).where(InboxRow.batch_id.in_([row.batch_id for row in rows])))
+    return rows
+
+
+async def inbox(session: AsyncSession, model: str) -> list[bytes]:
+    """Every record of a model that is not in Parquet yet."""
+    return list((await session.scalars(select(InboxRow.value).where(InboxRow.model == model))).all())
+
+
+async def inbox_of_request(session: AsyncSession, request_id: bytes) -> list[bytes]:
+    """Records of the inbox that name the request."""
+    # position() may also hit across two ids; the reader looks again.
+    statement = select(InboxRow.value).where(
+        text("position(CAST(:wanted AS bytea) IN request_ids) > 0").bindparams(wanted=request_id)
+    )
+    return list((await session.scalars(statement)).all())
+
+
+async def add_segment(session: AsyncSession, segment: Segment, now: datetime) -> None:
+    """From the commit on the object counts."""
+    await session.execute(insert(SegmentRow).values(**asdict(segment), created_at=now))
+
+
+async def segments(
+    session: AsyncSession, model: str, since_us: int | None = None, until_us: int | None = None
+) -> list[SegmentRow]:
+    """Objects of a model that hold answers of that time."""
+    statement = select(SegmentRow).where(SegmentRow.model == model, SegmentRow.dropped_at.is_(None))
+    if since_us is not None:
+        statement = statement.where(SegmentRow.last_at_us >= since_us)
+    if until_us is not None:
+        statement = statement.where(SegmentRow.first_at_us < until_us)
+    return list((await session.scalars(statement.order_by(SegmentRow.id))).all())
+
+
+async def segments_of_request(session: AsyncSession, request_id: bytes) -> list[SegmentRow]:
+    """Objects that may hold the request."""
+    statement = select(SegmentRow).where(
+        SegmentRow.dropped_at.is_(None), SegmentRow.first_id <= request_id, SegmentRow.last_id >= request_id
+    )
+    return list((await session.scalars(statement.order_by(SegmentRow.id))).all())
+
+
+async def newest_segments(session: AsyncSession, model: str, rows: int) -> list[SegmentRow]:
+    """The newest objects of a model, enough for `rows` rows."""
+    statement = (
+        select(SegmentRow)
+        .where(SegmentRow.model == model, SegmentRow.dropped_at.is_(None))
+        .order_by(SegmentRow.last_at_us.desc())
+        .limit(max(1, rows))
+    )
+    found, held = [], 0
+    for row in await session.scalars(statement):
+        found.append(row)
+        held += row.rows
+        # One more than needed: times of neighbours overlap.
+        if held >= 2 * rows:
+            break
+    return found
+
+
+async def small_segments(session: AsyncSession, below_rows: int, at_least: int) -> list[list[SegmentRow]]:
+    """Groups of at least `at_least` objects of one version and layout, each below that size, locked until the
+    transaction ends; those that another replica is joining are passed over."""
+    kind = (SegmentRow.model, SegmentRow.version, SegmentRow.layout)
+    small = and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below_rows)
+    crowded = select(*kind).where(small).group_by(*kind).having(func.count() >= at_least)
+    groups = []
+    for model, version, layout in (await session.execute(crowded)).all():
+        statement = (
+            select(SegmentRow)
+            .where(
+                small,
+                SegmentRow.model == model,
+                SegmentRow.version == version,
+                SegmentRow.layout == layout,
+            )
+            .order_by(SegmentRow.id)
+            .with_for_update(skip_locked=True)
+        )
+        groups.append(list((await session.scalars(statement)).all()))
+    return groups
+
+
+async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime) -> None:
+    """From the commit on the objects do not count; running queries may still read them."""
+    await session.execute(update(SegmentRow).where(SegmentRow.id.in_(ids)).values(dropped_at=now))
+
+
+async def forgotten_segments(session: AsyncSession, now: datetime) -> list[SegmentRow]:
+    """Dropped objects that no query reads any more."""
+    statement = select(SegmentRow).where(SegmentRow.dropped_at < now - KEPT_DROPPED).limit(1000)
+    return list((await session.scalars(statement)).all())
+
+
+async def forget_segments(session: AsyncSession, ids: Sequence[int]) -> None:
+    """Remove what is known of deleted objects."""
+    await session.execute(delete(SegmentRow).where(SegmentRow.id.in_(ids)))
+
+
+async def forget_old_claims(session: AsyncSession, now: datetime) -> None:
+    """Drop claims that no redelivery can reach any more."""
+    await session.execute(delete(ClaimRow).where(ClaimRow.claimed_at < now - KEPT_CLAIMS))
+
+
+async def add_outcomes(session: AsyncSession, outcomes: Sequence[Outcome], now: datetime) -> int:
+    """Keep outcomes that were not seen before; how many those were."""
+    ordered = sorted(outcomes, key=lambda outcome: outcome.event_id)
+    kinds = [outcome.WhichOneof("value") for outcome in ordered]
+    result = await session.execute(
+        _ADD_OUTCOMES,
+        {
+            "events": [outcome.event_id for outcome in ordered],
+            "requests": [outcome.request_id for outcome in ordered],
+            "models": [outcome.model for outcome in ordered],
+            "metrics": [outcome.metric for outcome in ordered],
+            "numbers": [
+                o.number if kind == "number" else None for o, kind in zip(ordered, kinds, strict=True)
+            ],
+            "texts": [o.text if kind == "text" else None for o, kind in zip(ordered, kinds, strict=True)],
+            "rows": [outcome.row for outcome in ordered],
+            "times": [outcome.observed_at_us for outcome in ordered],
+            "now": now,
+        },
+    )
+    return result.rowcount if isinstance(result, CursorResult) else 0
+
+
+async def outcomes_of(
+    session: AsyncSession, model: str, metric: str | None = None
+) -> list[tuple[bytes, bytes, str, float | None, str | None, int, int]]:
+    """(event id, request id, metric, number, text, row, observed at) of a model's outcomes."""
+    statement = select(
+        OutcomeRow.event_id,
+        OutcomeRow.request_id,
+        OutcomeRow.metric,
+        OutcomeRow.number,
+        OutcomeRow.text,
+        OutcomeRow.row,
+        OutcomeRow.observed_at_us,
+    ).where(or_(OutcomeRow.model == model, OutcomeRow.model == ""))
+    if metric is not None:
+        statement = statement.where(OutcomeRow.metric == metric)
+    return [tuple(row) for row in await session.execute(statement)]  # type: ignore[misc] # the columns above
+
+
+async def outcomes_of_request(session: AsyncSession, request_id: bytes) -> list[OutcomeRow]:
+    """Everything that was said about one request, oldest first."""
+    statement = select(OutcomeRow).where(OutcomeRow.request_id == request_id)
+    return list(
+        (await session.scalars(statement.order_by(OutcomeRow.observed_at_us, OutcomeRow.event_id))).all()
+    )

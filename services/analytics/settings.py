@@ -1,0 +1,34 @@
+"""What the analytics service reads from its environment."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from services.analytics.flushing import Sizes
+from services.common.settings import ArtifactSettings, DatabaseSettings, Port, ServiceSettings
+
+
+class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
+    """Ports, and how large the pieces of the prediction store are."""
+
+    http_port: Port = 8040
+    #: A delivery with at least so many requests becomes Parquet at once, a smaller one waits in the inbox.
+    analytics_direct_rows: Annotated[int, Field(ge=1)] = 2_000
+    #: The inbox of a version becomes Parquet at so many requests, or at that age.
+    analytics_flush_rows: Annotated[int, Field(ge=1)] = 5_000
+    analytics_flush_after_s: Annotated[float, Field(gt=0)] = 60.0
+    #: Segments below that size are joined once there are so many of them.
+    analytics_segment_rows: Annotated[int, Field(ge=1)] = 200_000
+    analytics_join_segments: Annotated[int, Field(ge=2)] = 8
+
+    def sizes(self) -> Sizes:
+        """The same as the service's own terms."""
+        return Sizes(
+            direct_rows=self.analytics_direct_rows,
+            flush_rows=self.analytics_flush_rows,
+            flush_after_s=self.analytics_flush_after_s,
+            segment_rows=self.analytics_segment_rows,
+            join_segments=self.analytics_join_segments,
+        )

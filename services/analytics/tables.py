@@ -1,0 +1,71 @@
+"""Tables of the schema `analytics`. `migrations/` creates them; nothing else does."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import BigInteger, DateTime, Float, Identity, Integer, LargeBinary, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class TableBase(DeclarativeBase):
+    """Common metadata."""
+
+
+class ClaimRow(TableBase):
+    """A record of inference.predictions.v1 that was taken in."""
+
+    __tablename__ = "claims"
+
+    batch_id: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    claimed_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), index=True)
+
+
+class InboxRow(TableBase):
+    """A record that is not in Parquet yet, as it came; `request_ids` are 16 bytes each."""
+
+    __tablename__ = "inbox"
+
+    batch_id: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    model: Mapped[str] = mapped_column(Text)
+    version: Mapped[str] = mapped_column(Text)
+    rows: Mapped[int] = mapped_column(Integer)
+    received_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    request_ids: Mapped[bytes] = mapped_column(LargeBinary)
+    value: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class SegmentRow(TableBase):
+    """A Parquet object. Only objects named here count; one with `dropped_at` was joined into another."""
+
+    __tablename__ = "segments"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    object: Mapped[str] = mapped_column(Text, unique=True)
+    model: Mapped[str] = mapped_column(Text)
+    version: Mapped[str] = mapped_column(Text)
+    layout: Mapped[str] = mapped_column(Text)
+    rows: Mapped[int] = mapped_column(BigInteger)
+    size: Mapped[int] = mapped_column(BigInteger)
+    first_id: Mapped[bytes] = mapped_column(LargeBinary)
+    last_id: Mapped[bytes] = mapped_column(LargeBinary)
+    first_at_us: Mapped[int] = mapped_column(BigInteger)
+    last_at_us: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    dropped_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+class OutcomeRow(TableBase):
+    """One outcome. `number` or `text` is set."""
+
+    __tablename__ = "outcomes"
+
+    event_id: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    request_id: Mapped[bytes] = mapped_column(LargeBinary, index=True)
+    model: Mapped[str] = mapped_column(Text)
+    metric: Mapped[str] = mapped_column(Text)
+    number: Mapped[float | None] = mapped_column(Float)
+    text: Mapped[str | None] = mapped_column(Text)
+    row: Mapped[int] = mapped_column(BigInteger)
+    observed_at_us: Mapped[int] = mapped_column(BigInteger)
+    received_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))

@@ -1,0 +1,220 @@
+"""Records as columns, one row per request, comparisons: without servers."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code, DataType, Tensor
+
+from services.analytics import queries
+from services.analytics.columns import CORE, layout, parse, to_table
+from services.analytics.queries import OUTCOMES, Snapshot
+from services.analytics.segments import encode, object_name
+from services.common.errors import InvalidArgument
+from services.common.tensors import encode_bytes
+from tests.fixtures.prediction_log import START_US, prediction_batch, request_id
+
+
+def core(*batches: PredictionBatch) -> pa.Table:
+    return to_table(batches).select(CORE.names)
+
+
+def said(*rows: tuple[int, float | None, str | None, int, int], metric: str = "label") -> pa.Table:
+    """Outcomes (request, number, text, row, time), each with an event id of its own."""
+    columns = {
+        "event_id": [bytes([place]) for place, _ in enumerate(rows)],
+        "request_id": [request_id(row[0]) for row in rows],
+        "metric": [metric] * len(rows),
+        "number": [row[1] for row in rows],
+        "text": [row[2] for row in rows],
+        "row": [row[3] for row in rows],
+        "observed_at_us": [row[4] for row in rows],
+    }
+    return pa.table(columns, schema=OUTCOMES)
+
+
+def test_a_record_becomes_one_row_a_request_with_its_own_tensor_rows() -> None:
+    batch = prediction_batch([1, 2, 3], rows=[1, 2, 1], labels=[5, 6, 7, 8], latency_us=[10, 20, 30])
+    table = to_table([parse(batch.SerializeToString())])
+    assert table["request_id"].to_pylist() == [request_id(n) for n in (1, 2, 3)]
+    assert table["latency_us"].to_pylist() == [10, 20, 30]
+    assert table["predicted"].to_pylist() == [[5.0], [6.0, 7.0], [8.0]]
+    assert table["input:x"].to_pylist() == [[0.0, 1.0], [2.0, 3.0, 4.0, 5.0], [6.0, 7.0]]
+    assert table.schema.field("input:x").metadata == {b"datatype": b"11", b"row_shape": b"2"}
+
+
+def test_failed_requests_have_no_payload_and_do_not_shift_the_others() -> None:
+    codes = [Code.CODE_OK, Code.CODE_INTERNAL, Code.CODE_OK]
+    table = to_table([prediction_batch([1, 2, 3], codes=codes, labels=[4, 9])])
+    assert table["predicted"].to_pylist() == [[4.0], None, [9.0]]
+    assert table["input:x"].to_pylist() == [[0.0, 1.0], None, [2.0, 3.0]]
+
+
+def test_records_with_and_without_payload_share_a_table() -> None:
+    table = to_table([prediction_batch([1, 2], payload=False), prediction_batch([3], labels=[1])])
+    assert table["predicted"].to_pylist() == [None, None, [1.0]]
+    assert table["input:x"].to_pylist() == [None, None, [0.0, 1.0]]
+    assert table["position"].to_pylist() == [0, 1, 0]
+
+
+def test_scores_become_the_best_class_and_texts_stay_texts() -> None:
+    scores = prediction_batch([1, 2], payload=False)
+    data = np.array([[0.1, 0.9], [0.8, 0.2]], "<f4").tobytes()
+    scores.outputs.append(Tensor(name="p", datatype=DataType.DATA_TYPE_FP32, shape=[2, 2], data=data))
+    assert to_table([scores])["predicted"].to_pylist() == [[1.0], [0.0]]
+    words = prediction_batch([1, 2], payload=False)
+    data = encode_bytes([b"cat", b"dog"])
+    words.outputs.append(Tensor(name="w", datatype=DataType.DATA_TYPE_BYTES, shape=[2], data=data))
+    assert to_table([words])["predicted_text"].to_pylist() == [["cat"], ["dog"]]
+    assert to_table([words], "other")["predicted_text"].to_pylist() == [None, None]
+
+
+def test_half_precision_is_widened() -> None:
+    batch = prediction_batch([1], payload=False)
+    data = (np.array([1.5, -2.0], "<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    batch.outputs.append(Tensor(name="h", datatype=DataType.DATA_TYPE_BF16, shape=[1, 2], data=data))
+    data = np.array([0.5, 2.0], "<f2").tobytes()
+    batch.inputs.append(Tensor(name="h", datatype=DataType.DATA_TYPE_FP16, shape=[1, 2], data=data))
+    table = to_table([batch])
+    assert table["output:h"].to_pylist() == [[1.5, -2.0]]
+    assert table["input:h"].to_pylist() == [[0.5, 2.0]]
+
+
+def test_a_tensor_that_does_not_fit_is_left_out_and_its_requests_stay() -> None:
+    batch = prediction_batch([1, 2])
+    batch.outputs[0].data = batch.outputs[0].data[:-3]
+    table = to_table([batch])
+    assert table.num_rows == 2
+    assert "output:label" not in table.column_names
+    assert table["predicted"].to_pylist() == [None, None]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"\xff\xff\xff",
+        b"",
+        PredictionBatch(batch_id=bytes(16), model="m", request_ids=b"short").SerializeToString(),
+        PredictionBatch(batch_id=b"x", model="m", request_ids=bytes(16)).SerializeToString(),
+        PredictionBatch(batch_id=bytes(16), model="m", request_ids=bytes(32), rows=[1]).SerializeToString(),
+        PredictionBatch(
+            batch_id=bytes(16), model="m", request_ids=bytes(16), variants=[3]
+        ).SerializeToString(),
+    ],
+)
+def test_records_that_do_not_fit_together_are_refused(broken: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        parse(broken)
+
+
+def retried() -> list[PredictionBatch]:
+    """Request 1 answered by worker-1, lost on its way; failed at worker-2; answered by version 2. Request 2
+    computed, but the router had given up. Request 3 plain."""
+    return [
+        prediction_batch([1, 2, 3], source="worker-1"),
+        prediction_batch([1], source="worker-2", attempts=1, codes=Code.CODE_INTERNAL),
+        prediction_batch([1], source="worker-3", attempts=2, version="2", latency_us=9_000),
+        prediction_batch(
+            [2], source="router", writer=PredictionBatch.WRITER_ROUTER, codes=Code.CODE_DEADLINE_EXCEEDED
+        ),
+    ]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_a_retried_request_counts_once_as_what_its_caller_got(order: tuple[int, ...], tmp_path: Path) -> None:
+    batches = [retried()[place] for place in order]
+    segment, data = encode(core(*batches[:2]), "1", "", [batch.batch_id for batch in batches[:2]])
+    file = tmp_path / "part.parquet"
+    file.write_bytes(data)
+    with queries.open_snapshot(Snapshot(files=[str(file)], inbox=core(*batches[2:]))) as connection:
+        found = {row["version"]: row for row in queries.summary(connection)}
+    assert segment.rows == core(*batches[:2]).num_rows
+    assert {version: row["requests"] for version, row in found.items()} == {"1": 2, "2": 1}
+    assert found["1"]["codes"] == {Code.CODE_DEADLINE_EXCEEDED: 1}
+    assert found["2"]["errors"] == 0
+    assert found["2"]["latency_mean"] == 9.0
+
+
+def test_shadow_and_batch_requests_are_counted_apart() -> None:
+    shadow = prediction_batch([1, 2], origins=2, version="2")
+    with queries.open_snapshot(Snapshot(inbox=core(prediction_batch([1, 2, 3]), shadow))) as connection:
+        assert [(row["version"], row["requests"]) for row in queries.summary(connection)] == [("1", 3)]
+        assert queries.other_origins(connection) == {"shadow": 2}
+
+
+def test_requests_without_an_id_are_requests_of_their_own() -> None:
+    nameless = prediction_batch([1, 2], ids=[bytes(16), bytes(16)])
+    with queries.open_snapshot(Snapshot(inbox=core(nameless))) as connection:
+        assert queries.summary(connection)[0]["requests"] == 2
+
+
+def test_the_latest_outcome_counts_and_each_joins_once() -> None:
+    outcomes = said((1, 1.0, None, 0, 10), (1, 0.0, None, 0, 20), (1, 1.0, None, 0, 15), (9, 1.0, None, 0, 1))
+    with queries.open_snapshot(Snapshot(inbox=core(*retried()), outcomes=outcomes)) as connection:
+        assert queries.outcome_means(connection) == [
+            {"version": "2", "variant": "2", "metric": "label", "n": 1, "mean": 0.0, "sd": None}
+        ]
+        assert [(row["n"], row["correct"]) for row in queries.accuracies(connection)] == [(1, 0.0)]
+
+
+def test_accuracy_is_per_row_and_leaves_out_rows_that_were_not_answered() -> None:
+    batch = prediction_batch([1, 2], rows=[2, 1], labels=[1, 0, 1])
+    outcomes = said(
+        (1, 1.0, None, 0, 1), (1, 1.0, None, 1, 2), (1, 1.0, None, 2, 3), (2, None, "unknown", 0, 4)
+    )
+    with queries.open_snapshot(Snapshot(inbox=core(batch), outcomes=outcomes)) as connection:
+        assert [(row["n"], row["correct"]) for row in queries.accuracies(connection)] == [(3, 1.0)]
+
+
+def test_time_bounds_are_half_open() -> None:
+    batches = [prediction_batch([n], answered_at_us=START_US + n) for n in range(5)]
+    snapshot = Snapshot(inbox=core(*batches), since_us=START_US + 1, until_us=START_US + 3)
+    with queries.open_snapshot(snapshot) as connection:
+        assert queries.summary(connection)[0]["requests"] == 2
+        assert [row["request_id"] for row in queries.recent(connection, 1)] == [request_id(2)]
+
+
+def test_units_that_met_both_versions_count_for_the_first() -> None:
+    batches = [
+        prediction_batch([1, 2], unit_hashes=[7, 8], answered_at_us=START_US),
+        prediction_batch(
+            [3, 4], unit_hashes=[7, 9], version="2", answered_at_us=START_US + 5, codes=Code.CODE_INTERNAL
+        ),
+        prediction_batch([5], unit_hashes=[8], answered_at_us=START_US + 9),
+    ]
+    with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
+        found = queries.arms(connection, "error_rate", "1", "2")
+    assert found.crossed == 1
+    assert (found.a.units.tolist(), found.a.counts.tolist()) == ([7, 8], [1.0, 2.0])
+    assert (found.b.units.tolist(), found.b.totals.tolist()) == ([9], [1.0])
+    assert found.a.binary
+    assert found.b.binary
+
+
+def test_a_request_is_found_with_its_payload_in_objects_and_inbox(tmp_path: Path) -> None:
+    first, second = prediction_batch([1, 2]), prediction_batch([2], attempts=1, labels=[7])
+    _, data = encode(to_table([first]), "1", layout(first), [first.batch_id])
+    file = tmp_path / "part.parquet"
+    file.write_bytes(data)
+    rows = queries.rows_of_request([str(file)], [to_table([second])], request_id(2))
+    assert [row["attempt"] for row in rows] == [1, 0]
+    assert rows[0]["output:label"] == ([7], DataType.DATA_TYPE_INT64, [])
+    assert rows[1]["input:x"] == ([2.0, 3.0], DataType.DATA_TYPE_FP32, [2])
+    assert queries.rows_of_request([str(file)], [], request_id(3)) == []
+
+
+def test_objects_are_sorted_and_named_by_their_members(tmp_path: Path) -> None:
+    batches = [prediction_batch([5, 1]), prediction_batch([3])]
+    segment, data = encode(core(*batches), "1", "", [batch.batch_id for batch in batches])
+    again, _ = encode(core(*reversed(batches)), "1", "", [batch.batch_id for batch in reversed(batches)])
+    assert (segment.first_id, segment.last_id) == (request_id(1), request_id(5))
+    assert segment.object == again.object
+    assert segment.object.startswith("predictions/cancer/1/2025-06-15/")
+    assert object_name("m", "1", START_US, [b"a"]) != object_name("m", "1", START_US, [b"b"])
+    file = tmp_path / "part.parquet"
+    file.write_bytes(data)
+    assert pq.read_table(file)["request_id"].to_pylist() == [request_id(n) for n in (1, 3, 5)]
