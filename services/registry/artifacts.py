@@ -13,8 +13,9 @@ from headrace.v1.tensor_pb2 import Signature
 
 from services.common.errors import InvalidArgument
 from services.common.objects import ArtifactStore
+from services.registry.onnx_file import MODEL_FILE
 from services.registry.schemas import SignatureOverrides
-from services.registry.signatures import MODEL_FILE, describe
+from services.registry.signatures import describe
 
 _PATH = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")
 _MAX_PATH = 200

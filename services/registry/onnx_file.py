@@ -22,6 +22,9 @@ from headrace.v1.tensor_pb2 import DataType, Signature, Task, TensorSpec
 
 from services.common.errors import InvalidArgument
 
+#: The one file that every version has.
+MODEL_FILE = "model.onnx"
+
 _TYPES: dict[int, DataType] = {
     onnx.TensorProto.BOOL: DataType.DATA_TYPE_BOOL,
     onnx.TensorProto.UINT8: DataType.DATA_TYPE_UINT8,
@@ -44,6 +47,7 @@ TASKS = {
     "embedding": Task.TASK_EMBEDDING,
     "generation": Task.TASK_GENERATION,
 }
+_ELEMENTS = {number: name for name, number in onnx.TensorProto.DataType.items()}
 _CLASSIFIERS = {"LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"}
 _REGRESSORS = {"LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor"}
 _FLOATS = {DataType.DATA_TYPE_FP16, DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_FP64}
@@ -64,10 +68,13 @@ def read_onnx(path: Path) -> OnnxFile:
     a graph or outputs, with a tensor that cannot be served.
     """
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise _unusable(f"{path.name} is not an ONNX model, or it is cut short or corrupt") from error
-    _check_structure(model, path.name)
+        return _read(onnx.load(str(path), load_external_data=False))
+    except (DecodeError, ValueError) as error:  # ValueError also for a name that is not UTF-8
+        raise _unusable(f"{MODEL_FILE} is not an ONNX model, or it is cut short or corrupt") from error
+
+
+def _read(model: onnx.ModelProto) -> OnnxFile:
+    _check_structure(model)
     initializers = {item.name for item in model.graph.initializer}
     inputs = [info for info in model.graph.input if info.name not in initializers]
     signature = Signature(
@@ -84,17 +91,17 @@ def _unusable(message: str) -> InvalidArgument:
     return InvalidArgument(message, field="files")
 
 
-def _check_structure(model: onnx.ModelProto, name: str) -> None:
+def _check_structure(model: onnx.ModelProto) -> None:
     """Refuse what parses as protobuf but cannot be a whole model, such as a file cut at a field's end."""
     if not model.ir_version or not model.opset_import or not model.graph.output:
-        raise _unusable(f"{name} is not a whole ONNX model: it lacks a graph, outputs or operator sets")
+        raise _unusable(f"{MODEL_FILE} is not a whole ONNX model: it lacks a graph, outputs or operator sets")
     produced = {name for node in model.graph.node for name in node.output}
     produced.update(info.name for info in model.graph.input)
     produced.update(item.name for item in model.graph.initializer)
     produced.update(item.values.name for item in model.graph.sparse_initializer)
     for info in model.graph.output:
         if info.name not in produced:
-            raise _unusable(f"{name} is corrupt: nothing computes its output {info.name!r}")
+            raise _unusable(f"{MODEL_FILE} is corrupt: nothing computes its output {info.name!r}")
 
 
 def _tensor(info: onnx.ValueInfoProto, kind: str) -> TensorSpec:
@@ -106,7 +113,7 @@ def _tensor(info: onnx.ValueInfoProto, kind: str) -> TensorSpec:
     tensor = info.type.tensor_type
     datatype = _TYPES.get(tensor.elem_type)
     if datatype is None:
-        element = onnx.TensorProto.DataType.Name(tensor.elem_type)
+        element = _ELEMENTS.get(tensor.elem_type, tensor.elem_type)
         raise _unusable(f"{kind} {info.name!r} has element type {element}, which cannot be served")
     if not tensor.HasField("shape"):
         raise _unusable(f"{kind} {info.name!r} has no shape; write its rank into the file")

@@ -9,10 +9,9 @@ from pathlib import Path
 from headrace.v1.tensor_pb2 import DataType, Signature, Task, TensorSpec
 
 from services.common.errors import InvalidArgument
-from services.registry.onnx_file import TASKS, check_names, read_onnx
+from services.registry.onnx_file import MODEL_FILE, TASKS, check_names, read_onnx
 from services.registry.schemas import SignatureOverrides, TensorOverride
 
-MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 ONNX = "onnx"
 EMBEDDING = "embedding"

@@ -50,8 +50,8 @@ async def refusal(call: Any) -> tuple[grpc.StatusCode, str | None]:
     """Status and field of a call that fails."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    fields = dict(caught.value.trailing_metadata() or ())
-    return caught.value.code(), fields.get("headrace-field")
+    trailing: Any = caught.value.trailing_metadata() or ()
+    return caught.value.code(), dict(trailing).get("headrace-field")
 
 
 async def test_both_surfaces_give_the_same_answers(running: Running) -> None:

@@ -49,10 +49,14 @@ async def test_a_change_that_rolls_back_is_never_published(
         await running.make("rolled", linear(weight=1), linear(weight=2))
         edge = running.registry.edge
         wanted = DeployIn.model_validate({"versions": [{"version": "1", "weight": 100}]})
-        with pytest.raises(RuntimeError, match="before the commit"):
+
+        async def deploy_and_fail() -> None:
             async with edge.transaction() as tx:
                 await deployments.deploy(tx, "rolled", wanted, edge.clock)
                 raise RuntimeError("before the commit")
+
+        with pytest.raises(RuntimeError, match="before the commit"):
+            await deploy_and_fail()
         assert (await running.rest.get("/v1/deployments/rolled")).status_code == 404
         await running.deploy("rolled", {"2": 100})
         async with following(kafka_bootstrap, DEPLOYMENTS) as known:
