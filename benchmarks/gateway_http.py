@@ -26,7 +26,7 @@ import httpx
 import uvloop
 from headrace.v1.control_pb2 import ApiKey, ServedVersion, ServingConfig
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.tensor_pb2 import Signature, Task, Tensor, TensorSpec
+from headrace.v1.tensor_pb2 import Signature, Task, TensorSpec
 from prometheus_client import CollectorRegistry
 
 from services.common.bus import MemoryBus
@@ -108,7 +108,9 @@ async def serve(*, hot: bool) -> None:
     )
     keys.apply(b"benchmarkkey", record.SerializeToString())
     config = ServingConfig(
-        model="cancer", revision=1, versions=[ServedVersion(version="1", signature=signature(), weight=10_000)]
+        model="cancer",
+        revision=1,
+        versions=[ServedVersion(version="1", signature=signature(), weight=10_000)],
     )
     catalogue.apply(b"cancer", config.SerializeToString())
     tracing = setup_tracing("gateway", None)
@@ -184,7 +186,9 @@ def main() -> None:
             for connections in (int(one) for one in chosen.connections.split(",")):
                 found = {way: load(port, connections, chosen.seconds, script) for way, port in ports.items()}
                 for way, (rate, slowest, failed) in found.items():
-                    print(f"c={connections:<4} {way:<5} {rate:>9.0f} requests/s  p99 {slowest:<8} failed {failed}")
+                    print(
+                        f"c={connections:<4} {way:<5} {rate:>9.0f} requests/s  p99 {slowest:<8} failed {failed}"
+                    )
                 print(f"c={connections:<4} ratio {found['hot'][0] / found['asgi'][0]:>8.2f}")
         finally:
             for server in servers.values():

@@ -63,6 +63,7 @@ class HotProtocol(HttpToolsProtocol):
         # Nothing that arrives after the present request is looked at.
         self._last = False
         self._lingering = False
+        self._upgrade_ignored = False
         self._advancing = False
         self._stalled = False
         self._running: HotExchange | RequestResponseCycle | None = None
@@ -94,19 +95,18 @@ class HotProtocol(HttpToolsProtocol):
             elif self._lingering:
                 self._discard(data)
             return
+        unfinished = self.headers if self._in_head else None
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
+        except httptools.HttpParserUpgrade as stopped:
+            if self._upgrade_ignored:
+                self._read_on(data[stopped.args[0] :])
             else:
-                self._last = True  # whatever follows is another protocol
-                if self.cycle is not None:
-                    self.cycle.keep_alive = False
+                self.handle_websocket_upgrade()
         except httptools.HttpParserError:
-            self._refuse_rest(MalformedBody("The request is not HTTP/1.1 as RFC 9112 has it."))
+            self._refuse_rest(MalformedBody("These bytes are not a request as RFC 9112 has it."))
         else:
-            if self._in_head:
+            if self._in_head and self.headers is unfinished:  # all of `data` was head
                 self._head_bytes += len(data)
                 if self._head_bytes > self.front.limits.max_head_bytes:
                     self._refuse_rest(HeadTooLarge("The request's headers are too long."))
@@ -149,6 +149,9 @@ class HotProtocol(HttpToolsProtocol):
         if len(self.headers) > self.front.limits.max_headers:
             self._refuse_rest(HeadTooLarge("The request has too many headers."))
             return
+        if self.parser.should_upgrade():
+            self._decide_upgrade()
+            return
         target = target_of(self.url) if self._hot else None
         if target is not None and self.parser.get_method() == b"POST":
             self._begin_hot(target)
@@ -156,6 +159,8 @@ class HotProtocol(HttpToolsProtocol):
             self._begin_asgi()
 
     def on_body(self, body: bytes) -> None:
+        if self._upgrade_ignored:
+            return
         cycle = self.cycle
         if not isinstance(cycle, HotExchange):
             self._ticks = 0
@@ -165,6 +170,8 @@ class HotProtocol(HttpToolsProtocol):
             self._too_large(cycle)
 
     def on_message_complete(self) -> None:
+        if self._upgrade_ignored:
+            return
         self._in_body = False
         self._ticks = 0
         cycle = self.cycle
@@ -183,6 +190,7 @@ class HotProtocol(HttpToolsProtocol):
     def _begin_hot(self, target: Target) -> None:
         exchange = HotExchange(self.front.service, target, self)
         hosts = 0
+        keep_alive = self.parser.should_keep_alive()
         names = self._names
         for name, value in self.headers:
             try:
@@ -197,9 +205,7 @@ class HotProtocol(HttpToolsProtocol):
                 if int(value) > self._max_body:
                     exchange.refusal = self._body_too_large()
             elif meaning == "connection":
-                exchange.keep_alive = (
-                    self.parser.should_keep_alive() and self.parser.get_http_version() != "1.0"
-                )
+                keep_alive = keep_alive and self.parser.get_http_version() != "1.0"
             elif meaning == "expect":
                 exchange.expects_continue = value.lower() == b"100-continue"
             else:
@@ -207,7 +213,8 @@ class HotProtocol(HttpToolsProtocol):
         if hosts != 1:
             if self.parser.get_http_version() == "1.1":
                 exchange.refusal = MalformedBody("A request has exactly one Host header.")
-            exchange.keep_alive = False
+            keep_alive = False
+        exchange.keep_alive = keep_alive
         previous = self.cycle
         self.cycle = exchange  # type: ignore[assignment]  # has what uvicorn uses of a cycle
         if previous is None or previous.response_complete:
@@ -230,6 +237,27 @@ class HotProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.front.draining and self.cycle is not None:
             self.cycle.keep_alive = False
+
+    def _decide_upgrade(self) -> None:
+        """WebSocket is uvicorn's; any other protocol is not offered, and the request is read as if it had not
+        asked (RFC 9110, 7.8: curl --http2 asks on every first request)."""
+        self.headers = [(name.lower(), value) for name, value in self.headers]
+        if self.parser.get_method() == b"CONNECT":
+            self._refuse_rest(MalformedBody("This is no proxy."))
+        elif self._should_upgrade():
+            self._begin_asgi()
+        else:
+            self._upgrade_ignored = True
+
+    def _read_on(self, rest: bytes) -> None:
+        """Read the request again without its wish; the parser stops for good where it saw one."""
+        head = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1"]
+        head += [
+            name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"connection")
+        ]
+        self._upgrade_ignored = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join(head) + b"\r\n\r\n" + rest)
 
     def _start(self, exchange: HotExchange) -> None:
         exchange.started = True
@@ -260,18 +288,40 @@ class HotProtocol(HttpToolsProtocol):
         """Answer `error` once everything before it is answered, and take nothing more."""
         if self._last:
             return
+        self._last = True
+        broken = self.cycle if self._in_body else None
+        self._in_head = self._in_body = False
         exchange = HotExchange(self.front.service, _ANY, self)
+        if isinstance(broken, HotExchange):
+            exchange = broken  # the message that broke off gets the answer itself
+            if exchange.response_complete:
+                self.transport.close()
+                return
         exchange.refusal = error
         exchange.complete = True
         exchange.keep_alive = False
+        if exchange is broken:
+            if exchange.started:
+                self._start(exchange)
+            return
+        if broken is not None:
+            self._forget(broken)
         previous = self.cycle
         self.cycle = exchange  # type: ignore[assignment]  # as in _begin_hot
-        self._in_head = self._in_body = False
-        self._last = True
-        if previous is None or previous.response_complete:
+        if previous is None or previous.response_complete or (previous is broken and self._running is None):
             self._start(exchange)
         else:
             self.pipeline.appendleft((exchange, _no_app))  # type: ignore[arg-type]  # as in _begin_hot
+
+    def _forget(self, cycle: RequestResponseCycle) -> None:
+        """Tell an ASGI application that its request broke off; whatever it answers is dropped."""
+        if cycle.response_started:
+            self.transport.close()
+        cycle.disconnected = True
+        cycle.message_event.set()
+        if cycle is self._running:
+            self._running = None
+        self.pipeline = type(self.pipeline)(pair for pair in self.pipeline if pair[0] is not cycle)
 
     # Answers
 
