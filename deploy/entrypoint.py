@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 #: Services that are scaled on one volume, with the variable that carries a replica's id.
-REPLICATED = {"worker": "WORKER_ID"}
+REPLICATED = {"router": "ROUTER_ID", "worker": "WORKER_ID"}
 MOST_REPLICAS = 256
 
 
@@ -41,9 +41,9 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     service = given["SERVICE"]
     added: dict[str, str] = {}
     variable = REPLICATED.get(service)
-    if variable is not None:
-        if not given.get(variable):
-            added[variable] = claim(Path(given["STATE_DIR"]), service)
+    if variable is not None and not given.get(variable):
+        added[variable] = claim(Path(given["STATE_DIR"]), service)
+    if service == "worker":
         # The container's id, under which the others on its network find it.
         added["ADVERTISE_HOST"] = given.get("ADVERTISE_HOST") or socket.gethostname()
     return {**given, **added}

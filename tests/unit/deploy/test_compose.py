@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from deploy import credentials
+from deploy import credentials, entrypoint
 from deploy.embedded.configuration import read_platform_env
 from services.common.settings import (
     ArtifactSettings,
@@ -220,6 +220,14 @@ def test_workers_can_be_scaled(project: Composed) -> None:
     # Fixed names and host ports are what keeps a second replica from starting; a fixed id would be shared.
     assert not {"container_name", "hostname", "ports"} & worker.keys()
     assert not {"WORKER_ID", "ADVERTISE_HOST"} & worker["environment"].keys()
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_only_a_running_container_knows_is_added_by_the_entry_point(service: str) -> None:
+    fields = set(settings_kind(service).model_fields)
+    assert (f"{service}_id" in fields) == (service in entrypoint.REPLICATED)
+    assert entrypoint.REPLICATED.get(service, f"{service.upper()}_ID") == f"{service.upper()}_ID"
+    assert ("advertise_host" in fields) == (service == "worker")
 
 
 def test_services_run_without_privileges(project: Composed) -> None:
