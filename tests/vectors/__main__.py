@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from tests.vectors import drift, experiments
-from tests.vectors.cases import Case, differences, read, run_recipe
+from tests.vectors.cases import problems, read
 
 ANSWERS = experiments.ANSWERS | drift.ANSWERS
 CHECKS = experiments.CHECKS | drift.CHECKS
-
-
-def problems(case: Case) -> list[str]:
-    """What is wrong with our answer to one case; empty where it passes. Never raises."""
-    try:
-        answer_of = ANSWERS.get(case.kind)
-        if answer_of is None:
-            return [f"no function answers the kind {case.kind}"]
-        ready = replace(case, data=run_recipe(case))
-        answer = answer_of(ready)
-        return CHECKS.get(case.kind, differences)(ready, answer)
-    except Exception as error:  # one broken case must not hide the others
-        return [f"{type(error).__name__}: {error}"]
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +20,7 @@ def main(arguments: list[str]) -> int:
     cases = read(parser.parse_args(arguments).file)
     failed = 0
     for case in cases:
-        found = problems(case)
+        found = problems(case, ANSWERS, CHECKS)
         if found:
             failed += 1
             print(f"{case.id} ({case.kind}): {'; '.join(found)}")  # noqa: T201 - what the command is for

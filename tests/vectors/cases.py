@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,18 @@ def run_recipe(case: Case) -> dict[str, Any]:
         if not same:
             raise ValueError(f"the recipe made another {name} than the file's author had")
     return made
+
+
+def problems(case: Case, answers: Mapping[str, Answer], checks: Mapping[str, Check]) -> list[str]:
+    """What is wrong with our answer to one case; empty where it passes. Never raises."""
+    try:
+        answer_of = answers.get(case.kind)
+        if answer_of is None:
+            return [f"no function answers the kind {case.kind}"]
+        ready = replace(case, data=run_recipe(case))
+        return checks.get(case.kind, differences)(ready, answer_of(ready))
+    except Exception as error:  # one broken case must not hide the others
+        return [f"{type(error).__name__}: {error}"]
 
 
 def differences(case: Case, answer: Mapping[str, Any]) -> list[str]:
