@@ -25,9 +25,10 @@ def exists(group: int) -> bool:
 
 
 def end(groups: dict[int, float]) -> None:
-    """SIGKILL each group after its grace; return when all are gone, or after five more seconds."""
+    """SIGKILL each group after its grace; return when all are gone, or a second later: what nobody reaps
+    still has its number."""
     died = time.monotonic()
-    last = max(groups.values(), default=0.0) + 5.0
+    last = max(groups.values(), default=0.0) + 1.0
     left = dict(groups)
     while left and time.monotonic() - died < last:
         for group, grace in list(left.items()):

@@ -45,7 +45,10 @@ def tail(logs: Iterable[Path], lines: int = TAIL_LINES) -> Iterator[tuple[str, s
 def follow(folder: Path, part: str | None) -> Iterator[tuple[str, str]]:
     """New lines of the chosen logs as they are written, from now on, without end. Logs that appear later
     are followed from their start."""
-    at = {log: log.stat().st_size for log in choose(folder, part)}
+    return _follow(folder, part, {log: log.stat().st_size for log in choose(folder, part)})
+
+
+def _follow(folder: Path, part: str | None, at: dict[Path, int]) -> Iterator[tuple[str, str]]:
     while True:
         for log in choose(folder, part):
             size, position = log.stat().st_size, at.get(log, 0)

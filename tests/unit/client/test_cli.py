@@ -1,0 +1,168 @@
+"""The command line against a gateway on loopback."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from headrace_client import cli
+
+
+class Gateway:
+    """Answers by (method, path); keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
+        self.asked: list[tuple[str, str, str | None, bytes]] = []
+        gateway = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                length = int(self.headers.get("content-length", 0))
+                body = self.rfile.read(length)
+                gateway.asked.append((self.command, self.path, self.headers.get("authorization"), body))
+                status, said = gateway.answers.get(
+                    (self.command, self.path), (404, {"detail": "nothing here"})
+                )
+                content = json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that http.server looks for
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    gateway = Gateway()
+    thread = threading.Thread(target=gateway.server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HEADRACE_URL", gateway.url)
+    monkeypatch.setenv("HEADRACE_API_KEY", "hr_given")
+    yield gateway
+    gateway.server.shutdown()
+    thread.join(timeout=5)
+    gateway.server.server_close()
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["headrace", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_predict_prints_the_answer(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {"request_id": "r", "model": "cancer", "version": "1", "prediction": ["benign"], "outputs": {}}
+    gateway.answers["POST", "/v1/predict"] = (200, answer | {"cached": False, "latency_ms": 2.0})
+    inputs = tmp_path / "rows.json"
+    inputs.write_text("[[1, 2]]")
+    assert run(monkeypatch, "predict", "cancer", "--inputs", f"@{inputs}", "--user", "alice") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == answer | {"cached": False, "latency_ms": 2.0}
+    _, _, credential, body = gateway.asked[0]
+    assert credential == "Bearer hr_given"
+    assert json.loads(body) == {"model": "cancer", "inputs": [[1, 2]], "user_id": "alice"}
+
+
+def test_a_refusal_is_one_line_with_code_field_and_request(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"detail": "No such column.", "code": "INVALID_ARGUMENT", "field": "inputs.x", "request_id": "ab"}
+    gateway.answers["POST", "/v1/predict"] = (422, said)
+    assert run(monkeypatch, "predict", "cancer", "--inputs", "[[1]]") == 1
+    shown = capsys.readouterr().err
+    assert shown == "headrace: No such column. (field inputs.x, INVALID_ARGUMENT, request ab)\n"
+
+
+def test_wrong_words_are_one_line_too(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, sentence in (
+        (("predict", "m", "--inputs", "{"), "--inputs is not JSON"),
+        (("predict", "m", "--inputs", "@none.json"), "none.json cannot be read"),
+        (("deploy", "m", "1"), "must look like name=value"),
+        (("deploy", "m", "1=most"), "such as 1=90"),
+    ):
+        assert run(monkeypatch, *words) == 1
+        said = capsys.readouterr().err
+        assert sentence in said
+        assert said.count("\n") == 1
+    assert gateway.asked == []
+
+
+def test_deploy_takes_versions_and_percents(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shares = [{"version": "v1", "weight": 90.0}, {"version": "v2", "weight": 10.0}]
+    gateway.answers["PUT", "/v1/deployments/cancer"] = (200, {"versions": shares, "revision": 4})
+    assert run(monkeypatch, "deploy", "cancer", "v1=90", "v2=10") == 0
+    assert json.loads(gateway.asked[0][3]) == {"versions": shares}
+    assert "cancer: v1 90%, v2 10% (revision 4)" in capsys.readouterr().out
+
+
+def test_push_uploads_and_sets_the_alias(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"onnx")
+    gateway.answers["POST", "/v1/models"] = (201, {})
+    gateway.answers["POST", "/v1/models/m/versions"] = (201, {"version": "3", "artifact_digest": "sha256:ab"})
+    gateway.answers["PUT", "/v1/models/m/aliases/champion"] = (200, {})
+    words = ["models", "push", "m", str(model), "--metrics", '{"f1": 0.5}', "--alias", "champion"]
+    words += ["--feature-names", "a,b", "--input-name", "x", "--tag", "team=blue"]
+    assert run(monkeypatch, *words) == 0
+    body = gateway.asked[1][3]
+    assert b'"metrics": {"f1": 0.5}' in body
+    assert b'"signature": {"inputs": [{"name": "x", "columns": ["a", "b"]}]}' in body
+    assert b'"tags": {"team": "blue"}' in body
+    assert json.loads(gateway.asked[2][3]) == {"version": "3"}
+    assert "m version 3" in capsys.readouterr().out
+
+
+def test_a_new_key_is_the_only_thing_on_standard_output(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"key": "hr_secret", "key_id": "x", "name": "ci", "scopes": ["predict", "read"]}
+    gateway.answers["POST", "/v1/keys"] = (201, made)
+    assert run(monkeypatch, "keys", "create", "ci", "--scope", "predict", "--scope", "read") == 0
+    assert capsys.readouterr().out == "hr_secret\n"
+
+
+def test_models_are_listed(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [{"name": "cancer", "aliases": {"champion": "1"}, "description": "Diagnosis"}]
+    gateway.answers["GET", "/v1/models"] = (200, {"models": found, "next": None})
+    assert run(monkeypatch, "models", "list") == 0
+    shown = capsys.readouterr().out
+    assert "cancer" in shown
+    assert "champion → 1" in shown
+
+
+def test_the_key_that_up_wrote_is_found_from_a_folder_below(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HEADRACE_API_KEY")
+    (tmp_path / ".headrace").mkdir()
+    (tmp_path / ".headrace" / "admin.key").write_text("hr_kept\n")
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "down")
+    gateway.answers["GET", "/v1/models"] = (200, {"models": [], "next": None})
+    assert run(monkeypatch, "models", "list") == 0
+    assert gateway.asked[0][2] == "Bearer hr_kept"

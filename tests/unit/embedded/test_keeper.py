@@ -1,0 +1,184 @@
+"""The keeper over small processes of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from deploy.embedded import keeper as keeper_module
+from deploy.embedded.keeper import FIRST_BACKOFF_S, MAX_BACKOFF_S, Keeper, backoff
+from deploy.embedded.process import Command, EmbeddedError
+from deploy.embedded.server import Server
+from deploy.embedded.status import State
+
+SLEEPS = "import time; time.sleep(600)"
+
+
+class Small(Server):
+    """A process that is ready as long as `answers` says so."""
+
+    name = "small"
+
+    def __init__(self, directory: Path, program: str = SLEEPS) -> None:
+        super().__init__(directory)
+        self.program = program
+        self.answers = True
+        self.prepared = 0
+
+    @property
+    def url(self) -> str:
+        return ""
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def command(self) -> Command:
+        return Command([sys.executable, "-c", self.program])
+
+    def ready(self) -> bool:
+        return self.answers
+
+
+class Around:
+    """Keeps what a keeper tells."""
+
+    def __init__(self) -> None:
+        self.held = False
+        self.notes: list[str] = []
+        self.groups: list[int] = []
+
+    def changed(self) -> None: ...
+
+    def launched(self, server: Server) -> None:
+        assert server.pid is not None
+        self.groups.append(server.pid)
+
+    def ended(self, pid: int) -> None:
+        self.groups.remove(pid)
+
+    def is_held(self, name: str) -> bool:
+        return self.held
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "POLL_S", 0.005)
+    monkeypatch.setattr(keeper_module, "HEALTH_EVERY_S", 0.005)
+    monkeypatch.setattr(keeper_module, "FIRST_BACKOFF_S", 0.01)
+
+
+@asynccontextmanager
+async def keeping(
+    server: Server, around: Around, on_up: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[Keeper]:
+    keeper = Keeper(server, around, on_up=on_up)
+    task = asyncio.create_task(keeper.run())
+    try:
+        async with asyncio.timeout(10):
+            yield keeper
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await keeper.stop(2.0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - processes signal no event
+        await asyncio.sleep(0.005)
+
+
+def test_backoff_doubles_up_to_its_bound() -> None:
+    assert [backoff(n) for n in (1, 2, 3)] == [keeper_module.FIRST_BACKOFF_S * factor for factor in (1, 2, 4)]
+    assert backoff(1000) == MAX_BACKOFF_S
+    assert FIRST_BACKOFF_S < MAX_BACKOFF_S
+
+
+async def test_what_dies_is_started_again_and_stopped_at_the_end(tmp_path: Path) -> None:
+    server, around = Small(tmp_path), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        first = server.pid
+        server.kill()
+        await until(lambda: keeper.status.state is State.READY and server.pid not in {None, first})
+        assert keeper.status.restarts == 1
+        assert around.notes == ["small was ended by signal 9; starting it again in 0.0 s"]
+        assert around.groups == [server.pid]
+    assert not server.alive
+    assert around.groups == []
+    assert keeper.status.state is State.STOPPED
+
+
+async def test_what_is_held_stays_down(tmp_path: Path) -> None:
+    server, around = Small(tmp_path), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        around.held = True
+        server.kill()
+        await until(lambda: keeper.status.state is State.HELD)
+        launches = server.prepared
+        await asyncio.sleep(0.05)
+        assert server.prepared == launches
+        around.held = False
+        await until(lambda: keeper.status.state is State.READY)
+
+
+async def test_not_answering_is_told_and_does_not_restart(tmp_path: Path) -> None:
+    server, around = Small(tmp_path), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        pid = server.pid
+        server.answers, server.detail = False, "bus: away"
+        await until(lambda: keeper.status.state is State.UNREADY)
+        assert keeper.status.detail == "bus: away"
+        server.answers = True
+        await until(lambda: keeper.status.state is State.READY)
+        assert server.pid == pid
+
+
+async def test_what_never_comes_up_is_given_up_with_its_last_words(tmp_path: Path) -> None:
+    server, around = Small(tmp_path, "import sys; sys.exit('no reason to live')"), Around()
+    server.answers = False
+    with pytest.raises(EmbeddedError, match=r"small ended with code 1 \(no reason to live\)"):
+        async with asyncio.timeout(10):
+            await Keeper(server, around).run()
+    assert server.prepared == keeper_module.STARTS_BEFORE_GIVING_UP
+    assert around.groups == []
+
+
+async def test_readiness_waits_for_on_up_at_every_start(tmp_path: Path) -> None:
+    server, around = Small(tmp_path), Around()
+    calls: list[str] = []
+
+    async def on_up() -> None:
+        calls.append("")
+        if len(calls) == 1:
+            raise EmbeddedError("not yet")
+
+    async with keeping(server, around, on_up) as keeper:
+        await keeper.came_up.wait()
+        assert len(calls) == 2
+        server.kill()
+        await until(lambda: len(calls) == 3 and keeper.status.state is State.READY)
+
+
+async def test_what_a_dead_part_left_behind_is_ended_too(tmp_path: Path) -> None:
+    leaves = "import os, sys, time\nif os.fork() == 0: time.sleep(600)\ntime.sleep(600)"
+    server, around = Small(tmp_path, leaves), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        group = server.pid
+        assert group is not None
+        members = Path("/proc") / str(group) / "task" / str(group) / "children"
+        await until(lambda: bool(members.read_text().split()))
+        left = Path("/proc") / members.read_text().split()[0]
+        assert server.child is not None
+        server.child._process.kill()
+        await until(lambda: not left.exists() or ") Z " in (left / "stat").read_text())

@@ -1,0 +1,138 @@
+"""Logs, status file, lock, guard, preflight, probe."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from deploy.embedded import guard, lock
+from deploy.embedded.kafka_probe import answers_kafka
+from deploy.embedded.log_files import choose, follow, tail, trim_logs
+from deploy.embedded.preflight import LEAST_FREE_BYTES, check_disk, check_python
+from deploy.embedded.process import EmbeddedError
+from deploy.embedded.server import FREE_PORTS, free_port
+from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
+from deploy.embedded.view import duration
+
+
+def test_an_old_python_is_one_sentence() -> None:
+    check_python((3, 11, 0))
+    with pytest.raises(EmbeddedError, match=r"needs Python 3\.11 or later; .* is 3\.10\.4"):
+        check_python((3, 10, 4))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_disk(tmp_path / "not" / "there" / "yet")
+    full = shutil.disk_usage(tmp_path)._replace(free=LEAST_FREE_BYTES // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(EmbeddedError, match="Only 512 MB are free on the disk of"):
+        check_disk(tmp_path)
+
+
+def test_status_survives_its_file_and_a_torn_file_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    part = PartStatus("gateway", State.READY, 12, (8000, 8001), 1.5, 2, "fine")
+    told = StackStatus(7, Phase.READY, warnings=["w"], addresses={"REST": "r"}, parts=[part])
+    told.write(path)
+    assert read_status(path) == told
+    assert told.healthy
+    path.write_text(path.read_text()[:-10])
+    assert read_status(path) is None
+    part.state = State.UNREADY
+    assert not told.healthy
+
+
+def test_the_lock_has_one_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not lock.held(path)
+    descriptor = lock.acquire(path)
+    assert descriptor is not None
+    assert lock.acquire(path) is None
+    assert lock.held(path)
+    with open(descriptor, closefd=True):
+        pass
+    assert not lock.held(path)
+
+
+def test_logs_are_chosen_tailed_and_kept_bounded(tmp_path: Path) -> None:
+    for name in ("gateway", "worker-0", "worker-1"):
+        (tmp_path / f"{name}.log").write_text("".join(f"{name} {n}\n" for n in range(50)))
+    assert [log.stem for log in choose(tmp_path, "worker")] == ["worker-0", "worker-1"]
+    assert [log.stem for log in choose(tmp_path, "worker-1")] == ["worker-1"]
+    assert list(tail(choose(tmp_path, "gateway"), 2)) == [
+        ("gateway", "gateway 48"),
+        ("gateway", "gateway 49"),
+    ]
+    with (tmp_path / "gateway.log").open("ab") as writer:
+        trim_logs(tmp_path, max_bytes=100)
+        writer.write(b"after\n")
+    assert (tmp_path / "gateway.log").read_bytes() == b"after\n"
+    assert (tmp_path / "gateway.log.1").read_text().endswith("gateway 49\n")
+
+
+def test_following_yields_whole_new_lines_also_of_new_logs(tmp_path: Path) -> None:
+    log = tmp_path / "gateway.log"
+    log.write_text("old\n")
+    lines = follow(tmp_path, None)
+    with log.open("a") as writer:
+        writer.write("half")
+        writer.flush()
+        (tmp_path / "router.log").write_text("new\n")
+        assert next(lines) == ("router", "new")
+        writer.write(" whole\n")
+    assert next(lines) == ("gateway", "half whole")
+
+
+def test_the_guard_ends_the_groups_it_was_told_of() -> None:
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    kept, ended = (
+        subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True) for _ in range(2)
+    )
+    watching = subprocess.Popen([sys.executable, guard.__file__], stdin=subprocess.PIPE, text=True)
+    watching.communicate(f"+{kept.pid} 0\n+{ended.pid} 0.1\n-{kept.pid}\n", timeout=10)
+    assert ended.wait(timeout=5) == -signal.SIGKILL
+    assert kept.poll() is None
+    kept.kill()
+    kept.wait(timeout=5)
+
+
+def test_free_ports_are_not_given_out_twice() -> None:
+    ports = [free_port(3) for _ in range(20)]
+    assert len({port + offset for port in ports for offset in range(3)}) == 60
+    assert all(port in FREE_PORTS for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_broker"), [("right", True), ("wrong id", False), ("an error", False), ("", False)]
+)
+def test_only_a_broker_answers_the_probe(reply: str, is_broker: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                correlation = struct.unpack_from(">ihhi", connection.recv(1024))[3]
+                if reply:
+                    number = correlation + (reply == "wrong id")
+                    connection.sendall(struct.pack(">iihi", 10, number, 35 if reply == "an error" else 0, 0))
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert answers_kafka("127.0.0.1", listener.getsockname()[1]) is is_broker
+        answering.join(timeout=5)
+
+
+def test_nobody_there_is_no_broker() -> None:
+    assert not answers_kafka("127.0.0.1", free_port())
+
+
+def test_durations_are_short() -> None:
+    assert [duration(s) for s in (5, 119, 120, 7200, 200_000)] == ["5 s", "119 s", "2 min", "2 h", "2 d"]
