@@ -25,9 +25,11 @@ from services.registry.artifacts import Artifacts
 from services.registry.edge import Edge
 from services.registry.endpoints import model_routes, version_routes
 from services.registry.grpc_server import serve_grpc
+from services.registry.http_metrics import MeasureRequests
 from services.registry.keys import ensure_admin_key
 from services.registry.metrics import Metrics
 from services.registry.publishing import Republisher
+from services.registry.readiness import watched
 from services.registry.servicer import RegistryServicer
 from services.registry.serving_endpoints import deployment_routes, key_routes
 from services.registry.settings import Settings
@@ -72,6 +74,7 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         await _let_admin_in(edge, cfg.bootstrap_admin_key)
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
         health = Health()
+        await stack.enter_async_context(watched(edge, health))
         grpc_port = await stack.enter_async_context(
             serve_grpc(
                 RegistryServicer(edge),
@@ -99,6 +102,7 @@ def rest_app(edge: Edge, health: Health, tracing: Tracing, token: str) -> FastAP
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     for routes in (model_routes(edge), version_routes(edge), deployment_routes(edge), key_routes(edge)):
         app.include_router(routes)
+    app.add_middleware(MeasureRequests, metrics=edge.metrics)
     app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(InternalAuth, token=token)
     app.add_middleware(OpsEndpoints, health=health, registry=edge.metrics.registry)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import structlog
 from headrace.v1.registry_pb2 import ModelVersion
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -19,6 +20,8 @@ from services.registry.repository import Repository
 from services.registry.schemas import VersionIn
 from services.registry.tables import ControlOutbox
 from services.registry.uploads import Uploads
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Edge:
             await enqueue(session, ControlOutbox, tx.records)
         if tx.records:
             self.relay.wake()
+            changed = [f"{record.topic}/{(record.key or b'').decode()}" for record in tx.records]
+            log.info("control_state_changed", records=changed)
 
     async def add_version(
         self, model: str, wanted: VersionIn, files: Sequence[ReceivedFile]

@@ -1,8 +1,8 @@
-"""Every metric of the registry. Labels are topics and transports: bounded sets."""
+"""Every metric of the registry. Labels are methods, route templates, codes and topics: bounded sets."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class Metrics:
@@ -15,6 +15,19 @@ class Metrics:
         )
         self.uploaded_bytes = Counter(
             "headrace_registry_uploaded_bytes_total", "Bytes of new versions.", registry=self.registry
+        )
+        self.http_requests = Counter(
+            "headrace_registry_http_requests_total",
+            "HTTP requests by method, route and status.",
+            ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.http_seconds = Histogram(
+            "headrace_registry_http_request_seconds",
+            "Time from the request's head to the end of its answer.",
+            ["method", "route"],
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60, 600),
+            registry=self.registry,
         )
         self.rpcs = Counter(
             "headrace_registry_rpcs_total", "gRPC calls by method and code.", ["method", "code"],

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from headrace.v1.control_pb2 import ApiKey, ServingConfig
 
+from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.server import free_port
 from deploy.embedded.tansu import TansuServer
 from services.common.bus import KafkaBus, Record
@@ -27,6 +28,7 @@ from services.registry.schemas import DeployIn
 from tests.fixtures.onnx_files import linear
 from tests.fixtures.registry import (
     TOKEN,
+    Running,
     eventually,
     following,
     registry_settings,
@@ -243,3 +245,28 @@ def process(database_url: str, kafka: str, directory: Path) -> Iterator[Process]
         yield child
     finally:
         child.kill()
+
+
+async def test_without_its_database_it_is_not_ready_and_says_so(
+    new_postgres: Callable[[], PostgresServer], kafka_bootstrap: str, tmp_path: Path
+) -> None:
+    await ensure_topics(kafka_bootstrap, [DEPLOYMENTS, KEYS])
+    database = new_postgres()
+    async with running_registry(registry_settings(database.url, kafka_bootstrap, tmp_path)) as running:
+        await running.make("churn", linear())
+        database.kill()
+        answer = await running.rest.get("/v1/models/churn")
+        assert (answer.status_code, answer.json()["code"]) == (503, "UNAVAILABLE")
+        await status_of_readiness(running, 503)
+        assert "database" in (await running.rest.get("/health/ready")).json()["reasons"]
+        assert (await running.rest.get("/health/live")).status_code == 200
+        database.start(timeout=30)
+        await status_of_readiness(running, 200)
+        assert (await running.rest.get("/v1/models/churn")).status_code == 200
+
+
+async def status_of_readiness(running: Running, status: int) -> None:
+    """Return when readiness is answered with `status`."""
+    async with asyncio.timeout(20):
+        while (await running.rest.get("/health/ready")).status_code != status:  # noqa: ASYNC110 - asked over HTTP
+            await asyncio.sleep(0.1)
