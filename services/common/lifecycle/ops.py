@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from services.common.lifecycle.health import Health
@@ -24,7 +24,8 @@ class OpsEndpoints:
     """ASGI middleware that answers the three paths and hands everything else on.
 
     `/health/live` is 200 while the loop turns. `/health/ready` is 200 or 503 with
-    `{"ready": bool, "reasons": {part: reason}}`. `/metrics` speaks Prometheus text or OpenMetrics.
+    `{"ready": bool, "reasons": {part: reason}}`. `/metrics` speaks Prometheus text or OpenMetrics and adds
+    what the process uses (`process_cpu_seconds_total`, `process_resident_memory_bytes`, …) to `registry`.
     Added last, it stands before any authentication.
     """
 
@@ -32,6 +33,7 @@ class OpsEndpoints:
         self._app = app
         self._health = health
         self._registry = registry
+        ProcessCollector(registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self._answers(scope)
