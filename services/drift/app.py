@@ -86,14 +86,19 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         health.set_ready("deployments")
         consumer = PredictionConsumer(database, signatures, relay, limits, clock, tracing, metrics)
         await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumer.on_predictions))
-        housekeeping = asyncio.create_task(_keep_house(database, bus, clock, metrics), name="housekeeping")
+        housekeeping = asyncio.create_task(
+            _keep_house(database, bus, relay, clock, metrics), name="housekeeping"
+        )
         stack.push_async_callback(_cancelled, housekeeping)
         yield Drift(port, health)
         health.start_draining()
 
 
-async def _keep_house(database: AsyncEngine, bus: KafkaBus, clock: Clock, metrics: Metrics) -> None:
+async def _keep_house(
+    database: AsyncEngine, bus: KafkaBus, relay: OutboxRelay, clock: Clock, metrics: Metrics
+) -> None:
     while True:
+        metrics.outbox_age.set(relay.oldest_pending_s)
         try:
             metrics.lag.set(await bus.lag(PREDICTIONS, GROUP))
             async with transaction(database) as session:

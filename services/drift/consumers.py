@@ -135,6 +135,8 @@ class PredictionConsumer:
         changed = []
         for window in windows:
             self._metrics.windows.labels(model).inc()
+            worst = max((report.psi.value for report in window.reports), default=0.0)
+            self._metrics.psi.labels(model, version).set(worst)
             changed += await record_window(
                 session, model, version, window, self._limits.thresholds, self._limits.persistence, now
             )

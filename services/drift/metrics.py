@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class Metrics:
-    """Created once in `app.py`; labels are model names only, never users or features."""
+    """Created once in `app.py`; labels are models and versions only, never users or features."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.records = Counter("headrace_drift_records", "Prediction records read", registry=registry)
@@ -18,6 +18,12 @@ class Metrics:
         self.windows = Counter(
             "headrace_drift_windows", "Windows compared with their reference", ["model"], registry=registry
         )
+        self.psi = Gauge(
+            "headrace_drift_psi",
+            "Largest PSI of any feature in the version's newest window",
+            ["model", "version"],
+            registry=registry,
+        )
         self.open_alerts = Gauge(
             "headrace_drift_open_alerts", "Alerts that have not ended", registry=registry
         )
@@ -25,3 +31,8 @@ class Metrics:
             "headrace_drift_deliveries", "Alerts posted to webhooks", ["outcome"], registry=registry
         )
         self.lag = Gauge("headrace_drift_lag", "Prediction records not yet read", registry=registry)
+        self.outbox_age = Gauge(
+            "headrace_drift_outbox_age_seconds",
+            "Age of the oldest alert that waits for the broker.",
+            registry=registry,
+        )
