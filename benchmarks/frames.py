@@ -57,7 +57,7 @@ class Bare(asyncio.Protocol):
     def flush(self) -> None:
         body = self.wrap(items=self.queued).SerializeToString()
         self.queued = []
-        self.transport.write(len(body).to_bytes(4, "little") + body)  # type: ignore[attr-defined]
+        self.transport.write(len(body).to_bytes(4, "little") + body)
 
 
 @asynccontextmanager

@@ -1,0 +1,177 @@
+"""The router, wired."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from services.common.bus import Bus, KafkaBus, Table
+from services.common.clock import Clock
+from services.common.errors import Fatal, Unavailable
+from services.common.eventlog import EventLog
+from services.common.frames import FrameCalls, FrameServer
+from services.common.lifecycle import Health, ops_app, serve_asgi
+from services.common.telemetry import setup_tracing
+from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
+from services.router.dispatch import Dispatcher, GatewayConnection
+from services.router.endpoints import Endpoints
+from services.router.grpc_server import serve_grpc
+from services.router.metrics import RouterMetrics
+from services.router.prediction_log import RefusalLog
+from services.router.retry_budget import RetryBudget
+from services.router.routing_table import RoutingTable
+from services.router.settings import Settings
+from services.router.snapshot import Snapshot
+from services.router.stats import Stats
+
+log = structlog.get_logger(__name__)
+
+# Of the time to drain, the share that goes to answering what is in flight; the rest flushes the log.
+_ANSWER_SHARE = 0.6
+_FLUSH_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """The running service and where it listens."""
+
+    dispatcher: Dispatcher
+    health: Health
+    log: EventLog
+    frames_port: int
+    grpc_port: int
+    ops_port: int
+
+
+@asynccontextmanager
+async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Router]:
+    """Serve while the block runs, then drain: gateways are told, what is in flight is answered, the log is
+    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests."""
+    async with AsyncExitStack() as stack:
+        if bus is None:
+            bus = await stack.enter_async_context(
+                KafkaBus(cfg.kafka_bootstrap_servers, f"router-{cfg.router_id}")
+            )
+        tracing = setup_tracing("router", cfg.otel_exporter_otlp_endpoint, cfg.otel_traces_sample_ratio)
+        stack.push_async_callback(tracing.close)
+        events = EventLog(
+            cfg.directory / "spool", bus, PREDICTIONS.name, clock=clock, max_bytes=cfg.log_max_bytes
+        )
+        await events.start()
+        stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
+
+        def connect(address: str, on_state: Callable[[bool], None]) -> FrameCalls:
+            return FrameCalls(
+                address,
+                credential=cfg.internal_token,
+                role="router",
+                instance=cfg.router_id,
+                on_state=on_state,
+            )
+
+        def table_changed() -> None:
+            snapshot.changed()
+
+        def workers_changed() -> None:
+            snapshot.changed()
+            dispatcher.waiting.wake()
+
+        table = RoutingTable(cfg.default_timeout_s, table_changed)
+        endpoints = Endpoints(connect, clock, expiry_s=cfg.worker_expiry_s, on_change=workers_changed)
+        snapshot = Snapshot(
+            cfg.directory / "routing.json", {"deployments": table.records, "workers": endpoints.records}
+        )
+        stack.push_async_callback(endpoints.close)
+        dispatcher = Dispatcher(
+            table,
+            endpoints,
+            RefusalLog(events, cfg.router_id, clock),
+            Stats(),
+            tracing,
+            RetryBudget(cfg.retry_share, cfg.retry_floor),
+            max_attempts=cfg.max_attempts,
+            endpoint_wait_s=cfg.endpoint_wait_s,
+            max_waiting=cfg.max_waiting,
+        )
+        health = Health("routing table")
+        await _own(stack, endpoints.expire(), "expire workers")
+        restored = await snapshot.restore({"deployments": table.apply, "workers": endpoints.restore})
+        await _own(stack, snapshot.run(), "write the snapshot")
+        workers = await stack.enter_async_context(bus.table(WORKERS, endpoints.apply))
+        deployments = await stack.enter_async_context(bus.table(DEPLOYMENTS, table.apply))
+        await _own(
+            stack,
+            _know((deployments, workers), table, health, cfg.table_wait_s if restored else None),
+            "read the routing table",
+        )
+
+        server = FrameServer(
+            lambda peer: GatewayConnection(dispatcher, peer),
+            credential=cfg.internal_token,
+            instance=cfg.router_id,
+            role="router",
+        )
+        frames_port = await _listen(server, cfg.host, cfg.frames_port)
+        stack.push_async_callback(server.close)
+        grpc_port = await stack.enter_async_context(
+            serve_grpc(dispatcher, clock, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
+        )
+        registry = CollectorRegistry()
+        registry.register(RouterMetrics(dispatcher, server, events))
+        ops_port = await stack.enter_async_context(
+            serve_asgi(ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0)
+        )
+        log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, router=cfg.router_id)
+        try:
+            yield Router(dispatcher, health, events, frames_port, grpc_port, ops_port)
+        finally:
+            health.start_draining()
+            await server.drain(cfg.drain_s * _ANSWER_SHARE)
+
+
+async def _know(
+    tables: tuple[Table, ...], table: RoutingTable, health: Health, patience_s: float | None
+) -> None:
+    """Ready once both topics were read, or, where an earlier table was restored, after `patience_s`."""
+    for topic in tables:
+        while not topic.caught_up:
+            with suppress(Unavailable):
+                await topic.ready(30.0 if patience_s is None else patience_s)
+            if patience_s is not None and not topic.caught_up:
+                log.warning("serving_restored_table", models=len(table), reason="the broker is away")
+                table.known = True
+                health.set_ready("routing table")
+                patience_s = None
+    table.known = True
+    health.set_ready("routing table")
+
+
+async def _listen(server: FrameServer, host: str, port: int) -> int:
+    try:
+        return await server.start(host, port)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Fatal(f"Cannot listen on {host}:{port} (FRAMES_PORT): {reason}.") from error
+
+
+async def _own(stack: AsyncExitStack, work: Coroutine[None, None, None], name: str) -> None:
+    """Run `work` until the stack unwinds."""
+    task = asyncio.create_task(work, name=name)
+
+    async def end() -> None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    stack.push_async_callback(end)
+
+
+async def _close_log(events: EventLog, clock: Clock, seconds: float) -> None:
+    await events.close(clock.monotonic() + seconds)
+    if events.pending_records:
+        log.warning("log_left", records=events.pending_records, reason="the next start publishes them")

@@ -1,0 +1,172 @@
+"""Which endpoint takes a request: filter → scorer → picker.
+
+The filter is the caller's (only endpoints that can answer are offered, those already tried are left out); a
+picker here chooses among what is offered, by a score where it uses one. Nothing here does I/O, randomness is
+seeded, and `now` is given, so every choice can be replayed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_left
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Final, Protocol, TypeVar
+
+from headrace.v1.control_pb2 import Balancing
+
+#: Time constant of the latency estimate, seconds.
+_TAU_S: Final = 10.0
+#: What a failure makes of an estimate that knows better: fast failures must not attract requests.
+_PENALTY_S: Final = 0.05
+#: Points of one endpoint on the hash ring.
+_POINTS: Final = 100
+#: An endpoint may hold this much more than the mean before the ring goes on to the next.
+_BOUND: Final = 1.25
+
+
+class PeakEwma:
+    """A latency estimate that follows a rise at once and a fall slowly (as in Finagle's load balancer)."""
+
+    __slots__ = ("_at", "_value")
+
+    def __init__(self) -> None:
+        self._value = 0.0
+        self._at = 0.0
+
+    def value(self, now: float) -> float:
+        """Seconds, fading while nothing is observed: an endpoint that was slow is tried again."""
+        return self._value * math.exp((self._at - now) / _TAU_S) if self._value else 0.0
+
+    def observe(self, seconds: float, now: float) -> None:
+        """An answer came after `seconds`."""
+        if seconds >= self._value:
+            self._value = seconds
+        else:
+            keep = math.exp((self._at - now) / _TAU_S)
+            self._value = self._value * keep + seconds * (1 - keep)
+        self._at = now
+
+    def penalise(self, now: float) -> None:
+        """A failure came, however fast."""
+        self._value = max(self.value(now) * 2, _PENALTY_S)
+        self._at = now
+
+
+class Candidate(Protocol):
+    """What a picker sees of an endpoint."""
+
+    worker_id: str
+    in_flight: int
+    latency: PeakEwma
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+class Picker(Protocol):
+    """Chooses one of `candidates`, which are never empty."""
+
+    def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
+        """`unit_hash` is what stickiness goes by, `now` the loop's time."""
+        ...
+
+
+class LeastLatency:
+    """The better of two drawn at random, by expected latency times requests in flight.
+
+    Two choices are nearly as good as all of them and, with several routers, do not all run to the same one.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._random = rng.random
+
+    def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
+        count = len(candidates)
+        if count == 1:
+            return candidates[0]
+        first = int(self._random() * count)
+        second = int(self._random() * (count - 1))
+        if second >= first:
+            second += 1
+        one, two = candidates[first], candidates[second]
+        return one if score(one, now) <= score(two, now) else two
+
+
+def score(candidate: Candidate, now: float) -> float:
+    """Expected seconds until one more request would be answered; the smaller the better."""
+    latency = candidate.latency.value(now)
+    # Nothing known: worth one try at a time, until an answer says more.
+    return (latency or 1e-6) * (candidate.in_flight + 1)
+
+
+class RoundRobin:
+    """One after the other."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
+        self._next = (self._next + 1) % len(candidates)
+        return candidates[self._next]
+
+
+class Weighted:
+    """At random, in proportion to the rate at which each has been answering."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._random = rng
+
+    def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
+        seconds = [candidate.latency.value(now) for candidate in candidates]
+        known = [value for value in seconds if value]
+        typical = sum(known) / len(known) if known else 1.0
+        weights = [1 / (value or typical) for value in seconds]
+        return self._random.choices(candidates, weights)[0]
+
+
+class ConsistentHash:
+    """The same endpoint for a unit while the set of endpoints stays, and while it is not overloaded.
+
+    Bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016): an endpoint that holds more than 1.25 times the mean
+    is passed over for the next on the ring, so a hot unit cannot bury one worker.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._points: list[int] = []
+        self._owners: list[int] = []
+
+    def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
+        names = tuple(candidate.worker_id for candidate in candidates)
+        if names != self._names:
+            self._build(names)
+        limit = math.ceil(_BOUND * (sum(c.in_flight for c in candidates) + 1) / len(candidates))
+        start = bisect_left(self._points, unit_hash)
+        for step in range(len(self._owners)):
+            candidate = candidates[self._owners[(start + step) % len(self._owners)]]
+            if candidate.in_flight < limit:
+                return candidate
+        return candidates[unit_hash % len(candidates)]
+
+    def _build(self, names: tuple[str, ...]) -> None:
+        ring = sorted(
+            (int.from_bytes(blake2b(f"{name}#{point}".encode(), digest_size=8).digest(), "little"), index)
+            for index, name in enumerate(names)
+            for point in range(_POINTS)
+        )
+        self._names = names
+        self._points = [point for point, _ in ring]
+        self._owners = [owner for _, owner in ring]
+
+
+def picker(balancing: Balancing, rng: random.Random) -> Picker:
+    """The picker that a deployment asks for; least latency where it makes no statement."""
+    if balancing == Balancing.BALANCING_ROUND_ROBIN:
+        return RoundRobin()
+    if balancing == Balancing.BALANCING_WEIGHTED:
+        return Weighted(rng)
+    if balancing == Balancing.BALANCING_CONSISTENT_HASH:
+        return ConsistentHash()
+    return LeastLatency(rng)

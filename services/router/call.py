@@ -1,0 +1,267 @@
+"""One request on its way through the router: routed once, sent to an endpoint, answered exactly once.
+
+States: new → sent or waiting, any number of times → done. `answer` of the owner is called on the way to done,
+never after a cancel. There is no task and no future per request; the frame channel calls `_on_reply`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Code
+from opentelemetry.trace import SpanContext, SpanKind
+
+from services.common.errors import HeadraceError, NotFound
+from services.common.frames import lost
+from services.common.telemetry import from_trace_bytes, trace_bytes
+from services.router.assignment import unit_hash, unit_of
+from services.router.endpoints import Endpoint
+from services.router.routing_table import Route, Target
+
+if TYPE_CHECKING:
+    from services.router.dispatch import Dispatcher
+
+_OK: Final = Code.CODE_OK
+_RETRYABLE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED})
+#: What a worker answers without being to blame: the request is at fault, or its caller's patience.
+_BLAMELESS: Final = frozenset(
+    {Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED}
+)
+
+_monotonic = time.monotonic
+
+
+class Owner(Protocol):
+    """Whoever asked."""
+
+    def answer(self, call: Call, reply: PredictReply) -> None:
+        """Take the answer to `call`. The reply may be changed, and is not kept by anybody else."""
+        ...
+
+
+class Call:
+    """One request and where it is."""
+
+    __slots__ = (
+        "_dispatcher",
+        "_local_id",
+        "_retrying",
+        "_span",
+        "attempt",
+        "began_at",
+        "deadline",
+        "done",
+        "endpoint",
+        "owner",
+        "owner_id",
+        "request",
+        "route",
+        "sent_at",
+        "started_ns",
+        "target",
+        "tried",
+        "unit_hash",
+    )
+
+    def __init__(self, dispatcher: Dispatcher, request: PredictRequest, owner: Owner, now: float) -> None:
+        """`now` is monotonic, the same for all requests of a frame."""
+        self._dispatcher = dispatcher
+        self.request = request
+        self.owner = owner
+        self.owner_id: int = request.id
+        self.began_at = now
+        self.deadline = now
+        self.route: Route | None = None
+        self.target: Target | None = None
+        self.unit_hash = 0
+        self.endpoint: Endpoint | None = None
+        self.tried: tuple[Endpoint, ...] = ()
+        self.attempt = 0
+        self.done = False
+        self._retrying = False
+        self._span: tuple[SpanContext | None, SpanContext] | None = None
+
+    def begin(self) -> None:
+        """Route the request and send it."""
+        dispatcher, request = self._dispatcher, self.request
+        dispatcher.budget.active += 1
+        route = self.route = dispatcher.table.find(request.model)
+        if route is None:
+            self.refuse(dispatcher.unknown_model(request.model))
+            return
+        timeout_us = request.timeout_us
+        self.deadline = self.began_at + (timeout_us / 1e6 if timeout_us else route.timeout_s)
+        unit = unit_of(request.unit, request.request_id)
+        self.unit_hash = hashed = unit_hash(unit)
+        if request.version:
+            try:
+                target = route.named(request.version)
+            except NotFound as error:
+                self.refuse(error)
+                return
+            request.propensity = 1.0
+        else:
+            target = route.assign(unit)
+            request.propensity = target.propensity
+        self.target = target
+        request.version = target.version
+        request.variant = target.variant
+        request.unit_hash = hashed
+        request.revision = route.revision
+        if request.trace:
+            self._start_span()
+        self.send()
+
+    def send(self) -> None:
+        """Give the request to an endpoint that was not tried, or wait for one, or refuse."""
+        route, target = self.route, self.target
+        if route is None or target is None:
+            raise RuntimeError("a call is sent before it was routed")
+        dispatcher = self._dispatcher
+        now = _monotonic() if self.attempt else self.began_at
+        endpoint = dispatcher.endpoints.group(target.key).pick(
+            route.balancing, self.unit_hash, now, self.tried
+        )
+        if endpoint is None:
+            self._find_none()
+            return
+        self.endpoint = endpoint
+        self.sent_at = now
+        endpoint.in_flight += 1
+        self._local_id = endpoint.calls.submit(self.request, self.deadline, self._on_reply)
+
+    def cancel(self) -> None:
+        """Nobody waits any more; the worker is told."""
+        if self.done:
+            return
+        endpoint = self.endpoint
+        if endpoint is not None:
+            endpoint.in_flight -= 1
+            endpoint.calls.cancel(self._local_id)
+        else:
+            self._dispatcher.waiting.withdraw(self)
+        self._end(Code.CODE_CANCELLED)
+
+    def refuse(self, error: HeadraceError) -> None:
+        """Answer with `error`, without a worker."""
+        target = self.target
+        self._finish(
+            PredictReply(
+                code=error.code,
+                message=error.message,
+                field=error.field or "",
+                version=target.version if target else "",
+                variant=target.variant if target else "",
+                retry_after_ms=error.retry_after_ms or 0,
+            ),
+            ran=False,
+        )
+
+    def resume(self) -> None:
+        """An endpoint may be there now: it was waited for."""
+        self.tried = ()
+        self.send()
+
+    # Inner steps
+
+    def _find_none(self) -> None:
+        """No endpoint can take it now."""
+        target = self.target
+        if target is None or not self._dispatcher.waiting.add(self, target.key):
+            self.refuse(self._dispatcher.no_endpoint(self))
+
+    def _on_reply(self, reply: PredictReply) -> None:
+        endpoint = self.endpoint
+        if endpoint is None or self.done:
+            return
+        self.endpoint = None
+        endpoint.in_flight -= 1
+        now = _monotonic()
+        code = reply.code
+        if code == _OK:
+            endpoint.latency.observe(now - self.sent_at, now)
+            endpoint.failures = 0
+        elif code not in _BLAMELESS:
+            endpoint.latency.penalise(now)
+            endpoint.failures += 1
+            if code in _RETRYABLE and self._try_again(endpoint, reply, now):
+                return
+        self._finish(reply, ran=code in {Code.CODE_OK, Code.CODE_INTERNAL, Code.CODE_CANCELLED})
+
+    def _try_again(self, endpoint: Endpoint, reply: PredictReply, now: float) -> bool:
+        """Whether the request is on its way to another endpoint, or waits for one."""
+        dispatcher, route, target = self._dispatcher, self.route, self.target
+        if route is None or target is None:
+            return False
+        self.tried = (*self.tried, endpoint)
+        if self.attempt + 1 >= dispatcher.max_attempts or now >= self.deadline:
+            return False
+        gone = lost(reply)
+        others = any(member not in self.tried for member in dispatcher.endpoints.group(target.key).members)
+        if not others and not (gone and dispatcher.endpoints.coming(target.key)):
+            return False
+        if not gone and not self._retrying:
+            if not dispatcher.budget.take():
+                return False
+            self._retrying = True
+        self.attempt += 1
+        self.request.attempt = self.attempt
+        dispatcher.stats.retried(target.key, "lost" if gone else "refused")
+        self.send()
+        return True
+
+    def _finish(self, reply: PredictReply, *, ran: bool) -> None:
+        """Answer. `ran` says that a worker has logged it."""
+        code = reply.code
+        if not ran:
+            self._dispatcher.log.note(self, code)
+        self._end(code)
+        reply.id = self.owner_id
+        self.owner.answer(self, reply)
+
+    def _end(self, code: Code) -> None:
+        dispatcher = self._dispatcher
+        self.done = True
+        dispatcher.budget.active -= 1
+        if self._retrying:
+            dispatcher.budget.give_back()
+        dispatcher.stats.answered(
+            self.target.key if self.target is not None else None, code, _monotonic() - self.began_at
+        )
+        if self._span is not None:
+            self._record_span(code)
+
+    # Tracing: only requests whose caller sampled them come here.
+
+    def _start_span(self) -> None:
+        parent = from_trace_bytes(self.request.trace)
+        context = self._dispatcher.tracing.start(parent)
+        if context is None or not self._dispatcher.tracing.enabled:
+            return
+        self._span = (parent, context)
+        self.started_ns = time.time_ns()
+        self.request.trace = trace_bytes(context)
+
+    def _record_span(self, code: Code) -> None:
+        if self._span is None:
+            return
+        parent, context = self._span
+        request = self.request
+        self._dispatcher.tracing.record_span(
+            f"route {request.model}",
+            self.started_ns,
+            time.time_ns(),
+            parent,
+            attributes={
+                "headrace.model": request.model,
+                "headrace.version": request.version,
+                "headrace.variant": request.variant,
+                "headrace.attempts": self.attempt + 1,
+                "headrace.code": Code.Name(code),
+            },
+            context=context,
+            kind=SpanKind.SERVER,
+            error=None if code == _OK else Code.Name(code),
+        )

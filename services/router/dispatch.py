@@ -1,0 +1,98 @@
+"""Takes frames from gateways and hands every item to a worker. Each item costs one `Call` and no task."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from headrace.v1.dataplane_pb2 import PredictReply, RequestFrame
+
+from services.common.errors import HeadraceError, Internal, NotFound, Unavailable
+from services.common.frames import Peer
+from services.common.telemetry import Tracing
+from services.router.call import Call
+from services.router.endpoints import Endpoints
+from services.router.prediction_log import RefusalLog
+from services.router.retry_budget import RetryBudget
+from services.router.routing_table import RoutingTable
+from services.router.stats import Stats
+from services.router.waiting import Waiting
+
+log = structlog.get_logger(__name__)
+
+_monotonic = time.monotonic
+
+
+class Dispatcher:
+    """What all calls share."""
+
+    def __init__(  # noqa: PLR0913 - the parts of a router, wired once
+        self,
+        table: RoutingTable,
+        endpoints: Endpoints,
+        refusals: RefusalLog,
+        stats: Stats,
+        tracing: Tracing,
+        budget: RetryBudget,
+        *,
+        max_attempts: int,
+        endpoint_wait_s: float,
+        max_waiting: int,
+    ) -> None:
+        self.table = table
+        self.endpoints = endpoints
+        self.log = refusals
+        self.stats = stats
+        self.tracing = tracing
+        self.budget = budget
+        self.max_attempts = max_attempts
+        self.waiting = Waiting(self, endpoints, wait_s=endpoint_wait_s, limit=max_waiting)
+
+    def unknown_model(self, model: str) -> HeadraceError:
+        """Why there is no route."""
+        if not self.table.known:
+            return Unavailable("the routing table is not known yet", retry_after_ms=1000)
+        return NotFound(f"model {model!r} is not deployed", field="model")
+
+    def no_endpoint(self, call: Call) -> HeadraceError:
+        """Why nobody answers."""
+        name = f"{call.request.model} version {call.request.version}"
+        return Unavailable(f"no worker is ready for {name}", retry_after_ms=1000)
+
+
+class GatewayConnection:
+    """One gateway's stream."""
+
+    def __init__(self, dispatcher: Dispatcher, peer: Peer) -> None:
+        self._dispatcher = dispatcher
+        self._peer = peer
+        self._calls: dict[int, Call] = {}
+
+    def on_request_frame(self, frame: RequestFrame) -> None:
+        """Send every item on, in the same turn of the loop."""
+        calls = self._calls
+        for identifier in frame.cancels:
+            cancelled = calls.pop(identifier, None)
+            if cancelled is not None:
+                cancelled.cancel()
+        now = _monotonic()
+        dispatcher = self._dispatcher
+        for item in frame.items:
+            call = calls[item.id] = Call(dispatcher, item, self, now)
+            try:
+                call.begin()
+            except Exception:
+                log.exception("routing_failed", model=item.model)
+                if not call.done:
+                    call.refuse(Internal("the request could not be routed"))
+
+    def answer(self, call: Call, reply: PredictReply) -> None:
+        """Part of Owner: reply to the gateway; what a loop turn brings leaves in one frame."""
+        self._calls.pop(call.owner_id, None)
+        self._peer.reply(reply)
+
+    def on_closed(self) -> None:
+        """The gateway has gone: nobody waits for its requests any more."""
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.cancel()

@@ -1,0 +1,300 @@
+"""The workers: who they are (control.workers.v1), whether they can be reached (their frame connection), what
+they have loaded.
+
+An endpoint takes requests for a version while its worker says that the version is ready, is neither draining
+nor gone, and its connection stands. Heartbeats bring workers in and tell what they hold; the connection alone
+takes them out at once, and keeps them in while Kafka is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable
+from typing import Final, Protocol
+
+import structlog
+from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+
+from services.common.clock import Clock
+from services.router.balancing import PeakEwma, Picker, picker
+from services.router.routing_table import VersionKey
+
+log = structlog.get_logger(__name__)
+
+_GONE: Final = frozenset({WorkerStatus.STATE_DRAINING, WorkerStatus.STATE_GONE})
+_COMING: Final = frozenset({LoadedVersion.STATE_LOADING, LoadedVersion.STATE_WARMING})
+#: A status older than this is of a worker that left without a word long ago, seconds.
+_FORGOTTEN_S: Final = 3600.0
+_SWEEP_S: Final = 0.5
+
+
+class Calls(Protocol):
+    """The part of FrameCalls that the router uses."""
+
+    @property
+    def usable(self) -> bool:
+        """Connected and not draining."""
+        ...
+
+    def start(self) -> None:
+        """Connect, and stay connected."""
+        ...
+
+    def submit(
+        self, request: PredictRequest, deadline: float | None, on_reply: Callable[[PredictReply], None]
+    ) -> int:
+        """Send; exactly one reply follows."""
+        ...
+
+    def cancel(self, local_id: int) -> None:
+        """No reply is wanted any more."""
+        ...
+
+    async def close(self) -> None:
+        """Disconnect."""
+        ...
+
+
+#: Makes the calls to an address; the callback hears every change of `usable`.
+Connect = Callable[[str, Callable[[bool], None]], Calls]
+
+
+class Endpoint:
+    """One worker as requests see it."""
+
+    __slots__ = (
+        "address",
+        "calls",
+        "expires_at",
+        "failures",
+        "in_flight",
+        "incarnation",
+        "latency",
+        "leaving",
+        "sequence",
+        "versions",
+        "worker_id",
+    )
+
+    def __init__(self, status: WorkerStatus) -> None:
+        self.worker_id: str = status.worker_id
+        self.address: str = status.frames_address
+        self.calls: Calls
+        self.in_flight = 0
+        self.failures = 0
+        self.latency = PeakEwma()
+        self.incarnation: str = status.incarnation
+        self.sequence: int = status.sequence
+        self.leaving = status.state in _GONE
+        self.expires_at = 0.0
+        self.versions: dict[VersionKey, LoadedVersion.State] = _versions(status)
+
+    def update(self, status: WorkerStatus) -> None:
+        """Take a newer status of the same worker at the same address."""
+        if status.incarnation != self.incarnation:
+            self.incarnation = status.incarnation
+            self.latency = PeakEwma()
+        self.sequence = status.sequence
+        self.leaving = status.state in _GONE
+        self.versions = _versions(status)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it takes requests at all."""
+        return self.calls.usable and not self.leaving
+
+
+class Group:
+    """The endpoints that can answer one version."""
+
+    __slots__ = ("_balancing", "_picker", "_rng", "members")
+
+    def __init__(self, rng: random.Random) -> None:
+        self.members: tuple[Endpoint, ...] = ()
+        self._rng = rng
+        self._balancing = Balancing.BALANCING_UNSPECIFIED
+        self._picker: Picker = picker(self._balancing, rng)
+
+    def pick(
+        self, balancing: Balancing, unit_hash: int, now: float, tried: tuple[Endpoint, ...] = ()
+    ) -> Endpoint | None:
+        """One that was not tried yet; None where there is none."""
+        members = self.members
+        if tried:
+            members = tuple(member for member in members if member not in tried)
+        if not members:
+            return None
+        if balancing != self._balancing:
+            self._balancing = balancing
+            self._picker = picker(balancing, self._rng)
+        return self._picker.pick(members, unit_hash, now)
+
+
+class Endpoints:
+    """Every worker known, and for every version those that can answer it."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        clock: Clock,
+        *,
+        expiry_s: float,
+        on_change: Callable[[], None] = lambda: None,
+        seed: int | None = None,
+    ) -> None:
+        """`on_change` is called when a version gained an endpoint or a worker came, went or changed what it
+        has, not for a heartbeat that says nothing new."""
+        self._connect = connect
+        self._clock = clock
+        self._expiry_s = expiry_s
+        self._on_change = on_change
+        self._rng = random.Random(seed)
+        self._endpoints: dict[str, Endpoint] = {}
+        self._groups: dict[VersionKey, Group] = {}
+        self._raw: dict[str, bytes] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def group(self, key: VersionKey) -> Group:
+        """The endpoints of one version; the same object for as long as the process lives."""
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = Group(self._rng)
+            self._fill([key])
+        return group
+
+    def coming(self, key: VersionKey) -> bool:
+        """Whether a worker may soon answer the version: it is loading it, or has it and is being reached."""
+        return any(
+            not endpoint.leaving
+            and (
+                endpoint.versions.get(key) in _COMING
+                or (endpoint.versions.get(key) == LoadedVersion.STATE_READY and not endpoint.calls.usable)
+            )
+            for endpoint in self._endpoints.values()
+        )
+
+    def all(self) -> list[Endpoint]:
+        """Every worker known, reachable or not."""
+        return list(self._endpoints.values())
+
+    def now(self) -> float:
+        """The monotonic moment, for reading latencies."""
+        return self._clock.monotonic()
+
+    def records(self) -> dict[str, bytes]:
+        """The last status of every worker, serialized, for the snapshot."""
+        return dict(self._raw)
+
+    # What workers say.
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """Take one record of control.workers.v1; an older one than is known is ignored."""
+        worker_id = key.decode()
+        if value is None:
+            self._remove(worker_id, "removed")
+            return
+        status = WorkerStatus.FromString(value)
+        if status.worker_id != worker_id:
+            raise ValueError(f"the record of {worker_id!r} is about {status.worker_id!r}")
+        known = self._endpoints.get(worker_id)
+        if (
+            known is not None
+            and status.incarnation == known.incarnation
+            and status.sequence <= known.sequence
+        ):
+            return
+        if status.state == WorkerStatus.STATE_GONE:
+            self._remove(worker_id, "gone")
+        elif known is not None and known.address == status.frames_address:
+            self._renew(known, status, value)
+        elif self._clock.unix_us() - status.sent_at_us < _FORGOTTEN_S * 1e6:
+            self._remove(worker_id, "moved")
+            self._add(status, value)
+
+    def restore(self, key: bytes, value: bytes | None) -> None:
+        """Take one record of the snapshot, however old: whether the worker is there, its connection tells."""
+        if value is not None and key.decode() not in self._endpoints:
+            self._add(WorkerStatus.FromString(value), value)
+
+    def _add(self, status: WorkerStatus, value: bytes) -> None:
+        endpoint = Endpoint(status)
+        endpoint.calls = self._connect(
+            endpoint.address, lambda usable: self._on_connection(endpoint, usable=usable)
+        )
+        endpoint.expires_at = self._expiry(status)
+        self._endpoints[endpoint.worker_id] = endpoint
+        self._raw[endpoint.worker_id] = value
+        endpoint.calls.start()
+        log.info("worker_found", worker=endpoint.worker_id, address=endpoint.address)
+        self._changed(endpoint.versions)
+
+    def _renew(self, endpoint: Endpoint, status: WorkerStatus, value: bytes) -> None:
+        before = (endpoint.versions, endpoint.leaving, endpoint.incarnation)
+        endpoint.update(status)
+        endpoint.expires_at = self._expiry(status)
+        if before != (endpoint.versions, endpoint.leaving, endpoint.incarnation):
+            self._raw[endpoint.worker_id] = value
+            self._changed({**before[0], **endpoint.versions})
+
+    def _expiry(self, status: WorkerStatus) -> float:
+        return self._clock.monotonic() + max(3 * status.interval_ms / 1e3, self._expiry_s)
+
+    def _remove(self, worker_id: str, reason: str) -> None:
+        endpoint = self._endpoints.pop(worker_id, None)
+        if endpoint is None:
+            return
+        endpoint.leaving = True
+        self._raw.pop(worker_id, None)
+        log.info("worker_left", worker=worker_id, reason=reason)
+        self._changed(endpoint.versions)
+        task = asyncio.get_running_loop().create_task(endpoint.calls.close(), name=f"close {worker_id}")
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    # What connections say.
+
+    def _on_connection(self, endpoint: Endpoint, *, usable: bool) -> None:
+        log.info("worker_connection", worker=endpoint.worker_id, usable=usable)
+        self._changed(endpoint.versions)
+
+    def _changed(self, keys: Iterable[VersionKey]) -> None:
+        self._fill(keys)
+        self._on_change()
+
+    def _fill(self, keys: Iterable[VersionKey]) -> None:
+        for key in keys:
+            group = self._groups.get(key)
+            if group is not None:
+                group.members = tuple(
+                    endpoint
+                    for endpoint in self._endpoints.values()
+                    if endpoint.reachable and endpoint.versions.get(key) == LoadedVersion.STATE_READY
+                )
+
+    # Time
+
+    async def expire(self) -> None:
+        """Forget workers that neither beat nor can be reached; runs until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Forget those that are past their time now."""
+        now = self._clock.monotonic()
+        for endpoint in self.all():
+            if endpoint.expires_at < now and not endpoint.calls.usable:
+                self._remove(endpoint.worker_id, "silent")
+
+    async def close(self) -> None:
+        """Disconnect from every worker."""
+        for worker_id in list(self._endpoints):
+            self._remove(worker_id, "closing")
+        if self._closing:
+            await asyncio.wait(set(self._closing))
+
+
+def _versions(status: WorkerStatus) -> dict[VersionKey, LoadedVersion.State]:
+    return {(loaded.model, loaded.version): loaded.state for loaded in status.versions}

@@ -1,0 +1,96 @@
+"""Unary `Predict`, health and reflection by grpcio, for callers that have one request at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from headrace.v1 import dataplane_pb2, dataplane_pb2_grpc
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+
+from services.common.clock import Clock
+from services.common.errors import Fatal
+from services.common.grpc_auth import InternalAuthInterceptor
+from services.common.ids import new_id
+from services.router.call import Call
+from services.router.dispatch import Dispatcher
+
+_SERVICE = dataplane_pb2.DESCRIPTOR.services_by_name["DataPlane"].full_name
+_MAX_MESSAGE_BYTES = 64 << 20
+
+
+class _Waiter:
+    """Owner of the one call of a unary request."""
+
+    def __init__(self) -> None:
+        self.reply: asyncio.Future[PredictReply] = asyncio.get_running_loop().create_future()
+
+    def answer(self, call: Call, reply: PredictReply) -> None:
+        """Part of Owner."""
+        if not self.reply.done():
+            self.reply.set_result(reply)
+
+
+class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
+    """`Predict` answers with a reply that carries its code, as a frame's item would; the stream is served on
+    an address of its own."""
+
+    def __init__(self, dispatcher: Dispatcher, clock: Clock) -> None:
+        self._dispatcher = dispatcher
+        self._clock = clock
+
+    async def Predict(  # noqa: N802 - the name in the contract
+        self, request: PredictRequest, context: grpc.aio.ServicerContext[PredictRequest, PredictReply]
+    ) -> PredictReply:
+        """Raises nothing. The call's own deadline holds where the request carries none."""
+        remaining = context.time_remaining()
+        if remaining is not None and not request.timeout_us:
+            request.timeout_us = max(1, int(remaining * 1e6))
+        if len(request.request_id) != 16:
+            request.request_id = new_id()
+        if not request.received_at_us:
+            request.received_at_us = self._clock.unix_us()
+        waiter = _Waiter()
+        call = Call(self._dispatcher, request, waiter, self._clock.monotonic())
+        call.begin()
+        try:
+            return await waiter.reply
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+
+
+@asynccontextmanager
+async def serve_grpc(
+    dispatcher: Dispatcher, clock: Clock, host: str, port: int, token: str, *, drain_s: float
+) -> AsyncIterator[int]:
+    """Serve while the block runs; gives the bound port. Raises Fatal where the port is taken."""
+    server = grpc.aio.server(
+        interceptors=[InternalAuthInterceptor(token)],
+        options=[
+            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    add_dataplane = dataplane_pb2_grpc.add_DataPlaneServicer_to_server
+    add_dataplane(UnaryDataPlane(dispatcher, clock), server)  # type: ignore[no-untyped-call]  # generated
+    healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know only the sync one
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    except RuntimeError as error:
+        raise Fatal(f"port {port} of {host} is in use; set GRPC_PORT to another") from error
+    await server.start()
+    for service in ("", _SERVICE):
+        await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield bound
+    finally:
+        await healthy.enter_graceful_shutdown()
+        await server.stop(drain_s)

@@ -1,0 +1,101 @@
+"""Every metric of the router. Labels are bounded by what is deployed and by the workers there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headrace.v1.tensor_pb2 import Code
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.common.eventlog import EventLog
+from services.common.frames import FrameServer
+from services.router.dispatch import Dispatcher
+from services.router.stats import LATENCY_S
+
+_VERSION = ("model", "version")
+
+
+class RouterMetrics(Collector):
+    """Reads the totals of the dispatcher, the workers and the logs."""
+
+    def __init__(self, dispatcher: Dispatcher, server: FrameServer, log: EventLog) -> None:
+        self._dispatcher = dispatcher
+        self._server = server
+        self._log = log
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now."""
+        yield from self._requests()
+        yield from self._workers()
+        yield from self._table()
+        dispatcher, log = self._dispatcher, self._log
+        for name, text, value in (
+            ("in_flight", "Requests being answered", dispatcher.budget.active),
+            ("retries_in_flight", "Retries that count against the budget", dispatcher.budget.retrying),
+            ("waiting", "Requests waiting for a version to be loaded", len(dispatcher.waiting)),
+            ("gateway_connections", "Frame streams of gateways", self._server.connections),
+            ("log_pending_bytes", "Refusals not yet in Kafka", log.pending_bytes),
+            ("log_pending_records", "Records not yet in Kafka", log.pending_records),
+        ):
+            yield GaugeMetricFamily(f"headrace_router_{name}", text, value=float(value))
+        for name, text, value in (
+            ("retries_over_budget", "Retries that the budget did not allow", dispatcher.budget.refused),
+            ("refusals_not_logged", "Refusals that found the log full", dispatcher.log.dropped),
+            ("log_published", "Records that Kafka acknowledged", log.published),
+            ("log_publish_failures", "Publishes that failed and were tried again", log.publish_failures),
+        ):
+            yield CounterMetricFamily(f"headrace_router_{name}", text, value=float(value))
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "headrace_router_requests", "Requests by answer", labels=(*_VERSION, "code")
+        )
+        retries = CounterMetricFamily(
+            "headrace_router_retries", "Requests sent once more", labels=(*_VERSION, "reason")
+        )
+        latency = HistogramMetricFamily(
+            "headrace_router_latency_seconds", "From the frame's arrival to the answer", labels=_VERSION
+        )
+        for key, stats in self._dispatcher.stats.versions.items():
+            for code, count in stats.codes.items():
+                requests.add_metric((*key, Code.Name(Code.ValueType(code)).removeprefix("CODE_")), count)
+            for reason, count in stats.retries.items():
+                retries.add_metric((*key, reason), count)
+            buckets, total = [], 0
+            for bound, count in zip((*map(str, LATENCY_S), "+Inf"), stats.latency, strict=True):
+                total += count
+                buckets.append((bound, float(total)))
+            latency.add_metric(key, buckets, stats.latency_sum_s)
+        yield from (requests, retries, latency)
+
+    def _workers(self) -> Iterator[Metric]:
+        labels = ("worker",)
+        up = GaugeMetricFamily(
+            "headrace_router_worker_up", "Whether the worker takes requests", labels=labels
+        )
+        flight = GaugeMetricFamily(
+            "headrace_router_worker_in_flight", "Requests at the worker", labels=labels
+        )
+        latency = GaugeMetricFamily(
+            "headrace_router_worker_latency_seconds", "Expected latency (peak EWMA)", labels=labels
+        )
+        now = self._dispatcher.endpoints.now()
+        for endpoint in self._dispatcher.endpoints.all():
+            up.add_metric((endpoint.worker_id,), float(endpoint.reachable))
+            flight.add_metric((endpoint.worker_id,), endpoint.in_flight)
+            latency.add_metric((endpoint.worker_id,), endpoint.latency.value(now))
+        yield from (up, flight, latency)
+
+    def _table(self) -> Iterator[Metric]:
+        revision = GaugeMetricFamily(
+            "headrace_router_revision", "Revision of the deployment that is served", labels=("model",)
+        )
+        endpoints = GaugeMetricFamily(
+            "headrace_router_endpoints", "Workers that can answer the version", labels=_VERSION
+        )
+        for route in self._dispatcher.table:
+            revision.add_metric((route.model,), route.revision)
+            for target in route.targets:
+                endpoints.add_metric(target.key, len(self._dispatcher.endpoints.group(target.key).members))
+        yield from (revision, endpoints)

@@ -1,0 +1,141 @@
+"""What is deployed: one Route per model, looked up for every request, replaced as a whole on every change."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+
+import structlog
+from headrace.v1.control_pb2 import Balancing, ServingConfig
+
+from services.common.errors import NotFound
+from services.router.assignment import BUCKETS, bucket, fill, salt_key
+
+log = structlog.get_logger(__name__)
+
+VersionKey = tuple[str, str]
+
+
+class Target:
+    """One version that can be routed to."""
+
+    __slots__ = ("digest", "key", "propensity", "variant", "version")
+
+    def __init__(self, model: str, version: str, variant: str, digest: str, propensity: float) -> None:
+        self.key: VersionKey = (model, version)
+        self.version = version
+        self.variant = variant
+        self.digest = digest
+        #: Share of the units that its buckets get, 0 … 1.
+        self.propensity = propensity
+
+
+class Route:
+    """Everything a request for one model needs."""
+
+    __slots__ = (
+        "_buckets",
+        "_by_name",
+        "_salt",
+        "_sole",
+        "_targets",
+        "balancing",
+        "model",
+        "revision",
+        "timeout_s",
+    )
+
+    def __init__(self, config: ServingConfig, default_timeout_s: float) -> None:
+        """Raises ValueError where the configuration cannot be served."""
+        if not config.versions:
+            raise ValueError("no version is served")
+        versions = [served.version for served in config.versions]
+        if len(set(versions)) < len(versions):
+            raise ValueError("a version is served twice")
+        filled = fill(config.buckets, versions)
+        self.model = config.model
+        self.revision = config.revision
+        self.balancing: Balancing = config.balancing or Balancing.BALANCING_LEAST_LATENCY
+        self.timeout_s = config.default_timeout_ms / 1e3 or default_timeout_s
+        self._salt = salt_key(config.salt)
+        self._targets = tuple(
+            Target(
+                config.model,
+                served.version,
+                served.variant or served.version,
+                served.artifact_digest,
+                filled.count(index) / BUCKETS,
+            )
+            for index, served in enumerate(config.versions)
+        )
+        self._buckets = array("H", filled)
+        self._sole = self._targets[filled[0]] if len(set(filled)) == 1 else None
+        self._by_name = {target.version: target for target in self._targets}
+        for alias, version in config.aliases.items():
+            if version in self._by_name:
+                self._by_name.setdefault(alias, self._by_name[version])
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Every version that is served, those without traffic of their own included."""
+        return self._targets
+
+    def assign(self, unit: bytes) -> Target:
+        """The version that answers `unit`: always the same one while the configuration stays."""
+        if self._sole is not None:
+            return self._sole
+        return self._targets[self._buckets[bucket(unit, self._salt)]]
+
+    def named(self, name: str) -> Target:
+        """The version or alias `name`. Raises NotFound."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise NotFound(f"model {self.model} has no version {name!r} deployed", field="version") from None
+
+
+class RoutingTable:
+    """The routes by model, kept by the records of control.deployments.v1."""
+
+    def __init__(self, default_timeout_s: float, on_change: Callable[[], None] = lambda: None) -> None:
+        self._default_timeout_s = default_timeout_s
+        self._on_change = on_change
+        self._routes: dict[str, Route] = {}
+        self._raw: dict[str, bytes] = {}
+        #: False until something is known of what is deployed, be it nothing.
+        self.known = False
+
+    def find(self, model: str) -> Route | None:
+        """The model's route."""
+        return self._routes.get(model)
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(list(self._routes.values()))
+
+    def __len__(self) -> int:
+        return len(self._routes)
+
+    def records(self) -> dict[str, bytes]:
+        """The configurations by model, serialized, for the snapshot."""
+        return dict(self._raw)
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """Take one record. An older revision is ignored, and so is one that cannot be served: the model's
+        last good route stays."""
+        model = key.decode()
+        if value is None:
+            if self._routes.pop(model, None) is not None:
+                self._raw.pop(model, None)
+                log.info("route_removed", model=model)
+                self._on_change()
+            return
+        config = ServingConfig.FromString(value)
+        if config.model != model:
+            raise ValueError(f"the record of {model!r} is about {config.model!r}")
+        current = self._routes.get(model)
+        if current is not None and config.revision <= current.revision:
+            return
+        self._routes[model] = Route(config, self._default_timeout_s)
+        self._raw[model] = value
+        log.info("route_changed", model=model, revision=config.revision)
+        self._on_change()

@@ -1,0 +1,42 @@
+"""The router's environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from services.common.settings import Port, ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """What a router reads. Ports: 0 lets the system choose one."""
+
+    #: Stays the same over restarts: the routing table and the prediction log on disk are found by it.
+    router_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "router-0"
+    frames_port: Port = 8010
+    grpc_port: Port = 8011
+    ops_port: Port = 8012
+
+    #: Endpoints tried for one request, the first one included.
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    #: Retries at once: this share of the requests in flight, and never fewer than the floor (as in Envoy).
+    retry_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    retry_floor: Annotated[int, Field(ge=0)] = 3
+    #: How long, and how many requests, may wait for a version that a worker is loading.
+    endpoint_wait_s: Annotated[float, Field(ge=0)] = 2.0
+    max_waiting: Annotated[int, Field(ge=0)] = 4096
+    #: Where neither caller nor deployment makes a statement.
+    default_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    #: How long a worker without heartbeats is tried, where it says nothing else; three of its intervals else.
+    worker_expiry_s: Annotated[float, Field(gt=0)] = 3.0
+    #: How long the start waits for Kafka before it serves with the routing table on disk.
+    table_wait_s: Annotated[float, Field(ge=0)] = 5.0
+    #: The prediction log on disk, while Kafka is away.
+    log_max_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+
+    @property
+    def directory(self) -> Path:
+        """This router's own part of the state directory."""
+        return self.state_dir / f"router-{self.router_id}"

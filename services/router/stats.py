@@ -1,0 +1,53 @@
+"""Totals of what the router did, kept where it happens and read when somebody scrapes (metrics.py)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Final
+
+from headrace.v1.tensor_pb2 import Code
+
+from services.router.routing_table import VersionKey
+
+#: Upper bounds of the latency histogram, seconds.
+LATENCY_S: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+#: Requests that named no version that is served are counted here: names of callers are no labels.
+NOWHERE: Final[VersionKey] = ("", "")
+
+
+@dataclass(slots=True)
+class VersionStats:
+    """Totals of one version."""
+
+    codes: dict[int, int] = field(default_factory=dict)
+    retries: dict[str, int] = field(default_factory=dict)
+    latency: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
+    latency_sum_s: float = 0.0
+
+
+class Stats:
+    """Totals by version."""
+
+    def __init__(self) -> None:
+        self.versions: dict[VersionKey, VersionStats] = {}
+
+    def answered(self, key: VersionKey | None, code: Code, seconds: float) -> None:
+        """A request ended with `code`, `seconds` after it came."""
+        stats = self._of(key or NOWHERE)
+        stats.codes[code] = stats.codes.get(code, 0) + 1
+        stats.latency[bisect_left(LATENCY_S, seconds)] += 1
+        stats.latency_sum_s += seconds
+
+    def retried(self, key: VersionKey, reason: str) -> None:
+        """A request was sent once more: its endpoint was "lost" or "refused" it."""
+        retries = self._of(key).retries
+        retries[reason] = retries.get(reason, 0) + 1
+
+    def _of(self, key: VersionKey) -> VersionStats:
+        stats = self.versions.get(key)
+        if stats is None:
+            stats = self.versions[key] = VersionStats()
+        return stats
