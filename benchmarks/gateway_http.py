@@ -2,9 +2,9 @@
 
     python -m benchmarks.gateway_http [--seconds 4] [--connections 1,32,128]
 
-One gateway process (uvloop) with key, rate limit, validation, metrics and request ids on; its router is a channel
-in the same process that answers at once, so the figures are those of the front alone. `wrk` (one thread, 30
-floats per request) loads it; hot and ASGI alternate.
+One gateway process (uvloop) with key, rate limit, validation, metrics and request ids on; its router is a
+channel in the same process that answers at once, so the figures are those of the front alone. `wrk` (one
+thread, 30 floats per request) loads it; hot and ASGI alternate.
 """
 
 from __future__ import annotations
@@ -186,9 +186,8 @@ def main() -> None:
             for connections in (int(one) for one in chosen.connections.split(",")):
                 found = {way: load(port, connections, chosen.seconds, script) for way, port in ports.items()}
                 for way, (rate, slowest, failed) in found.items():
-                    print(
-                        f"c={connections:<4} {way:<5} {rate:>9.0f} requests/s  p99 {slowest:<8} failed {failed}"
-                    )
+                    speed = f"{rate:>9.0f} requests/s  p99 {slowest:<8}"
+                    print(f"c={connections:<4} {way:<5} {speed} failed {failed}")
                 print(f"c={connections:<4} ratio {found['hot'][0] / found['asgi'][0]:>8.2f}")
         finally:
             for server in servers.values():

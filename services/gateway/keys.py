@@ -34,7 +34,6 @@ class Key:
     scopes: frozenset[str]
     models: frozenset[str]
     expires_at_us: int
-    revision: int
     digest: bytes
     bucket: Bucket | None
 
@@ -56,33 +55,44 @@ class KeyRing:
         self._clock = clock
         self._by_id: dict[str, Key] = {}
         self._by_digest: dict[bytes, Key] = {}
-        self._by_header: dict[bytes, Key] = {}
+        self._revisions: dict[str, int] = {}
+        self._by_authorization: dict[bytes, Key] = {}
+        self._by_api_key: dict[bytes, Key] = {}
 
     def apply(self, key: bytes, value: bytes | None) -> None:
-        """Take one record of the topic. Revoked and removed keys are shut out at once."""
+        """Take one record of the topic; older revisions are ignored. Revoked and removed keys are shut out at
+        once. Raises ValueError for a record that is no key."""
         key_id = key.decode()
-        known = self._by_id.get(key_id)
         record = ApiKey.FromString(value) if value is not None else None
-        if known is not None and record is not None and record.revision < known.revision:
-            return
-        self._by_header.clear()
+        if record is not None:
+            if record.revision < self._revisions.get(key_id, 0):
+                return
+            if not record.revoked and len(record.key_sha256) != 32:
+                raise ValueError(f"key {key_id} has no SHA-256")
+            self._revisions[key_id] = record.revision
+        self._by_authorization.clear()
+        self._by_api_key.clear()
+        known = self._by_id.pop(key_id, None)
         if known is not None:
             self._by_digest.pop(known.digest, None)
-            del self._by_id[key_id]
         if record is None or record.revoked:
             return
-        if len(record.key_sha256) != 32:
-            raise ValueError(f"key {key_id} has no SHA-256")
         made = _key(key_id, record, known.bucket if known else None)
         self._by_id[key_id] = made
         self._by_digest[made.digest] = made
 
     def authenticate(self, authorization: bytes | None, api_key: bytes | None) -> Key:
         """The key of a request's `Authorization: Bearer …` or `X-API-Key` header. Raises Unauthenticated."""
-        header = authorization if authorization is not None else api_key
-        key = self._by_header.get(header) if header is not None else None
-        if key is None:
-            key = self._looked_up(authorization, api_key)
+        if authorization is not None:
+            key = self._by_authorization.get(authorization)
+            if key is None:
+                key = self._found(_bearer(authorization), authorization, self._by_authorization)
+        elif api_key is not None:
+            key = self._by_api_key.get(api_key)
+            if key is None:
+                key = self._found(api_key.strip(), api_key, self._by_api_key)
+        else:
+            raise Unauthenticated("An API key is needed: `Authorization: Bearer <key>` or `X-API-Key`.")
         if key.expires_at_us and self._clock.unix_us() >= key.expires_at_us:
             raise Unauthenticated("This API key has expired.")
         return key
@@ -94,23 +104,21 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def _looked_up(self, authorization: bytes | None, api_key: bytes | None) -> Key:
-        if authorization is not None:
-            scheme, _, text = authorization.partition(b" ")
-            if scheme.lower() != b"bearer":
-                raise Unauthenticated("Send the API key as `Authorization: Bearer <key>` or `X-API-Key`.")
-            text = text.strip()
-        elif api_key is not None:
-            text = api_key.strip()
-        else:
-            raise Unauthenticated("An API key is needed: `Authorization: Bearer <key>` or `X-API-Key`.")
+    def _found(self, text: bytes, header: bytes, remembered: dict[bytes, Key]) -> Key:
         found = self._by_digest.get(sha256(text).digest())
         if found is None:
             raise Unauthenticated("This API key is not known.")
-        if len(self._by_header) >= _REMEMBERED:
-            self._by_header.clear()
-        self._by_header[authorization if authorization is not None else api_key or b""] = found
+        if len(remembered) >= _REMEMBERED:
+            remembered.clear()
+        remembered[header] = found
         return found
+
+
+def _bearer(authorization: bytes) -> bytes:
+    scheme, _, text = authorization.partition(b" ")
+    if scheme.lower() != b"bearer":
+        raise Unauthenticated("Send the API key as `Authorization: Bearer <key>` or `X-API-Key`.")
+    return text.strip()
 
 
 def _key(key_id: str, record: ApiKey, bucket: Bucket | None) -> Key:
@@ -127,7 +135,6 @@ def _key(key_id: str, record: ApiKey, bucket: Bucket | None) -> Key:
         scopes=frozenset(scopes),
         models=frozenset(record.models),
         expires_at_us=record.expires_at_us,
-        revision=record.revision,
         digest=record.key_sha256,
         bucket=bucket,
     )

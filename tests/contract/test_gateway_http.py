@@ -1,5 +1,5 @@
-"""The gateway over HTTP. Every test runs on both ways to the hot routes: before ASGI, and through it. Both must
-give the same answers, headers and errors."""
+"""The gateway over HTTP. Every test runs on both ways to the hot routes: before ASGI, and through it. Both
+must give the same answers, headers and errors."""
 
 from __future__ import annotations
 
@@ -210,7 +210,8 @@ def test_gzip_and_x_api_key(gateway: GatewayThread) -> None:
         (b'{"model": "cancer", "inputs": [{"mean radius": 1, "area": 2}]}', 422, "inputs[0].mean texture"),
         (b'{"model": "cancer", "input": [1, "a", 3]}', 422, "input[1]"),
         (b'{"model": "mixed", "inputs": {"age": [1.5], "city": ["a"]}}', 422, "inputs.age[0]"),
-        (b'{"model": "mixed", "inputs": {"age": [9223372036854775808], "city": ["a"]}}', 422, "inputs.age[0]"),
+        (b'{"model": "mixed", "inputs": {"age": [9223372036854775808], "city": ["a"]}}', 422,
+         "inputs.age[0]"),
         (b'{"model": "mixed", "inputs": {"age": [1, 2], "city": ["a"]}}', 422, "inputs.city"),
         (b'{"model": "mixed", "inputs": {"age": [1]}}', 422, "inputs.city"),
         (b'{"model": "cancer"}', 422, "inputs"),

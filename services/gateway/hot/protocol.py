@@ -289,21 +289,15 @@ class HotProtocol(HttpToolsProtocol):
         if self._last:
             return
         self._last = True
-        broken = self.cycle if self._in_body else None
+        broken: Any = self.cycle if self._in_body else None
         self._in_head = self._in_body = False
-        exchange = HotExchange(self.front.service, _ANY, self)
-        if isinstance(broken, HotExchange):
-            exchange = broken  # the message that broke off gets the answer itself
-            if exchange.response_complete:
+        if isinstance(broken, HotExchange):  # the message that broke off gets the answer itself
+            if broken.response_complete:
                 self.transport.close()
-                return
-        exchange.refusal = error
-        exchange.complete = True
-        exchange.keep_alive = False
-        if exchange is broken:
-            if exchange.started:
-                self._start(exchange)
+            elif _refused(broken, error).started:
+                self._start(broken)
             return
+        exchange = _refused(HotExchange(self.front.service, _ANY, self), error)
         if broken is not None:
             self._forget(broken)
         previous = self.cycle
@@ -448,6 +442,13 @@ class HotProtocol(HttpToolsProtocol):
 
 
 _FRAMING = {b"host": "host", b"content-length": "length", b"connection": "connection", b"expect": "expect"}
+
+
+def _refused(exchange: HotExchange, error: HeadraceError) -> HotExchange:
+    exchange.refusal = error
+    exchange.complete = True
+    exchange.keep_alive = False
+    return exchange
 
 
 async def _no_app(_scope: Any, _receive: Any, _send: Any) -> None:

@@ -24,7 +24,7 @@ from services.gateway.rest.door import RequestIds, authenticated, bounded_body, 
 from services.gateway.rest.hot_routes import hot_routes
 from services.gateway.rest.management import Upstream, management_routes
 from services.gateway.rest.outcomes import parse_outcomes, publish_outcomes
-from services.gateway.rest.v2_routes import server_version, v2_routes
+from services.gateway.rest.v2_routes import server_version, v2_health_routes, v2_routes
 from services.gateway.targets import target_of
 
 
@@ -53,6 +53,7 @@ def rest_app(parts: Parts) -> ASGIApp:
         redirect_slashes=False,
     )
     app.include_router(hot_routes(parts.service))
+    app.include_router(v2_health_routes(parts.health))
     app.include_router(v2_routes(parts.catalogue, parts.keys, parts.health, parts.metrics, parts.clock))
     app.include_router(management_routes(parts.client, parts.upstreams, parts.keys, parts.clock))
 

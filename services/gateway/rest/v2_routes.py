@@ -60,10 +60,25 @@ def repository_index(catalogue: Catalogue) -> list[dict[str, str]]:
     ]
 
 
+def v2_health_routes(health: Health) -> APIRouter:
+    """The health routes, open to everybody."""
+    router = APIRouter(tags=["open inference protocol"])
+
+    @router.get("/v2/health/live")
+    async def live() -> Response:
+        return _json({"live": True})
+
+    @router.get("/v2/health/ready")
+    async def ready() -> Response:
+        return _json({"ready": health.ready}, 200 if health.ready else 503)
+
+    return router
+
+
 def v2_routes(
     catalogue: Catalogue, keys: KeyRing, health: Health, metrics: GatewayMetrics, clock: Clock
 ) -> APIRouter:
-    """All routes below /v2 but infer."""
+    """All other routes below /v2, infer aside."""
     router = APIRouter(tags=["open inference protocol"])
 
     def asked(request: Request, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
@@ -75,12 +90,6 @@ def v2_routes(
     async def server(request: Request) -> Response:
         authenticated(request, keys, _reading(request, keys), clock.monotonic())
         return _json({"name": SERVER_NAME, "version": server_version(), "extensions": list(EXTENSIONS)})
-
-    async def live() -> Response:
-        return _json({"live": True})
-
-    async def ready() -> Response:
-        return _json({"ready": health.ready}, 200 if health.ready else 503)
 
     async def metadata(request: Request, model: str, version: str = "") -> Response:
         return _json(model_metadata(*asked(request, model, version)))
@@ -120,8 +129,6 @@ def v2_routes(
         router.add_api_route(f"/v2/models/{{model}}{path}", answer, methods=["GET"])
         router.add_api_route(f"/v2/models/{{model}}/versions/{{version}}{path}", answer, methods=["GET"])
     router.add_api_route("/v2", server, methods=["GET"])
-    router.add_api_route("/v2/health/live", live, methods=["GET"])
-    router.add_api_route("/v2/health/ready", ready, methods=["GET"])
 
     router.add_api_route("/v2/repository/index", index, methods=["POST"])
     router.add_api_route("/v2/repository/models/{model}/load", load, methods=["POST"])

@@ -1,0 +1,256 @@
+"""The Open Inference Protocol as a client of another server sees it: tritonclient over HTTP and gRPC.
+
+It runs in a process of its own, since its descriptors of the protocol and ours cannot live in one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+
+import grpc
+import pytest
+from google.protobuf.json_format import MessageToDict
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from headrace.v1.tensor_pb2 import Code
+from open_inference import open_inference_pb2 as oip
+from open_inference import open_inference_pb2_grpc as oip_grpc
+
+from tests.fixtures.gateway import (
+    ADMIN,
+    OTHER_MODEL,
+    READ_ONLY,
+    SLOW,
+    GatewayThread,
+    answer_like_a_worker,
+    failing,
+)
+
+
+@pytest.fixture(scope="module", params=["hot", "asgi"])
+def gateway(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayThread]:
+    with GatewayThread(tmp_path_factory.mktemp("gateway"), hot=request.param == "hot") as running:
+        yield running
+
+
+@pytest.fixture
+def stub(gateway: GatewayThread) -> Iterator[oip_grpc.GRPCInferenceServiceStub]:
+    with grpc.insecure_channel(f"127.0.0.1:{gateway.running.gateway.grpc_port}") as channel:
+        yield oip_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+    gateway.running.router.answer = answer_like_a_worker
+
+
+_HTTP_CLIENT = """
+import json, sys
+import numpy as np
+import tritonclient.http as triton
+port, key = sys.argv[1:]
+headers = {"Authorization": "Bearer " + key}
+client = triton.InferenceServerClient("127.0.0.1:" + port)
+assert client.is_server_live() and client.is_server_ready()
+assert client.is_model_ready("cancer", headers=headers)
+found = {"server": client.get_server_metadata(headers=headers)["extensions"]}
+found["model"] = client.get_model_metadata("cancer", headers=headers)
+found["config"] = client.get_model_config("cancer", headers=headers)["max_batch_size"]
+found["index"] = client.get_model_repository_index(headers=headers)
+rows = np.array([[10, 2, 3], [20, 1, 1]], dtype=np.float32)
+for name, binary_in, binary_out, algorithm in (
+    ("json", False, False, None), ("binary", True, True, None), ("mixed", True, False, "gzip"),
+    ("deflate", False, True, "deflate"),
+):
+    given = triton.InferInput("x", [2, 3], "FP32")
+    given.set_data_from_numpy(rows, binary_data=binary_in)
+    outputs = [triton.InferRequestedOutput(n, binary_data=binary_out) for n in ("label", "probabilities")]
+    answer = client.infer("cancer", [given], model_version="2", outputs=outputs, request_id="r-1",
+                          headers=dict(headers), request_compression_algorithm=algorithm)
+    found[name] = [answer.as_numpy("label").tolist(), answer.as_numpy("probabilities").tolist(),
+                   answer.get_response()["model_version"], answer.get_response()["id"]]
+texts = triton.InferInput("text", [2], "BYTES")
+texts.set_data_from_numpy(np.array(["a", "Stra\\u00dfe"], dtype=object))
+found["bytes"] = client.infer("embedder", [texts], headers=headers).as_numpy("embedding").shape
+try:
+    client.infer("nope", [texts], headers=headers)
+except triton.InferenceServerException as error:
+    found["error"] = [error.status(), error.message()]
+found["stats"] = client.get_inference_statistics("cancer", headers=headers)["model_stats"][0]["name"]
+client.load_model("cancer", headers=headers)
+print(json.dumps(found))
+"""
+
+_GRPC_CLIENT = """
+import json, sys
+import numpy as np
+import tritonclient.grpc as triton
+port, key = sys.argv[1:]
+headers = {"authorization": "Bearer " + key}
+client = triton.InferenceServerClient("127.0.0.1:" + port)
+assert client.is_server_live() and client.is_server_ready()
+assert client.is_model_ready("cancer", headers=headers)
+found = {"server": list(client.get_server_metadata(headers=headers).extensions)}
+found["model"] = client.get_model_metadata("cancer", headers=headers).platform
+found["index"] = [m.name for m in client.get_model_repository_index(headers=headers).models]
+given = triton.InferInput("x", [2, 3], "FP32")
+given.set_data_from_numpy(np.array([[10, 2, 3], [20, 1, 1]], dtype=np.float32))
+answer = client.infer("cancer", [given], headers=headers, request_id="r-2", client_timeout=5)
+found["infer"] = [answer.as_numpy("label").tolist(), answer.as_numpy("probabilities").tolist(),
+                  answer.get_response().id]
+texts = triton.InferInput("text", [2], "BYTES")
+texts.set_data_from_numpy(np.array(["a", "Stra\\u00dfe"], dtype=object))
+found["bytes"] = client.infer("embedder", [texts], headers=headers).as_numpy("embedding").shape
+try:
+    client.infer("nope", [texts], headers={"x-api-key": key})
+except triton.InferenceServerException as error:
+    found["error"] = [error.status(), error.message()]
+print(json.dumps(found))
+"""
+
+
+def run_client(script: str, port: int) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(port), ADMIN],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_tritonclient_over_http(gateway: GatewayThread) -> None:
+    found = run_client(_HTTP_CLIENT, gateway.running.port)
+    expected = [[1, 0], [[0.125, 0.875], [0.75, 0.25]], "2", "r-1"]
+    assert found["json"] == found["binary"] == found["mixed"] == found["deflate"] == expected
+    assert found["bytes"] == [2, 4]
+    assert found["error"] == ["404", "There is no model 'nope' in service."]
+    assert found["stats"] == "cancer"
+    assert "binary_tensor_data" in str(found["server"])
+    assert found["model"] == {
+        "name": "cancer",
+        "versions": ["1", "2"],
+        "platform": "onnx_onnxv1",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 3]}],
+        "outputs": [
+            {"name": "label", "datatype": "INT64", "shape": [-1]},
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, 2]},
+        ],
+    }
+    sent = [request for request in gateway.running.router.requests if request.model == "embedder"]
+    assert sent[-1].inputs[0].data == b"\x01\0\0\0a\x07\0\0\0Stra\xc3\x9fe"
+
+
+def test_tritonclient_over_grpc(gateway: GatewayThread) -> None:
+    found = run_client(_GRPC_CLIENT, gateway.running.gateway.grpc_port)
+    assert found["infer"] == [[1, 0], [[0.125, 0.875], [0.75, 0.25]], "r-2"]
+    assert found["bytes"] == [2, 4]
+    assert found["error"] == ["StatusCode.NOT_FOUND", "There is no model 'nope' in service."]
+    assert found["index"] == ["cancer", "cancer", "embedder", "mixed"]
+
+
+KEY = (("x-api-key", ADMIN),)
+
+
+def mixed_request() -> oip.ModelInferRequest:
+    request = oip.ModelInferRequest(model_name="mixed", id="m")
+    age = request.inputs.add(name="age", datatype="INT64", shape=[2, 1])
+    age.contents.int64_contents.extend([3, 5])
+    city = request.inputs.add(name="city", datatype="BYTES", shape=[2, 1])
+    city.contents.bytes_contents.extend([b"Ulm", b"Bonn"])
+    return request
+
+
+def test_typed_contents_and_the_deadline(
+    stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
+) -> None:
+    request = mixed_request()
+    request.parameters["user_id"].string_param = "u9"
+    request.parameters["level"].int64_param = 3
+    answer = stub.ModelInfer(request, metadata=KEY, timeout=3)
+    assert MessageToDict(answer)["outputs"] == [{"name": "score", "datatype": "FP64", "shape": ["2"]}]
+    assert answer.model_version == "7"
+    sent = gateway.running.router.requests[-1]
+    assert sent.inputs[1].data == b"\x03\0\0\0Ulm\x04\0\0\0Bonn"
+    assert sent.unit == "u9"
+    assert sent.parameters["level"].int64_value == 3
+    assert 0 < sent.timeout_us <= 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        (lambda r: r.inputs.pop(), "INVALID_ARGUMENT", "inputs.city is missing"),
+        (lambda r: setattr(r.inputs[0], "datatype", "INT32"), "INVALID_ARGUMENT", "inputs.age has datatype"),
+        (lambda r: r.inputs[0].shape.append(2), "INVALID_ARGUMENT", "inputs.age is [2, 1, 2]"),
+        (lambda r: r.inputs[0].contents.int64_contents.append(1), "INVALID_ARGUMENT", "inputs.age has 3"),
+        (lambda r: r.raw_input_contents.append(b"1"), "INVALID_ARGUMENT", "raw_input_contents"),
+        (lambda r: r.outputs.add(name="nope"), "INVALID_ARGUMENT", "outputs.nope"),
+        (lambda r: setattr(r, "model_name", "nope"), "NOT_FOUND", "model"),
+        (lambda r: setattr(r, "model_version", "9"), "NOT_FOUND", "version"),
+    ],
+)
+def test_bad_grpc_requests(
+    stub: oip_grpc.GRPCInferenceServiceStub, change: object, status: str, words: str
+) -> None:
+    request = mixed_request()
+    assert callable(change)
+    change(request)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request, metadata=KEY, timeout=5)
+    assert raised.value.code().name == status
+    assert words in str(raised.value.details())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "status"),
+    [
+        ((), "UNAUTHENTICATED"),
+        ((("authorization", "Bearer nonsense"),), "UNAUTHENTICATED"),
+        ((("authorization", f"Bearer {READ_ONLY}"),), "PERMISSION_DENIED"),
+        ((("authorization", f"Bearer {OTHER_MODEL}"),), "PERMISSION_DENIED"),
+    ],
+)
+def test_grpc_callers(
+    stub: oip_grpc.GRPCInferenceServiceStub, metadata: tuple[tuple[str, str], ...], status: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(mixed_request(), metadata=metadata, timeout=5)
+    assert raised.value.code().name == status
+
+
+def test_grpc_limits_and_router_errors(
+    stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
+) -> None:
+    limited = (("x-api-key", SLOW),)
+    stub.ServerMetadata(oip.ServerMetadataRequest(), metadata=limited, timeout=5)  # free of the limit
+    with suppress(grpc.RpcError):  # the other way's run may have used it up
+        stub.ModelInfer(mixed_request(), metadata=limited, timeout=5)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(mixed_request(), metadata=limited, timeout=5)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    gateway.running.router.answer = failing(Code.CODE_UNAVAILABLE, "No worker has it.", retry_after_ms=250)
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(mixed_request(), metadata=KEY, timeout=5)
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert ("grpc-retry-pushback-ms", "250") in [tuple(pair) for pair in raised.value.trailing_metadata()]
+    gateway.running.router.answer = lambda _request: None
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(mixed_request(), metadata=KEY, timeout=0.2)
+    assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_health_and_reflection(gateway: GatewayThread) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{gateway.running.gateway.grpc_port}") as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        asked = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
+        assert health.Check(asked, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        names = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
+        )
+        listed = [service.name for service in next(iter(names)).list_services_response.service]
+        assert "inference.GRPCInferenceService" in listed

@@ -1,0 +1,203 @@
+"""Keys, their buckets, and the control topics behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from headrace.v1.control_pb2 import ApiKey, ServingConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.bus import MemoryBus, Record
+from services.common.clock import ManualClock
+from services.common.errors import NotFound, PermissionDenied, ResourceExhausted, Unauthenticated
+from services.common.topics import DEPLOYMENTS, KEYS
+from services.gateway.catalogue import Catalogue
+from services.gateway.followed import followed
+from services.gateway.keys import Key, KeyRing, Scope
+from services.gateway.limiter import Bucket
+from services.gateway.snapshot import load_snapshot, save_snapshot
+from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def ring(clock: ManualClock) -> KeyRing:
+    return KeyRing(clock)
+
+
+def put(ring: KeyRing, key: ApiKey) -> None:
+    ring.apply(key.key_id.encode(), key.SerializeToString())
+
+
+def caller(ring: KeyRing, text: str = PREDICT_ONLY) -> Key:
+    return ring.authenticate(b"Bearer " + text.encode(), None)
+
+
+def test_a_key_opens_by_either_header(ring: KeyRing) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"]))
+    for _ in range(2):
+        assert caller(ring).key_id == "predictpredi"
+        assert ring.authenticate(b"bEARER  " + PREDICT_ONLY.encode(), None).key_id == "predictpredi"
+        assert ring.authenticate(None, PREDICT_ONLY.encode()).key_id == "predictpredi"
+    # What was remembered as X-API-Key must not pass as a bare Authorization header.
+    with pytest.raises(Unauthenticated):
+        ring.authenticate(PREDICT_ONLY.encode(), None)
+
+
+def test_revocation_removal_and_expiry_shut_out_at_once(ring: KeyRing, clock: ManualClock) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"]))
+    caller(ring)
+    put(ring, api_key(PREDICT_ONLY, ["predict"], revoked=True, revision=2))
+    with pytest.raises(Unauthenticated):
+        caller(ring)
+    put(ring, api_key(PREDICT_ONLY, ["predict"], revision=3, expires_at_us=clock.unix_us() + 1_000_000))
+    caller(ring)
+    clock.advance(1)
+    with pytest.raises(Unauthenticated, match="expired"):
+        caller(ring)
+    put(ring, api_key(ADMIN, ["admin"]))
+    caller(ring, ADMIN)
+    ring.apply(b"adminadminad", None)
+    with pytest.raises(Unauthenticated):
+        caller(ring, ADMIN)
+
+
+def test_a_revoked_key_is_not_revived_by_an_older_record(ring: KeyRing) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"], revision=5))
+    put(ring, api_key(PREDICT_ONLY, ["predict"], revision=6, revoked=True))
+    put(ring, api_key(PREDICT_ONLY, ["predict"], revision=5))
+    with pytest.raises(Unauthenticated):
+        caller(ring)
+
+
+def test_scopes_and_models(ring: KeyRing) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"], models=["digits"]))
+    put(ring, api_key(ADMIN, ["admin"]))
+    key = caller(ring)
+    key.require(Scope.PREDICT)
+    with pytest.raises(PermissionDenied):
+        key.require(Scope.READ)
+    key.require_model("digits")
+    with pytest.raises(PermissionDenied):
+        key.require_model("cancer")
+    for scope in Scope:
+        caller(ring, ADMIN).require(scope)
+
+
+def test_a_new_limit_takes_effect_and_the_same_limit_keeps_its_count(ring: KeyRing) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"], rate_per_second=1.0, burst=1))
+    bucket = caller(ring).bucket
+    put(ring, api_key(PREDICT_ONLY, ["predict"], rate_per_second=1.0, burst=1, revision=2))
+    assert caller(ring).bucket is bucket
+    put(ring, api_key(PREDICT_ONLY, ["predict"], rate_per_second=2.0, burst=1, revision=3))
+    assert caller(ring).bucket is not bucket
+    put(ring, api_key(PREDICT_ONLY, ["predict"], revision=4))
+    assert caller(ring).bucket is None
+
+
+def test_a_bucket_gives_its_burst_then_its_rate() -> None:
+    bucket = Bucket("k", 10.0, 3)
+    for _ in range(3):
+        bucket.admit(100.0)
+    with pytest.raises(ResourceExhausted) as raised:
+        bucket.admit(100.0)
+    assert raised.value.retry_after_ms == 100
+    bucket.admit(100.11)
+    assert bucket.report() == 4
+    assert bucket.report() == 0
+
+
+@given(rate=st.floats(0.5, 1000), burst=st.integers(0, 50), steps=st.lists(st.floats(0, 0.5), max_size=200))
+def test_no_sequence_gets_more_than_burst_and_rate_allow(rate: float, burst: int, steps: list[float]) -> None:
+    bucket, now, admitted = Bucket("k", rate, burst), 1000.0, 0
+    began = now
+    for step in steps:
+        now += step
+        with suppress(ResourceExhausted):
+            bucket.admit(now)
+            admitted += 1
+    assert admitted <= bucket.burst + (now - began) * rate + 1e-6
+    assert bucket.report() == admitted
+
+
+def test_a_grant_counts_what_was_spent_meanwhile() -> None:
+    bucket = Bucket("k", 100.0, 10)
+    bucket.admit(1.0)
+    assert bucket.report() == 1
+    bucket.admit(1.0)  # after the report was sent
+    bucket.granted(4.0, 2, 1.0)
+    bucket.admit(1.0)
+    with pytest.raises(ResourceExhausted):
+        bucket.admit(1.0)
+    bucket.admit(1.02)  # half of 100 a second: two sharers
+
+
+def test_the_catalogue_follows_revisions() -> None:
+    catalogue, cancer = Catalogue(), configs()[0]
+    catalogue.apply(b"cancer", cancer.SerializeToString())
+    model = catalogue.model("cancer")
+    assert model.default.name == "1"
+    assert model.version("challenger").name == "2"
+    with pytest.raises(NotFound) as raised:
+        model.version("9")
+    assert raised.value.field == "version"
+    older = ServingConfig(model="cancer", revision=2)
+    catalogue.apply(b"cancer", older.SerializeToString())
+    assert catalogue.model("cancer") is model
+    with pytest.raises(ValueError, match="no version"):
+        catalogue.apply(b"cancer", ServingConfig(model="cancer", revision=9).SerializeToString())
+    assert catalogue.model("cancer") is model
+    catalogue.apply(b"cancer", None)
+    with pytest.raises(NotFound):
+        catalogue.model("cancer")
+
+
+@given(st.dictionaries(st.binary(max_size=20), st.binary(max_size=50)))
+def test_a_snapshot_gives_back_what_was_saved(
+    tmp_path_factory: pytest.TempPathFactory, records: dict[bytes, bytes]
+) -> None:
+    path = tmp_path_factory.mktemp("snapshot") / "a" / "t.table"
+    save_snapshot(path, records)
+    assert load_snapshot(path) == records
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if records else content[:-2])
+    assert load_snapshot(path) == {}
+
+
+async def test_what_was_followed_is_served_without_the_bus(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    key = api_key(PREDICT_ONLY, ["predict"])
+    await bus.publish(
+        [
+            Record(KEYS.name, key.key_id.encode(), key.SerializeToString()),
+            Record(KEYS.name, b"broken", b"\xff"),
+            Record(KEYS.name, b"gone", key.SerializeToString()),
+            Record(KEYS.name, b"gone", None),
+        ]
+    )
+    ring = KeyRing(ManualClock())
+    async with followed(bus, KEYS, ring.apply, tmp_path / "keys.table") as table:
+        await table.ready(5)
+        caller(ring)
+    later = KeyRing(ManualClock())
+    async with followed(MemoryBus(), KEYS, later.apply, tmp_path / "keys.table"):
+        assert caller(later).key_id == "predictpredi"
+        assert len(later) == 1
+
+
+async def test_a_snapshot_of_nonsense_is_ignored(tmp_path: Path) -> None:
+    save_snapshot(tmp_path / "d.table", {b"cancer": b"\xff\xff"})
+    catalogue = Catalogue()
+    async with followed(MemoryBus(), DEPLOYMENTS, catalogue.apply, tmp_path / "d.table"):
+        await asyncio.sleep(0)
+    assert len(catalogue) == 0
