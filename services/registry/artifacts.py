@@ -42,7 +42,7 @@ class StoredVersion:
 
 
 class Artifacts:
-    """Reads what an upload is and puts it into the store. One is parsed at a time, which bounds memory."""
+    """Reads what an upload is and puts it into the store. One is read at a time."""
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""What an ONNX file says of itself: inputs, outputs, task, classes. Weights are parsed over, never loaded.
+"""What an ONNX file says of itself: inputs, outputs, task, classes. Weights are stepped over, never loaded.
 
 Keys understood in the file's `metadata_props`:
 
@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from headrace.v1.tensor_pb2 import DataType, Signature, Task, TensorSpec
 
 from services.common.errors import InvalidArgument
+from services.registry.onnx_skeleton import skeleton
 
 #: The one file that every version has.
 MODEL_FILE = "model.onnx"
@@ -62,13 +63,13 @@ class OnnxFile:
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Parse the ONNX file at `path`. Blocking; takes a small multiple of the file in memory meanwhile.
+    """Parse the ONNX file at `path`. Blocking.
 
     Raises InvalidArgument, field `files`, where it is no usable ONNX model: not protobuf, cut short, without
     a graph or outputs, with a tensor that cannot be served.
     """
     try:
-        return _read(onnx.load(str(path), load_external_data=False))
+        return _read(onnx.load_model_from_string(skeleton(path)))
     except (DecodeError, ValueError) as error:  # ValueError also for a name that is not UTF-8
         raise _unusable(f"{MODEL_FILE} is not an ONNX model, or it is cut short or corrupt") from error
 
@@ -83,7 +84,7 @@ def _read(model: onnx.ModelProto) -> OnnxFile:
     )
     signature.batched = _batched(signature, inputs)
     _infer_task(signature, model)
-    _apply_metadata(signature, {prop.key: prop.value for prop in model.metadata_props})
+    _apply_metadata(signature, {_text(prop.key): _text(prop.value) for prop in model.metadata_props})
     return OnnxFile(signature, frozenset(_external_data(model)))
 
 
@@ -227,9 +228,16 @@ def _names(properties: dict[str, str], key: str) -> list[str]:
     return names
 
 
+def _text(value: object) -> str:
+    """`value` as text: protobuf hands out bytes where a text is not UTF-8. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError("a text is not UTF-8")  # noqa: TRY004 - wrong in the file, not in the code
+    return value
+
+
 def _external_data(model: onnx.ModelProto) -> Iterator[str]:
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             for entry in tensor.external_data:
                 if entry.key == "location":
-                    yield entry.value
+                    yield _text(entry.value)
