@@ -162,7 +162,9 @@ class EventLog:
             await asyncio.sleep(min(seconds, 0.1))
             return
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._closing.wait(), seconds)
+            # Not wait_for: before Python 3.12 it can lose the cancellation by a close at its deadline.
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
 
     async def _publish_some(self) -> None:
         """Publish the oldest events, then move the cursor: a crash in between repeats, never loses them."""
