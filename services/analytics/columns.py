@@ -14,7 +14,7 @@ from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 from numpy.typing import NDArray
 
 from services.common.errors import InvalidArgument
-from services.common.tensors import to_array
+from services.common.tensors import NUMPY_TYPES, decode_bytes
 
 #: Columns that every segment has; `input:<name>` and `output:<name>` follow where payloads are logged.
 CORE = pa.schema(
@@ -117,41 +117,75 @@ def to_table(batches: Sequence[PredictionBatch], prediction_output: str = "") ->
     numbers["origin"] = np.maximum(numbers["origin"], 1)  # unspecified is online
     for column, values in numbers.items():
         columns[column] = pa.array(values, CORE.field(column).type)
-    answered = _Answered(counts, numbers["code"] == Code.CODE_OK, numbers["rows"].astype(np.int64))
-    columns["predicted"], columns["predicted_text"] = _predictions(batches, answered, prediction_output)
-    payload = {
-        **_payload("input", [batch.inputs for batch in batches], answered),
-        **_payload("output", [batch.outputs for batch in batches], answered),
-    }
+    answered = _Answered.of(counts, numbers["code"] == Code.CODE_OK, numbers["rows"].astype(np.int64))
+    inputs = _payload([batch.inputs for batch in batches], answered)
+    outputs = _payload([batch.outputs for batch in batches], answered)
+    columns["predicted"], columns["predicted_text"] = _predictions(
+        outputs.get(prediction_output) if prediction_output else next(iter(outputs.values()), None), answered
+    )
     table = pa.table([columns[name] for name in CORE.names], schema=CORE)
-    for field, values in payload.items():
-        table = table.append_column(field, values)
+    for kind, payload in (("input", inputs), ("output", outputs)):
+        for name, tensor in payload.items():
+            table = table.append_column(*tensor.column(f"{kind}:{name}", answered))
     return table
 
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """Which requests of each record have rows in its tensors. `ok` and `rows` are over all requests."""
+    """Which requests have rows in the tensors of their record: `ok` and `rows` over all requests, `counts`,
+    `ok_counts` and `ok_rows` over records."""
 
     counts: NDArray[np.int64]
     ok: NDArray[np.bool_]
     rows: NDArray[np.int64]
+    ok_counts: NDArray[np.int64]
+    ok_rows: NDArray[np.int64]
 
-    def of_batch(self, place: int) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """`ok` and `rows` of one record's requests."""
-        end = int(self.counts[: place + 1].sum())
-        part = slice(end - int(self.counts[place]), end)
-        return self.ok[part], self.rows[part]
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], ok: NDArray[np.bool_], rows: NDArray[np.int64]) -> _Answered:
+        starts = np.cumsum(counts) - counts
+        answered_rows = np.where(ok, rows, 0)
+        return cls(
+            counts,
+            ok,
+            answered_rows,
+            np.add.reduceat(ok.astype(np.int64), starts),
+            np.add.reduceat(answered_rows, starts),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class _Values:
-    """One tensor of one record, flat, and how many elements each of its requests has in it."""
+class _Tensors:
+    """The tensors of one name of all records, end to end. Over records: `widths` elements a row, `whole`
+    where one request owns the tensor as it is, `fits` where the tensor is one of these requests."""
 
     flat: pa.Array
-    lengths: NDArray[np.int64]
-    row_shape: tuple[int, ...]
     datatype: int
+    row_shape: tuple[int, ...]
+    widths: NDArray[np.int64]
+    whole: NDArray[np.bool_]
+    fits: NDArray[np.bool_]
+
+    def rows(self, answered: _Answered) -> NDArray[np.int64]:
+        """How many rows each request has in it."""
+        whole = np.repeat(self.whole, answered.counts)
+        rows = np.where(whole, answered.ok.astype(np.int64), answered.rows)
+        return np.where(np.repeat(self.fits, answered.counts), rows, 0)
+
+    def here(self, answered: _Answered) -> NDArray[np.bool_]:
+        """Which requests have elements in it."""
+        return answered.ok & np.repeat(self.fits, answered.counts)
+
+    def column(self, name: str, answered: _Answered) -> tuple[pa.Field, pa.Array]:
+        """Each request's elements, row-major; null where it has none. The metadata say datatype and shape of
+        a row."""
+        lengths = self.rows(answered) * np.repeat(self.widths, answered.counts)
+        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int64())
+        values = pa.LargeListArray.from_arrays(offsets, self.flat, mask=pa.array(~self.here(answered)))
+        shape = ",".join(str(size) for size in self.row_shape)
+        return pa.field(
+            name, values.type, metadata={"datatype": str(self.datatype), "row_shape": shape}
+        ), values
 
 
 def _binary(data: bytes) -> pa.Array:
@@ -184,111 +218,90 @@ def _variants(batches: Sequence[PredictionBatch], counts: NDArray[np.int64]) -> 
     return pa.DictionaryArray.from_arrays(indices, pa.array(list(known), pa.string()))
 
 
-def _values(tensor: Tensor, ok: NDArray[np.bool_], rows: NDArray[np.int64]) -> _Values | None:
-    """None where the tensor is not one of these requests."""
-    shape = tuple(tensor.shape)
-    lengths = np.where(ok, rows, 0)
-    if shape and shape[0] == lengths.sum():
-        row_shape = shape[1:]
-        lengths = lengths * prod(row_shape)
-    elif ok.sum() == 1:  # a model without a batch dimension answers one request a run
-        row_shape = shape
-        lengths = np.where(ok, prod(shape), 0)
-    else:
-        return None
-    try:
-        array = to_array(tensor.data, tensor.datatype, shape).ravel()
-    except InvalidArgument:
-        return None
-    if tensor.datatype == DataType.DATA_TYPE_BYTES:
-        flat = pa.array(array.tolist(), pa.binary())
-    elif tensor.datatype == DataType.DATA_TYPE_BF16:
-        flat = pa.array((array.astype(np.uint32) << 16).view(np.float32))
-    elif tensor.datatype == DataType.DATA_TYPE_FP16:
-        flat = pa.array(array.astype(np.float32))
-    else:
-        flat = pa.array(array)
-    return _Values(flat, lengths, row_shape, tensor.datatype)
+def _payload(tensors_of: Sequence[Sequence[Tensor]], answered: _Answered) -> dict[str, _Tensors]:
+    """The tensors by name, in the order in which the first record that has them names them."""
+    by_name: dict[str, list[Tensor | None]] = {}
+    for place, tensors in enumerate(tensors_of):
+        for tensor in tensors:
+            found = by_name.setdefault(tensor.name, [None] * len(tensors_of))
+            found[place] = tensor
+    joined = {name: _join(tensors, answered) for name, tensors in by_name.items()}
+    return {name: tensors for name, tensors in joined.items() if tensors is not None}
 
 
-def _payload(
-    kind: str, tensors_of: Sequence[Sequence[Tensor]], answered: _Answered
-) -> dict[pa.Field, pa.Array]:
-    """A list column per tensor: each request's elements, row-major; null where it has none. The field's
-    metadata say datatype and shape of a row."""
-    found: dict[pa.Field, pa.Array] = {}
-    names = list(dict.fromkeys(tensor.name for tensors in tensors_of for tensor in tensors))
-    for name in names:
-        parts: list[_Values | None] = []
-        for place, tensors in enumerate(tensors_of):
-            tensor = next((one for one in tensors if one.name == name), None)
-            parts.append(None if tensor is None else _values(tensor, *answered.of_batch(place)))
-        present = [part for part in parts if part is not None]
-        if not present:
+def _join(tensors: Sequence[Tensor | None], answered: _Answered) -> _Tensors | None:
+    """None where no tensor is one of its requests."""
+    widths = np.zeros(len(tensors), dtype=np.int64)
+    whole, fits = np.zeros(len(tensors), dtype=bool), np.zeros(len(tensors), dtype=bool)
+    datatype, data, shapes = 0, [], set()
+    ok_rows, ok_counts = answered.ok_rows.tolist(), answered.ok_counts.tolist()
+    for place, tensor in enumerate(tensors):
+        if tensor is None or datatype not in (0, tensor.datatype):
             continue
-        column = _lists(parts, present, answered)
-        shape = ",".join(str(size) for size in present[0].row_shape)
-        details = {"datatype": str(present[0].datatype), "row_shape": shape}
-        found[pa.field(f"{kind}:{name}", column.type, metadata=details)] = column
-    return found
+        shape = tuple(tensor.shape)
+        batched = bool(shape) and shape[0] == ok_rows[place]
+        # A model without a batch dimension answers one request a run, which owns the tensor as it is.
+        if not batched and ok_counts[place] != 1:
+            continue
+        row_shape = shape[1:] if batched else shape
+        if not _fills(tensor, prod(shape)):
+            continue
+        datatype = tensor.datatype
+        widths[place], whole[place], fits[place] = prod(row_shape), not batched, True
+        data.append(tensor.data)
+        shapes.add(row_shape)
+    if not data:
+        return None
+    row_shape = shapes.pop() if len(shapes) == 1 else ()
+    return _Tensors(_flat(b"".join(data), datatype), datatype, row_shape, widths, whole, fits)
 
 
-def _lists(parts: Sequence[_Values | None], present: Sequence[_Values], answered: _Answered) -> pa.Array:
-    lengths = np.concatenate(
-        [
-            np.zeros(int(n), dtype=np.int64) if part is None else part.lengths
-            for part, n in zip(parts, answered.counts, strict=True)
-        ]
-    )
-    here = np.concatenate(
-        [np.full(int(n), part is not None) for part, n in zip(parts, answered.counts, strict=True)]
-    )
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    flat = pa.concat_arrays([part.flat for part in present])
-    mask = pa.array(~(here & answered.ok))
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), flat, mask=mask)
+def _fills(tensor: Tensor, elements: int) -> bool:
+    if tensor.datatype in NUMPY_TYPES:
+        return len(tensor.data) == elements * NUMPY_TYPES[tensor.datatype].itemsize
+    try:
+        return len(decode_bytes(tensor.data)) == elements
+    except InvalidArgument:
+        return False
 
 
-def _predictions(
-    batches: Sequence[PredictionBatch], answered: _Answered, output: str
-) -> tuple[pa.Array, pa.Array]:
+def _flat(data: bytes, datatype: int) -> pa.Array:
+    if datatype == DataType.DATA_TYPE_BYTES:
+        return pa.array(decode_bytes(data), pa.binary())
+    array = np.frombuffer(data, NUMPY_TYPES[datatype])
+    if datatype == DataType.DATA_TYPE_BF16:
+        return pa.array((array.astype(np.uint32) << 16).view(np.float32))
+    if datatype == DataType.DATA_TYPE_FP16:
+        return pa.array(array.astype(np.float32))
+    return pa.array(array)
+
+
+def _predictions(tensors: _Tensors | None, answered: _Answered) -> tuple[pa.Array, pa.Array]:
     """The answer per row of each request, as numbers and as texts; null where there is none.
 
     One value a row is the answer; several are scores of classes, whose best is.
     """
-    numbers: list[NDArray[np.float64]] = []
-    texts: list[str] = []
-    number_lengths, text_lengths = np.zeros(answered.ok.size, np.int64), np.zeros(answered.ok.size, np.int64)
-    has_number, has_text = np.zeros(answered.ok.size, bool), np.zeros(answered.ok.size, bool)
-    start = 0
-    for place, batch in enumerate(batches):
-        ok, rows = answered.of_batch(place)
-        part = slice(start, start + ok.size)
-        start += ok.size
-        tensor = next((one for one in batch.outputs if one.name == output), None)
-        if tensor is None and batch.outputs and not output:
-            tensor = batch.outputs[0]
-        values = None if tensor is None else _values(tensor, ok, rows)
-        answer_rows = np.where(ok, rows, 0)
-        count = int(answer_rows.sum())
-        if values is None or not count or len(values.flat) % count:
-            continue
-        width = len(values.flat) // count
-        if values.datatype == DataType.DATA_TYPE_BYTES:
+    nothing = np.zeros(answered.ok.size, dtype=np.int64)
+    numbers, texts = pa.array([], pa.float64()), pa.array([], pa.string())
+    number_rows = text_rows = None
+    if tensors is not None and np.unique(tensors.widths[tensors.fits]).size == 1:
+        width = int(tensors.widths[tensors.fits][0])
+        rows = tensors.rows(answered)
+        if tensors.datatype == DataType.DATA_TYPE_BYTES:
             if width == 1:
-                texts += [one.decode("utf-8", "replace") for one in values.flat.to_pylist()]
-                text_lengths[part], has_text[part] = answer_rows, ok
+                words = [one.decode("utf-8", "replace") for one in tensors.flat.to_pylist()]
+                texts, text_rows = pa.array(words, pa.string()), rows
         elif 1 <= width <= _MAX_CLASSES:
-            table = values.flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(count, width)
-            numbers.append(table[:, 0] if width == 1 else np.argmax(table, axis=1).astype(np.float64))
-            number_lengths[part], has_number[part] = answer_rows, ok
-    flat = np.concatenate(numbers) if numbers else np.zeros(0)
+            table = tensors.flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+            best = table[:, 0] if width == 1 else np.argmax(table, axis=1)
+            numbers, number_rows = pa.array(best.astype(np.float64)), rows
+    here = np.zeros(answered.ok.size, dtype=bool) if tensors is None else tensors.here(answered)
     return (
-        _small_lists(pa.array(flat, pa.float64()), number_lengths, has_number),
-        _small_lists(pa.array(texts, pa.string()), text_lengths, has_text),
+        _lists(numbers, nothing if number_rows is None else number_rows, here & (number_rows is not None)),
+        _lists(texts, nothing if text_rows is None else text_rows, here & (text_rows is not None)),
     )
 
 
-def _small_lists(flat: pa.Array, lengths: NDArray[np.int64], here: NDArray[np.bool_]) -> pa.Array:
+def _lists(flat: pa.Array, lengths: NDArray[np.int64], here: NDArray[np.bool_]) -> pa.Array:
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, mask=pa.array(~here))

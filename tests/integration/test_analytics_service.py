@@ -1,0 +1,360 @@
+"""The analytics service on a real PostgreSQL and a real broker: every request counted once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+import numpy as np
+import pytest
+from headrace.v1.control_pb2 import ServedVersion, ServingConfig
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code, Signature
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext, TraceFlags
+from prometheus_client import CollectorRegistry
+
+from deploy.embedded.tansu import TansuServer
+from services import analytics
+from services.analytics import queries
+from services.analytics.app import analytics_app
+from services.analytics.consumers import Consumers
+from services.analytics.flushing import Flusher, SegmentWriter, Sizes
+from services.analytics.metrics import Metrics
+from services.analytics.reading import Reader
+from services.analytics.segments import SegmentFiles
+from services.analytics.settings import Settings
+from services.analytics.signatures import Signatures
+from services.common.bus.admin import ensure_topics
+from services.common.bus.admin import lag as broker_lag
+from services.common.bus.kafka import KafkaBus
+from services.common.bus.port import Record
+from services.common.clock import SystemClock
+from services.common.db import engine, migrate
+from services.common.errors import NotFound, Unavailable
+from services.common.ids import id_text
+from services.common.objects import ArtifactStore
+from services.common.telemetry import Tracing, kafka_headers
+from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, all_topics, dead_letters
+from tests.fixtures.prediction_log import outcome, outcome_batch, prediction_batch, request_id
+
+TOKEN = "a-token-for-tests-only"
+HEADERS = {"authorization": f"Bearer {TOKEN}"}
+#: Everything waits in the inbox.
+LAZY: dict[str, Any] = {}
+#: Everything becomes Parquet as soon as it can, and is joined soon.
+EAGER: dict[str, Any] = {
+    "analytics_direct_rows": 100,
+    "analytics_flush_rows": 1,
+    "analytics_flush_after_s": 0.001,
+    "analytics_join_segments": 2,
+}
+
+
+@asynccontextmanager
+async def running(
+    database_url: str, bootstrap: str, folder: Path, **sizes: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    cfg = Settings(
+        kafka_bootstrap_servers=bootstrap,
+        internal_token=TOKEN,
+        database_url=database_url,
+        artifact_store_url=f"file://{folder}/store",
+        state_dir=folder / "state",
+        http_port=0,
+        **sizes,
+    )
+    async with analytics_app(cfg, SystemClock()) as service:
+        base = f"http://127.0.0.1:{service.port}"
+        async with httpx.AsyncClient(base_url=base, headers=HEADERS, timeout=20) as client:
+            yield client
+
+
+async def until(
+    client: httpx.AsyncClient, path: str, condition: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Ask again until `condition` holds; the last answer is shown when it never does."""
+    body: dict[str, Any] = {}
+    for _ in range(200):
+        answer = await client.get(path)
+        body = answer.json()
+        if answer.status_code == 200 and condition(body):
+            return body
+        await asyncio.sleep(0.1)
+    raise AssertionError(body)
+
+
+async def caught_up(bootstrap: str) -> None:
+    """Until the group has read everything there is."""
+    for _ in range(200):
+        lags = [await broker_lag(bootstrap, topic, "analytics") for topic in (PREDICTIONS, OUTCOMES)]
+        if not any(lags):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(lags)
+
+
+def records(batches: Sequence[PredictionBatch]) -> list[Record]:
+    return [
+        Record(PREDICTIONS.name, f"{batch.model}/{batch.version}".encode(), batch.SerializeToString())
+        for batch in batches
+    ]
+
+
+def traffic() -> list[PredictionBatch]:
+    """1,000 requests of two versions, 90/10; request 7 was tried twice, request 11 was lost on its way and
+    answered by the router, 20 more were shadows."""
+    batches = []
+    for start in range(0, 1000, 25):
+        numbers = range(start, start + 25)
+        version = "2" if start % 250 == 0 else "1"
+        share = 0.1 if version == "2" else 0.9
+        batches.append(prediction_batch(numbers, version=version, propensities=share))
+    batches.append(prediction_batch([7], version="2", attempts=1, source="worker-2", propensities=0.1))
+    router = {"writer": PredictionBatch.WRITER_ROUTER, "source": "router", "payload": False}
+    batches.append(prediction_batch([11], version="2", codes=Code.CODE_DEADLINE_EXCEEDED, **router))
+    batches.append(prediction_batch(range(20), version="3", origins=2))
+    return batches
+
+
+async def publish_all(bus: KafkaBus) -> None:
+    batches = traffic()
+    rng = np.random.default_rng(1)
+    again = [batches[place] for place in rng.integers(0, len(batches), 30)]
+    await bus.publish(records([*batches[::-1], *again]))
+    broken = Record(PREDICTIONS.name, b"cancer/1", b"\xff\xff")
+    await bus.publish([broken, *records(batches[:5])])
+
+
+async def publish_outcomes(bus: KafkaBus) -> None:
+    """True labels for all, each sent twice; request 30 is corrected later; revenue for some."""
+    labels = [outcome(number, str(number % 2) if number % 3 else float(number % 2)) for number in range(1000)]
+    late = outcome(30, 1.0, event="a correction", observed_at_us=1_760_000_000_000_000)
+    revenue = [outcome(number, 2.5 + number % 4, metric="revenue") for number in range(500)]
+    sent = [
+        outcome_batch(*labels),
+        outcome_batch(late),
+        outcome_batch(*labels[::-1]),
+        outcome_batch(*revenue),
+    ]
+    await bus.publish([Record(OUTCOMES.name, bytes(16), batch.SerializeToString()) for batch in sent])
+
+
+def check_counts(body: dict[str, Any]) -> None:
+    versions = {row["version"]: row for row in body["versions"]}
+    assert body["requests"] == 1000
+    assert body["other_origins"] == {"shadow": 20}
+    # Each version lost none; request 0 is 2's, 7 went over to 2 within its 25, 11 is an error of 2.
+    assert {name: row["requests"] for name, row in versions.items()} == {"1": 900, "2": 100}
+    assert versions["2"]["errors_by_code"] == {"DEADLINE_EXCEEDED": 1}
+    assert versions["1"]["errors"] == 0
+    assert versions["1"]["latency_ms"]["p50"] == 2.0
+    low, high = versions["2"]["error_rate_interval"]
+    assert low < versions["2"]["error_rate"] == 0.01 < high
+
+
+async def test_a_thousand_requests_count_a_thousand_whatever_is_redelivered(
+    database_url: str, new_tansu: Callable[[], TansuServer], tmp_path: Path
+) -> None:
+    bootstrap = new_tansu().url
+    await ensure_topics(bootstrap, all_topics())
+    signature = Signature(prediction_output="label", classes=["benign", "malignant"])
+    config = ServingConfig(model="cancer", versions=[ServedVersion(version="1", signature=signature)])
+    async with KafkaBus(bootstrap, "test") as bus:
+        await bus.publish([Record(DEPLOYMENTS.name, b"cancer", config.SerializeToString())])
+        async with running(database_url, bootstrap, tmp_path, **LAZY) as client:
+            await publish_all(bus)
+            await publish_outcomes(bus)
+            await caught_up(bootstrap)
+            body = await until(client, "/v1/analytics/models/cancer", lambda body: body["requests"] >= 1000)
+            check_counts(body)
+            version = body["versions"][0]
+            assert version["outcomes"]["accuracy"]["n"] == 900
+            assert version["outcomes"]["accuracy"]["mean"] == 899 / 900
+            assert version["outcomes"]["revenue"]["n"] == 450
+        # A new process finds everything and turns it into Parquet, joining the small objects.
+        async with running(database_url, bootstrap, tmp_path, **EAGER) as client:
+            await publish_all(bus)
+            await caught_up(bootstrap)
+            await inbox_empty(database_url)
+            check_counts((await client.get("/v1/analytics/models/cancer")).json())
+            await check_prediction(client)
+            await check_comparison(client)
+            recent = (await client.get("/v1/analytics/query", params={"model": "cancer", "limit": 5})).json()
+            assert len(recent["predictions"]) == 5
+        assert await broker_lag(bootstrap, dead_letters(PREDICTIONS, "analytics"), "test") == 2
+    assert list((tmp_path / "store" / "predictions" / "cancer").rglob("*.parquet"))
+
+
+async def inbox_empty(database_url: str) -> None:
+    connection = await asyncpg.connect(database_url)
+    try:
+        for _ in range(100):
+            waiting = await connection.fetchval("SELECT count(*) FROM analytics.inbox")
+            crowds = await connection.fetchval(
+                "SELECT count(*) FROM (SELECT 1 FROM analytics.segments WHERE dropped_at IS NULL "
+                "GROUP BY model, version, layout HAVING count(*) > 1) AS crowds"
+            )
+            if not waiting and not crowds:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError((waiting, crowds))
+    finally:
+        await connection.close()
+
+
+async def check_prediction(client: httpx.AsyncClient) -> None:
+    retried = (await client.get(f"/v1/analytics/predictions/{id_text(request_id(7))}")).json()
+    assert (retried["version"], retried["attempt"], retried["code"]) == ("2", 1, "OK")
+    assert [row["attempt"] for row in retried["attempts"]] == [1, 0, 0]
+    assert retried["attempts"][2]["origin"] == "shadow"
+    assert retried["artifact_digest"].startswith("sha256:")
+    assert retried["outputs"]["label"] == {"datatype": "INT64", "row_shape": [], "data": [1]}
+    assert {one["metric"] for one in retried["outcomes"]} == {"label", "revenue"}
+    missing = await client.get(f"/v1/analytics/predictions/{id_text(request_id(5000))}")
+    assert missing.status_code == 404
+    assert missing.json()["field"] == "request_id"
+    assert (await client.get("/v1/analytics/predictions/xyz")).status_code == 422
+
+
+async def check_comparison(client: httpx.AsyncClient) -> None:
+    path = "/v1/analytics/models/cancer/compare"
+    errors = (await client.get(path, params={"a": "1", "b": "2"})).json()
+    assert errors["method"].startswith("two-proportion z-test")
+    assert (errors["a"]["units"], errors["b"]["units"]) == (900, 100)
+    assert errors["absolute"]["estimate"] == 0.01
+    assert errors["sample_ratio"]["p_value"] > 0.5
+    revenue = (await client.get(path, params={"a": "1", "b": "2", "metric": "revenue"})).json()
+    assert revenue["method"] == "Welch's t-test"
+    assert revenue["a"]["observations"] == 450
+    accuracy = (await client.get(path, params={"a": "1", "b": "2", "metric": "accuracy"})).json()
+    assert accuracy["a"]["mean"] == 899 / 900
+    for params, status, field in (
+        ({"a": "1", "b": "9"}, 404, "b"),
+        ({"a": "1", "b": "2", "metric": "mood"}, 404, "metric"),
+        ({"a": "1", "b": "1"}, 422, "b"),
+        ({"a": "1"}, 422, "query.b"),
+        ({"a": "1", "b": "2", "since": "2026-01-01T00:00:00"}, 422, "since"),
+    ):
+        answer = await client.get(path, params=params)
+        assert (answer.status_code, answer.json()["field"]) == (status, field), answer.text
+    assert (await client.get("/v1/analytics/models/unknown")).status_code == 404
+    assert (await client.get(path, headers={"authorization": "Bearer wrong"})).status_code == 401
+    assert (await client.get("/health/ready")).json()["ready"]
+    metrics = (await client.get("/metrics")).text
+    assert 'headrace_analytics_repeated_records_total{topic="predictions"}' in metrics
+
+
+@asynccontextmanager
+async def wired(
+    database_url: str, folder: Path, direct_rows: int = 1
+) -> AsyncIterator[tuple[Consumers, Reader, Flusher, ArtifactStore, InMemorySpanExporter]]:
+    """The parts behind the broker, on a real database."""
+    await migrate(database_url, "analytics", Path(analytics.__path__[0]) / "migrations")
+    database, store = engine(database_url, "analytics"), ArtifactStore(f"file://{folder}/store")
+    metrics, signatures, clock = Metrics(CollectorRegistry()), Signatures(), SystemClock()
+    spans = InMemorySpanExporter()
+    tracing = Tracing("analytics", 1.0, SimpleSpanProcessor(spans))
+    files = SegmentFiles(store, folder / "cache")
+    writer = SegmentWriter(store, signatures, clock, metrics)
+    flusher = Flusher(database, writer, files, store, Sizes(flush_rows=1, join_segments=2), clock, metrics)
+    try:
+        yield (
+            Consumers(database, writer, direct_rows, clock, tracing, metrics),
+            Reader(database, files, signatures, metrics),
+            flusher,
+            store,
+            spans,
+        )
+    finally:
+        await store.close()
+        await database.dispose()
+
+
+async def count(reader: Reader) -> int:
+    return sum(row["requests"] for row in await reader.ask("cancer", queries.summary))
+
+
+async def test_consuming_continues_the_trace_of_the_request(database_url: str, tmp_path: Path) -> None:
+    context = SpanContext(0xABC, 0xDEF, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+    value = prediction_batch([1]).SerializeToString()
+    async with wired(database_url, tmp_path) as (consumers, _, _, _, spans):
+        record = Record(PREDICTIONS.name, b"cancer/1", value, headers=kafka_headers(context))
+        await consumers.on_predictions([record])
+    (span,) = spans.get_finished_spans()
+    assert span.name == "analytics.predictions"
+    assert span.context is not None
+    assert span.context.trace_id == 0xABC
+    assert span.parent is not None
+    assert span.parent.span_id == 0xDEF
+
+
+async def test_a_store_that_fails_loses_nothing_and_counts_nothing_twice(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The object is written, then the process dies before the commit: the same records come again."""
+    sent = records([prediction_batch(range(start, start + 10)) for start in range(0, 100, 10)])
+    async with wired(database_url, tmp_path) as (consumers, reader, _, store, _):
+        put = store.put
+
+        async def put_and_die(path: str, data: bytes | Path) -> None:
+            await put(path, data)
+            raise Unavailable("the connection is gone")
+
+        monkeypatch.setattr(store, "put", put_and_die)
+        with pytest.raises(Unavailable):
+            await consumers.on_predictions(sent)
+        with pytest.raises(NotFound):
+            await count(reader)
+        monkeypatch.setattr(store, "put", put)
+        await consumers.on_predictions(sent[:7])
+        await consumers.on_predictions(sent)
+        assert await count(reader) == 100
+
+
+async def test_flushing_and_joining_keep_every_row(database_url: str, tmp_path: Path) -> None:
+    """Records with and without payload, of two layouts, some of them tried again in another object."""
+    async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, flusher, _, _):
+        for start in range(0, 100, 10):
+            batches = [
+                prediction_batch(range(start, start + 10), payload=start % 20 == 0),
+                prediction_batch([start], attempts=1, version="2", latency_us=7_000),
+            ]
+            await consumers.on_predictions(records(batches))
+            assert await flusher.flush_due() == 2
+        assert await flusher.join_small() == 3
+        assert await flusher.join_small() == 0
+        assert await flusher.flush_due() == 0
+        found = {row["version"]: row["requests"] for row in await reader.ask("cancer", queries.summary)}
+        assert found == {"1": 90, "2": 10}
+        lookup = await reader.find(request_id(20))
+        assert [(row["version"], row["attempt"]) for row in lookup.rows] == [("2", 1), ("1", 0)]
+        assert lookup.rows[1]["output:label"][0] == [0]
+
+
+async def test_two_replicas_count_together(
+    database_url: str, new_tansu: Callable[[], TansuServer], tmp_path: Path
+) -> None:
+    bootstrap = new_tansu().url
+    await ensure_topics(bootstrap, all_topics())
+    async with (
+        KafkaBus(bootstrap, "test") as bus,
+        running(database_url, bootstrap, tmp_path, **EAGER) as one,
+        running(database_url, bootstrap, tmp_path, **LAZY) as other,
+    ):
+        for start in range(0, 600, 20):
+            batch = prediction_batch(range(start, start + 20), model=f"model-{start % 7}")
+            await bus.publish(records([batch, batch]))
+        await caught_up(bootstrap)
+        for client in (one, other):
+            bodies = [
+                await until(client, f"/v1/analytics/models/model-{number}", lambda body: body["requests"] > 0)
+                for number in range(7)
+            ]
+            assert sum(body["requests"] for body in bodies) == 600
