@@ -100,7 +100,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         )
         health = Health("routing table")
         await _own(stack, endpoints.expire(), "expire workers")
-        restored = await snapshot.restore({"deployments": table.apply, "workers": endpoints.restore})
+        restored = await snapshot.restore({"deployments": table.restore, "workers": endpoints.restore})
         await _own(stack, snapshot.run(), "write the snapshot")
         workers = await stack.enter_async_context(bus.table(WORKERS, endpoints.apply))
         deployments = await stack.enter_async_context(bus.table(DEPLOYMENTS, table.apply))
@@ -147,6 +147,7 @@ async def _know(
                 table.known = True
                 health.set_ready("routing table")
                 patience_s = None
+    table.confirm()
     table.known = True
     health.set_ready("routing table")
 

@@ -102,6 +102,7 @@ class RoutingTable:
         self._on_change = on_change
         self._routes: dict[str, Route] = {}
         self._raw: dict[str, bytes] = {}
+        self._unconfirmed: set[str] = set()
         #: False until something is known of what is deployed, be it nothing.
         self.known = False
 
@@ -123,6 +124,7 @@ class RoutingTable:
         """Take one record. An older revision is ignored, and so is one that cannot be served: the model's
         last good route stays."""
         model = key.decode()
+        self._unconfirmed.discard(model)
         if value is None:
             if self._routes.pop(model, None) is not None:
                 self._raw.pop(model, None)
@@ -139,3 +141,18 @@ class RoutingTable:
         self._raw[model] = value
         log.info("route_changed", model=model, revision=config.revision)
         self._on_change()
+
+    def restore(self, key: bytes, value: bytes | None) -> None:
+        """Take one record of the snapshot."""
+        self.apply(key, value)
+        self._unconfirmed.add(key.decode())
+
+    def confirm(self) -> None:
+        """The topic was read to its end: what only the snapshot knew is deployed no more.
+
+        Unless the topic knew nothing at all: then the broker lost it, and the registry will say it again.
+        """
+        if len(self._unconfirmed) < len(self._routes):
+            for model in list(self._unconfirmed):
+                self.apply(model.encode(), None)
+        self._unconfirmed.clear()

@@ -1,0 +1,403 @@
+"""A router between a gateway and workers, all on real frames: who answers, what happens when workers die."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2_grpc import DataPlaneStub
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.bus import MemoryBus, Record
+from services.common.frames import FrameCalls, Peer
+from services.common.topics import PREDICTIONS, WORKERS
+from services.router.app import Router
+from tests.fixtures.router import (
+    TOKEN,
+    AwayBus,
+    FakeWorker,
+    beat,
+    config,
+    deploy,
+    gateway,
+    request,
+    routing,
+    sole,
+    status,
+    until,
+)
+
+READY = LoadedVersion.STATE_READY
+LOADING = LoadedVersion.STATE_LOADING
+BOTH = {("cancer", "1"): READY, ("cancer", "2"): READY}
+
+
+def soon(seconds: float = 5) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+class Platform:
+    """Bus, router, workers and one gateway."""
+
+    def __init__(self, bus: MemoryBus, router: Router, calls: FrameCalls, stack: AsyncExitStack) -> None:
+        self.bus = bus
+        self.router = router
+        self.calls = calls
+        self._stack = stack
+
+    async def worker(
+        self, name: str, versions: dict[tuple[str, str], LoadedVersion.State] = BOTH
+    ) -> FakeWorker:
+        made = FakeWorker(name)
+        await made.start()
+        self._stack.push_async_callback(made.server.close)
+        await beat(self.bus, status(name, made.address, versions))
+        await until(
+            lambda: any(e.worker_id == name and e.reachable for e in self.router.dispatcher.endpoints.all())
+        )
+        return made
+
+    async def ask(self, n: int = 0, **fields: str) -> PredictReply:
+        return await self.calls.predict(request(n, **fields), soon())
+
+    async def records(self) -> list[PredictionBatch]:
+        got: list[PredictionBatch] = []
+
+        async def take(records: list[Record] | tuple[Record, ...]) -> None:
+            got.extend(PredictionBatch.FromString(record.value or b"") for record in records)
+
+        async with self.bus.consume(PREDICTIONS, "test", take):  # type: ignore[arg-type]
+            await until(lambda: not self.router.log.pending_records)
+            await asyncio.sleep(0.1)
+        return got
+
+
+@asynccontextmanager
+async def platform(directory: Path, **settings: object) -> AsyncIterator[Platform]:
+    async with AsyncExitStack() as stack:
+        bus = MemoryBus()
+        await deploy(bus, config())
+        router = await stack.enter_async_context(routing(directory, bus, **settings))
+        await until(lambda: router.health.ready)
+        calls = await stack.enter_async_context(gateway(router))
+        yield Platform(bus, router, calls, stack)
+
+
+class TestRouting:
+    async def test_each_answer_is_its_own_and_the_split_is_sticky(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1")
+            first = await asyncio.gather(*(p.ask(n, unit=f"user-{n}") for n in range(1000)))
+            again = await asyncio.gather(*(p.ask(n, unit=f"user-{n}") for n in range(1000)))
+            assert [reply.outputs[0].data[:4] for reply in first] == [
+                n.to_bytes(4, "little") for n in range(1000)
+            ]
+            assert [reply.version for reply in first] == [reply.version for reply in again]
+            split = Counter((reply.version, reply.variant) for reply in first)
+            assert split.keys() == {("1", "control"), ("2", "2")}
+            assert 60 < split["2", "2"] < 140  # binomial(1000, 0.1): six sigma
+            seen = worker.seen[0]
+            assert seen.revision == 1
+            assert seen.unit_hash
+            assert round(seen.propensity, 3) in {0.9, 0.1}
+
+    async def test_versions_and_aliases_by_name(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            await p.worker("w1")
+            assert (await p.ask(version="2")).version == "2"
+            assert (await p.ask(version="champion")).version == "1"
+            for name in ("old", "7"):
+                reply = await p.ask(version=name)
+                assert (reply.code, reply.field) == (Code.CODE_NOT_FOUND, "version")
+            reply = await p.ask(model="unheard-of")
+            assert (reply.code, reply.field) == (Code.CODE_NOT_FOUND, "model")
+
+    async def test_an_older_revision_is_ignored_and_a_removed_model_is_gone(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            await p.worker("w1")
+            await deploy(p.bus, config(revision=5, default_timeout_ms=100))
+            await deploy(p.bus, config(revision=4, default_timeout_ms=200))
+            await until(lambda: p.router.dispatcher.table.find("cancer").revision == 5)  # type: ignore[union-attr]
+            await p.bus.publish([Record("control.deployments.v1", b"cancer", None)])
+            await until(lambda: p.router.dispatcher.table.find("cancer") is None)
+            assert (await p.ask()).code == Code.CODE_NOT_FOUND
+
+    @pytest.mark.parametrize("balancing", Balancing.values())
+    async def test_every_balancing_uses_every_worker(self, tmp_path: Path, balancing: Balancing) -> None:
+        async with platform(tmp_path) as p:
+            await deploy(p.bus, sole("digits", balancing=balancing))
+            workers = [await p.worker(f"w{n}", {("digits", "1"): READY}) for n in range(3)]
+            await until(lambda: p.router.dispatcher.table.find("digits"))
+            for start in range(0, 300, 30):
+                replies = await asyncio.gather(
+                    *(p.ask(n, model="digits", unit=f"u{n}") for n in range(start, start + 30))
+                )
+                assert {reply.code for reply in replies} == {Code.CODE_OK}
+            assert all(len(worker.seen) > 20 for worker in workers)
+
+
+class TestWorkersLeave:
+    async def test_killing_one_of_two_under_load_fails_no_request(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            first, second = await p.worker("w1"), await p.worker("w2")
+
+            def slowly(worker: FakeWorker, peer: Peer, item: PredictRequest) -> None:
+                asyncio.get_running_loop().call_later(0.005, worker.echo, peer, item)
+
+            first.behave = second.behave = slowly
+            codes: Counter[Code] = Counter()
+
+            async def user(number: int) -> None:
+                for turn in range(40):
+                    reply = await p.ask(number * 1000 + turn)
+                    codes[reply.code] += 1
+                    assert reply.outputs[0].data[:4] == (number * 1000 + turn).to_bytes(4, "little")
+
+            async with asyncio.TaskGroup() as users:
+                for number in range(64):
+                    users.create_task(user(number))
+                await asyncio.sleep(0.05)
+                await first.kill()
+            assert codes == {Code.CODE_OK: 64 * 40}
+            assert any(item.attempt == 1 for item in second.seen)
+            stats = p.router.dispatcher.stats.versions["cancer", "1"]
+            assert stats.retries["lost"] > 0
+            assert p.router.dispatcher.budget.active == 0
+
+    async def test_a_draining_worker_gets_nothing_new_and_answers_what_it_has(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            first = await p.worker("w1")
+            held: list[tuple[Peer, PredictRequest]] = []
+            first.behave = lambda _, peer, item: held.append((peer, item))
+            waiting = asyncio.create_task(p.ask(1))
+            await until(lambda: held)
+            second = await p.worker("w2")
+            drain = asyncio.create_task(first.server.drain(5))
+            await until(lambda: len(p.router.dispatcher.endpoints.group(("cancer", "1")).members) == 1)
+            assert (await p.ask(2)).code == Code.CODE_OK
+            assert len(second.seen) == 1
+            first.echo(*held[0])
+            assert (await waiting).code == Code.CODE_OK
+            await drain
+
+    async def test_a_worker_that_says_it_drains_or_is_gone(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1")
+            leaving = status("w1", worker.address, BOTH, state=WorkerStatus.STATE_DRAINING, sequence=2)
+            await beat(p.bus, leaving)
+            await until(lambda: not p.router.dispatcher.endpoints.group(("cancer", "1")).members)
+            assert (await p.ask()).code == Code.CODE_UNAVAILABLE
+            await beat(p.bus, status("w1", worker.address, {}, state=WorkerStatus.STATE_GONE, sequence=3))
+            await until(lambda: not p.router.dispatcher.endpoints.all())
+
+    async def test_the_only_worker_comes_back_within_the_wait(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1")
+            held: list[PredictRequest] = []
+            worker.behave = lambda _, __, item: held.append(item)
+            waiting = asyncio.create_task(p.ask(5))
+            await until(lambda: held)
+            await worker.kill()
+            again = FakeWorker("w1")
+            await again.start(int(worker.address.rpartition(":")[2]))
+            reply = await waiting
+            assert reply.code == Code.CODE_OK
+            assert again.seen[0].attempt == 1
+            await again.server.close()
+
+
+class TestRetries:
+    async def test_a_full_worker_is_not_the_end(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            full, free = await p.worker("full"), await p.worker("free")
+            full.behave = refuse(Code.CODE_RESOURCE_EXHAUSTED)
+            replies = [await p.ask(n) for n in range(30)]
+            assert {reply.code for reply in replies} == {Code.CODE_OK}
+            assert full.seen
+            assert {item.attempt for item in free.seen} == {0, 1}
+
+    async def test_the_budget_bounds_retries_in_an_overload(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            workers = [await p.worker(f"w{n}") for n in range(3)]
+            for worker in workers:
+                worker.behave = refuse(Code.CODE_RESOURCE_EXHAUSTED)
+            replies = await asyncio.gather(*(p.ask(n) for n in range(200)))
+            assert {reply.code for reply in replies} == {Code.CODE_RESOURCE_EXHAUSTED}
+            seen = sum(len(worker.seen) for worker in workers)
+            assert 200 < seen <= 200 + 2 * 40  # 20% of 200, each at most twice more
+            assert p.router.dispatcher.budget.retrying == 0
+
+    async def test_errors_of_the_request_are_not_retried(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            workers = [await p.worker(f"w{n}") for n in range(2)]
+            for worker in workers:
+                worker.behave = refuse(Code.CODE_INVALID_ARGUMENT)
+            assert (await p.ask()).code == Code.CODE_INVALID_ARGUMENT
+            assert sum(len(worker.seen) for worker in workers) == 1
+
+
+def refuse(code: Code):  # type: ignore[no-untyped-def]
+    def behave(_: FakeWorker, peer: Peer, item: PredictRequest) -> None:
+        peer.reply(PredictReply(id=item.id, code=code, message="no"))
+
+    return behave
+
+
+class TestDeadlinesAndCancels:
+    async def test_the_rest_of_the_deadline_travels_and_ends_here(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1")
+            worker.behave = lambda *_: None
+            loop = asyncio.get_running_loop()
+            reply = await p.calls.predict(request(), loop.time() + 0.2)
+            assert reply.code == Code.CODE_DEADLINE_EXCEEDED
+            assert 0 < worker.seen[0].timeout_us <= 200_000
+            await until(lambda: not p.router.dispatcher.budget.active)
+
+    async def test_the_deployments_timeout_holds_where_the_caller_has_none(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            await deploy(p.bus, config(revision=2, default_timeout_ms=100))
+            await until(lambda: p.router.dispatcher.table.find("cancer").revision == 2)  # type: ignore[union-attr]
+            worker = await p.worker("w1")
+            worker.behave = lambda *_: None
+            assert (await p.calls.predict(request(), None)).code == Code.CODE_DEADLINE_EXCEEDED
+
+    async def test_a_cancel_reaches_the_worker(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1")
+            worker.behave = lambda *_: None
+            waiting = [asyncio.create_task(p.ask(n)) for n in range(3)]
+            await until(lambda: len(worker.seen) == 3)
+            waiting[0].cancel()
+            await until(lambda: worker.cancelled == 1)
+            await p.calls.close()
+            await until(lambda: worker.cancelled == 3)
+            assert p.router.dispatcher.budget.active == 0
+            assert [e.in_flight for e in p.router.dispatcher.endpoints.all()] == [0]
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+
+class TestNoEndpoint:
+    async def test_unavailable_at_once_where_nobody_is_coming(self, tmp_path: Path) -> None:
+        async with platform(tmp_path, endpoint_wait_s=60) as p:
+            reply = await p.ask()
+            assert reply.code == Code.CODE_UNAVAILABLE
+            assert reply.retry_after_ms
+            assert "cancer version" in reply.message
+
+    async def test_waits_for_a_version_being_loaded(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1", {("cancer", "1"): LOADING, ("cancer", "2"): LOADING})
+            waiting = asyncio.create_task(p.ask())
+            await until(lambda: len(p.router.dispatcher.waiting) == 1)
+            await beat(p.bus, status("w1", worker.address, BOTH, sequence=2))
+            assert (await waiting).code == Code.CODE_OK
+
+    async def test_not_for_long_and_not_for_a_failed_load(self, tmp_path: Path) -> None:
+        async with platform(tmp_path, endpoint_wait_s=0.1) as p:
+            loading = {("cancer", "1"): LOADING, ("cancer", "2"): LOADING}
+            worker = await p.worker("w1", loading)
+            assert (await p.ask()).code == Code.CODE_UNAVAILABLE
+            waiting = asyncio.create_task(p.ask())
+            await until(lambda: len(p.router.dispatcher.waiting) == 1)
+            failed = dict.fromkeys(loading, LoadedVersion.STATE_FAILED)
+            await beat(p.bus, status("w1", worker.address, failed, sequence=2))
+            assert (await waiting).code == Code.CODE_UNAVAILABLE
+            assert len(p.router.dispatcher.waiting) == 0
+
+    async def test_refusals_are_logged_one_record_for_a_frame(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            await asyncio.gather(*(p.ask(n, version="1", unit=f"u{n}") for n in range(50)))
+            await p.ask(model="unheard-of")
+            records = await p.records()
+            assert [(r.model, r.version, len(r.codes)) for r in records] == [("cancer", "1", 50)]
+            (record,) = records
+            assert record.writer == PredictionBatch.WRITER_ROUTER
+            assert record.source == "router-0"
+            assert set(record.codes) == {Code.CODE_UNAVAILABLE}
+            assert record.request_ids == b"".join(n.to_bytes(16, "big") for n in range(50))
+            assert list(record.variant_names) == ["control"]
+            assert len(set(record.unit_hashes)) == 50
+            assert list(record.rows) == [1] * 50
+
+
+class TestRestart:
+    async def test_serves_from_the_snapshot_while_kafka_is_away(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            worker = await p.worker("w1")
+            assert (await p.ask()).code == Code.CODE_OK
+            await until((tmp_path / "router-router-0" / "routing.json").exists)
+            away = AwayBus()
+            async with routing(tmp_path / "other", away, table_wait_s=0.1) as never:
+                await asyncio.sleep(0.3)
+                assert not never.health.ready
+            await p._stack.aclose()
+            await worker.start(int(worker.address.rpartition(":")[2]))
+            async with routing(tmp_path, away, table_wait_s=0.1) as router, gateway(router) as calls:
+                await until(lambda: router.health.ready)
+                reply = await calls.predict(request(7), soon())
+                assert reply.code == Code.CODE_OK
+            await worker.server.close()
+
+    async def test_drains_what_is_in_flight_when_it_stops(self, tmp_path: Path) -> None:
+        bus = MemoryBus()
+        await deploy(bus, config())
+        async with AsyncExitStack() as stack:
+            router = await stack.enter_async_context(routing(tmp_path, bus))
+            worker = FakeWorker("w1")
+            await worker.start()
+            await beat(bus, status("w1", worker.address, BOTH))
+            await until(lambda: router.dispatcher.endpoints.group(("cancer", "1")).members)
+            held: list[tuple[Peer, PredictRequest]] = []
+            worker.behave = lambda _, peer, item: held.append((peer, item))
+            async with gateway(router) as calls:
+                waiting = asyncio.create_task(calls.predict(request(), soon()))
+                await until(lambda: held)
+                stopping = asyncio.create_task(stack.aclose())
+                await until(lambda: calls.draining)
+                worker.echo(*held[0])
+                assert (await waiting).code == Code.CODE_OK
+                await stopping
+            await worker.server.close()
+
+
+class TestUnary:
+    async def test_predict_health_and_credential(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            await p.worker("w1")
+            address = f"127.0.0.1:{p.router.grpc_port}"
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub = DataPlaneStub(channel)  # type: ignore[no-untyped-call]  # generated
+                reply = await stub.Predict(
+                    request(3), metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=5
+                )
+                assert reply.outputs[0].data[:4] == b"\3\0\0\0"
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Predict(request(3), timeout=5)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                check = await health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest(), timeout=5
+                )
+                assert check.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_workers_that_left_without_a_word_are_forgotten(tmp_path: Path) -> None:
+    async with platform(tmp_path, worker_expiry_s=0.1) as p:
+        silent = status("ghost", "127.0.0.1:1", BOTH)
+        silent.interval_ms = 10
+        await beat(p.bus, silent)
+        await until(p.router.dispatcher.endpoints.all)
+        await until(lambda: not p.router.dispatcher.endpoints.all())
+        old = status("fossil", "127.0.0.1:1", BOTH, sent_at_us=1)
+        await p.bus.publish([Record(WORKERS.name, b"fossil", old.SerializeToString())])
+        await asyncio.sleep(0.1)
+        assert p.router.dispatcher.endpoints.all() == []
