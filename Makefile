@@ -19,7 +19,7 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): requirements/dev.txt client/pyproject.toml deploy/venv.sh
+$(STAMP): requirements/dev.txt client/pyproject.toml proto/pyproject.toml deploy/venv.sh
 	@sh deploy/venv.sh
 	@touch $@
 

@@ -40,9 +40,9 @@ fi
 # uv resolves and links in seconds what takes pip minutes; where it cannot run, pip does it.
 if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv &&
     .venv/bin/uv pip install --python .venv/bin/python -r requirements/dev.txt &&
-    .venv/bin/uv pip install --python .venv/bin/python --quiet --no-deps -e client; then
+    .venv/bin/uv pip install --python .venv/bin/python --quiet --no-deps -e proto -e client; then
     exit 0
 fi
 say "uv could not install the requirements; trying pip"
 .venv/bin/python -m pip install --disable-pip-version-check -r requirements/dev.txt
-.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e client
+.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e proto -e client

@@ -10,7 +10,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - said here, before an import fail
 import argparse
 import os
 
-from deploy.embedded.commands import down, logs, status, supervise, up
+from deploy.embedded.commands import down, logs, status, up
 from deploy.embedded.process import EmbeddedError
 
 
@@ -27,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
     logging = actions.add_parser("logs", help="what the parts wrote")
     logging.add_argument("part", nargs="?", help="gateway, router, worker, worker-0, postgres, supervisor, …")
     logging.add_argument("-f", "--follow", action="store_true", help="go on with what they write")
-    actions.add_parser("supervise")  # what `up` starts in the background
     chosen = parser.parse_args(argv)
     try:
         match chosen.action:
@@ -37,10 +36,8 @@ def main(argv: list[str] | None = None) -> int:
                 return down(os.environ)
             case "status":
                 return status(os.environ)
-            case "logs":
-                return logs(os.environ, chosen.part, follow=chosen.follow)
             case _:
-                return supervise(os.environ)
+                return logs(os.environ, chosen.part, follow=chosen.follow)
     except EmbeddedError as error:
         sys.stderr.write(f"{error}\n")
         return 1

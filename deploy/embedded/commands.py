@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import subprocess
 import sys
 import time
@@ -11,12 +9,11 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from deploy.embedded import lock, log_files, view
+from deploy.embedded import log_files, view
 from deploy.embedded.blueprint import python_path
 from deploy.embedded.configuration import REPOSITORY, Configuration
 from deploy.embedded.process import EmbeddedError
-from deploy.embedded.stack import ALREADY_RUNS, AlreadyRuns, Stack
-from deploy.embedded.supervisor import Supervisor
+from deploy.embedded.stack import AlreadyRuns, Stack
 
 EXAMPLES_TIMEOUT_S = 300.0
 
@@ -109,17 +106,3 @@ def logs(environment: Mapping[str, str], part: str | None, *, follow: bool) -> i
     if follow:
         view.show_lines(console, log_files.follow(folder, part), prefix=several)
     return 0
-
-
-def supervise(environment: Mapping[str, str]) -> int:
-    """The background process behind `up`."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("aiokafka").setLevel(logging.ERROR)
-    configuration = Configuration.read(environment)
-    configuration.home.mkdir(parents=True, exist_ok=True)
-    descriptor = lock.acquire(configuration.home / "lock")
-    if descriptor is None:
-        return ALREADY_RUNS
-    return asyncio.run(Supervisor(configuration, descriptor).run())

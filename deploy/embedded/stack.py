@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deploy.embedded import lock
@@ -38,8 +38,8 @@ class Stack:
     """The stack of one home folder, whoever started it.
 
     `environment` decides everything (see `Configuration.read`). With `detached` False the stack ends with
-    the process that started it, cleanly; otherwise it outlives it. `supervisor` is the module, with its
-    arguments, that is run in the background.
+    the process that started it, cleanly; otherwise it outlives it. `supervisor` is the module
+    that is run in the background.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Stack:
         environment: Mapping[str, str],
         *,
         detached: bool = True,
-        supervisor: Sequence[str] = ("deploy.embedded", "supervise"),
+        supervisor: str = "deploy.embedded.supervise",
     ) -> None:
         self.configuration = Configuration.read(environment)
         self.environment = dict(environment)
@@ -63,7 +63,7 @@ class Stack:
         workers: int = 2,
         kafka_home: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        supervisor: Sequence[str] = ("deploy.embedded", "supervise"),
+        supervisor: str = "deploy.embedded.supervise",
     ) -> Stack:
         """A stack for a test: nothing of the caller's own stack is touched or used."""
         foreign = ("HEADRACE_", "KAFKA_", "DATABASE_URL", "REDIS_URL", "ARTIFACT_STORE_URL", "OTEL_")
@@ -241,7 +241,7 @@ class Stack:
         environment = self.environment | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
         with (self.configuration.logs / "supervisor.log").open("ab") as output:
             return subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", *self._module],
+                [sys.executable, "-m", self._module],
                 cwd=REPOSITORY,
                 env=environment,
                 stdin=subprocess.DEVNULL,

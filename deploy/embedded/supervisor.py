@@ -31,7 +31,8 @@ Draw = Callable[[Configuration, Secrets], Blueprint]
 
 log = logging.getLogger("headrace.supervisor")
 
-DRAIN_S = 25.0
+#: Longer than a service gives itself to drain (DRAIN_S of platform.env).
+DRAIN_S = 35.0
 #: How long a killed supervisor's PostgreSQL may take to write its checkpoint; the others need none.
 DATABASE_GRACE_S = 5.0
 TRIM_EVERY_S = 30.0

@@ -25,7 +25,7 @@ from deploy.embedded.status import Phase, State
 from services.common.topics import all_topics
 from tests.fixtures.servers import kafka_home
 
-SMALL = ("tests.fixtures.small_stack",)
+SMALL = "tests.fixtures.small_stack"
 SERVICES = {"gateway", "router", "worker-0", "worker-1", "registry", "analytics", "drift"}
 
 
@@ -142,12 +142,11 @@ def test_nothing_outlives_a_killed_supervisor_and_it_starts_again(stack: Stack) 
 def test_a_stack_that_is_not_detached_ends_with_its_starter(home: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from deploy.embedded.stack import Stack\n"
-        "small = ('tests.fixtures.small_stack',)\n"
-        "stack = Stack.on_free_ports(Path(sys.argv[1]), workers=1, supervisor=small)\n"
+        "stack = Stack.on_free_ports(Path(sys.argv[1]), workers=1, supervisor=sys.argv[2])\n"
         "stack.start(); print(stack.status().pid, flush=True); time.sleep(600)\n"
     )
     starter = subprocess.Popen(
-        [sys.executable, "-c", script, str(home)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(home), SMALL], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
     assert starter.stdout is not None
     supervisor = psutil.Process(int(starter.stdout.readline()))
