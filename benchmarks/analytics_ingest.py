@@ -71,6 +71,7 @@ def main() -> None:
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         files: list[str] = []
+        to_table([parse(records(1, 1, rng)[0])])  # the first call imports what pyarrow needs
         for a_record in (1, 8, 32, 128):
             values = records(max(rows // 8, a_record) if a_record == 1 else rows, a_record, rng)
             taken = len(values) * a_record

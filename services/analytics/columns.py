@@ -223,8 +223,9 @@ def _payload(tensors_of: Sequence[Sequence[Tensor]], answered: _Answered) -> dic
     by_name: dict[str, list[Tensor | None]] = {}
     for place, tensors in enumerate(tensors_of):
         for tensor in tensors:
-            found = by_name.setdefault(tensor.name, [None] * len(tensors_of))
-            found[place] = tensor
+            if tensor.name not in by_name:
+                by_name[tensor.name] = [None] * len(tensors_of)
+            by_name[tensor.name][place] = tensor
     joined = {name: _join(tensors, answered) for name, tensors in by_name.items()}
     return {name: tensors for name, tensors in joined.items() if tensors is not None}
 
