@@ -21,6 +21,7 @@ from services.common.objects import ArtifactStore
 from services.common.problems import field_path, install_problem_handlers, problem
 from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
+from services.registry.alerts import alerts_followed
 from services.registry.artifacts import Artifacts
 from services.registry.edge import Edge
 from services.registry.endpoints import model_routes, version_routes
@@ -73,6 +74,7 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         edge = Edge(database, relay, store, Artifacts(store), uploads, Metrics(), clock)
         await _let_admin_in(edge, cfg.bootstrap_admin_key)
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
+        await stack.enter_async_context(alerts_followed(edge, bus))
         health = Health()
         await stack.enter_async_context(watched(edge, health))
         grpc_port = await stack.enter_async_context(

@@ -11,11 +11,12 @@ from starlette.requests import ClientDisconnect
 
 from services.common.errors import Cancelled, NotFound
 from services.common.objects import blob_path
-from services.registry import service
+from services.registry import alerts, service
+from services.registry.alerts import KEPT
 from services.registry.edge import Edge
 from services.registry.schemas import AliasIn, AliasName, ModelIn, ModelPatch, VersionIn, checked
 from services.registry.uploads import receive_multipart
-from services.registry.views import ModelPage, ModelView, VersionList, VersionView
+from services.registry.views import AlertList, AlertView, ModelPage, ModelView, VersionList, VersionView
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
 After = Annotated[str, Query(max_length=100, pattern=r"^[^\x00]*$")]
@@ -68,6 +69,12 @@ def model_routes(edge: Edge) -> APIRouter:
     async def delete_model(model: str) -> None:
         async with edge.transaction() as tx:
             await service.delete_model(tx, model)
+
+    @routes.get("/{model}/alerts")
+    async def list_alerts(model: str, limit: Annotated[int, Query(ge=1, le=KEPT)] = 10) -> AlertList:
+        async with edge.transaction() as tx:
+            found = await alerts.list_alerts(tx, model, limit)
+        return AlertList(alerts=[AlertView.of(alert) for alert in found])
 
     @routes.put("/{model}/aliases/{alias}")
     async def set_alias(model: str, alias: AliasName, body: AliasIn) -> ModelView:

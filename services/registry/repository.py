@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.common.bus import Record
 from services.common.topics import Topic
 from services.registry.tables import (
+    AlertRow,
     AliasRow,
     ControlOutbox,
     DeploymentRow,
@@ -168,6 +169,25 @@ class Repository:
         """Key id → revision, revoked ones included."""
         rows = await self._session.execute(select(KeyRow.key_id, KeyRow.revision))
         return {row[0]: row[1] for row in rows.all()}
+
+    # alerts
+
+    async def insert_alert(self, alert_id: bytes, model: str, alert: bytes, at: datetime) -> None:
+        """Nothing happens where the alert is there already."""
+        statement = insert(AlertRow).values(alert_id=alert_id, model=model, alert=alert, received_at=at)
+        await self._session.execute(statement.on_conflict_do_nothing())
+
+    async def prune_alerts(self, model: str, keep: int) -> None:
+        """Delete all but the newest `keep` alerts of `model`."""
+        old = select(AlertRow.alert_id).where(AlertRow.model == model)
+        old = old.order_by(AlertRow.received_at.desc(), AlertRow.alert_id).offset(keep)
+        await self._session.execute(delete(AlertRow).where(AlertRow.alert_id.in_(old)))
+
+    async def alerts(self, model: str, limit: int) -> Sequence[AlertRow]:
+        """Newest first."""
+        statement = select(AlertRow).where(AlertRow.model == model)
+        statement = statement.order_by(AlertRow.received_at.desc(), AlertRow.alert_id).limit(limit)
+        return (await self._session.scalars(statement)).all()
 
     # outbox
 

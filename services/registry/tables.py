@@ -112,5 +112,17 @@ class KeyRow(Tables):
     created_at: Mapped[datetime]
 
 
+class AlertRow(Tables):
+    """A drift alert. It may be about a model that is not here any more."""
+
+    __tablename__ = "alerts"
+
+    alert_id: Mapped[bytes] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    #: Serialized headrace.v1.DriftAlert.
+    alert: Mapped[bytes]
+    received_at: Mapped[datetime]
+
+
 class ControlOutbox(OutboxRow, Tables):
     """Records for the control topics, committed with the state they tell of, published afterwards."""

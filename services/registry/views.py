@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from headrace.v1 import control_pb2, registry_pb2, tensor_pb2
+from headrace.v1 import control_pb2, events_pb2, registry_pb2, tensor_pb2
 from pydantic import BaseModel
 
 from services.registry.deployments import Revision
@@ -171,6 +171,38 @@ class DeploymentView(BaseModel):
             default_timeout_ms=config.default_timeout_ms,
             updated_at=moment(message.updated_at_us),
         )
+
+
+class AlertView(BaseModel):
+    alert_id: str
+    version: str
+    feature: str
+    detector: str
+    value: float
+    threshold: float
+    severity: str | None
+    message: str
+    window_start: datetime
+    window_end: datetime
+
+    @classmethod
+    def of(cls, message: events_pb2.DriftAlert) -> AlertView:
+        return cls(
+            alert_id=message.alert_id.hex(),
+            version=message.version,
+            feature=message.feature,
+            detector=message.detector,
+            value=message.value,
+            threshold=message.threshold,
+            severity=_name(events_pb2.DriftAlert.Severity.Name(message.severity), "SEVERITY_"),
+            message=message.message,
+            window_start=moment(message.window_start_us),
+            window_end=moment(message.window_end_us),
+        )
+
+
+class AlertList(BaseModel):
+    alerts: list[AlertView]
 
 
 class DeploymentPage(BaseModel):

@@ -212,6 +212,11 @@ class Process:
         async with self._client() as client:
             return await client.put(path, json=body)
 
+    def peak_bytes(self) -> int:
+        """The most memory that the process ever held resident."""
+        status = Path(f"/proc/{self._child.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) << 10
+
     def kill(self) -> None:
         self._child.kill()
         self._child.wait(10)
@@ -270,3 +275,16 @@ async def status_of_readiness(running: Running, status: int) -> None:
     async with asyncio.timeout(20):
         while (await running.rest.get("/health/ready")).status_code != status:  # noqa: ASYNC110 - asked over HTTP
             await asyncio.sleep(0.1)
+
+
+async def test_an_upload_does_not_sit_in_memory(
+    database_url: str, kafka_bootstrap: str, tmp_path: Path
+) -> None:
+    """Measured on the process itself: its peak grows by far less than the 96 MB that it receives."""
+    await ensure_topics(kafka_bootstrap, [DEPLOYMENTS, KEYS])
+    with process(database_url, kafka_bootstrap, tmp_path) as registry:
+        await registry.ready()
+        await registry.make("small", linear())
+        before = registry.peak_bytes()
+        await registry.make("large", linear(features=24 << 20))
+        assert registry.peak_bytes() - before < 48 << 20
