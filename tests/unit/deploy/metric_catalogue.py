@@ -27,7 +27,7 @@ _SUFFIXES = {
 }
 
 #: What Prometheus itself adds to each target.
-_SCRAPE = {"up", "scrape_duration_seconds", "scrape_samples_scraped"}
+_SCRAPE = {"up", "ALERTS"}
 
 
 class _Idle:

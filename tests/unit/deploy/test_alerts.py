@@ -76,3 +76,18 @@ if PROMTOOL is not None:
             [str(PROMTOOL), *arguments], capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_prometheus_reads_every_query_of_the_dashboards(tmp_path: Path) -> None:
+        rules = [
+            {"record": f"query:{number}", "expr": expression}
+            for number, expression in enumerate(promql.expressions())
+        ]
+        (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+        done = subprocess.run(
+            [str(PROMTOOL), "check", "rules", str(tmp_path / "rules.yml")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
