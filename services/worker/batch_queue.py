@@ -52,7 +52,18 @@ class Item:
     """One request on its way through the batcher. Settled exactly once, with a reply or an error, unless its
     caller cancelled it. The reply given to `settle` may be changed once `settle` has returned."""
 
-    __slots__ = ("_settle", "data", "deadline", "done", "key", "nbytes", "queued_at", "request", "rows")
+    __slots__ = (
+        "_settle",
+        "data",
+        "deadline",
+        "done",
+        "key",
+        "nbytes",
+        "queue_us",
+        "queued_at",
+        "request",
+        "rows",
+    )
 
     def __init__(
         self,
@@ -67,9 +78,10 @@ class Item:
         self.rows = rows
         self.key = key
         self.data = data
-        self.nbytes = sum(map(len, data))
+        self.nbytes = len(data[0]) if len(data) == 1 else sum(map(len, data))
         self.deadline = deadline
         self.queued_at = 0.0
+        self.queue_us = 0
         self.done = False
         self._settle = settle
 
@@ -124,12 +136,15 @@ class BatchQueue:
     def __len__(self) -> int:
         return sum(len(lane.items) for lane in self._lanes.values())
 
-    def offer(self, item: Item, now: float) -> HeadraceError | None:
+    def offer(self, item: Item, now: float, floor: float) -> HeadraceError | None:
         """Take `item` in, or say why not. Returned rather than raised: under overload this is the common
         path."""
-        refusal = self._refusal(item, now)
-        if refusal is not None:
-            return refusal
+        if (
+            item.deadline <= now + floor
+            or self.rows + item.rows > self.policy.max_queue_rows
+            or self.nbytes + item.nbytes > self.policy.max_queue_bytes
+        ):
+            return self._refusal(item, now, floor)
         lane = self._lanes.get(item.key)
         if lane is None:
             lane = self._lanes[item.key] = _Lane()
@@ -186,28 +201,21 @@ class BatchQueue:
         for lane in self._lanes.values():
             yield from lane.items
 
-    def _refusal(self, item: Item, now: float) -> HeadraceError | None:
+    def _refusal(self, item: Item, now: float, floor: float) -> HeadraceError:
         policy = self.policy
-        if (
-            self.rows + item.rows > policy.max_queue_rows
-            or self.nbytes + item.nbytes > policy.max_queue_bytes
-        ):
-            if item.rows > policy.max_queue_rows:
-                return InvalidArgument(
-                    f"the request has {item.rows} rows, at most {policy.max_queue_rows} are taken",
-                    field="inputs",
-                )
-            if item.nbytes > policy.max_queue_bytes:
-                return InvalidArgument(
-                    f"the request has more than {policy.max_queue_bytes} bytes", field="inputs"
-                )
-            wait = self._run_time.estimate(policy.max_rows) * self.rows / policy.max_rows
-            return ResourceExhausted(
-                "the queue of the model is full", retry_after_ms=max(1, round(wait * 1e3))
-            )
-        if item.deadline <= now + self._run_time.floor(item.rows, now):
+        if item.deadline <= now + floor:
             return too_late()
-        return None
+        if item.rows > policy.max_queue_rows:
+            return InvalidArgument(
+                f"the request has {item.rows} rows, at most {policy.max_queue_rows} are taken", field="inputs"
+            )
+        if item.nbytes > policy.max_queue_bytes:
+            return InvalidArgument(
+                f"the request has {item.nbytes} bytes, at most {policy.max_queue_bytes} are taken",
+                field="inputs",
+            )
+        wait = self._run_time.estimate(policy.max_rows) * self.rows / policy.max_rows
+        return ResourceExhausted("the queue of the model is full", retry_after_ms=max(1, round(wait * 1e3)))
 
     def _leaves_at(self, lane: _Lane) -> float:
         if not self.policy.max_delay:
@@ -234,38 +242,46 @@ class BatchQueue:
         limit = preferred or self.policy.max_rows
         if preferred:
             reason = Release.PREFERRED
-        fixed, per_row = self._run_time.fixed, self._run_time.per_row
+        run_time = self._run_time
+        if lane.rows <= limit and lane.deadline > now + run_time.estimate(lane.rows):
+            return self._take_all(lane, reason)
+        floor = run_time.floor(now)
         items: list[Item] = []
         rows, tightest = 0, inf
-        while lane.items:
+        while lane.items and rows < limit:
             item = lane.first()
-            grown = rows + item.rows
-            if item.deadline <= now + self._run_time.floor(item.rows, now):
+            if item.deadline <= now + floor:
                 late.append(item)
                 self._take(lane, item)
                 continue
-            if items:
-                if grown > limit:
-                    break
-                if now + fixed + per_row * grown > min(tightest, item.deadline):
-                    reason = Release.DEADLINE
-                    break
+            grown, earliest = rows + item.rows, min(tightest, item.deadline)
+            if items and grown > limit:
+                break
+            if items and now + run_time.estimate(grown) > earliest:
+                reason = Release.DEADLINE
+                break
             self._take(lane, item)
             items.append(item)
-            rows, tightest = grown, min(tightest, item.deadline)
-            if rows >= limit:
-                break
+            rows, tightest = grown, earliest
         if not items:
             return None
-        if rows > self.policy.max_rows:
-            reason = Release.ALONE
+        return Batch(items, rows, Release.ALONE if rows > self.policy.max_rows else reason)
+
+    def _take_all(self, lane: _Lane, reason: Release) -> Batch:
+        items, rows = list(lane.items), lane.rows
+        lane.items.clear()
+        lane.rows = 0
+        self._left(rows, sum([item.nbytes for item in items]))
         return Batch(items, rows, reason)
 
     def _take(self, lane: _Lane, item: Item) -> None:
         del lane.items[item]
         lane.rows -= item.rows
-        self.rows -= item.rows
-        self.nbytes -= item.nbytes
+        self._left(item.rows, item.nbytes)
+
+    def _left(self, rows: int, nbytes: int) -> None:
+        self.rows -= rows
+        self.nbytes -= nbytes
         if not self.rows:
             self.earliest_deadline = inf
 

@@ -69,6 +69,7 @@ class Batcher:
     ) -> None:
         self._turns = turns
         self._queue = BatchQueue(policy, run_time)
+        self._run_time = run_time
         self._run = run
         self._slots = slots
         self._running = 0
@@ -107,9 +108,10 @@ class Batcher:
     def submit(self, items: Sequence[Item]) -> None:
         """Queue requests that arrived together; they may run from the next turn of the event loop on."""
         now = self._turns.time()
+        floor = self._run_time.floor(now)
         offer = self._queue.offer
         for item in items:
-            refusal = self._closed or offer(item, now)
+            refusal = self._closed or offer(item, now, floor)
             if refusal is not None:
                 self._refuse(item, refusal)
         self._arm()

@@ -56,13 +56,14 @@ class InputLayout:
         tensors = request.inputs
         if len(tensors) != len(self._inputs):
             self._explain(request)
-        if len(tensors) == 1:
-            tensor = tensors[0]
-            if tensor.name != self._inputs[0].name:
+        data: tuple[bytes, ...]
+        shapes: tuple[Shape, ...]
+        if len(self._inputs) == 1:
+            tensor, spec = tensors[0], self._inputs[0]
+            if tensor.name != spec.name:
                 self._explain(request)
-            rows, shape = self._check(tensor, self._inputs[0])
-            data: tuple[bytes, ...] = (tensor.data,)
-            shapes: tuple[Shape, ...] = (shape,)
+            rows, shape = self._check(tensor, spec)
+            data, shapes = (tensor.data,), (shape,)
         else:
             rows, shapes, data = self._take_many(request)
         outputs = request.outputs

@@ -20,7 +20,14 @@ from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers
 from services.worker.batch_queue import Batch, BatchPolicy, Item
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.execution import Execution, Runner
-from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.prediction_log import (
+    Answered,
+    Entry,
+    PayloadPolicy,
+    PredictionRecords,
+    entries_of,
+    waiting_us,
+)
 from services.worker.replies import ok_replies
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
@@ -147,6 +154,8 @@ class LoadedModel:
         started = serving.clock.monotonic()
         self.last_used = started
         self.running_rows += batch.rows
+        for item in batch.items:
+            item.queue_us = waiting_us(item, started)
         max_rows = self._policy.batching.max_rows
         # Where a dimension varies, rows say too little about the time that a run takes.
         inline = self.layout.fixed and self.run_time.estimate(batch.rows) <= serving.inline_below
@@ -182,7 +191,8 @@ class LoadedModel:
         if execution.fault is not None:
             log.error("model_failed", model=self._records.key.decode(), exc_info=execution.fault)
         if not execution.reruns and not execution.failures:
-            self.run_time.observe(batch.rows, elapsed, now)
+            # Without the way to a thread and back: a fast model must not look slow because it was sent there.
+            self.run_time.observe(batch.rows, execution.prepare + execution.infer + execution.cut, now)
         headers = self._trace(batch, times, failed=bool(execution.failures))
         whole = (
             not execution.failures

@@ -145,10 +145,8 @@ class PredictionRecords:
         record.origins.extend([r.origin for r in requests])
         record.attempts.extend([r.attempt for r in requests])
         record.cached.extend([False] * len(items))
-        record.latency_us.extend(
-            [_latency_us(r.received_at_us, item, times) for r, item in zip(requests, items, strict=True)]
-        )
-        record.queue_us.extend([queue_us(item, times) for item in items])
+        record.latency_us.extend([_latency_us(item, times) for item in items])
+        record.queue_us.extend([item.queue_us for item in items])
         record.compute_us.extend([times.compute_us] * len(items))
         record.rows.extend([item.rows for item in items])
         return record
@@ -164,13 +162,13 @@ def entries_of(part: Part, code: Callable[[Item], Code] | None = None) -> Iterat
         first += item.rows
 
 
-def queue_us(item: Item, times: Answered) -> int:
-    """Microseconds that `item` waited in the batcher."""
-    return min(max(0, int((times.started - item.queued_at) * 1e6)), _US_MAX)
+def _latency_us(item: Item, times: Answered) -> int:
+    """From the gateway's receipt to the answer; from the arrival here where the caller did not say."""
+    received = item.request.received_at_us
+    elapsed = times.unix_us - received if received else int((times.finished - item.queued_at) * 1e6)
+    return min(max(0, elapsed), _US_MAX)
 
 
-def _latency_us(received_at_us: int, item: Item, times: Answered) -> int:
-    if received_at_us:
-        return min(max(0, times.unix_us - received_at_us), _US_MAX)
-    # A caller that did not say when it had the request: from the arrival here.
-    return min(max(0, int((times.finished - item.queued_at) * 1e6)), _US_MAX)
+def waiting_us(item: Item, started: float) -> int:
+    """Microseconds from the arrival of `item` in the batcher to the start of its run."""
+    return min(max(0, int((started - item.queued_at) * 1e6)), _US_MAX)

@@ -9,7 +9,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from services.common.errors import HeadraceError
 from services.worker.batch_queue import Item
 from services.worker.execution import Part
-from services.worker.prediction_log import Answered, queue_us
+from services.worker.prediction_log import Answered
 
 
 def ok_replies(
@@ -32,7 +32,7 @@ def ok_replies(
         request = item.request
         reply.id = request.id
         reply.variant = request.variant
-        reply.queue_us = queue_us(item, times)
+        reply.queue_us = item.queue_us
         for output, column in zip(reply.outputs, part.columns, strict=True):
             output.data = column.rows(first, rows)
         yield item, reply

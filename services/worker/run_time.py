@@ -9,6 +9,9 @@ _KEEP = 0.98
 # An optimistic bound older than this many seconds is forgotten: refusing on the strength of one slow minute
 # would leave nothing that could ever measure a faster one.
 _FLOOR_LIFE_S = 10.0
+# A run counts as at most this many times what was expected, plus this many seconds.
+_OUTLIER = 4.0
+_OUTLIER_S = 1e-4
 
 
 class RunTime:
@@ -28,6 +31,10 @@ class RunTime:
 
     def observe(self, rows: int, seconds: float, now: float) -> None:
         """Take in that `rows` rows ran in `seconds`, ending at `now` (any monotonic scale)."""
+        if self._w:
+            # One run that the machine interrupted says nothing about the model; a model that has really become
+            # slower gets there within a few runs.
+            seconds = min(seconds, self.estimate(rows) * _OUTLIER + _OUTLIER_S)
         self._w = self._w * _KEEP + 1.0
         self._n = self._n * _KEEP + rows
         self._nn = self._nn * _KEEP + rows * rows
@@ -42,11 +49,11 @@ class RunTime:
         """Seconds that a batch of `rows` rows will take; 0 before the first measurement."""
         return self.fixed + self.per_row * rows
 
-    def floor(self, rows: int, now: float) -> float:
-        """Seconds that `rows` rows take at the very least; 0 when no run was measured lately."""
+    def floor(self, now: float) -> float:
+        """Seconds that any run takes at the very least; 0 when none was measured lately."""
         if now - self._since > _FLOOR_LIFE_S:
             return 0.0
-        fastest = min(self._floor_now, self._floor_past, self.estimate(rows))
+        fastest = min(self._floor_now, self._floor_past, self.fixed + self.per_row)
         return fastest if fastest < inf else 0.0
 
     def _fit(self) -> None:

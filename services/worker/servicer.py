@@ -50,8 +50,12 @@ class Servicer:
         groups: dict[LoadedModel, list[Item]] = {}
         waiting: list[tuple[LoadedModel, Item]] = []
         closed = self._closed()
+        model = version = ""
+        loaded: LoadedModel | None = None
         for request in requests:
-            loaded = self._host.find(request.model, request.version)
+            if request.model != model or request.version != version:
+                model, version = request.model, request.version
+                loaded = self._host.find(model, version)
             try:
                 if closed is not None:
                     raise closed
