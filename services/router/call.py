@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _OK: Final = Code.CODE_OK
 _RETRYABLE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED})
+#: What a worker answers after it ran the request, and has logged.
+_RAN: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL, Code.CODE_CANCELLED})
 #: What a worker answers without being to blame: the request is at fault, or its caller's patience.
 _BLAMELESS: Final = frozenset(
     {Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED}
@@ -188,7 +190,7 @@ class Call:
             endpoint.failures += 1
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
                 return
-        self._finish(reply, ran=code in {Code.CODE_OK, Code.CODE_INTERNAL, Code.CODE_CANCELLED})
+        self._finish(reply, ran=code in _RAN)
 
     def _try_again(self, endpoint: Endpoint, reply: PredictReply, now: float) -> bool:
         """Whether the request is on its way to another endpoint, or waits for one."""
@@ -215,11 +217,22 @@ class Call:
     def _finish(self, reply: PredictReply, *, ran: bool) -> None:
         """Answer. `ran` says that a worker has logged it."""
         code = reply.code
+        if code != _OK:
+            self._explain(reply)
         if not ran:
             self._dispatcher.log.note(self, code)
         self._end(code)
         reply.id = self.owner_id
         self.owner.answer(self, reply)
+
+    def _explain(self, reply: PredictReply) -> None:
+        """Complete a reply that no worker made: its words are about our connection, not the caller's."""
+        if lost(reply):
+            reply.message = "the worker was lost before it answered"
+            reply.retry_after_ms = reply.retry_after_ms or 1000
+        if self.target is not None and not reply.version:
+            reply.version = self.target.version
+            reply.variant = self.target.variant
 
     def _end(self, code: Code) -> None:
         dispatcher = self._dispatcher

@@ -1,0 +1,161 @@
+"""Pickers: who is chosen, seeded and with time given."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from headrace.v1.control_pb2 import Balancing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.router.balancing import (
+    ConsistentHash,
+    LeastLatency,
+    PeakEwma,
+    RoundRobin,
+    Weighted,
+    picker,
+    score,
+)
+
+
+@dataclass(eq=False)
+class Worker:
+    worker_id: str
+    in_flight: int = 0
+    latency: PeakEwma = field(default_factory=PeakEwma)
+
+
+def workers(count: int) -> list[Worker]:
+    return [Worker(f"w{n}") for n in range(count)]
+
+
+class TestPeakEwma:
+    def test_rises_at_once_and_falls_slowly(self) -> None:
+        latency = PeakEwma()
+        latency.observe(0.010, 0.0)
+        latency.observe(0.100, 1.0)
+        assert latency.value(1.0) == pytest.approx(0.100)
+        latency.observe(0.010, 2.0)
+        assert 0.09 < latency.value(2.0) < 0.1
+        for second in range(3, 60):
+            latency.observe(0.010, second)
+        assert latency.value(59) == pytest.approx(0.010, rel=0.05)
+
+    def test_fades_while_nothing_is_observed(self) -> None:
+        latency = PeakEwma()
+        latency.observe(1.0, 0.0)
+        assert latency.value(10.0) == pytest.approx(0.3679, rel=1e-3)  # 1/e after one time constant
+        assert PeakEwma().value(5.0) == 0
+
+    def test_a_fast_failure_looks_slow(self) -> None:
+        latency = PeakEwma()
+        latency.observe(0.001, 0.0)
+        latency.penalise(0.0)
+        assert latency.value(0.0) >= 0.05
+        latency.penalise(0.0)
+        assert latency.value(0.0) == pytest.approx(0.1)
+
+
+class TestLeastLatency:
+    def test_of_two_the_better_always(self) -> None:
+        fast, slow = workers(2)
+        fast.latency.observe(0.001, 0.0)
+        slow.latency.observe(0.1, 0.0)
+        pick = LeastLatency(random.Random(1)).pick
+        assert {pick([fast, slow], 0, 0.0).worker_id for _ in range(50)} == {"w0"}
+        fast.in_flight = 500
+        assert {pick([fast, slow], 0, 0.0).worker_id for _ in range(50)} == {"w1"}
+
+    def test_a_new_one_is_tried_once_before_it_is_trusted(self) -> None:
+        known, fresh = workers(2)
+        known.latency.observe(0.01, 0.0)
+        assert score(fresh, 0.0) < score(known, 0.0)
+
+    def test_load_evens_out(self) -> None:
+        crowd = workers(10)
+        for worker in crowd:
+            worker.latency.observe(0.01, 0.0)
+        pick = LeastLatency(random.Random(7)).pick
+        for _ in range(10_000):
+            pick(crowd, 0, 0.0).in_flight += 1
+        loads = [worker.in_flight for worker in crowd]
+        assert max(loads) - min(loads) < 20  # two choices: log log n, not sqrt
+
+
+def test_round_robin_takes_turns() -> None:
+    pick = RoundRobin().pick
+    crowd = workers(3)
+    assert Counter(pick(crowd, 0, 0.0).worker_id for _ in range(30)) == {"w0": 10, "w1": 10, "w2": 10}
+
+
+def test_weighted_goes_by_the_rate_of_answers() -> None:
+    fast, slow, fresh = workers(3)
+    fast.latency.observe(0.01, 0.0)
+    slow.latency.observe(0.03, 0.0)
+    pick = Weighted(random.Random(3)).pick
+    drawn = Counter(pick([fast, slow, fresh], 0, 0.0).worker_id for _ in range(9000))
+    assert drawn["w0"] / drawn["w1"] == pytest.approx(3, rel=0.15)
+    assert drawn["w1"] < drawn["w2"] < drawn["w0"]
+
+
+class TestConsistentHash:
+    @settings(max_examples=50, deadline=None)
+    @given(st.integers(0, (1 << 64) - 1))
+    def test_a_unit_stays_and_only_the_leavers_units_move(self, unit: int) -> None:
+        crowd = workers(5)
+        ring = ConsistentHash()
+        home = ring.pick(crowd, unit, 0.0)
+        assert ring.pick(crowd, unit, 0.0) is home
+        for leaver in crowd:
+            rest = [worker for worker in crowd if worker is not leaver]
+            if leaver is not home:
+                assert ring.pick(rest, unit, 0.0) is home
+
+    def test_units_spread(self) -> None:
+        crowd, rng, ring = workers(4), random.Random(5), ConsistentHash()
+        drawn = Counter(ring.pick(crowd, rng.getrandbits(64), 0.0).worker_id for _ in range(4000))
+        assert min(drawn.values()) > 500
+
+    def test_a_hot_unit_cannot_bury_one_worker(self) -> None:
+        crowd, ring = workers(4), ConsistentHash()
+        for _ in range(400):
+            ring.pick(crowd, 42, 0.0).in_flight += 1
+        assert max(worker.in_flight for worker in crowd) <= 1.25 * 401 / 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("balancing", "kind"),
+    [
+        (Balancing.BALANCING_UNSPECIFIED, LeastLatency),
+        (Balancing.BALANCING_LEAST_LATENCY, LeastLatency),
+        (Balancing.BALANCING_ROUND_ROBIN, RoundRobin),
+        (Balancing.BALANCING_WEIGHTED, Weighted),
+        (Balancing.BALANCING_CONSISTENT_HASH, ConsistentHash),
+    ],
+)
+def test_what_a_deployment_asks_for(balancing: Balancing, kind: type) -> None:
+    assert isinstance(picker(balancing, random.Random(0)), kind)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(Balancing.values()),
+    st.integers(1, 6),
+    st.lists(st.tuples(st.integers(0, (1 << 64) - 1), st.floats(0, 100)), max_size=40),
+)
+def test_every_picker_picks_a_candidate_whatever_the_loads(
+    balancing: Balancing, count: int, steps: list[tuple[int, float]]
+) -> None:
+    crowd = workers(count)
+    chosen = picker(balancing, random.Random(0))
+    now = 0.0
+    for unit, seconds in steps:
+        now += seconds
+        worker = chosen.pick(crowd, unit, now)
+        assert worker in crowd
+        worker.in_flight += 1
+        worker.latency.observe(seconds / 100, now)

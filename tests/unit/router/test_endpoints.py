@@ -1,0 +1,174 @@
+"""Endpoints come by heartbeats and go by their connection, with calls that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+
+from services.common.clock import ManualClock
+from services.router.endpoints import Endpoints
+from tests.fixtures.router import status
+
+READY = LoadedVersion.STATE_READY
+KEY = ("cancer", "1")
+
+
+class FakeCalls:
+    def __init__(self, address: str, on_state: Callable[[bool], None]) -> None:
+        self.address = address
+        self.usable = False
+        self.started = self.closed = 0
+        self._on_state = on_state
+
+    def set(self, usable: bool) -> None:
+        self.usable = usable
+        self._on_state(usable)
+
+    def start(self) -> None:
+        self.started += 1
+
+    def submit(
+        self, request: PredictRequest, deadline: float | None, on_reply: Callable[[PredictReply], None]
+    ) -> int:
+        raise AssertionError("nothing is sent here")
+
+    def cancel(self, local_id: int) -> None:
+        raise AssertionError("nothing is sent here")
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+class Room:
+    """Endpoints with fake calls and a clock that stands still."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.calls: list[FakeCalls] = []
+        self.changes = 0
+        self.endpoints = Endpoints(self._connect, self.clock, expiry_s=3.0, on_change=self._changed, seed=1)
+
+    def _connect(self, address: str, on_state: Callable[[bool], None]) -> FakeCalls:
+        self.calls.append(FakeCalls(address, on_state))
+        return self.calls[-1]
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def beat(self, worker: str = "w1", address: str = "h:1", **fields: object) -> None:
+        made = status(
+            worker,
+            address,
+            fields.pop("versions", {KEY: READY}),  # type: ignore[arg-type]
+            sent_at_us=self.clock.unix_us(),
+            **fields,  # type: ignore[arg-type]
+        )
+        self.endpoints.apply(worker.encode(), made.SerializeToString())
+
+    @property
+    def ready(self) -> list[str]:
+        return [endpoint.worker_id for endpoint in self.endpoints.group(KEY).members]
+
+
+@pytest.fixture
+async def room() -> Room:
+    return Room()
+
+
+async def test_ready_is_loaded_and_connected(room: Room) -> None:
+    room.beat(versions={KEY: LoadedVersion.STATE_LOADING})
+    assert room.calls[0].started == 1
+    assert room.endpoints.coming(KEY)
+    room.calls[0].set(usable=True)
+    assert room.ready == []
+    room.beat(sequence=2)
+    assert room.ready == ["w1"]
+    assert not room.endpoints.coming(KEY)
+    room.calls[0].set(usable=False)
+    assert room.ready == []
+    assert room.endpoints.coming(KEY)  # it may be back in a moment
+
+
+async def test_older_heartbeats_are_ignored_and_equal_ones_change_nothing(room: Room) -> None:
+    room.beat(sequence=5)
+    room.calls[0].set(usable=True)
+    changes = room.changes
+    room.beat(sequence=4, versions={})
+    room.beat(sequence=6)
+    room.beat(sequence=7)
+    assert room.ready == ["w1"]
+    assert room.changes == changes
+    room.beat(sequence=1, incarnation="b", versions={})
+    assert room.ready == []
+
+
+async def test_draining_gone_and_removed(room: Room) -> None:
+    room.beat()
+    room.calls[0].set(usable=True)
+    room.beat(sequence=2, state=WorkerStatus.STATE_DRAINING)
+    assert room.ready == []
+    assert not room.endpoints.coming(KEY)
+    room.beat(sequence=3, state=WorkerStatus.STATE_GONE)
+    assert room.endpoints.all() == []
+    room.beat("w2")
+    room.endpoints.apply(b"w2", None)
+    await room.endpoints.close()
+    assert [calls.closed for calls in room.calls] == [1, 1]
+    assert room.endpoints.records() == {}
+
+
+async def test_a_worker_that_moved_is_connected_anew(room: Room) -> None:
+    room.beat()
+    room.calls[0].set(usable=True)
+    room.beat(address="h:2", incarnation="b")
+    room.calls[1].set(usable=True)
+    assert room.ready == ["w1"]
+    await room.endpoints.close()
+    assert room.calls[0].closed == 1
+
+
+async def test_silence_ends_only_those_that_cannot_be_reached(room: Room) -> None:
+    room.beat("dead")
+    room.beat("alive")
+    room.calls[1].set(usable=True)
+    room.clock.advance(2.9)
+    room.endpoints.sweep()
+    assert len(room.endpoints.all()) == 2
+    room.clock.advance(0.2)
+    room.endpoints.sweep()
+    assert [endpoint.worker_id for endpoint in room.endpoints.all()] == ["alive"]
+    room.calls[1].set(usable=False)
+    room.endpoints.sweep()
+    assert room.endpoints.all() == []
+    await room.endpoints.close()
+
+
+async def test_the_snapshot_brings_back_even_old_workers(room: Room) -> None:
+    old = status("w1", "h:1", {KEY: READY}, sent_at_us=1).SerializeToString()
+    room.endpoints.apply(b"w1", old)
+    assert room.endpoints.all() == []
+    room.endpoints.restore(b"w1", old)
+    room.endpoints.restore(b"w1", old)
+    assert len(room.calls) == 1
+    assert room.endpoints.records() == {"w1": old}
+
+
+async def test_a_record_about_somebody_else_is_refused(room: Room) -> None:
+    with pytest.raises(ValueError, match="is about"):
+        room.endpoints.apply(b"w9", status("w1", "h:1", {}).SerializeToString())
+
+
+async def test_picks_among_those_not_tried(room: Room) -> None:
+    for name in ("w1", "w2"):
+        room.beat(name, address=f"{name}:1")
+        room.calls[-1].set(usable=True)
+    group = room.endpoints.group(KEY)
+    first = group.pick(Balancing.BALANCING_ROUND_ROBIN, 0, 0.0)
+    assert first is not None
+    second = group.pick(Balancing.BALANCING_ROUND_ROBIN, 0, 0.0, (first,))
+    assert second is not None
+    assert second is not first
+    assert group.pick(Balancing.BALANCING_ROUND_ROBIN, 0, 0.0, (first, second)) is None
