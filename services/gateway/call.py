@@ -14,6 +14,7 @@ from services.gateway.targets import Target
 
 if TYPE_CHECKING:
     from services.gateway.codecs.v2 import V2State
+    from services.gateway.dialects import Speaker
     from services.gateway.predict import PredictService
 
 #: Headers that a hot request is read by, and the attribute of Call that takes each.
@@ -46,6 +47,7 @@ class Call(ABC):
     body: bytes | bytearray = b""
 
     # Set by PredictService and the speakers.
+    speaker: Speaker
     request_id = b""
     began = 0.0
     deadline = 0.0
@@ -63,6 +65,7 @@ class Call(ABC):
     def __init__(self, service: PredictService, target: Target) -> None:
         self.service = service
         self.target = target
+        self.speaker = service.speakers[target.dialect]
 
     @abstractmethod
     def answer(self, status: int, headers: bytes, body: bytes) -> None:

@@ -92,7 +92,7 @@ class GatewayMetrics(Collector):
         if self._logged <= _FAILURES_LOGGED_PER_S:
             log.warning(
                 "request_failed",
-                route=call.target.dialect.value,
+                route=call.target.dialect,
                 model=call.model.name if call.model is not None else None,
                 request_id=call.request_id.hex(),
                 status=status,

@@ -64,7 +64,7 @@ class PredictService:
         self._metrics = metrics
         self._monotonic = clock.monotonic
         self._unix_us = clock.unix_us
-        self._speakers = speakers(catalogue)
+        self.speakers = speakers(catalogue)
         self.limits = limits
 
     def begin(self, call: Call) -> None:
@@ -81,7 +81,7 @@ class PredictService:
             )
             if call.content_encoding is not None:
                 call.body = decompressed(call.body, call.content_encoding, self.limits.max_body_bytes)
-            self._speakers[call.target.dialect].read(call, key, request)
+            call.speaker.read(call, key, request)
             call.body = b""
             self._trace(call, request)
             call.deadline = now + self._timeout_s(call)
@@ -90,7 +90,7 @@ class PredictService:
         except HeadraceError as error:
             self.refuse(call, error)
         except Exception:
-            log.exception("predict_crashed", route=call.target.dialect.value)
+            log.exception("predict_crashed", route=call.target.dialect)
             self.refuse(call, Internal("The gateway failed to handle this request."))
 
     def finish(self, call: Call, reply: PredictReply) -> None:
@@ -102,7 +102,7 @@ class PredictService:
         call.channel = None
         took = self._monotonic() - call.began
         try:
-            headers, body = self._speakers[call.target.dialect].write(call, reply, took * 1000)
+            headers, body = call.speaker.write(call, reply, took * 1000)
         except HeadraceError as error:
             self.refuse(call, error)
             return
@@ -120,7 +120,7 @@ class PredictService:
             call.began = self._monotonic()
             call.request_id = request_id_of(call.asked_id)
         text = call.request_id.hex()
-        status, headers, body = self._speakers[call.target.dialect].refuse(error, text)
+        status, headers, body = call.speaker.refuse(error, text)
         call.answer(status, b"%sx-request-id: %s\r\n" % (headers, text.encode()), body)
         self._over(call, status, self._monotonic() - call.began)
         if status >= 500:
@@ -170,11 +170,11 @@ class PredictService:
 
     def _over(self, call: Call, status: int, took: float) -> None:
         model = call.model.name if call.model is not None else ""
-        self._metrics.observe(call.target.dialect.value, model, status, took)
+        self._metrics.observe(call.target.dialect, model, status, took)
         context = call.trace_context
         if context is not None:
             self._tracing.record_span(
-                f"POST {call.target.dialect.value}",
+                f"POST {call.target.dialect}",
                 call.started_ns,
                 time.time_ns(),
                 call.trace_parent,

@@ -60,16 +60,12 @@ class ModelSignature:
     outputs: tuple[OutputSpec, ...]
     batched: bool
     task: int
+    is_classifier: bool
     prediction: str
     probabilities: str
     classes: tuple[str, ...]
     by_name: dict[str, InputSpec] = field(repr=False)
     output_names: frozenset[str] = field(repr=False)
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether answers carry class names and a confidence."""
-        return self.task == Task.TASK_CLASSIFICATION
 
     def accepts_same(self, other: ModelSignature) -> bool:
         """Whether a request that fits one fits the other."""
@@ -91,6 +87,7 @@ def compile_signature(signature: Signature) -> ModelSignature:
         outputs=outputs,
         batched=signature.batched,
         task=signature.task,
+        is_classifier=signature.task == Task.TASK_CLASSIFICATION,
         prediction=signature.prediction_output or outputs[0].name,
         probabilities=signature.probability_output,
         classes=tuple(signature.classes),

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 
-class Dialect(enum.Enum):
+class Dialect(enum.StrEnum):
     """What a route speaks; the value is its label in metrics."""
 
     NATIVE = "predict"
