@@ -23,7 +23,7 @@ from services.analytics.signatures import Signatures
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
 from services.common.db import engine, migrate
-from services.common.errors import HeadraceError, Unavailable
+from services.common.errors import Fatal, HeadraceError, Unavailable
 from services.common.internal_auth import InternalAuth
 from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
 from services.common.objects import ArtifactStore
@@ -39,6 +39,7 @@ GROUP = "analytics"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _TABLE_WAIT_S = 15.0
 _LAG_PERIOD_S = 15.0
+_STORE_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,15 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         health.set_ready("database")
         store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
         stack.push_async_callback(store.close)
-        await store.check()
+        await _reach(store)
         health.set_ready("artifact_store")
         bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-analytics"))
 
         files = SegmentFiles(store, cfg.state_dir / "analytics" / "segments")
         writer = SegmentWriter(store, signatures, clock, metrics)
-        reader = Reader(database, files, signatures, metrics)
+        spill = cfg.state_dir / "analytics" / "spill"
+        await asyncio.to_thread(spill.mkdir, parents=True, exist_ok=True)
+        reader = Reader(database, files, signatures, metrics, spill)
         app = FastAPI(title="Headrace analytics", version="1")
         app.include_router(routes(reader))
         install_problem_handlers(app)
@@ -97,6 +100,18 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         stack.push_async_callback(_cancelled, lag)
         yield Analytics(port, health)
         health.start_draining()
+
+
+async def _reach(store: ArtifactStore) -> None:
+    """Wait for the store; services of an installation start together."""
+    deadline = asyncio.get_running_loop().time() + _STORE_WAIT_S
+    while True:
+        try:
+            return await store.check()
+        except Unavailable as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise Fatal(f"The artifact store was not reached in {_STORE_WAIT_S:g} s.") from error
+            await asyncio.sleep(0.5)
 
 
 async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:

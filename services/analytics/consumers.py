@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -133,6 +134,8 @@ def _outcomes(index: int, record: Record) -> list[Outcome]:
             raise Malformed(index, f"outcome {place} lacks an id of 16 bytes or its metric")
         if outcome.WhichOneof("value") is None or len(outcome.text) > _MAX_TEXT:
             raise Malformed(index, f"outcome {place} has no value, or one that is too long")
+        if not math.isfinite(outcome.number):
+            raise Malformed(index, f"outcome {place} is no finite number")
         if "\0" in outcome.text or "\0" in outcome.metric or "\0" in outcome.model:
             raise Malformed(index, f"outcome {place} holds a zero byte")
     return outcomes

@@ -159,10 +159,16 @@ class Arms:
     crossed: int
 
 
-def open_snapshot(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnection:
     """A connection with `requests` (one row per request), `online` (those that callers sent) and `outcomes`
-    (per request, row and metric the value observed last). Close it."""
-    connection = duckdb.connect(":memory:", config={"threads": 2})
+    (per request, row and metric the value observed last). Close it. What does not fit into 1 GB goes to the
+    folder `spill`; without one the query fails."""
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "threads": 2,
+        "memory_limit": "1GB",
+        "temp_directory": spill,
+    }
+    connection = duckdb.connect(":memory:", config=config)
     connection.execute("SET enable_progress_bar = false")
     _set(connection, since_us=snapshot.since_us, until_us=snapshot.until_us, no_id=bytes(16))
     core = CORE.empty_table() if snapshot.inbox is None else snapshot.inbox.select(CORE.names)

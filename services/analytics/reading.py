@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 
 from services.analytics import queries, repository
 from services.analytics.columns import CORE, layout, parse, to_table
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 _QUERY_S = 30.0
 _AT_ONCE = 2
+_HEX = {"event_id": pa.string(), "request_id": pa.string()}
 
 T = TypeVar("T")
 
@@ -45,9 +49,16 @@ class Reader:
     """Answers questions about a model. At most two queries run at once, each for at most 30 s."""
 
     def __init__(
-        self, engine: AsyncEngine, files: SegmentFiles, signatures: Signatures, metrics: Metrics
+        self,
+        engine: AsyncEngine,
+        files: SegmentFiles,
+        signatures: Signatures,
+        metrics: Metrics,
+        spill: Path,
     ) -> None:
+        """`spill` is a folder for what a query cannot hold in memory."""
         self._engine = engine
+        self._spill = str(spill)
         self._files = files
         self._signatures = signatures
         self._metrics = metrics
@@ -70,7 +81,7 @@ class Reader:
             values = await repository.inbox(session, model)
             if not segments and not values and not await repository.segments(session, model):
                 raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
-            said = await repository.outcomes_of(session, model, metric) if outcomes else []
+            said = await repository.outcomes_csv(session, model, metric) if outcomes else b""
         paths = await self._files.paths([segment.object for segment in segments])
         numbers = self._signatures.class_numbers(model)
 
@@ -83,11 +94,11 @@ class Reader:
             snapshot = Snapshot(
                 files=paths,
                 inbox=inbox,
-                outcomes=_outcomes_table(said, numbers),
+                outcomes=outcomes_table(said, numbers),
                 since_us=since_us or 0,
                 until_us=until_us if until_us is not None else (1 << 63) - 1,
             )
-            with queries.open_snapshot(snapshot) as connection:
+            with queries.open_snapshot(snapshot, self._spill) as connection:
                 hold(connection)
                 return question(connection)
 
@@ -105,7 +116,7 @@ class Reader:
         def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> list[dict[str, Any]]:
             core = [table.select(CORE.names) for table in self._tables(values)]
             inbox = pa.concat_tables(core).unify_dictionaries() if core else None
-            with queries.open_snapshot(Snapshot(files=paths, inbox=inbox)) as connection:
+            with queries.open_snapshot(Snapshot(files=paths, inbox=inbox), self._spill) as connection:
                 hold(connection)
                 return queries.recent(connection, limit)
 
@@ -161,19 +172,42 @@ class Reader:
                 ) from None
 
 
-def _outcomes_table(
-    said: Sequence[tuple[bytes, bytes, str, float | None, str | None, int, int]], numbers: dict[str, float]
-) -> pa.Table:
-    """Labels given as class names or as digits become the numbers that predictions use."""
-    columns: list[list[Any]] = [list(column) for column in zip(*said, strict=True)] if said else [[]] * 7
-    metrics, values, texts = columns[2], columns[3], columns[4]
-    for place, text in enumerate(texts):
-        if text is not None and metrics[place] == "label":
-            values[place] = _number_of(text, numbers)
-    return pa.table(columns, schema=OUTCOMES)
+def outcomes_table(csv: bytes, numbers: Mapping[str, float]) -> pa.Table:
+    """Outcomes from `repository.outcomes_csv`. Labels given as class names or as digits get the number that
+    predictions use for them."""
+    if not csv:
+        return OUTCOMES.empty_table()
+    table = pa_csv.read_csv(
+        pa.BufferReader(csv),
+        pa_csv.ReadOptions(column_names=OUTCOMES.names),
+        pa_csv.ParseOptions(newlines_in_values=True),
+        pa_csv.ConvertOptions(
+            column_types={**{name: OUTCOMES.field(name).type for name in OUTCOMES.names}, **_HEX},
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    ).combine_chunks()
+    texts = pc.dictionary_encode(table["text"]).combine_chunks()
+    known = pa.array([_number_of(text, numbers) for text in texts.dictionary.to_pylist()], pa.float64())
+    is_label = pc.equal(table["metric"], "label")
+    named = pc.if_else(is_label, known.take(texts.indices), pa.scalar(None, pa.float64()))
+    table = table.set_column(3, "number", pc.coalesce(table["number"], named))
+    for place, name in enumerate(("event_id", "request_id")):
+        table = table.set_column(place, name, _from_hex(table[name].combine_chunks()))
+    return table.cast(OUTCOMES)
 
 
-def _number_of(text: str, numbers: dict[str, float]) -> float | None:
+def _from_hex(texts: pa.Array) -> pa.Array:
+    """Ids of 16 bytes from their 32 digits, which lie end to end in the array."""
+    start, length = texts.offset * 32, len(texts) * 32
+    digits = texts.buffers()[2].slice(start, length).to_pybytes().decode("ascii")
+    return pa.Array.from_buffers(pa.binary(16), len(texts), [None, pa.py_buffer(bytes.fromhex(digits))])
+
+
+def _number_of(text: str | None, numbers: Mapping[str, float]) -> float | None:
+    if text is None:
+        return None
     if text in numbers:
         return numbers[text]
     try:

@@ -267,7 +267,7 @@ async def wired(
     try:
         yield (
             Consumers(database, writer, direct_rows, clock, tracing, metrics),
-            Reader(database, files, signatures, metrics),
+            Reader(database, files, signatures, metrics, folder / "spill"),
             flusher,
             store,
             spans,

@@ -1,0 +1,43 @@
+"""Outcomes on their way from the database into a question."""
+
+import csv
+import io
+
+from services.analytics.reading import outcomes_table
+from tests.fixtures.prediction_log import request_id
+
+
+def written(*rows: tuple[str, float | None, str | None]) -> bytes:
+    """(metric, number, text) as PostgreSQL writes CSV: nothing for NULL, quotes for an empty string."""
+    lines = []
+    for place, (metric, number, text) in enumerate(rows):
+        quoted = io.StringIO()
+        csv.writer(quoted, quoting=csv.QUOTE_ALL, lineterminator="").writerow([text or ""])
+        shown = "" if text is None else quoted.getvalue()
+        value = "" if number is None else repr(number)
+        lines.append(f"{place:032x},{request_id(place).hex()},{metric},{value},{shown},0,{1_000 + place}\n")
+    return "".join(lines).encode()
+
+
+def test_labels_become_the_numbers_of_predictions_and_others_stay() -> None:
+    table = outcomes_table(
+        written(
+            ("label", None, "malignant"),
+            ("label", None, "1"),
+            ("label", 0.0, None),
+            ("label", None, 'a, "b"\nc'),
+            ("comment", None, "malignant"),
+            ("label", None, ""),
+        ),
+        {"benign": 0.0, "malignant": 1.0},
+    )
+    assert table["number"].to_pylist() == [1.0, 1.0, 0.0, None, None, None]
+    assert table["text"].to_pylist() == ["malignant", "1", None, 'a, "b"\nc', "malignant", ""]
+    assert table["request_id"].to_pylist() == [request_id(place) for place in range(6)]
+    assert table["event_id"][1].as_py() == bytes(15) + b"\x01"
+    assert table["observed_at_us"].to_pylist() == list(range(1_000, 1_006))
+
+
+def test_columns_without_any_value_keep_their_types() -> None:
+    assert outcomes_table(b"", {}).num_rows == 0
+    assert outcomes_table(written(("revenue", 2.5, None)), {})["number"].to_pylist() == [2.5]
