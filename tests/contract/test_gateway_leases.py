@@ -1,0 +1,87 @@
+"""Rate limits shared by several gateways, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from deploy.embedded.valkey import ValkeyServer
+from services.common.clock import ManualClock, SystemClock
+from services.common.errors import ResourceExhausted
+from services.gateway.leases import Leases, leased
+from services.gateway.limiter import Bucket
+from tests.fixtures.servers import *  # noqa: F403 - fixtures
+
+
+def admitted(bucket: Bucket, now: float, tries: int) -> int:
+    count = 0
+    for _ in range(tries):
+        try:
+            bucket.admit(now)
+        except ResourceExhausted:
+            break
+        count += 1
+    return count
+
+
+async def test_two_gateways_share_one_limit(redis_url: str) -> None:
+    clock = ManualClock()
+    async with Redis.from_url(redis_url) as redis:
+        await redis.flushdb()
+        buckets = [Bucket("shared", 0.1, 100) for _ in range(2)]
+        leases = [Leases(redis, clock, f"gateway-{index}") for index in range(2)]
+        total = 0
+        for _round in range(6):
+            for bucket, lease in zip(buckets, leases, strict=True):
+                total += admitted(bucket, clock.monotonic(), 20)
+                await lease.settle([bucket])
+        # Both started with the whole burst; what they overdrew is not given again.
+        assert 100 <= total <= 121
+        assert admitted(buckets[0], clock.monotonic(), 20) == 0
+        clock.advance(1.0)
+        with pytest.raises(ResourceExhausted):
+            buckets[0].admit(clock.monotonic())
+
+
+async def test_a_lone_gateway_gets_the_whole_rate(redis_url: str) -> None:
+    clock = ManualClock()
+    async with Redis.from_url(redis_url) as redis:
+        await redis.flushdb()
+        bucket = Bucket("lone", 50.0, 10)
+        lease = Leases(redis, clock, "gateway")
+        assert admitted(bucket, 0.0, 99) == 10
+        await lease.settle([bucket])
+        clock.advance(0.1)
+        assert admitted(bucket, clock.monotonic(), 99) in (5, 6)  # the server's clock moved a little too
+
+
+async def test_redis_away_leaves_the_local_share(new_valkey: Callable[[], ValkeyServer]) -> None:
+    server = new_valkey()
+    bucket = Bucket("away", 1000.0, 5)
+    clock = SystemClock()
+    async with leased(server.url, clock, "gateway", lambda: [bucket]) as leases:
+        bucket.admit(clock.monotonic())
+        async with asyncio.timeout(5):
+            while not (leases.available and bucket.spent == 0):  # noqa: ASYNC110 - settled in the background
+                await asyncio.sleep(0.01)
+        server.kill()
+        bucket.admit(clock.monotonic())
+        async with asyncio.timeout(5):
+            while leases.available:  # noqa: ASYNC110 - noticed in the background
+                await asyncio.sleep(0.01)
+        assert bucket.spent == 1
+        assert admitted(bucket, clock.monotonic() + 1, 99) == 5
+
+
+async def test_a_failed_report_loses_nothing() -> None:
+    redis = Redis.from_url("redis://127.0.0.1:1/0")
+    bucket = Bucket("k", 10.0, 5)
+    bucket.admit(1.0)
+    with pytest.raises((RedisError, OSError)):
+        await Leases(redis, ManualClock(), "gateway").settle([bucket])
+    assert bucket.spent == 1
+    await redis.aclose()

@@ -1,0 +1,142 @@
+"""The door to the other services: what passes, in which direction, and that nothing is held in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+
+from services.common.lifecycle import serve_asgi
+from tests.fixtures.gateway import ADMIN, READ_ONLY, TOKEN, GatewayThread
+
+
+class Upstream:
+    """A service that tells what it was asked."""
+
+    def __init__(self) -> None:
+        self.first_piece = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        digest, size, more = hashlib.sha256(), 0, True
+        while more:
+            message = await receive()
+            self.first_piece.set()
+            digest.update(message.get("body", b""))
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        told = {
+            "method": scope["method"],
+            "path": scope["raw_path"].decode().partition("?")[0],
+            "query": scope["query_string"].decode(),
+            "headers": {name.decode(): value.decode() for name, value in scope["headers"]},
+            "size": size,
+            "sha256": digest.hexdigest(),
+        }
+        body = json.dumps(told).encode()
+        if scope["path"].endswith("/large"):
+            body = b"y" * (8 << 20)
+        status = 418 if scope["path"].endswith("/teapot") else 200
+        headers = [(b"content-type", b"application/json"), (b"x-answer", b"1"), (b"connection", b"x-hop")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayThread]:
+    with ExitStack() as stack:
+        host = stack.enter_context(GatewayThread(tmp_path_factory.mktemp("upstream"), hot=True))
+        entered = serve_asgi(Upstream(), "127.0.0.1", 0, drain_s=0.5)
+        port = host.run(entered.__aenter__())
+        stack.callback(lambda: host.run(entered.__aexit__(None, None, None)))
+        base = f"http://127.0.0.1:{port}"
+        settings = {"registry_url": base, "analytics_url": base, "drift_url": base}
+        yield stack.enter_context(GatewayThread(tmp_path_factory.mktemp("gateway"), hot=True, **settings))
+
+
+def test_what_passes_on(gateway: GatewayThread) -> None:
+    answer = gateway.request(
+        "POST",
+        "/v1/models/m/versions?alias=a%20b&x=1",
+        b"content",
+        x_request_id="ab" * 16,
+        x_headrace_scopes="forged",
+        content_type="application/x-thing",
+        cookie="secret",
+    )
+    told = answer.json()
+    headers = told["headers"]
+    assert (told["method"], told["path"], told["query"]) == (
+        "POST",
+        "/v1/models/m/versions",
+        "alias=a%20b&x=1",
+    )
+    assert headers["authorization"] == f"Bearer {TOKEN}"
+    assert ADMIN not in json.dumps(told)
+    assert headers["x-headrace-key-id"] == "adminadminad"
+    assert headers["x-headrace-scopes"] == "admin,predict,read"
+    assert headers["x-request-id"] == answer.headers["x-request-id"] == "ab" * 16
+    assert headers["content-type"] == "application/x-thing"
+    assert "cookie" not in headers
+    assert (told["size"], answer.headers["x-answer"]) == (7, "1")
+    assert "connection" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/models", 200),
+        ("DELETE", "/v1/deployments/m", 200),
+        ("GET", "/v1/analytics/models/m/compare?a=1&b=2", 200),
+        ("PUT", "/v1/drift/m/teapot", 418),
+        ("GET", "/v1/models/../keys", 200),  # clients fold it themselves
+        ("GET", "/v1/analytics/%2e%2e/keys", 404),
+        ("GET", "/v1/analytics/..%2fkeys", 404),
+        ("GET", "/v1/other", 404),
+    ],
+)
+def test_routes(gateway: GatewayThread, method: str, path: str, status: int) -> None:
+    answer = gateway.request(method, path)
+    assert answer.status_code == status, answer.text
+
+
+def test_analytics_may_be_asked_by_readers_with_a_body(gateway: GatewayThread) -> None:
+    read = f"Bearer {READ_ONLY}"
+    assert gateway.request("POST", "/v1/analytics/query", b"{}", authorization=read).status_code == 200
+    assert gateway.request("POST", "/v1/drift/x", b"{}", authorization=read).status_code == 403
+
+
+def test_large_bodies_pass_in_pieces(gateway: GatewayThread) -> None:
+    piece, count = b"x" * (1 << 20), 96
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield piece
+
+    async def upload() -> httpx.Response:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+            return await client.post(
+                f"{gateway.running.base}/v1/models/m/versions",
+                content=pieces(),
+                headers={"authorization": f"Bearer {ADMIN}"},
+            )
+
+    tracemalloc.start()
+    try:
+        told = asyncio.run(upload()).json()
+        _now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert told["size"] == count << 20
+    assert told["sha256"] == hashlib.sha256(piece * count).hexdigest()
+    # Gateway, upstream and client together: far from one whole body.
+    assert peak < count << 19
+    assert len(gateway.request("GET", "/v1/models/large").content) == 8 << 20

@@ -1,0 +1,299 @@
+"""Deadlines, bounds and draining of one connection, on a transport in memory. A tick is a second."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import uvicorn
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from prometheus_client import CollectorRegistry
+from uvicorn.server import ServerState
+
+from services.common.clock import SystemClock
+from services.common.telemetry import setup_tracing
+from services.gateway.catalogue import Catalogue
+from services.gateway.hot.front import HotFront, HttpLimits
+from services.gateway.hot.protocol import HotProtocol
+from services.gateway.keys import KeyRing
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.predict import PredictLimits, PredictService
+from services.gateway.router_client import OnReply, RouterClient
+from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
+
+BODY = json.dumps({"model": "cancer", "inputs": [[1, 2, 3]]}).encode()
+HEAD = (
+    b"POST /v1/predict HTTP/1.1\r\nHost: a\r\nX-API-Key: "
+    + PREDICT_ONLY.encode()
+    + b"\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+)
+
+
+class MemoryTransport:
+    """What a protocol sees of a socket."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = self.aborted = False
+        self.reading = True
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.aborted = self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def statuses(self) -> list[bytes]:
+        return [part[:3] for part in self.written.split(b"HTTP/1.1 ")[1:]]
+
+
+class HeldChannel:
+    """Answers when told."""
+
+    usable = True
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, tuple[PredictRequest, OnReply]] = {}
+        self.cancelled: list[int] = []
+        self._last = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.waiting)
+
+    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
+        self._last += 1
+        self.waiting[self._last] = (request, on_reply)
+        return self._last
+
+    def cancel(self, local_id: int) -> None:
+        del self.waiting[local_id]
+        self.cancelled.append(local_id)
+
+    def answer(self, change: Callable[[PredictReply], None] = lambda _reply: None) -> None:
+        """Answer what waited longest."""
+        request, on_reply = self.waiting.pop(min(self.waiting))
+        reply = answer_like_a_worker(request)
+        change(reply)
+        on_reply(reply)
+
+
+class Connection:
+    """One client's connection and everything behind it."""
+
+    def __init__(self, **limits: int) -> None:
+        clock = SystemClock()
+        keys, catalogue = KeyRing(clock), Catalogue()
+        key = api_key(PREDICT_ONLY, ["predict"])
+        keys.apply(key.key_id.encode(), key.SerializeToString())
+        for config in configs():
+            catalogue.apply(config.model.encode(), config.SerializeToString())
+        self.channel = HeldChannel()
+        service = PredictService(
+            catalogue=catalogue,
+            keys=keys,
+            router=RouterClient([self.channel]),
+            tracing=setup_tracing("gateway", None),
+            metrics=GatewayMetrics(CollectorRegistry()),
+            clock=clock,
+            limits=PredictLimits(max_body_bytes=10_000),
+        )
+        self.front = HotFront(service, HttpLimits(**limits))
+        self.asked: list[str] = []
+        config_ = uvicorn.Config(self._app, lifespan="off", log_config=None, access_log=False)
+        config_.load()
+        make = partial(HotProtocol, self.front)
+        self.protocol = make(config=config_, server_state=ServerState(), app_state={})
+        self.transport = MemoryTransport()
+        self.protocol.connection_made(self.transport)  # type: ignore[arg-type]  # has what is used
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked.append(scope["path"])
+        await receive()
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    def feed(self, data: bytes) -> None:
+        self.protocol.data_received(data)
+
+    def ticks(self, count: int) -> None:
+        for _ in range(count):
+            self.protocol.tick()
+
+
+@pytest.fixture
+async def connection() -> Connection:
+    return Connection()
+
+
+async def test_silence_closes_an_idle_connection(connection: Connection) -> None:
+    connection.ticks(75)
+    assert not connection.transport.closed
+    connection.feed(HEAD + BODY)
+    connection.channel.answer()
+    connection.ticks(75)
+    assert not connection.transport.closed
+    connection.ticks(1)
+    assert connection.transport.closed
+    assert connection.transport.statuses() == [b"200"]
+
+
+async def test_a_trickling_head_is_answered_408(connection: Connection) -> None:
+    for index in range(10):
+        connection.feed(HEAD[index : index + 1])
+        connection.ticks(1)
+    assert connection.transport.statuses() == []
+    connection.feed(HEAD[10:11])
+    connection.ticks(1)
+    assert connection.transport.statuses() == [b"408"]
+    assert connection.transport.closed
+
+
+async def test_a_trickling_body_is_answered_408_and_a_wait_for_the_router_is_not(
+    connection: Connection,
+) -> None:
+    connection.feed(HEAD)
+    for index in range(30):
+        connection.feed(BODY[index : index + 1])
+        connection.ticks(1)
+    assert connection.transport.statuses() == []
+    connection.ticks(1)
+    assert connection.transport.statuses() == [b"408"]
+    other = Connection()
+    other.feed(HEAD + BODY)
+    other.ticks(1000)
+    assert not other.transport.closed
+    other.channel.answer()
+    assert other.transport.statuses() == [b"200"]
+
+
+@pytest.mark.parametrize("head", [b"GET /x HTTP/1.1\r\nX: ", b"GET /"])
+async def test_endless_heads(connection: Connection, head: bytes) -> None:
+    connection.feed(head)
+    for _ in range(80):
+        if connection.transport.closed:
+            break
+        connection.feed(b"a" * 1024)
+    assert connection.transport.statuses() == [b"431"]
+    assert connection.transport.closed
+
+
+@pytest.mark.parametrize("path", [b"/v1/predict", b"/health/live"])
+async def test_too_many_headers(connection: Connection, path: bytes) -> None:
+    connection.feed(b"POST " + path + b" HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 200 + b"\r\n")
+    assert connection.transport.statuses() == [b"431"]
+    assert connection.asked == []
+
+
+async def test_a_client_that_leaves_its_answers_unread_stops_its_own_pipeline(connection: Connection) -> None:
+    connection.feed((HEAD + BODY) * 3)
+    assert len(connection.channel.waiting) == 1
+    connection.protocol.pause_writing()
+    connection.channel.answer()
+    assert len(connection.channel.waiting) == 0
+    assert not connection.transport.reading
+    connection.protocol.resume_writing()
+    assert len(connection.channel.waiting) == 1
+    connection.channel.answer()
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"200"] * 3
+    assert connection.transport.reading
+    connection.protocol.pause_writing()
+    connection.ticks(31)
+    assert connection.transport.aborted
+
+
+async def test_a_lost_connection_cancels_what_runs_and_drops_what_waits(connection: Connection) -> None:
+    connection.feed((HEAD + BODY) * 3)
+    connection.protocol.connection_lost(None)
+    assert connection.channel.cancelled == [1]
+    assert connection.channel.waiting == {}
+    assert connection.front.connections == set()
+
+
+async def test_asgi_and_hot_keep_their_order(connection: Connection) -> None:
+    live = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
+    connection.feed(HEAD + BODY + live + HEAD + BODY)
+    await asyncio.sleep(0)
+    assert connection.asked == []
+    connection.channel.answer()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert connection.asked == ["/health/live"]
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"200", b"204", b"200"]
+
+
+async def test_the_rest_of_a_refused_body_is_read_for_a_while(connection: Connection) -> None:
+    connection.feed(HEAD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 99999"))
+    assert connection.transport.statuses() == [b"413"]
+    assert not connection.transport.closed
+    connection.feed(b"x" * 50_000)
+    assert not connection.transport.closed
+    connection.feed(b"x" * 49_999)
+    assert connection.transport.closed
+    late = Connection()
+    late.feed(HEAD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 99999"))
+    late.ticks(6)
+    assert late.transport.closed
+
+
+async def test_a_refused_expectation_closes_at_once(connection: Connection) -> None:
+    raw = HEAD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 99999\r\nExpect: 100-continue")
+    connection.feed(raw)
+    assert connection.transport.statuses() == [b"413"]
+    assert connection.transport.closed
+
+
+async def test_draining_closes_idle_connections_and_finishes_running_ones(connection: Connection) -> None:
+    connection.feed(HEAD + BODY)
+    connection.front.draining = True
+    connection.ticks(1)
+    assert not connection.transport.closed
+    connection.channel.answer()
+    assert b"connection: close\r\n" in connection.transport.written
+    assert connection.transport.closed
+    idle = Connection()
+    idle.front.draining = True
+    idle.ticks(1)
+    assert idle.transport.closed
+
+
+async def test_shutdown_waits_for_the_pipeline(connection: Connection) -> None:
+    connection.feed(HEAD + BODY)
+    connection.protocol.shutdown()
+    assert not connection.transport.closed
+    connection.channel.answer()
+    assert connection.transport.closed
+    idle = Connection()
+    idle.protocol.shutdown()
+    assert idle.transport.closed
+
+
+async def test_a_failed_answer_is_answered_once(connection: Connection) -> None:
+    connection.feed(HEAD + BODY)
+
+    def broken(reply: PredictReply) -> None:
+        reply.outputs[0].data = b"1"
+
+    connection.channel.answer(broken)
+    assert connection.transport.statuses() == [b"500"]

@@ -1,0 +1,149 @@
+"""Which router a request goes to, and what happens when its connection is lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Code
+from prometheus_client import CollectorRegistry
+
+from services.common.clock import SystemClock
+from services.common.errors import Unavailable
+from services.common.telemetry import setup_tracing
+from services.gateway.call import Call
+from services.gateway.catalogue import Catalogue
+from services.gateway.keys import KeyRing
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.predict import PredictLimits, PredictService
+from services.gateway.router_client import OnReply, RouterClient
+from services.gateway.targets import Dialect, Target, target_of
+from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
+
+
+class Channel:
+    """A router whose replies are given by hand."""
+
+    def __init__(self, in_flight: int = 0, *, usable: bool = True) -> None:
+        self.in_flight = in_flight
+        self.usable = usable
+        self.callbacks: dict[int, OnReply] = {}
+        self.requests: list[PredictRequest] = []
+
+    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
+        self.requests.append(request)
+        self.callbacks[len(self.requests)] = on_reply
+        return len(self.requests)
+
+    def cancel(self, local_id: int) -> None:
+        del self.callbacks[local_id]
+
+    def answer(self, reply: PredictReply) -> None:
+        _id, on_reply = self.callbacks.popitem()
+        on_reply(reply)
+
+
+class Answered(Call):
+    """Keeps its answer."""
+
+    got: tuple[int, bytes] | None = None
+
+    def answer(self, status: int, headers: bytes, body: bytes) -> None:
+        assert self.got is None
+        self.got = (status, body)
+
+
+LOST = PredictReply(code=Code.CODE_UNAVAILABLE, message="connection lost")
+
+
+def begun(*channels: Channel) -> Answered:
+    clock = SystemClock()
+    keys, catalogue = KeyRing(clock), Catalogue()
+    key = api_key(PREDICT_ONLY, ["predict"])
+    keys.apply(key.key_id.encode(), key.SerializeToString())
+    cancer = configs()[0]
+    catalogue.apply(b"cancer", cancer.SerializeToString())
+    service = PredictService(
+        catalogue=catalogue,
+        keys=keys,
+        router=RouterClient(channels),
+        tracing=setup_tracing("gateway", None),
+        metrics=GatewayMetrics(CollectorRegistry()),
+        clock=clock,
+        limits=PredictLimits(),
+    )
+    call = Answered(service, Target(Dialect.NATIVE))
+    call.api_key = PREDICT_ONLY.encode()
+    call.body = b'{"model": "cancer", "inputs": [[1, 2, 3]]}'
+    service.begin(call)
+    return call
+
+
+def test_the_least_loaded_usable_router_is_picked() -> None:
+    busy, idle, gone = Channel(5), Channel(2), Channel(0, usable=False)
+    client = RouterClient([busy, idle, gone])
+    assert client.pick() is idle
+    assert client.pick(tried=idle) is busy
+    assert client.in_flight == 7
+    idle.usable = busy.usable = False
+    assert not client.usable
+    with pytest.raises(Unavailable):
+        client.pick()
+
+
+def test_a_lost_connection_sends_the_request_to_another_router_once() -> None:
+    first, second = Channel(), Channel(1)
+    call = begun(first, second)
+    first.answer(LOST)
+    assert call.got is None
+    assert second.requests[0].request_id == first.requests[0].request_id
+    second.answer(answer_like_a_worker(second.requests[0]))
+    assert call.got is not None
+    assert call.got[0] == 200
+    both = [Channel(), Channel(1)]
+    call = begun(*both)
+    both[0].answer(LOST)
+    both[1].answer(LOST)
+    assert call.got is not None
+    assert call.got[0] == 503
+
+
+def test_without_another_router_it_is_503_without_internals() -> None:
+    only = Channel()
+    call = begun(only)
+    only.answer(LOST)
+    assert call.got is not None
+    assert call.got[0] == 503
+    assert b"connection lost" not in call.got[1]
+    assert begun(Channel(usable=False)).got is not None
+
+
+async def test_cancelling_a_wait_cancels_the_item() -> None:
+    channel = Channel()
+    waiting = asyncio.create_task(RouterClient([channel]).predict(PredictRequest(), 1.0))
+    await asyncio.sleep(0)
+    assert channel.callbacks
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert channel.callbacks == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        (b"/v1/predict", Target(Dialect.NATIVE)),
+        (b"/api/v1/models/a.b-c_1/predict", Target(Dialect.NATIVE, "a.b-c_1")),
+        (b"/v2/models/m/versions/1/infer", Target(Dialect.V2, "m", "1")),
+        (b"/v1/embed", Target(Dialect.EMBED)),
+        (b"/v1/models//predict", None),
+        (b"/v1/models/a/b/predict", None),
+        (b"/v1/models/%61/predict", None),
+        (b"/v1/predict?x=1", None),
+        (b"/v1/models/m", None),
+        (b"/v1/predict/", None),
+    ],
+)
+def test_hot_paths(path: bytes, target: Target | None) -> None:
+    assert target_of(path) == target
+    assert target_of(path) == target
