@@ -119,7 +119,9 @@ class Connection:
         )
         self.front = HotFront(service, HttpLimits(**limits))
         self.asked: list[str] = []
-        config_ = uvicorn.Config(self._app, lifespan="off", log_config=None, access_log=False)
+        config_ = uvicorn.Config(
+            self._app, interface="asgi3", lifespan="off", log_config=None, access_log=False
+        )
         config_.load()
         make = partial(HotProtocol, self.front)
         self.protocol = make(config=config_, server_state=ServerState(), app_state={})
