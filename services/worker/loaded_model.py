@@ -238,6 +238,8 @@ class LoadedModel:
     def _append(self, records: Iterable[PredictionBatch], headers: tuple[tuple[str, bytes], ...]) -> None:
         for record in records:
             self._serving.log.append(self._records.key, record.SerializeToString(), headers)
+            if self._policy.payloads.enabled and not record.inputs:
+                self.stats.payloads_omitted += sum(code == _OK for code in record.codes)
 
     def _settle_all(self, items: Sequence[Item], error: HeadraceError) -> None:
         for item in items:

@@ -32,8 +32,8 @@ class RunTime:
     def observe(self, rows: int, seconds: float, now: float) -> None:
         """Take in that `rows` rows ran in `seconds`, ending at `now` (any monotonic scale)."""
         if self._w:
-            # One run that the machine interrupted says nothing about the model; a model that has really become
-            # slower gets there within a few runs.
+            # One run that the machine interrupted says nothing about the model; a model that has really
+            # become slower gets there within a few runs.
             seconds = min(seconds, self.estimate(rows) * _OUTLIER + _OUTLIER_S)
         self._w = self._w * _KEEP + 1.0
         self._n = self._n * _KEEP + rows

@@ -1,0 +1,74 @@
+"""What a pool should serve."""
+
+from __future__ import annotations
+
+import pytest
+from headrace.v1.control_pb2 import Batching, ServedVersion, ServingConfig
+from headrace.v1.tensor_pb2 import Signature
+
+from services.common.errors import InvalidArgument
+from services.worker.batch_queue import BatchPolicy
+from services.worker.desired import Defaults, Deployments, VersionKey
+from services.worker.prediction_log import PayloadPolicy
+
+DEFAULTS = Defaults(
+    BatchPolicy(max_rows=64, max_queue_rows=1000), PayloadPolicy(request_bytes=5), timeout=30.0
+)
+KEY = VersionKey("net", "1", "sha256:1")
+
+
+def deployment(revision: int = 1, **changes: object) -> ServingConfig:
+    version = ServedVersion(version="1", artifact_digest="sha256:1", signature=Signature(batched=True))
+    given = {"model": "net", "revision": revision, "versions": [version], "pool": "default"}
+    return ServingConfig(**(given | changes))  # type: ignore[arg-type]  # fields of the message
+
+
+def after(*configs: ServingConfig | None) -> Deployments:
+    deployments = Deployments("default", DEFAULTS)
+    for config in configs:
+        deployments.apply(b"net", config.SerializeToString() if config else None)
+    return deployments
+
+
+def test_versions_of_the_own_pool_are_wanted() -> None:
+    assert set(after(deployment()).desired()) == {KEY}
+    assert after(deployment(pool="gpu")).desired() == {}
+    assert after(deployment(pool="gpu")).knows("net")
+    # A deployment that names no pool is everybody's.
+    assert set(after(deployment(pool="")).desired()) == {KEY}
+
+
+def test_an_older_revision_is_ignored_and_a_deletion_forgets_it() -> None:
+    assert after(deployment(5, versions=[]), deployment(4)).desired() == {}
+    assert set(after(deployment(5, versions=[]), deployment(5)).desired()) == {KEY}
+    gone = after(deployment(5), None)
+    assert gone.desired() == {}
+    assert not gone.knows("net")
+    # Deployed anew, revisions may begin again.
+    assert set(after(deployment(5, versions=[]), None, deployment(1)).desired()) == {KEY}
+
+
+def test_the_deployment_decides_over_the_defaults() -> None:
+    policy = after(deployment()).desired()[KEY].policy
+    assert (policy.batching.max_rows, policy.batching.max_delay, policy.timeout) == (64, 0.0, 30.0)
+    assert policy.payloads == PayloadPolicy(enabled=False, request_bytes=5)
+    batching = Batching(max_rows=16, max_delay_us=1500, preferred_rows=[8, 4, 32, 0], max_queue_rows=8)
+    given = deployment(batching=batching, log_payloads=True, default_timeout_ms=250)
+    policy = after(given).desired()[KEY].policy
+    assert policy.batching.max_delay == pytest.approx(0.0015)
+    assert policy.batching.preferred_rows == (4, 8)
+    # A queue that could not hold one batch would refuse what the model can take.
+    assert policy.batching.max_queue_rows == 16
+    assert (policy.timeout, policy.payloads.enabled) == (0.25, True)
+
+
+def test_a_model_that_is_not_batched_runs_its_requests_alone() -> None:
+    version = ServedVersion(version="1", artifact_digest="sha256:1")
+    given = deployment(versions=[version], batching=Batching(max_rows=16, max_delay_us=9000))
+    batching = after(given).desired()[KEY].policy.batching
+    assert (batching.max_rows, batching.max_delay) == (1, 0.0)
+
+
+def test_a_record_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(InvalidArgument, match="the deployment of net"):
+        Deployments("default", DEFAULTS).apply(b"net", b"\xff\xff")

@@ -1,0 +1,122 @@
+"""Batches through a backend, and members that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
+
+from services.common.errors import InvalidArgument
+from services.worker.batch_queue import Answer, Batch, Item, Release
+from services.worker.execution import Execution, Runner
+from services.worker.input_layout import InputLayout
+from services.worker.tensors import Array, to_column
+
+FP32 = DataType.DATA_TYPE_FP32
+BYTES = DataType.DATA_TYPE_BYTES
+SIGNATURE = Signature(
+    inputs=[TensorSpec(name="x", datatype=FP32, shape=[-1])],
+    outputs=[TensorSpec(name="y", datatype=FP32, shape=[-1])],
+    batched=True,
+)
+
+
+class Doubling:
+    """y = 2 x; refuses a negative x, breaks on 13, and forgets a row when it sees 99."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def run(self, inputs: Mapping[str, Array], _outputs: Sequence[str]) -> dict[str, Array]:
+        x = inputs["x"]
+        self.sizes.append(len(x))
+        if (x < 0).any():
+            raise InvalidArgument("x is negative", field="inputs.x")
+        if (x == 13).any():
+            raise RuntimeError("unlucky")
+        return {"y": (2 * x)[1:] if (x == 99).any() else 2 * x}
+
+    def close(self) -> None: ...
+
+
+def executed(*rows: list[float], max_rows: int = 64) -> tuple[Execution, list[Item], Doubling]:
+    layout = InputLayout(SIGNATURE)
+    backend = Doubling()
+
+    def ignore(_request: PredictRequest, _answer: Answer) -> None: ...
+
+    items = [
+        Item(
+            PredictRequest(id=i),
+            len(values),
+            ((), ((),)),
+            (np.array(values, np.float32).tobytes(),),
+            1.0,
+            ignore,
+        )
+        for i, values in enumerate(rows)
+    ]
+    batch = Batch(items, sum(item.rows for item in items), Release.TURN)
+    return Runner(backend, SIGNATURE, layout).execute(batch, max_rows), items, backend
+
+
+def answers(execution: Execution) -> dict[int, list[float]]:
+    found = {}
+    for part in execution.parts:
+        first = 0
+        for item in part.items:
+            data = part.columns[0].rows(first, item.rows)
+            found[item.request.id] = np.frombuffer(data, np.float32).tolist()
+            first += item.rows
+    return found
+
+
+def test_one_run_answers_all_with_their_own_rows() -> None:
+    execution, _, backend = executed([1], [2, 3], [4])
+    assert backend.sizes == [4]
+    assert answers(execution) == {0: [2], 1: [4, 6], 2: [8]}
+    assert (execution.failures, execution.reruns) == ([], 0)
+
+
+@pytest.mark.parametrize(("bad", "code"), [(-1, Code.CODE_INVALID_ARGUMENT), (13, Code.CODE_INTERNAL)])
+def test_only_the_bad_member_fails(bad: float, code: Code) -> None:
+    execution, items, backend = executed([1], [2, bad], [4])
+    assert backend.sizes == [4, 1, 2, 1]
+    assert answers(execution) == {0: [2], 2: [8]}
+    ((item, error),) = execution.failures
+    assert (item, error.code, execution.reruns) == (items[1], code, 3)
+    assert (execution.fault is not None) == (code == Code.CODE_INTERNAL)
+
+
+def test_an_output_with_too_few_rows_is_a_failure_not_a_wrong_answer() -> None:
+    execution, items, _ = executed([1], [99], [4])
+    assert answers(execution) == {0: [2], 2: [8]}
+    assert [item for item, _ in execution.failures] == [items[1]]
+
+
+def test_a_large_request_runs_in_slices() -> None:
+    execution, _, backend = executed([float(i) for i in range(10)], max_rows=4)
+    assert backend.sizes == [4, 4, 2]
+    assert answers(execution) == {0: [2.0 * i for i in range(10)]}
+
+
+def test_a_slice_with_too_few_rows_is_a_failure() -> None:
+    execution, _, _ = executed([*range(9), 99], max_rows=4)
+    assert len(execution.failures) == 1
+
+
+def test_text_rows_are_found_by_where_they_start() -> None:
+    column = to_column("y", BYTES, np.array([["a", "bcd"], [b"", "e"]], object), 2, batched=True)
+    assert column.rows(0, 1) == b"\1\0\0\0a\3\0\0\0bcd"
+    assert column.rows(1, 1) == b"\0\0\0\0\1\0\0\0e"
+    assert column.rows(0, 2) == column.data
+
+
+def test_outputs_take_the_datatype_of_the_signature() -> None:
+    column = to_column("y", FP32, np.array([1.5, 2.5]), 2, batched=True)
+    assert np.frombuffer(column.rows(1, 1), np.float32).tolist() == [2.5]

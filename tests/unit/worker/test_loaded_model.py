@@ -1,0 +1,221 @@
+"""A version that serves: the log before the replies, late and cancelled members, traces, full logs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext, TraceFlags
+
+from services.common.clock import SystemClock
+from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
+from services.common.telemetry import Tracing, context_from_kafka, setup_tracing, trace_bytes
+from services.worker.batch_queue import Answer, BatchPolicy, Item
+from services.worker.execution import Runner
+from services.worker.input_layout import InputLayout
+from services.worker.loaded_model import LoadedModel, Serving, ServingPolicy
+from services.worker.prediction_log import PayloadPolicy, PredictionRecords
+from services.worker.run_time import RunTime
+from services.worker.tensors import Array
+from tests.fixtures.waiting import eventually
+
+FP32 = DataType.DATA_TYPE_FP32
+SIGNATURE = Signature(
+    inputs=[TensorSpec(name="x", datatype=FP32, shape=[-1])],
+    outputs=[TensorSpec(name="y", datatype=FP32, shape=[-1])],
+    batched=True,
+)
+
+
+class Gated:
+    """y = 2 x, once the gate is open."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.closed = False
+
+    def run(self, inputs: Mapping[str, Array], _outputs: Sequence[str]) -> dict[str, Array]:
+        assert self.gate.wait(10)
+        return {"y": 2 * inputs["x"]}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class MemoryLog:
+    """Remembers, and may be full."""
+
+    def __init__(self) -> None:
+        self.usable = True
+        self.full = False
+        self.records: list[tuple[bytes, PredictionBatch, tuple[tuple[str, bytes], ...]]] = []
+
+    def append(self, key: bytes, value: bytes, headers: tuple[tuple[str, bytes], ...] = ()) -> None:
+        if self.full:
+            raise ResourceExhausted("full", retry_after_ms=1000)
+        self.records.append((key, PredictionBatch.FromString(value), headers))
+
+
+class Rig:
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.backend = Gated()
+        self.log = MemoryLog()
+        self.spans = InMemorySpanExporter()
+        self.tracing: Tracing = setup_tracing("worker", None)
+        self.answers: dict[int, Answer] = {}
+        self.logged_before: dict[int, int] = {}
+        self.pool = pool
+        self.inline_below = 0.0
+
+    def start(self, max_rows: int = 8) -> LoadedModel:
+        layout = InputLayout(SIGNATURE)
+        run_time = RunTime()
+        run_time.observe(1, 1e-5, 0.0)
+        return LoadedModel(
+            Runner(self.backend, SIGNATURE, layout),
+            run_time,
+            PredictionRecords("w", "net", "1", "sha256:1", layout),
+            ServingPolicy(BatchPolicy(max_rows=max_rows), PayloadPolicy(), 1.0),
+            Serving(SystemClock(), self.log, self.tracing, self.pool, self.inline_below),
+            version="1",
+            slots=1,
+        )
+
+    def item(self, number: int, seconds: float = 10.0, trace: bytes = b"") -> Item:
+        request = PredictRequest(id=number, request_id=bytes([number]) * 16, trace=trace)
+        data = np.array([number], np.float32).tobytes()
+        return Item(request, 1, ((), ((),)), (data,), SystemClock().monotonic() + seconds, self.settle)
+
+    def settle(self, request: PredictRequest, answer: Answer) -> None:
+        assert request.id not in self.answers
+        kept = answer
+        if isinstance(answer, PredictReply):
+            kept = PredictReply()
+            kept.CopyFrom(answer)
+        self.answers[request.id] = kept
+        self.logged_before[request.id] = sum(len(record.rows) for _, record, _ in self.log.records)
+
+    def codes(self) -> dict[int, Code]:
+        return {number: answer.code for number, answer in self.answers.items()}
+
+    def logged_codes(self) -> dict[int, Code]:
+        return {
+            record.request_ids[16 * i]: record.codes[i]
+            for _, record, _ in self.log.records
+            for i in range(len(record.rows))
+        }
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    pool = ThreadPoolExecutor(2)
+    made = Rig(pool)
+    yield made
+    made.backend.gate.set()
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("inline_below", [0.0, 1.0])
+async def test_the_record_is_written_before_the_replies_leave(rig: Rig, inline_below: float) -> None:
+    rig.inline_below = inline_below
+    model = rig.start()
+    model.submit([rig.item(i) for i in range(5)])
+    assert rig.answers == {}
+    await eventually(lambda: len(rig.answers) == 5)
+    for number, answer in rig.answers.items():
+        assert isinstance(answer, PredictReply)
+        assert np.frombuffer(answer.outputs[0].data, np.float32).tolist() == [2 * number]
+        assert answer.compute_us >= 1
+    assert set(rig.logged_before.values()) == {5}
+    assert model.stats.inline_runs == (1 if inline_below else 0)
+    assert (model.stats.succeeded, model.stats.rows, model.stats.runs) == (5, 5, 1)
+
+
+async def test_a_full_log_refuses_instead_of_serving_unlogged(rig: Rig) -> None:
+    model = rig.start()
+    rig.log.full = True
+    model.submit([rig.item(1), rig.item(2)])
+    await eventually(lambda: len(rig.answers) == 2)
+    assert set(rig.codes().values()) == {Code.CODE_RESOURCE_EXHAUSTED}
+    rig.log.full = False
+    model.submit([rig.item(3)])
+    await eventually(lambda: len(rig.answers) == 3)
+    assert rig.codes()[3] == Code.CODE_OK
+
+
+async def test_late_and_cancelled_members_are_logged_as_such(rig: Rig) -> None:
+    model = rig.start()
+    rig.backend.gate.clear()
+    good, late, cancelled = rig.item(1), rig.item(2, seconds=0.05), rig.item(3)
+    model.submit([good, late, cancelled])
+    await asyncio.sleep(0.01)
+    model.cancel(cancelled)
+    waiting = rig.item(4, seconds=0.05)
+    model.submit([waiting])
+    await asyncio.sleep(0.1)
+    # The one that waits is told at its deadline, although the model is busy.
+    assert rig.codes() == {4: Code.CODE_DEADLINE_EXCEEDED}
+    rig.backend.gate.set()
+    await eventually(lambda: len(rig.answers) == 3)
+    assert rig.codes() == {1: Code.CODE_OK, 2: Code.CODE_DEADLINE_EXCEEDED, 4: Code.CODE_DEADLINE_EXCEEDED}
+    logged = {1: Code.CODE_OK, 2: Code.CODE_DEADLINE_EXCEEDED, 3: Code.CODE_CANCELLED}
+    assert rig.logged_codes() == logged
+    assert model.idle
+
+
+async def test_drain_waits_for_what_runs_and_close_refuses_what_comes(rig: Rig) -> None:
+    model = rig.start(max_rows=1)
+    rig.backend.gate.clear()
+    model.submit([rig.item(1), rig.item(2)])
+    draining = asyncio.create_task(model.drain())
+    await asyncio.sleep(0.02)
+    assert not draining.done()
+    rig.backend.gate.set()
+    await asyncio.wait_for(draining, 5)
+    assert set(rig.codes().values()) == {Code.CODE_OK}
+    model.close()
+    assert rig.backend.closed
+    model.submit([rig.item(3)])
+    assert isinstance(rig.answers[3], Unavailable | HeadraceError)
+    assert rig.codes()[3] == Code.CODE_UNAVAILABLE
+
+
+async def test_a_batch_is_one_span_in_the_trace_of_its_first_sampled_request(rig: Rig) -> None:
+    rig.tracing = setup_tracing("worker", None, exporter=rig.spans)
+    model = rig.start()
+    callers = [SpanContext(100 + i, 7 + i, is_remote=True, trace_flags=TraceFlags(1)) for i in range(2)]
+    model.submit([rig.item(1), *[rig.item(2 + i, trace=trace_bytes(c)) for i, c in enumerate(callers)]])
+    await eventually(lambda: len(rig.answers) == 3)
+    await rig.tracing.close()
+    (span,) = rig.spans.get_finished_spans()
+    assert span.name == "worker.batch"
+    assert span.parent is not None
+    assert span.context is not None
+    assert (span.context.trace_id, span.parent.span_id) == (100, 7)
+    assert [link.context.trace_id for link in span.links] == [101]
+    assert span.attributes is not None
+    assert span.attributes["headrace.rows"] == 3
+    continued = context_from_kafka(rig.log.records[0][2])
+    assert continued is not None
+    assert (continued.trace_id, continued.span_id) == (100, span.context.span_id)
+
+
+async def test_without_a_sampled_request_there_is_no_trace(rig: Rig) -> None:
+    rig.tracing = setup_tracing("worker", None, exporter=rig.spans)
+    model = rig.start()
+    model.submit([rig.item(1)])
+    await eventually(lambda: len(rig.answers) == 1)
+    await rig.tracing.close()
+    assert rig.spans.get_finished_spans() == ()
+    assert rig.log.records[0][2] == ()

@@ -1,0 +1,133 @@
+"""What an executed batch leaves in the prediction log."""
+
+from __future__ import annotations
+
+import numpy as np
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
+from numpy.typing import NDArray
+
+from services.worker.batch_queue import Answer, Item
+from services.worker.execution import Part
+from services.worker.input_layout import InputLayout
+from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.tensors import OutputColumn
+
+FP32 = DataType.DATA_TYPE_FP32
+SIGNATURE = Signature(
+    inputs=[TensorSpec(name="x", datatype=FP32, shape=[-1, 2])],
+    outputs=[TensorSpec(name="y", datatype=FP32, shape=[-1])],
+    batched=True,
+)
+TIMES = Answered(started=10.0, finished=10.5, unix_us=2_000_000, compute_us=500_000)
+RECORDS = PredictionRecords("worker-7", "net", "3", "sha256:abc", InputLayout(SIGNATURE))
+
+
+def item(number: int, rows: int, variant: str = "a") -> Item:
+    def ignore(_request: PredictRequest, _answer: Answer) -> None: ...
+
+    request = PredictRequest(
+        id=number,
+        request_id=bytes([number]) * 16,
+        variant=variant,
+        unit_hash=number * 10,
+        propensity=0.25,
+        revision=4,
+        attempt=number % 2,
+        received_at_us=1_000_000,
+    )
+    data = np.full((rows, 2), number, np.float32).tobytes()
+    made = Item(request, rows, ((), ((2,),)), (data,), 99.0, ignore)
+    made.queued_at = 9.75
+    made.queue_us = 250_000
+    return made
+
+
+def part(*items: Item) -> Part:
+    rows = sum(one.rows for one in items)
+    y = np.concatenate([np.full(one.rows, one.request.id * 100, np.float32) for one in items])
+    column = OutputColumn("y", FP32, (), y.tobytes(), 4)
+    return Part(items, rows, [b"".join(one.data[0] for one in items)], [column])
+
+
+def floats(data: bytes) -> NDArray[np.float32]:
+    return np.frombuffer(data, np.float32)
+
+
+def test_a_batch_is_one_record_of_columns() -> None:
+    made = part(item(1, 1), item(2, 3, "b"), item(3, 1))
+    (record,) = RECORDS.of_part(made, TIMES, PayloadPolicy())
+    assert RECORDS.key == b"net/3"
+    assert (record.source, record.writer, record.model) == ("worker-7", PredictionBatch.WRITER_WORKER, "net")
+    assert (record.version, record.artifact_digest, record.answered_at_us) == ("3", "sha256:abc", 2_000_000)
+    assert len(record.batch_id) == 16
+    assert record.request_ids == b"\1" * 16 + b"\2" * 16 + b"\3" * 16
+    assert list(record.unit_hashes) == [10, 20, 30]
+    assert [record.variant_names[index] for index in record.variants] == ["a", "b", "a"]
+    assert list(record.rows) == [1, 3, 1]
+    assert list(record.codes) == [Code.CODE_OK] * 3
+    assert list(record.attempts) == [1, 0, 1]
+    assert list(record.revisions) == [4] * 3
+    assert list(record.propensities) == [0.25] * 3
+    assert list(record.latency_us) == [1_000_000] * 3
+    assert list(record.queue_us) == [250_000] * 3
+    assert list(record.compute_us) == [500_000] * 3
+    assert list(record.cached) == [False] * 3
+    assert list(record.inputs[0].shape) == [5, 2]
+    assert floats(record.inputs[0].data).tolist() == [1, 1, 2, 2, 2, 2, 2, 2, 3, 3]
+    assert list(record.outputs[0].shape) == [5]
+    assert floats(record.outputs[0].data).tolist() == [100, 200, 200, 200, 300]
+
+
+def test_the_policy_may_keep_tensors_out() -> None:
+    (record,) = RECORDS.of_part(part(item(1, 1)), TIMES, PayloadPolicy(enabled=False))
+    assert not record.inputs
+    assert not record.outputs
+    assert list(record.rows) == [1]
+
+
+def test_failed_members_stand_with_their_codes_and_without_rows() -> None:
+    good, late, bad = item(1, 2), item(2, 1), item(3, 1)
+    made = part(good, late)
+
+    def code(one: Item) -> Code:
+        return Code.CODE_DEADLINE_EXCEEDED if one is late else Code.CODE_OK
+
+    entries = [*entries_of(made, code), Entry(bad, Code.CODE_INVALID_ARGUMENT)]
+    records = list(RECORDS.of_entries(entries, TIMES, PayloadPolicy()))
+    by_id = {
+        record.request_ids[16 * i]: record.codes[i] for record in records for i in range(len(record.rows))
+    }
+    assert by_id == {1: 0, 2: Code.CODE_DEADLINE_EXCEEDED, 3: Code.CODE_INVALID_ARGUMENT}
+    (with_tensors,) = [record for record in records if record.inputs]
+    assert list(with_tensors.rows) == [2]
+    assert floats(with_tensors.outputs[0].data).tolist() == [100, 100]
+
+
+def test_large_batches_are_cut_into_several_records() -> None:
+    made = part(*[item(i, 10) for i in range(1, 9)])
+    records = list(RECORDS.of_part(made, TIMES, PayloadPolicy(record_bytes=300)))
+    assert len(records) == 4
+    assert len({record.batch_id for record in records}) == 4
+    assert b"".join(record.request_ids for record in records) == bytes(
+        byte for i in range(1, 9) for byte in [i] * 16
+    )
+    for record in records:
+        assert sum(record.rows) == record.inputs[0].shape[0] == len(floats(record.outputs[0].data))
+
+
+def test_a_request_too_large_is_logged_without_its_tensors() -> None:
+    made = part(item(1, 1), item(2, 50), item(3, 1))
+    records = list(RECORDS.of_part(made, TIMES, PayloadPolicy(request_bytes=100)))
+    bare = [record for record in records if not record.inputs]
+    full = [record for record in records if record.inputs]
+    assert [list(record.rows) for record in bare] == [[50]]
+    assert [floats(record.outputs[0].data).tolist() for record in full] == [[100, 300]]
+
+
+def test_latency_without_a_receipt_counts_from_the_arrival_here() -> None:
+    one = item(1, 1)
+    one.request.received_at_us = 0
+    (record,) = RECORDS.of_part(part(one), TIMES, PayloadPolicy())
+    assert list(record.latency_us) == [750_000]
