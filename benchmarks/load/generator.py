@@ -1,0 +1,287 @@
+"""A load generator of our own, a process by itself: `python -m benchmarks.load.generator --help`.
+
+Open loop (`--rate`): requests are due at a constant rate whatever the server does. A latency counts from the
+moment when its request was due, not from when a connection was free to send it, so a stalled server cannot
+hide its stall (no coordinated omission). Closed loop (no rate): every connection sends its next request as
+soon as it has its answer.
+
+Prints one JSON object. `lag_p99_us` is how late the generator itself came to its own schedule: where that is
+large, the generator was the bottleneck and the point says nothing about the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import re
+import time
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.load.requests import read_requests
+
+TICK_S = 0.0005
+REFUSED = (429, 503)
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
+_CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came back. Latencies are seconds."""
+
+    answered: array[float] = field(default_factory=lambda: array("d"))
+    refused: array[float] = field(default_factory=lambda: array("d"))
+    #: From the moment of sending, for refusals: what the server took, without the wait for a connection.
+    refused_after_sending: array[float] = field(default_factory=lambda: array("d"))
+    lag: array[float] = field(default_factory=lambda: array("d"))
+    other: dict[str, int] = field(default_factory=dict)
+    abandoned: int = 0
+
+    def note(self, what: str) -> None:
+        """Count something that is neither an answer nor a refusal."""
+        self.other[what] = self.other.get(what, 0) + 1
+
+
+class Load:
+    """The schedule, the connections and what was measured between `opens` and `closes` (loop time)."""
+
+    def __init__(
+        self, requests: Sequence[bytes], rate: float | None, patience_s: float, address: tuple[str, int]
+    ) -> None:
+        self._requests = requests
+        self._address = address
+        self._connecting: set[asyncio.Task[None]] = set()
+        self.connections: set[Connection] = set()
+        self._rate = rate
+        self._patience_s = patience_s
+        self._next = 0
+        self._free: list[Connection] = []
+        self._due: deque[float] = deque()
+        self._scheduled = 0
+        self.started = self.opens = self.closes = 0.0
+        self.tally = Tally()
+
+    def begin(self, warm_up_s: float, seconds: float) -> None:
+        """Start the schedule now."""
+        loop = asyncio.get_running_loop()
+        self.started = loop.time()
+        self.opens = self.started + warm_up_s
+        self.closes = self.opens + seconds
+        if self._rate is not None:
+            self._tick()
+            return
+        for connection in list(self._free):
+            self._send(connection, loop.time())
+
+    def counts(self, due: float) -> bool:
+        """Whether a request that was due then belongs to the measurement."""
+        return self.opens <= due < self.closes
+
+    def ready(self, connection: Connection, now: float) -> None:
+        """`connection` has no request under way."""
+        if self._rate is None:
+            if self.started and now < self.closes:
+                self._send(connection, now)
+            else:
+                self._free.append(connection)
+            return
+        while self._due:
+            due = self._due.popleft()
+            if now - due <= self._patience_s:
+                self._send(connection, due)
+                return
+            self._abandon(due)
+        self._free.append(connection)
+
+    async def connect(self) -> None:
+        """One more connection."""
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: Connection(self), *self._address)
+
+    def lost(self, connection: Connection) -> None:
+        """`connection` is gone; another takes its place while the load goes on."""
+        self.connections.discard(connection)
+        if connection in self._free:
+            self._free.remove(connection)
+        loop = asyncio.get_running_loop()
+        if self.started and loop.time() < self.closes:
+            task = loop.create_task(self._reconnect())
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _reconnect(self) -> None:
+        try:
+            await self.connect()
+        except OSError:
+            self.tally.note("connection refused")
+
+    def give_up(self) -> None:
+        """What is still waiting was never sent."""
+        while self._due:
+            self._abandon(self._due.popleft())
+
+    def _abandon(self, due: float) -> None:
+        if self.counts(due):
+            self.tally.abandoned += 1
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        rate = self._rate or 1.0
+        until = int((min(now, self.closes) - self.started) * rate)
+        while self._scheduled < until:
+            due = self.started + self._scheduled / rate
+            self._scheduled += 1
+            if self.counts(due):
+                self.tally.lag.append(now - due)
+            if self._free:
+                self._send(self._free.pop(), due)
+            else:
+                self._due.append(due)
+        while self._due and now - self._due[0] > self._patience_s:
+            self._abandon(self._due.popleft())
+        if now < self.closes:
+            loop.call_later(TICK_S, self._tick)
+
+    def _send(self, connection: Connection, due: float) -> None:
+        self._next = (self._next + 1) % len(self._requests)
+        connection.send(self._requests[self._next], due)
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection with at most one request under way."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._loop = asyncio.get_running_loop()
+        self._buffer = b""
+        self._due: float | None = None
+        self._sent = 0.0
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._load.connections.add(self)
+        self._load.ready(self, self._loop.time())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._due is not None and self._load.counts(self._due):
+            self._load.tally.note("connection lost")
+        self._load.lost(self)
+
+    def abort(self) -> None:
+        """End the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def send(self, request: bytes, due: float) -> None:
+        """Send `request`, which was due at loop time `due`."""
+        self._due, self._sent = due, self._loop.time()
+        if self._transport is not None:
+            self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer + data if self._buffer else data
+        if not _complete(buffer):
+            self._buffer = buffer
+            return
+        self._buffer = b""
+        now, due, self._due = self._loop.time(), self._due, None
+        if due is not None and self._load.counts(due):
+            self._count(int(buffer[9:12]), now, due)
+        self._load.ready(self, now)
+
+    def _count(self, status: int, now: float, due: float) -> None:
+        tally = self._load.tally
+        if 200 <= status < 300:
+            tally.answered.append(now - due)
+        elif status in REFUSED:
+            tally.refused.append(now - due)
+            tally.refused_after_sending.append(now - self._sent)
+        else:
+            tally.note(f"HTTP {status}")
+
+
+def _complete(response: bytes) -> bool:
+    end = response.find(b"\r\n\r\n")
+    if end < 0:
+        return False
+    head = response[:end]
+    length = _LENGTH.search(head)
+    if length is not None:
+        return len(response) >= end + 4 + int(length[1])
+    return _CHUNKED.search(head) is None or response.endswith(b"\r\n0\r\n\r\n")
+
+
+def _quantile_us(values: Sequence[float], q: float) -> float | None:
+    if not values:
+        return None
+    ordered = sorted(values)
+    return round(ordered[min(len(ordered) - 1, int(q * len(ordered)))] * 1e6, 1)
+
+
+async def offer(given: argparse.Namespace) -> dict[str, object]:
+    """Run the load that the arguments describe; gives the summary."""
+    load = Load(read_requests(given.requests), given.rate, given.patience, (given.host, given.port))
+    for _ in range(given.connections):
+        await load.connect()
+    gc.freeze()
+    gc.disable()
+    cpu = time.process_time()
+    load.begin(given.warm_up, given.seconds)
+    await asyncio.sleep(given.warm_up + given.seconds)
+    # Answers to requests that were due in the window still count when they come a little later.
+    await asyncio.sleep(given.patience)
+    load.give_up()
+    cpu = time.process_time() - cpu
+    for connection in list(load.connections):
+        connection.abort()
+    await asyncio.sleep(0)
+    tally = load.tally
+    return {
+        "offered_per_s": given.rate,
+        "seconds": given.seconds,
+        "connections": given.connections,
+        "answered": len(tally.answered),
+        "goodput_per_s": round(len(tally.answered) / given.seconds, 1),
+        "refused": len(tally.refused),
+        "abandoned": tally.abandoned,
+        "other": tally.other,
+        "p50_us": _quantile_us(tally.answered, 0.5),
+        "p90_us": _quantile_us(tally.answered, 0.9),
+        "p99_us": _quantile_us(tally.answered, 0.99),
+        "p999_us": _quantile_us(tally.answered, 0.999),
+        "refused_p99_us": _quantile_us(tally.refused_after_sending, 0.99),
+        "refused_max_us": _quantile_us(tally.refused_after_sending, 1.0),
+        "lag_p99_us": _quantile_us(tally.lag, 0.99),
+        "generator_cpu_s": round(cpu, 3),
+    }
+
+
+def main() -> None:
+    """Offer the load and print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=Path, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--connections", type=int, default=128)
+    parser.add_argument("--rate", type=float, help="requests per second; closed loop where absent")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--warm-up", type=float, default=0.5)
+    parser.add_argument("--patience", type=float, default=1.0, help="seconds before a request is given up")
+    given = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        print(json.dumps(runner.run(offer(given))))
+
+
+if __name__ == "__main__":
+    main()

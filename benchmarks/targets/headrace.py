@@ -1,0 +1,161 @@
+"""Headrace itself, everything on: a key with a rate limit, a 90/10 split of two versions, predictions logged
+to Kafka, analytics and drift reading them, traces sampled as platform.env says; gateway → router → worker."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from benchmarks.environments import CACHE, REPOSITORY
+from benchmarks.load.requests import Endpoint
+from benchmarks.process_tree import Unavailable, descendants
+from benchmarks.targets.port import LOOPBACK, Front, Running
+from benchmarks.workload import Dialect, Workload
+from deploy.embedded.process import EmbeddedError
+from deploy.embedded.stack import Stack
+
+MODEL = "mlp"
+READY_WITHIN_S = 60.0
+#: The limit is there and checked on every request; it is never reached.
+RATE_LIMIT = 1_000_000
+SERVING = frozenset({"gateway", "router", "worker-0"})
+
+
+class HeadraceTarget:
+    """The embedded stack on free ports with one worker, in a folder of its own."""
+
+    name = "headrace"
+    title = "Headrace"
+    setup = (
+        "gateway, router and one worker as processes; API key, rate limit, 90/10 split of two versions, "
+        "prediction log to the embedded broker, analytics and drift consuming; traces sampled as shipped"
+    )
+
+    def __init__(self, *, home: Path = CACHE / "headrace" / "home", environment: Mapping[str, str] | None = None):
+        self._home = home
+        self._environment = dict(environment or {})
+        self._fresh = True
+
+    def install(self) -> None:
+        """It runs in the caller's environment."""
+
+    def versions(self) -> str:
+        """The commit that is measured."""
+        head = (REPOSITORY / ".git" / "HEAD").read_text().strip()
+        reference = REPOSITORY / ".git" / head.removeprefix("ref: ")
+        commit = reference.read_text().strip() if head.startswith("ref: ") and reference.exists() else head
+        return f"Headrace at {commit[:12]}"
+
+    @contextmanager
+    def running(self, workload: Workload) -> Iterator[Running]:
+        """Start the stack, push and deploy the model, make a key. State stays between the rounds of a run."""
+        if self._fresh:
+            shutil.rmtree(self._home, ignore_errors=True)
+            self._fresh = False
+        self._home.mkdir(parents=True, exist_ok=True)
+        stack = Stack.on_free_ports(self._home, workers=1, environment=self._environment)
+        try:
+            stack.start()
+        except EmbeddedError as error:
+            raise Unavailable(f"does not start: {error}") from error
+        try:
+            key = _deploy(stack, workload)
+            yield Running(
+                self._fronts(stack, key),
+                lambda: _processes(stack),
+                serving_parts=SERVING,
+                batches=lambda: _batches(stack),
+            )
+        finally:
+            stack.stop()
+
+    def _fronts(self, stack: Stack, key: str) -> Sequence[Front]:
+        port = stack.configuration.ports["GATEWAY_HTTP_PORT"]
+        headers = (("Authorization", f"Bearer {key}"),)
+        infer = f"/v2/models/{MODEL}/infer"
+
+        def without_consumers() -> None:
+            for part in ("analytics", "drift"):
+                if part in stack.pids():
+                    stack.kill(part, signal.SIGKILL, hold=True)
+
+        def front(
+            name: str, path: str, dialect: Dialect, *, consumers: bool = True
+        ) -> Front:
+            endpoint = Endpoint(LOOPBACK, port, path, dialect, MODEL, headers)
+            return Front(name, endpoint, None if consumers else without_consumers)
+
+        return [
+            front("Headrace", "/v1/predict", Dialect.NATIVE),
+            front("Headrace, V2 JSON", infer, Dialect.V2_JSON),
+            front("Headrace, V2 binary", infer, Dialect.V2_BINARY),
+            front("Headrace, analytics and drift stopped", "/v1/predict", Dialect.NATIVE, consumers=False),
+        ]
+
+
+def _deploy(stack: Stack, workload: Workload) -> str:
+    """Push both versions, deploy them 90/10, wait until they serve; gives a key that may only predict."""
+    headers = {"authorization": f"Bearer {stack.admin_key}"}
+    with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
+        client.post("/v1/models", json={"name": MODEL, "description": workload.title})
+        # Versions are immutable and the home is kept between rounds: each workload has its own.
+        offset = sum(ord(character) for character in workload.name)
+        versions = [f"{workload.name}.{offset}.{number}" for number in (1, 2)]
+        for version, model in zip(versions, workload.models, strict=True):
+            if client.get(f"/v1/models/{MODEL}/versions/{version}").status_code == 200:
+                continue
+            _expect(
+                client.post(
+                    f"/v1/models/{MODEL}/versions",
+                    data={"metadata": json.dumps({"version": version})},
+                    files={"files": ("model.onnx", model)},
+                )
+            )
+        shares = [{"version": versions[0], "weight": 90}, {"version": versions[1], "weight": 10}]
+        _expect(client.put(f"/v1/deployments/{MODEL}", json={"versions": shares}))
+        made = _expect(
+            client.post(
+                "/v1/keys", json={"name": "bench", "scopes": ["predict"], "rate_per_second": RATE_LIMIT}
+            )
+        )
+        key = str(made.json()["key"])
+        body, needed = workload.body(Dialect.NATIVE, 0, MODEL)
+        wanted = {"authorization": f"Bearer {key}", **dict(needed)}
+        deadline = time.monotonic() + READY_WITHIN_S
+        for version in versions:
+            asked = json.dumps({**json.loads(body), "version": version})
+            while (answer := client.post("/v1/predict", content=asked, headers=wanted)).status_code != 200:
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"deployed, but answers {answer.status_code}: {answer.text[:300]}")
+                time.sleep(0.1)
+        return key
+
+
+def _expect(answer: httpx.Response) -> httpx.Response:
+    if not answer.is_success:
+        raise Unavailable(f"{answer.request.method} {answer.request.url.path}: {answer.text[:300]}")
+    return answer
+
+
+def _processes(stack: Stack) -> dict[str, list[int]]:
+    return {name: descendants(pid) for name, pid in stack.pids().items()}
+
+
+def _batches(stack: Stack) -> tuple[float, float]:
+    """(rows, batches) that the worker ran, from its metrics."""
+    with urllib.request.urlopen(f"{stack.service_url('worker-0')}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    totals = {"nv_inference_count": 0.0, "nv_inference_exec_count": 0.0}
+    for line in text.splitlines():
+        name = line.partition("{")[0]
+        if name in totals:
+            totals[name] += float(line.rpartition(" ")[2])
+    return totals["nv_inference_count"], totals["nv_inference_exec_count"]
