@@ -61,7 +61,10 @@ def two_arms(case: Case) -> Effect:
 
 
 def successes(case: Case) -> tuple[tuple[float, int], tuple[float, int]]:
-    """(successes, n) of control and treatment."""
+    """(successes, n) of control and treatment; R's prop.test has them as two vectors."""
+    if "control" not in case.inputs:
+        (s_a, s_b), (n_a, n_b) = case.inputs["vectors"]
+        return (s_a, int(n_a)), (s_b, int(n_b))
     control, treatment = (case.inputs[side] for side in ("control", "treatment"))
     return (control["successes"], int(control["n"])), (treatment["successes"], int(treatment["n"]))
 
@@ -443,6 +446,8 @@ def quantile_ab(case: Case) -> Values:
 
 def sequential_srm(case: Case) -> Values:
     concentration = case.number("dirichlet_concentration_k", default=10_000.0)
+    if isinstance(case.inputs.get("dirichlet_concentration"), int | float):
+        concentration = float(case.inputs["dirichlet_concentration"])
     odds, running = sequential.sequential_sample_ratio(
         np.cumsum(case.inputs["counts_per_look"], axis=0).tolist(),
         case.inputs["null_probabilities"],

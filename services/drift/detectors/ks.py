@@ -11,7 +11,7 @@ from scipy import stats
 
 from services.drift.detectors.binning import finite
 
-Method = Literal["auto", "exact", "asymp"]
+Method = Literal["auto", "exact", "asymp", "limit"]
 
 #: Smallest distance worth a person's attention: at a million rows a shift of 0.005 sd is "significant".
 EFFECT_FLOOR = 0.05
@@ -40,14 +40,19 @@ class KsResult:
 def ks_two_sample(reference: ArrayLike, current: ArrayLike, *, method: Method = "auto") -> KsResult:
     """Two-sided test that both samples come from one continuous distribution. NaN is left out.
 
-    "auto" is exact up to 10,000 values a side and asymptotic above (scipy.stats.ks_2samp).
-    Raises ValueError where either side holds nothing.
+    "auto" is exact up to 10,000 values a side and asymptotic above (scipy.stats.ks_2samp); "limit" takes
+    Kolmogorov's limiting law instead, as R does without `exact`. Raises ValueError where either side holds
+    nothing.
     """
     left, right = finite(reference), finite(current)
     if left.size == 0 or right.size == 0:
         raise ValueError("KS needs at least one value on either side")
-    result = stats.ks_2samp(left, right, method=method)
-    return KsResult(float(result.statistic), float(result.pvalue), int(left.size), int(right.size))
+    result = stats.ks_2samp(left, right, method="asymp" if method == "limit" else method)
+    distance, p_value = float(result.statistic), float(result.pvalue)
+    if method == "limit":
+        effective = left.size * right.size / (left.size + right.size)
+        p_value = float(stats.kstwobign.sf(distance * np.sqrt(effective)))
+    return KsResult(distance, p_value, int(left.size), int(right.size))
 
 
 def ks_from_cumulative(
