@@ -48,17 +48,18 @@ class Uploads:
         if not self._free:
             raise ResourceExhausted("too many uploads are running", retry_after_ms=2000)
         self._free -= 1
-        directory = None
+        upload = None
         try:
             directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._directory))
+            upload = Upload(directory, self._max_bytes)
             async with asyncio.timeout(self._within_s):
-                yield Upload(directory, self._max_bytes)
+                yield upload
         except TimeoutError:
             raise DeadlineExceeded(f"the upload took longer than {self._within_s:g} s") from None
         finally:
             self._free += 1
-            if directory is not None:
-                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            if upload is not None:
+                await asyncio.to_thread(upload.discard)
 
 
 class Upload:
@@ -100,6 +101,13 @@ class Upload:
         received = ReceivedFile(self._path, f"sha256:{self._hash.hexdigest()}", self._size, self._at)
         self.files.append(received)
         return received
+
+    def discard(self) -> None:
+        """Remove every file, the one that was begun included. Blocking."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
     def _at(self) -> Path:
