@@ -67,10 +67,6 @@ class ModelSignature:
     by_name: dict[str, InputSpec] = field(repr=False)
     output_names: frozenset[str] = field(repr=False)
 
-    def accepts_same(self, other: ModelSignature) -> bool:
-        """Whether a request that fits one fits the other."""
-        return _input_facts(self) == _input_facts(other)
-
 
 def compile_signature(signature: Signature) -> ModelSignature:
     """The working form of `signature`. Raises ValueError where it names no input, no output or an unknown
@@ -122,7 +118,3 @@ def _datatype(spec: TensorSpec) -> Datatype:
     if found is None:
         raise ValueError(f"{spec.name} has no known element type")
     return found
-
-
-def _input_facts(signature: ModelSignature) -> object:
-    return [(s.name, s.datatype.number, s.shape, s.batched, s.columns) for s in signature.inputs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
@@ -12,7 +12,7 @@ from services.gateway.predict import PredictService
 from services.gateway.targets import Target
 
 if TYPE_CHECKING:
-    from services.gateway.hot.protocol import HotProtocol
+    from services.gateway.hot.hardened import HardenedProtocol
 
 _CLOSE = b"connection: close\r\n"
 
@@ -43,7 +43,7 @@ class HotExchange(Call):
     expects_continue = False
     refusal: HeadraceError | None = None
 
-    def __init__(self, service: PredictService, target: Target, protocol: HotProtocol) -> None:
+    def __init__(self, service: PredictService, target: Target, protocol: HardenedProtocol) -> None:
         super().__init__(service, target)
         self.protocol = protocol
 
@@ -87,3 +87,15 @@ class HotExchange(Call):
             )
         )
         protocol.answered(self, keep_alive=keep_alive)
+
+
+def refused(exchange: HotExchange, error: HeadraceError) -> HotExchange:
+    """`exchange`, to be answered with `error` when its turn comes, and nothing after it."""
+    exchange.refusal = error
+    exchange.complete = True
+    exchange.keep_alive = False
+    return exchange
+
+
+async def no_app(_scope: Any, _receive: Any, _send: Any) -> None:
+    """Stands beside a hot exchange in uvicorn's pipeline; never called."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from services.gateway.predict import PredictService
 
 if TYPE_CHECKING:
-    from services.gateway.hot.protocol import HotProtocol
+    from services.gateway.hot.hardened import HardenedProtocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class HotFront:
         self.limits = limits
         self.hot = hot
         self.draining = False
-        self.connections: set[HotProtocol] = set()
+        self.connections: set[HardenedProtocol] = set()
 
     @asynccontextmanager
     async def sweeping(self, every_s: float = 1.0) -> AsyncIterator[None]:

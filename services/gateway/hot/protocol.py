@@ -1,191 +1,33 @@
-"""uvicorn's httptools protocol with the hot routes taken out before ASGI, and hardened for both.
-
-Hot requests never build a scope, a cycle, an event or a task. Every other request is handed to uvicorn with
-the very bytes that arrived. What is added for both: deadlines for heads, bodies, unread answers and silence,
-bounds for heads, one Host, no fields from trailers, a pipeline that cannot grow while its connection is read,
-answers in order also when the bytes after them are no HTTP, and draining.
-"""
+"""The hot routes, taken out before ASGI: no scope, no cycle, no event and no task is made for them. Every
+other request is handed to uvicorn with the very bytes that arrived."""
 
 from __future__ import annotations
 
-import asyncio
-import enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import httptools
-from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-from uvicorn.server import ServerState
-
-from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody
+from services.common.errors import MalformedBody
 from services.gateway.call import HEADERS
-from services.gateway.errors import HeadTooLarge, RequestTimeout
-from services.gateway.hot.exchange import HotExchange
-from services.gateway.hot.front import HotFront
-from services.gateway.targets import Dialect, Target, target_of
+from services.gateway.hot.exchange import HotExchange, no_app
+from services.gateway.hot.hardened import HardenedProtocol
+from services.gateway.targets import Target, target_of
 
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_ANY = Target(Dialect.NATIVE)
-
-#: How header names were written by clients so far, to what we do with them; bounded, for names are theirs.
+#: Names as clients wrote them, and what we do with them; bounded, for names are theirs.
 _LEARNED_NAMES = 2048
 
-
-class _Phase(enum.Enum):
-    IDLE = enum.auto()
-    HEAD = enum.auto()
-    BODY = enum.auto()
-    BUSY = enum.auto()
+_FRAMING = {b"host": "host", b"content-length": "length", b"connection": "connection", b"expect": "expect"}
 
 
-class HotProtocol(HttpToolsProtocol):
+class HotProtocol(HardenedProtocol):
     """One connection. uvicorn makes it by `functools.partial(HotProtocol, front)`."""
 
     _names: ClassVar[dict[bytes, str]] = {}
 
-    def __init__(
-        self,
-        front: HotFront,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.front = front
-        self._hot = front.hot
-        self._max_body = front.service.limits.max_body_bytes
-        # Seconds spent in the present phase, counted by the sweep.
-        self._ticks = 0
-        self._in_head = False
-        self._in_body = False
-        self._head_bytes = 0
-        # Nothing that arrives after the present request is looked at.
-        self._last = False
-        self._lingering = False
-        self._upgrade_ignored = False
-        self._advancing = False
-        self._stalled = False
-        self._running: HotExchange | RequestResponseCycle | None = None
-        self._default_headers: list[tuple[bytes, bytes]] | None = None
-        self._default_lines = b""
-
-    # Transport
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        super().connection_made(transport)
-        self.front.connections.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.front.connections.discard(self)
-        running, self._running = self._running, None
-        self.pipeline.clear()
-        if running is not None and not running.response_complete:
-            running.disconnected = True
-            if isinstance(running, HotExchange):
-                running.service.abandon(running)
-            else:
-                running.message_event.set()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._last:
-            if self._lingering and not self._in_body:
-                self.transport.close()
-            elif self._lingering:
-                self._discard(data)
-            return
-        unfinished = self.headers if self._in_head else None
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as stopped:
-            if self._upgrade_ignored:
-                self._read_on(data[stopped.args[0] :])
-            else:
-                self.handle_websocket_upgrade()
-        except httptools.HttpParserError:
-            self._refuse_rest(MalformedBody("These bytes are not a request as RFC 9112 has it."))
-        else:
-            if self._in_head and self.headers is unfinished:  # all of `data` was head
-                self._head_bytes += len(data)
-                if self._head_bytes > self.front.limits.max_head_bytes:
-                    self._refuse_rest(HeadTooLarge("The request's headers are too long."))
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._stalled:
-            self._stalled = False
-            self._advance()
-
-    def shutdown(self) -> None:
-        """Called by uvicorn when the process ends: finish what runs, close what is idle."""
-        if self._phase() in (_Phase.IDLE, _Phase.HEAD):
-            self.transport.close()
-            return
-        for cycle in (self._running, self.cycle, *(queued for queued, _app in self.pipeline)):
-            if cycle is not None:
-                cycle.keep_alive = False
-
-    # Parser
-
-    def on_message_begin(self) -> None:
-        self.url = b""
-        self.headers = []
-        self._in_head = True
-        self._head_bytes = 0
-        self._ticks = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        # Trailers come this way too, after the head; none of them is a header (RFC 9110, 6.5.1).
-        if self._in_head:
-            self.headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._in_body = True
-        self._ticks = 0
-        if self._last:
-            return
-        if len(self.headers) > self.front.limits.max_headers:
-            self._refuse_rest(HeadTooLarge("The request has too many headers."))
-            return
-        if self.parser.should_upgrade():
-            self._decide_upgrade()
-            return
-        target = target_of(self.url) if self._hot else None
+    def _begin(self) -> None:
+        target = target_of(self.url) if self.front.hot else None
         if target is not None and self.parser.get_method() == b"POST":
             self._begin_hot(target)
         else:
             self._begin_asgi()
-
-    def on_body(self, body: bytes) -> None:
-        if self._upgrade_ignored:
-            return
-        cycle = self.cycle
-        if not isinstance(cycle, HotExchange):
-            self._ticks = 0
-            if not self._last:
-                super().on_body(body)
-        elif cycle.refusal is None and not cycle.response_complete and not cycle.take(body, self._max_body):
-            self._too_large(cycle)
-
-    def on_message_complete(self) -> None:
-        if self._upgrade_ignored:
-            return
-        self._in_body = False
-        self._ticks = 0
-        cycle = self.cycle
-        if not isinstance(cycle, HotExchange):
-            if not self._last:
-                super().on_message_complete()
-            return
-        cycle.complete = True
-        if self._lingering:
-            self.transport.close()
-        elif cycle.started and not cycle.response_complete:
-            cycle.run()
-
-    # Requests
 
     def _begin_hot(self, target: Target) -> None:
         exchange = HotExchange(self.front.service, target, self)
@@ -216,221 +58,13 @@ class HotProtocol(HttpToolsProtocol):
             keep_alive = False
         exchange.keep_alive = keep_alive
         previous = self.cycle
+        self._reading = exchange
         self.cycle = exchange  # type: ignore[assignment]  # has what uvicorn uses of a cycle
         if previous is None or previous.response_complete:
             self._start(exchange)
         else:
             self.flow.pause_reading()
-            self.pipeline.appendleft((exchange, _no_app))  # type: ignore[arg-type]  # the same
-
-    def _begin_asgi(self) -> None:
-        url, headers = self.url, self.headers
-        super().on_message_begin()
-        self.url = url
-        hosts = 0
-        for name, value in headers:
-            super().on_header(name, value)
-            hosts += name.lower() == b"host"
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
-            self._refuse_rest(MalformedBody("A request has exactly one Host header."))
-            return
-        super().on_headers_complete()
-        if self.front.draining and self.cycle is not None:
-            self.cycle.keep_alive = False
-
-    def _decide_upgrade(self) -> None:
-        """WebSocket is uvicorn's; any other protocol is not offered, and the request is read as if it had not
-        asked (RFC 9110, 7.8: curl --http2 asks on every first request)."""
-        self.headers = [(name.lower(), value) for name, value in self.headers]
-        if self.parser.get_method() == b"CONNECT":
-            self._refuse_rest(MalformedBody("This is no proxy."))
-        elif self._should_upgrade():
-            self._begin_asgi()
-        else:
-            self._upgrade_ignored = True
-
-    def _read_on(self, rest: bytes) -> None:
-        """Read the request again without its wish; the parser stops for good where it saw one."""
-        head = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1"]
-        head += [
-            name + b": " + value for name, value in self.headers if name not in (b"upgrade", b"connection")
-        ]
-        self._upgrade_ignored = False
-        self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"\r\n".join(head) + b"\r\n\r\n" + rest)
-
-    def _start(self, exchange: HotExchange) -> None:
-        exchange.started = True
-        self._running = exchange
-        if exchange.refusal is not None:
-            exchange.keep_alive = False
-            self._last = True
-            exchange.run()
-        elif exchange.complete:
-            exchange.run()
-        elif exchange.expects_continue:
-            self.transport.write(_CONTINUE)
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def _too_large(self, exchange: HotExchange) -> None:
-        exchange.refusal = self._body_too_large()
-        exchange.body = b""
-        if exchange.started:
-            self._start(exchange)
-
-    def _body_too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body is longer than {self._max_body} bytes.")
-
-    def _refuse_rest(self, error: HeadraceError) -> None:
-        """Answer `error` once everything before it is answered, and take nothing more."""
-        if self._last:
-            return
-        self._last = True
-        broken: Any = self.cycle if self._in_body else None
-        self._in_head = self._in_body = False
-        if isinstance(broken, HotExchange):  # the message that broke off gets the answer itself
-            if broken.response_complete:
-                self.transport.close()
-            elif _refused(broken, error).started:
-                self._start(broken)
-            return
-        exchange = _refused(HotExchange(self.front.service, _ANY, self), error)
-        if broken is not None:
-            self._forget(broken)
-        previous = self.cycle
-        self.cycle = exchange  # type: ignore[assignment]  # as in _begin_hot
-        if previous is None or previous.response_complete or (previous is broken and self._running is None):
-            self._start(exchange)
-        else:
-            self.pipeline.appendleft((exchange, _no_app))  # type: ignore[arg-type]  # as in _begin_hot
-
-    def _forget(self, cycle: RequestResponseCycle) -> None:
-        """Tell an ASGI application that its request broke off; whatever it answers is dropped."""
-        if cycle.response_started:
-            self.transport.close()
-        cycle.disconnected = True
-        cycle.message_event.set()
-        if cycle is self._running:
-            self._running = None
-        self.pipeline = type(self.pipeline)(pair for pair in self.pipeline if pair[0] is not cycle)
-
-    # Answers
-
-    def default_lines(self) -> bytes:
-        """Headers that uvicorn puts on every answer (Date, renewed every second)."""
-        headers = self.server_state.default_headers
-        if headers is not self._default_headers:
-            self._default_headers = headers
-            self._default_lines = b"".join([b"%s: %s\r\n" % pair for pair in headers])
-        return self._default_lines
-
-    def answered(self, exchange: HotExchange, *, keep_alive: bool) -> None:
-        """`exchange` was written; go on with what waits behind it."""
-        self.server_state.total_requests += 1
-        self._running = None
-        self._ticks = 0
-        if keep_alive:
-            if self.pipeline or self.flow.read_paused or self.flow.write_paused:
-                self._advance()
-            return
-        self._last = True
-        self.pipeline.clear()
-        if exchange.complete or exchange.expects_continue:
-            self.transport.close()
-        else:
-            # Closing with unread bytes would reset the connection before the client has read why.
-            self._lingering = True
-            self.flow.resume_reading()
-
-    def on_response_complete(self) -> None:
-        """An ASGI request was answered."""
-        self.server_state.total_requests += 1
-        self._running = None
-        self._ticks = 0
-        if not self.transport.is_closing():
-            self._advance()
-
-    def _advance(self) -> None:
-        """Start what waits, unless the client leaves its answers unread. Answers given at once must not
-        recurse."""
-        if self._advancing:
-            return
-        self._advancing = True
-        try:
-            while self._running is None or self._running.response_complete:
-                if self.flow.write_paused:
-                    self._stalled = True
-                    self.flow.pause_reading()
-                    return
-                if self._last and not self.pipeline:
-                    return
-                if not self.pipeline:
-                    self.flow.resume_reading()
-                    return
-                cycle, app = self.pipeline.pop()
-                if not isinstance(cycle, HotExchange):
-                    self._start_asgi_task(cycle, app)
-                    return
-                self._start(cycle)
-                if not cycle.complete and not cycle.response_complete:
-                    self.flow.resume_reading()
-        finally:
-            self._advancing = False
-
-    def _discard(self, data: bytes) -> None:
-        try:
-            self.parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.transport.close()
-
-    # Deadlines
-
-    def tick(self) -> None:
-        """A second has passed."""
-        if self.transport.is_closing():
-            self._ticks += 1
-            if self._ticks > self.front.limits.unread_s:
-                self.transport.abort()
-            return
-        self._ticks += 1
-        limits, phase = self.front.limits, self._phase()
-        if self._lingering:
-            if self._ticks > limits.linger_s:
-                self.transport.close()
-        elif self.flow.write_paused:
-            if self._ticks > limits.unread_s:
-                self.transport.abort()
-        elif phase is _Phase.IDLE:
-            if self._ticks > limits.keep_alive_s or self.front.draining:
-                self.transport.close()
-        elif phase is _Phase.HEAD:
-            if self._ticks > limits.head_s:
-                self._refuse_rest(RequestTimeout("The request's headers did not arrive in time."))
-        elif phase is _Phase.BODY and self._ticks > limits.body_s:
-            self._body_late()
-
-    def _phase(self) -> _Phase:
-        if self._in_head:
-            return _Phase.HEAD
-        if self._in_body:
-            return _Phase.BODY
-        if self.cycle is None or self.cycle.response_complete:
-            return _Phase.IDLE
-        return _Phase.BUSY
-
-    def _body_late(self) -> None:
-        cycle = self.cycle
-        if isinstance(cycle, HotExchange) and cycle.refusal is None and not cycle.response_complete:
-            if self.flow.read_paused:
-                return  # it is us who do not read
-            cycle.refusal = RequestTimeout("The body did not arrive in time.")
-            if cycle.started:
-                self._start(cycle)
-        elif not self.flow.read_paused:
-            self.transport.close()
+            self.pipeline.appendleft((exchange, no_app))  # type: ignore[arg-type]  # the same
 
     @classmethod
     def _learn(cls, name: bytes) -> str:
@@ -439,17 +73,3 @@ class HotProtocol(HttpToolsProtocol):
         if len(cls._names) < _LEARNED_NAMES:
             cls._names[name] = meaning
         return meaning
-
-
-_FRAMING = {b"host": "host", b"content-length": "length", b"connection": "connection", b"expect": "expect"}
-
-
-def _refused(exchange: HotExchange, error: HeadraceError) -> HotExchange:
-    exchange.refusal = error
-    exchange.complete = True
-    exchange.keep_alive = False
-    return exchange
-
-
-async def _no_app(_scope: Any, _receive: Any, _send: Any) -> None:
-    """Stands beside a hot exchange in uvicorn's pipeline; never called."""

@@ -206,6 +206,33 @@ async def test_too_many_headers(connection: Connection, path: bytes) -> None:
     assert connection.asked == []
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"POST /v1/predict HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+        b"GET /x HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"nonsense\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("answered_before", [True, False])
+async def test_a_bad_request_after_a_good_one_leaves_that_alone(
+    connection: Connection,
+    bad: bytes,
+    answered_before: bool,
+) -> None:
+    if answered_before:
+        connection.feed(HEAD + BODY)
+        connection.channel.answer()
+        connection.feed(bad)
+    else:
+        connection.feed(HEAD + BODY + bad)
+        assert connection.transport.statuses() == []
+        connection.channel.answer()
+    assert connection.transport.statuses() in ([b"200", b"400"], [b"200", b"431"])
+    assert connection.transport.closed
+
+
 async def test_a_client_that_leaves_its_answers_unread_stops_its_own_pipeline(connection: Connection) -> None:
     connection.feed((HEAD + BODY) * 3)
     assert len(connection.channel.waiting) == 1
