@@ -236,12 +236,14 @@ def test_the_queue_never_holds_more_rows_than_allowed(sizes: list[int], limit: i
 
 
 @settings(max_examples=100, deadline=None)
-@given(rounds=st.integers(5, 30), key_count=st.integers(2, 4))
-def test_no_merge_key_starves(rounds: int, key_count: int) -> None:
-    world = World(BatchPolicy(max_rows=4, max_queue_rows=100_000), 1, 0.001, 0.0)
+@given(flood=st.integers(10, 60), key_count=st.integers(1, 3), delay=st.sampled_from([0.0, 0.002]))
+def test_no_merge_key_starves(flood: int, key_count: int, delay: float) -> None:
+    policy = BatchPolicy(max_rows=4, max_delay=delay, max_queue_rows=100_000)
+    world = World(policy, 1, 0.001, 0.0)
+    # Far more than the model can take soon, of other keys, and then one of its own.
+    for number in range(flood):
+        world.submit([4], [1000.0], [1 + number % key_count])
     world.submit([1], [1000.0], [0])
-    for _ in range(rounds):
-        # More than the model can take, all of another key.
-        world.submit([4] * 3, [1000.0] * 3, [1 + _ % (key_count - 1)] * 3)
-        world.turns.run_until(world.turns.now + 0.001)
-    assert world.answers[0], "the first request waited behind every later one"
+    # Every key has its turn: one run for each of the others, the delay, and its own run.
+    world.turns.run_until(world.turns.now + (key_count + 2) * 0.001 + delay + 0.002)
+    assert world.answers[flood], "it waited behind every request of the other keys"
