@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -45,6 +46,12 @@ CORE = pa.schema(
     ]
 )
 
+_MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+#: Empty: answered by the router for no version in particular.
+_VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
+#: The end of the year 9999.
+_LATEST_US = 253_402_300_799_000_000
+
 #: Wider answers than that (embeddings) are no class scores.
 _MAX_CLASSES = 1000
 
@@ -65,7 +72,8 @@ _NUMBERS: tuple[tuple[str, str, str], ...] = (
 
 
 def parse(value: bytes | None) -> PredictionBatch:
-    """One record of inference.predictions.v1. Raises InvalidArgument where its columns do not fit together.
+    """One record of inference.predictions.v1. Raises InvalidArgument for one that cannot be kept: whatever
+    passes here can be stored, so that no record stops the others behind it.
 
     A column may be absent (all zero); one that is there has an entry for every request.
     """
@@ -74,14 +82,26 @@ def parse(value: bytes | None) -> PredictionBatch:
     except DecodeError:
         raise InvalidArgument("not a PredictionBatch") from None
     n, rest = divmod(len(batch.request_ids), 16)
-    if len(batch.batch_id) != 16 or not batch.model or rest or not n:
-        raise InvalidArgument("batch_id, model or request_ids are missing or cut")
+    if len(batch.batch_id) != 16 or rest or not n:
+        raise InvalidArgument("batch_id or request_ids are missing or cut")
+    if not _MODEL.fullmatch(batch.model) or not _VERSION.fullmatch(batch.version):
+        raise InvalidArgument("model or version is no name")
+    if not 0 <= batch.answered_at_us <= _LATEST_US:
+        raise InvalidArgument("answered_at_us is no time")
     for name in (*(field for field, _, _ in _NUMBERS), "variants"):
         length = len(getattr(batch, name))
         if length not in (0, n):
             raise InvalidArgument(f"{name} has {length} entries for {n} requests")
     if batch.variants and max(batch.variants) >= len(batch.variant_names):
         raise InvalidArgument("a variant is not named")
+    for name in ("codes", "origins"):
+        numbers = getattr(batch, name)
+        if numbers and not 0 <= min(numbers) <= max(numbers) <= 255:
+            raise InvalidArgument(f"{name} holds numbers that are none")
+    if not 0 <= batch.writer <= 255 or any(
+        "\0" in tensor.name for tensors in (batch.inputs, batch.outputs) for tensor in tensors
+    ):
+        raise InvalidArgument("the writer is unknown or a tensor has no proper name")
     return batch
 
 

@@ -88,7 +88,7 @@ def sample_ratio(arms: Arms) -> CountTest | None:
         if not (sides[0].size and sides[1].size):
             continue
         shares = np.array([float(np.median(side)) for side in sides])
-        if np.any(shares <= 0) or np.any(shares >= 1):
+        if not np.all((shares > 0) & (shares < 1)):  # NaN is neither
             continue
         sizes = np.array([side.size for side in sides], dtype=np.float64)
         observed += sizes

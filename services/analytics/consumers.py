@@ -23,6 +23,8 @@ from services.common.errors import InvalidArgument
 from services.common.telemetry import Tracing, context_from_kafka
 
 _MAX_TEXT = 4096
+#: The end of the year 9999.
+_LATEST_US = 253_402_300_799_000_000
 
 
 class Consumers:
@@ -136,6 +138,8 @@ def _outcomes(index: int, record: Record) -> list[Outcome]:
             raise Malformed(index, f"outcome {place} has no value, or one that is too long")
         if not math.isfinite(outcome.number):
             raise Malformed(index, f"outcome {place} is no finite number")
+        if outcome.observed_at_us > _LATEST_US:
+            raise Malformed(index, f"outcome {place} was observed at no time")
         if "\0" in outcome.text or "\0" in outcome.metric or "\0" in outcome.model:
             raise Malformed(index, f"outcome {place} holds a zero byte")
     return outcomes

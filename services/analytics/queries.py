@@ -177,7 +177,7 @@ def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnect
     sources = ["inbox"]
     if snapshot.files:
         _set(connection, files=list(snapshot.files))
-        sources.append("read_parquet(getvariable('files'), union_by_name = true)")
+        sources.append("read_parquet(getvariable('files'))")
     parts = [f"FROM {source} SELECT {_LOGGED}" for source in sources]
     connection.execute(f"CREATE TEMP VIEW everything AS {' UNION ALL '.join(parts)}")
     connection.execute(_VIEWS)
@@ -244,18 +244,14 @@ def rows_of_request(
     """Every row that the request left, payload included, online and the caller's answer first. Tensors come
     as `(values, datatype, row shape)`."""
     found: list[dict[str, Any]] = []
-    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
-        for file in files:
-            found_here = connection.sql(
-                "SELECT * FROM read_parquet($file) WHERE request_id = $id",
-                params={"file": file, "id": request_id},
-            )
-            table = found_here.to_arrow_table()
-            if table.num_rows:
-                found += _with_tensors(table, pq.read_schema(file))
+    for file in files:
+        with pq.ParquetFile(file) as objects:
+            for group in range(objects.num_row_groups):
+                limits = objects.metadata.row_group(group).column(0).statistics
+                if limits is None or not limits.has_min_max or limits.min <= request_id <= limits.max:
+                    found += _rows_with(objects.read_row_group(group), request_id)
     for table in inbox:
-        wanted = pc.equal(table["request_id"], pa.scalar(request_id, pa.binary(16)))
-        found += _with_tensors(table.filter(wanted), table.schema)
+        found += _rows_with(table, request_id)
     return sorted(
         found,
         key=lambda row: (
@@ -269,7 +265,9 @@ def rows_of_request(
     )
 
 
-def _with_tensors(table: pa.Table, schema: pa.Schema) -> list[dict[str, Any]]:
+def _rows_with(everything: pa.Table, request_id: bytes) -> list[dict[str, Any]]:
+    wanted = pc.equal(everything["request_id"], pa.scalar(request_id, pa.binary(16)))
+    table, schema = everything.filter(wanted), everything.schema
     rows: list[dict[str, Any]] = table.to_pylist()
     for name in table.column_names:
         if not name.startswith(("input:", "output:")):

@@ -116,7 +116,7 @@ def prediction_json(found: Found) -> Json:
         "compute_ms": answer["compute_us"] / 1000,
         "inputs": _tensors_json(answer, "input:"),
         "outputs": _tensors_json(answer, "output:"),
-        "predicted": answer["predicted_text"] or answer["predicted"],
+        "predicted": [_element(one) for one in answer["predicted_text"] or answer["predicted"] or []] or None,
         "outcomes": [outcome_json(outcome) for outcome in found.outcomes],
         "attempts": [row_json(row) for row in found.rows],
     }
@@ -136,7 +136,7 @@ def row_json(row: Json) -> Json:
         "cached": row["cached"],
         "origin": _ORIGINS.get(row["origin"], str(row["origin"])),
         "attempt": row["attempt"],
-        "propensity": row["propensity"],
+        "propensity": row["propensity"] if math.isfinite(row["propensity"]) else None,
         "revision": row["revision"],
         "unit_hash": f"{row['unit_hash']:016x}",
     }

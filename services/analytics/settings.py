@@ -18,7 +18,7 @@ class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
     analytics_direct_rows: Annotated[int, Field(ge=1)] = 2_000
     #: The inbox of a version becomes Parquet at so many requests, or at that age.
     analytics_flush_rows: Annotated[int, Field(ge=1)] = 5_000
-    analytics_flush_after_s: Annotated[float, Field(gt=0)] = 60.0
+    analytics_flush_after_s: Annotated[float, Field(gt=0)] = 10.0
     #: Segments below that size are joined once there are so many of them.
     analytics_segment_rows: Annotated[int, Field(ge=1)] = 200_000
     analytics_join_segments: Annotated[int, Field(ge=2)] = 8
