@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from services.common.errors import HeadraceError
+from services.common.telemetry import log_fields
 from services.gateway.call import Call
 
 #: Upper bounds of the latency histogram, seconds.
@@ -98,6 +99,7 @@ class GatewayMetrics(Collector):
                 status=status,
                 code=Code.Name(error.code),
                 detail=error.message,
+                **log_fields(call.trace_context or call.trace_parent),
             )
 
     def collect(self) -> Iterator[Metric]:

@@ -18,6 +18,7 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 from open_inference import open_inference_pb2 as oip_pb2
 from open_inference import open_inference_pb2_grpc as oip_grpc
+from opentelemetry.trace import SpanKind
 
 from services.common.clock import Clock
 from services.common.errors import Fatal, HeadraceError, Internal, error_of
@@ -157,6 +158,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
                 parent,
                 attributes={"headrace.model": model.name, "headrace.request_id": id_text(request.request_id)},
                 context=trace,
+                kind=SpanKind.SERVER,
+                error=None if reply.code == Code.CODE_OK else Code.Name(reply.code),
             )
         if reply.code != Code.CODE_OK:
             raise error_of(reply.code, reply.message, field=reply.field, retry_after_ms=reply.retry_after_ms)

@@ -626,7 +626,12 @@ def test_openapi_names_every_public_route(gateway: GatewayThread) -> None:
 
 def test_metrics_count_by_route_model_and_status(gateway: GatewayThread) -> None:
     predict(gateway, GOOD)
+    gateway.request("GET", "/v2/models/cancer")
+    gateway.request("GET", "/no/such/path")
     url = f"http://127.0.0.1:{gateway.running.gateway.ops_port}/metrics"
     text = httpx.get(url, trust_env=False).text
     assert 'headrace_gateway_requests_total{model="cancer",route="predict",status="200"}' in text
     assert 'headrace_gateway_request_seconds_bucket{le="+Inf",model="cancer",route="predict"}' in text
+    assert 'headrace_gateway_requests_total{model="",route="/v2/models/{model}",status="200"}' in text
+    assert 'headrace_gateway_requests_total{model="",route="none",status="404"}' in text
+    assert "/no/such/path" not in text

@@ -68,7 +68,11 @@ def native_result(
     classifiers. `single` takes the first row of both.
     """
     arrays = {tensor.name: array_of(tensor) for tensor in tensors}
-    outputs = {name: nested(array) for name, array in arrays.items()}
+    outputs: dict[str, Any] = arrays
+    for array in arrays.values():
+        if array.dtype == object or array.ndim == 0:
+            outputs = {name: nested(one) for name, one in arrays.items()}
+            break
     answer = arrays.get(signature.prediction)
     if answer is None:  # the caller asked for other outputs only
         return None, outputs, None

@@ -8,7 +8,7 @@ import httpx
 import orjson
 from fastapi import FastAPI, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.bus import Bus
 from services.common.clock import Clock
@@ -78,16 +78,34 @@ def rest_app(parts: Parts) -> ASGIApp:
 
     install_errors(app)
     app.add_middleware(RequestIds)
-    return _TracedButHot(app, TraceRequests(app, parts.tracing))
+    return _Observed(app, parts)
 
 
-class _TracedButHot:
-    """One span per ordinary request; the hot ones are recorded by `PredictService` whatever brought them."""
+class _Observed:
+    """One span and one count per ordinary request; the hot ones are observed by `PredictService`, whatever
+    brought them."""
 
-    def __init__(self, app: ASGIApp, traced: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, parts: Parts) -> None:
         self._app = app
-        self._traced = traced
+        self._traced = TraceRequests(app, parts.tracing)
+        self._metrics = parts.metrics
+        self._monotonic = parts.clock.monotonic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         hot = scope["type"] == "http" and scope["method"] == "POST" and target_of(scope["path"].encode())
-        await (self._app if hot else self._traced)(scope, receive, send)
+        if scope["type"] != "http" or hot:
+            await self._app(scope, receive, send)
+            return
+        status, began = 500, self._monotonic()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self._traced(scope, receive, noting)
+        finally:
+            # The template, never the path: labels are bounded.
+            route = getattr(scope.get("route"), "path", "none")
+            self._metrics.observe(route, "", status, self._monotonic() - began)
