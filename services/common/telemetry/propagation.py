@@ -54,6 +54,14 @@ def traceparent(context: SpanContext) -> str:
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & 0xFF:02x}"
 
 
+def log_fields(context: SpanContext | None) -> dict[str, str]:
+    """What a log line says to belong to `context`, where that is not the current span (those are added by
+    themselves): `trace_id` and `span_id`, nothing without a context."""
+    if context is None or not context.is_valid:
+        return {}
+    return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
+
+
 def kafka_headers(context: SpanContext | None) -> tuple[tuple[str, bytes], ...]:
     """Headers for a Kafka record that continues `context`; none where there is none."""
     if context is None or not context.is_valid:

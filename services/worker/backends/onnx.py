@@ -66,7 +66,8 @@ def open_session(path: Path, options: BackendOptions) -> ort.InferenceSession:
     # Spinning threads take the cores that the event loop needs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    settings.log_severity_level = 3
+    # Its errors are raised, and logged by us as JSON; only what ends the process is left for it to say.
+    settings.log_severity_level = 4
     try:
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base of their own

@@ -21,6 +21,7 @@ from services.common.telemetry import (
     current_context,
     from_trace_bytes,
     kafka_headers,
+    log_fields,
     parse_traceparent,
     setup_tracing,
     trace_bytes,
@@ -46,6 +47,12 @@ def test_a_context_survives_every_way_between_processes(context: SpanContext) ->
     assert parse_traceparent(traceparent(context)) == context
     assert context_from_kafka((("other", b"x"), *kafka_headers(context))) == context
     assert trace_bytes_of_traceparent(traceparent(context).encode()) == trace_bytes(context)
+
+
+def test_a_log_line_names_a_context_as_its_traceparent_does() -> None:
+    fields = log_fields(parse_traceparent(_HEADER))
+    assert f"00-{fields['trace_id']}-{fields['span_id']}-01" == _HEADER
+    assert log_fields(None) == {}
 
 
 def test_the_25_bytes_are_trace_id_span_id_flags() -> None:
