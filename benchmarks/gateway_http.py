@@ -5,6 +5,24 @@
 One gateway process (uvloop) with key, rate limit, validation, metrics and request ids on; its router is a
 channel in the same process that answers at once, so the figures are those of the front alone. `wrk` (one
 thread, 30 floats per request) loads it; hot and ASGI alternate.
+
+Measured on 2 shared cores with other work running (load 2 to 3), Python 3.11, uvicorn 0.54, uvloop 0.23,
+load generator included, requests/s (p99):
+
+    c=1     hot  7,800 (1.0 ms)   ASGI 3,400 (2.0 ms)    ratio 2.3
+    c=32    hot 20,000 (7.9 ms)   ASGI 5,100 (38 ms)     ratio 3.9
+    c=128   hot 25,700 (8.9 ms)   ASGI 3,900 (158 ms)    ratio 6.6
+
+Where the time of a hot request goes (CPU µs, one connection in memory, no sockets; 17 to 20 in all beside
+the channel): reading HTTP 4.2 (httptools itself 0.8), outer JSON 0.4, inner JSON to a tensor in a request
+3.9 (msgspec 0.9, struct 0.3, protobuf 1.9), reply parsed 0.4, tensors to JSON 6.6 (numpy views 2, orjson
+0.6), key 0.2, limit 0.3, id 0.4, metrics 0.2. With sockets, more than half of the process's time is in
+`write` and `epoll_wait` of the kernel: one read and one write a request is the floor of HTTP/1.1 without
+pipelining.
+
+What was found and taken away: Python-level hashes of enum members and attributes of protobuf enums (each
+dearer than the outer JSON), a numpy reduction for a single row, `tuple()` over a repeated field (a slice
+costs half), a timer per request (the sweep costs nothing), a search for the first bracket by iteration.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def array_of(tensor: Tensor) -> Array:
     try:
         datatype = BY_NUMBER[tensor.datatype]
         if datatype.dtype is not None:
-            return np.ndarray(tuple(tensor.shape), datatype.dtype, tensor.data)
+            return np.ndarray(tensor.shape[:], datatype.dtype, tensor.data)
         if datatype is BF16:
             return widened(np.frombuffer(tensor.data, "<u2")).reshape(tensor.shape)
         elements = [part.decode("utf-8", "replace") for part in bytes_elements(tensor.data)]

@@ -92,10 +92,10 @@ def _depth(raw: bytes) -> int:
 
 
 def _after_bracket(view: memoryview) -> int:
-    for byte in view[1:33]:
-        if byte not in _SPACE:
-            return byte
-    return next((byte for byte in view[33:] if byte not in _SPACE), 0)
+    at = 1
+    while view[at] in _SPACE:  # the value is whole, so something follows
+        at += 1
+    return view[at]
 
 
 def _one_input(signature: ModelSignature, raw: msgspec.Raw | bytes, first: int, path: str) -> Tensor:
