@@ -291,4 +291,9 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    if not isinstance(value, dict):
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        return
+    # One line per field: an embedding of hundreds of numbers stays one line.
+    lines = [f"  {json.dumps(name)}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items()]
+    typer.echo("{\n" + ",\n".join(lines) + "\n}")

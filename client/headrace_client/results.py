@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 Json = dict[str, Any]
@@ -71,7 +70,7 @@ class Inference:
     model: str
     version: str | None
     request_id: str
-    outputs: dict[str, NDArray[np.generic]]
+    outputs: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.stack import Progress, Stack
 from deploy.embedded.status import PartStatus, StackStatus, State
 
@@ -105,7 +106,9 @@ class _Lines:
 
     def __call__(self, status: StackStatus) -> None:
         for part in status.parts:
-            if self._seen.get(part.name, State.WAITING) is not part.state:
+            # What is ready when the watching starts is no news.
+            before = self._seen.get(part.name, part.state if part.healthy else State.WAITING)
+            if before is not part.state:
                 self._console.print(f"{part.name}: {_words(part)}", highlight=False, markup=False)
             self._seen[part.name] = part.state
 
@@ -128,14 +131,16 @@ def welcome(console: Console, stack: Stack, status: StackStatus, seconds: float)
 
 
 def commands(stack: Stack) -> list[str]:
-    """What a newcomer pastes first: a prediction over REST, the same by the command line, the comparison."""
-    key = f'-H "Authorization: Bearer $(cat {stack.configuration.admin_key_file})"'
-    predict = f"{stack.rest_url}/v1/predict"
-    compare = f"{stack.rest_url}/v1/analytics/models/cancer/compare?a=1&b=2&metric=error_rate"
+    """What a newcomer pastes first: a prediction, the tour of an experiment, a change of traffic."""
+    key_file = stack.configuration.admin_key_file
+    usual = stack.rest_url == "http://127.0.0.1:8000" and key_file == REPOSITORY / ".headrace" / "admin.key"
+    elsewhere = "" if usual else f" --url {stack.rest_url} --key-file {key_file}"
+    by_key = "" if usual else f' --url {stack.rest_url} --key "$(cat {key_file})"'
+    bearer = f'-H "Authorization: Bearer $(cat {key_file})"'
     return [
-        f'curl -s {predict} {key} -H "Content-Type: application/json" -d @examples/cancer_request.json',
-        ".venv/bin/headrace predict minilm --inputs '[\"water drives the turbine\"]'",
-        f'curl -s {key} "{compare}"',
+        f"curl -s {stack.rest_url}/v1/predict {bearer} -d @examples/cancer_request.json",
+        f".venv/bin/python -m examples.traffic{elsewhere}",
+        f".venv/bin/headrace deploy cancer 1=50 2=50{by_key}",
     ]
 
 
