@@ -16,10 +16,14 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.dataplane_pb2_grpc import DataPlaneStub
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext, TraceFlags
 
 from services.common.bus import MemoryBus, Record
 from services.common.frames import FrameCalls, Peer
+from services.common.telemetry import from_trace_bytes, setup_tracing, trace_bytes
 from services.common.topics import PREDICTIONS, WORKERS
+from services.router import app as app_module
 from services.router.app import Router
 from tests.fixtures.router import (
     TOKEN,
@@ -401,3 +405,47 @@ async def test_workers_that_left_without_a_word_are_forgotten(tmp_path: Path) ->
         await p.bus.publish([Record(WORKERS.name, b"fossil", old.SerializeToString())])
         await asyncio.sleep(0.1)
         assert p.router.dispatcher.endpoints.all() == []
+
+
+async def test_sampled_requests_leave_a_span_and_the_worker_is_its_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr(
+        app_module, "setup_tracing", lambda name, _endpoint, ratio: setup_tracing(name, None, ratio, exporter)
+    )
+    async with platform(tmp_path) as p:
+        worker = await p.worker("w1")
+        caller = SpanContext(0xABC, 0xDEF, is_remote=True, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+        sampled = request(1)
+        sampled.trace = trace_bytes(caller)
+        await p.calls.predict(sampled, soon())
+        await p.ask(2)
+        child = from_trace_bytes(worker.seen[0].trace)
+        assert worker.seen[1].trace == b""
+    spans = exporter.get_finished_spans()
+    assert [span.name for span in spans] == ["route cancer"]
+    assert child is not None
+    assert spans[0].context is not None
+    assert child.span_id == spans[0].context.span_id
+    assert spans[0].parent is not None
+    assert spans[0].parent.span_id == caller.span_id
+    assert spans[0].attributes is not None
+    assert spans[0].attributes["headrace.code"] == "CODE_OK"
+
+
+async def test_metrics_tell_what_happened(tmp_path: Path) -> None:
+    async with platform(tmp_path) as p:
+        await p.worker("w1")
+        await asyncio.gather(*(p.ask(n, version="1") for n in range(5)))
+        await p.ask(model="a-name-that-must-not-become-a-label")
+        reader, writer = await asyncio.open_connection("127.0.0.1", p.router.ops_port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        assert 'headrace_router_requests_total{code="OK",model="cancer",version="1"} 5.0' in text
+        assert 'headrace_router_requests_total{code="NOT_FOUND",model="",version=""} 1.0' in text
+        assert 'headrace_router_latency_seconds_count{model="cancer",version="1"} 5.0' in text
+        assert 'headrace_router_worker_up{worker="w1"} 1.0' in text
+        assert 'headrace_router_endpoints{model="cancer",version="2"} 1.0' in text
+        assert "must-not-become" not in text
