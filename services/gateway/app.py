@@ -91,6 +91,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
         parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services)
         front = HotFront(service, HttpLimits(), hot=cfg.hot_routes)
+        health.add_check("control", lambda: _unknown(tables, keys))
         health.add_check("router", lambda: None if router.usable else "no router can be reached")
         gauge = metrics.gauge
         gauge("headrace_gateway_connections", "Open HTTP connections.", lambda: len(front.connections))
@@ -146,6 +147,12 @@ async def _channels(stack: AsyncExitStack, cfg: Settings, process: str) -> list[
         calls.start()
         channels.append(calls)
     return channels
+
+
+def _unknown(tables: tuple[Table, ...], keys: KeyRing) -> str | None:
+    if len(keys) or all(table.caught_up for table in tables):
+        return None
+    return "keys and deployments are not known yet"
 
 
 async def _control_known(tables: tuple[Table, ...], wait_s: float, has_snapshot: bool) -> None:
