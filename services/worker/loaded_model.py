@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from services.common.clock import Clock
 from services.common.errors import Cancelled, DeadlineExceeded, HeadraceError, Internal
-from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers
+from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers, log_fields
 from services.worker.batch_queue import Batch, BatchPolicy, Item
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.execution import Execution, Runner
@@ -28,7 +28,7 @@ from services.worker.prediction_log import (
     entries_of,
     waiting_us,
 )
-from services.worker.replies import ok_replies
+from services.worker.replies import error_reply, ok_replies
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
 
@@ -189,7 +189,13 @@ class LoadedModel:
         elapsed = now - started
         times = Answered(started, now, clock.unix_us(), max(1, round(elapsed * 1e6)))
         if execution.fault is not None:
-            log.error("model_failed", model=self._records.key.decode(), exc_info=execution.fault)
+            trace = next((item.request.trace for item in batch.items if item.request.trace), b"")
+            log.error(
+                "model_failed",
+                model=self._records.key.decode(),
+                exc_info=execution.fault,
+                **log_fields(from_trace_bytes(trace)),
+            )
         if not execution.reruns and not execution.failures:
             # Without the way to a thread and back: a fast model must not look slow because it was sent there.
             self.run_time.observe(batch.rows, execution.prepare + execution.infer + execution.cut, now)
@@ -231,9 +237,9 @@ class LoadedModel:
                     self.stats.succeeded += 1
                     self.stats.rows += item.rows
                 else:
-                    self._fail(item, DeadlineExceeded("the answer came after the deadline"))
+                    self._fail(item, DeadlineExceeded("the answer came after the deadline"), times.compute_us)
         for item, error in execution.failures:
-            self._fail(item, error)
+            self._fail(item, error, times.compute_us)
 
     def _append(self, records: Iterable[PredictionBatch], headers: tuple[tuple[str, bytes], ...]) -> None:
         for record in records:
@@ -245,10 +251,13 @@ class LoadedModel:
         for item in items:
             self._fail(item, error)
 
-    def _fail(self, item: Item, error: HeadraceError) -> None:
+    def _fail(self, item: Item, error: HeadraceError, compute_us: int = 0) -> None:
+        """A reply with `compute_us` tells the router that the failure ran and is in the log."""
         if not item.done:
             self.stats.failed[Code.Name(error.code)] += 1
-            item.settle(error)
+            reply = error_reply(item.request, error)
+            reply.compute_us = compute_us
+            item.settle(reply)
 
     def _count(self, batch: Batch, execution: Execution, times: Answered) -> None:
         stats, count = self.stats, len(batch.items)

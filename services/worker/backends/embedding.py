@@ -31,8 +31,14 @@ class EmbeddingBackend:
     device = "cpu"
 
     def __init__(
-        self, tokenizer: Tokenizer, session: ort.InferenceSession, signature: Signature, max_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        session: ort.InferenceSession,
+        text: str,
+        outputs: Mapping[str, str],
+        max_tokens: int,
     ) -> None:
+        """`text` is the input's name; `outputs` are the encoder's by the signature's names."""
         self._tokenizer = tokenizer
         self._tokenizer.enable_truncation(max_tokens)
         self._tokenizer.no_padding()
@@ -43,8 +49,8 @@ class EmbeddingBackend:
             "token_type_ids": 0,
         }
         self._session = session
-        self._input = signature.inputs[0].name
-        self._outputs = [spec.name for spec in signature.outputs]
+        self._input = text
+        self._outputs = dict(outputs)
         self._columns = [node.name for node in session.get_inputs()]
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
@@ -52,8 +58,9 @@ class EmbeddingBackend:
         encodings = self._tokenizer.encode_batch_fast(texts)
         longest = max(len(encoding.ids) for encoding in encodings)
         feed = {name: self._column(name, encodings, longest) for name in self._columns}
-        names = list(outputs) or self._outputs
-        return dict(zip(names, self._session.run(names, feed), strict=True))
+        names = list(outputs) or list(self._outputs)
+        ran = self._session.run([self._outputs[name] for name in names], feed)
+        return dict(zip(names, ran, strict=True))
 
     def close(self) -> None:
         del self._session
@@ -86,11 +93,20 @@ def load(directory: Path, signature: Signature, options: BackendOptions) -> Embe
     graph = {node.name for node in session.get_inputs()}
     if not {"input_ids", "attention_mask"} <= graph <= set(_COLUMNS):
         raise LoadFailed(f"the encoder takes {', '.join(sorted(graph))}, not input_ids and attention_mask")
-    given = {node.name for node in session.get_outputs()}
-    for spec in signature.outputs:
-        if spec.name not in given:
-            raise LoadFailed(f"the encoder has no output {spec.name}; it has {', '.join(sorted(given))}")
-    return EmbeddingBackend(tokenizer, session, signature, _max_tokens(directory))
+    outputs = {spec.name: _encoder_output(session, spec.name, signature) for spec in signature.outputs}
+    return EmbeddingBackend(tokenizer, session, signature.inputs[0].name, outputs, _max_tokens(directory))
+
+
+def _encoder_output(session: ort.InferenceSession, name: str, signature: Signature) -> str:
+    """The encoder's output of that name; where there is none and the signature has a single output, the only
+    one with a vector per text: the public name need not be the graph's."""
+    given: dict[str, list[object]] = {node.name: node.shape for node in session.get_outputs()}
+    if name in given:
+        return name
+    vectors = [other for other, shape in given.items() if len(shape) == 2]
+    if len(signature.outputs) == 1 and len(vectors) == 1:
+        return vectors[0]
+    raise LoadFailed(f"the encoder has no output {name}; it has {', '.join(sorted(given))}")
 
 
 def _max_tokens(directory: Path) -> int:

@@ -113,9 +113,20 @@ def test_a_signature_that_is_no_embedding_is_refused(tmp_path: Path) -> None:
         load(artifact(tmp_path), numbers, BackendOptions())
 
 
+def test_the_public_name_of_the_only_vector_need_not_be_the_graphs(tmp_path: Path) -> None:
+    other = Signature()
+    other.CopyFrom(SIGNATURE)
+    other.outputs[0].name = "sentence"
+    column = np.empty(1, object)
+    column[:] = [b"two"]
+    backend = load(artifact(tmp_path), other, BackendOptions())
+    assert backend.run({"text": column}, ["sentence"])["sentence"].tolist() == [[3, 1]]
+
+
 def test_an_output_that_the_encoder_lacks_is_refused(tmp_path: Path) -> None:
     other = Signature()
     other.CopyFrom(SIGNATURE)
-    other.outputs[0].name = "pooled"
+    other.outputs.add().CopyFrom(SIGNATURE.outputs[0])
+    other.outputs[1].name = "pooled"
     with pytest.raises(LoadFailed, match="no output pooled; it has embeddings"):
         load(artifact(tmp_path), other, BackendOptions())
