@@ -190,7 +190,8 @@ class Call:
             endpoint.failures += 1
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
                 return
-        self._finish(reply, ran=code in _RAN)
+        # A bad row or a late answer has run, too: the worker says so by the time it took.
+        self._finish(reply, ran=code in _RAN or reply.compute_us > 0)
 
     def _try_again(self, endpoint: Endpoint, reply: PredictReply, now: float) -> bool:
         """Whether the request is on its way to another endpoint, or waits for one."""
