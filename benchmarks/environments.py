@@ -47,9 +47,7 @@ class PeerEnvironment:
         self.folder.mkdir(parents=True, exist_ok=True)
         print(f"  installing {' '.join(self.requirements) or ONNXRUNTIME} ...", flush=True)
         self._run(sys.executable, "-m", "venv", str(self.folder / "venv"))
-        self._run(
-            str(self.python), "-m", "pip", "install", "-q", "--only-binary=:all:", *wanted.splitlines()
-        )
+        self._run(str(self.python), "-m", "pip", "install", "-q", "--only-binary=:all:", *wanted.splitlines())
         done.write_text(wanted)
 
     def version(self, package: str) -> str:

@@ -81,9 +81,7 @@ def descendants(root: int) -> list[int]:
 class ProcessTree:
     """One server process and all that it starts. Output goes to `log`."""
 
-    def __init__(
-        self, argv: Sequence[str], *, environment: Mapping[str, str], cwd: Path, log: Path
-    ) -> None:
+    def __init__(self, argv: Sequence[str], *, environment: Mapping[str, str], cwd: Path, log: Path) -> None:
         self._mark = uuid.uuid4().hex
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)

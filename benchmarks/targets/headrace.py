@@ -39,7 +39,9 @@ class HeadraceTarget:
         "prediction log to the embedded broker, analytics and drift consuming; traces sampled as shipped"
     )
 
-    def __init__(self, *, home: Path = CACHE / "headrace" / "home", environment: Mapping[str, str] | None = None):
+    def __init__(
+        self, *, home: Path = CACHE / "headrace" / "home", environment: Mapping[str, str] | None = None
+    ):
         self._home = home
         self._environment = dict(environment or {})
         self._fresh = True
@@ -87,9 +89,7 @@ class HeadraceTarget:
                 if part in stack.pids():
                     stack.kill(part, signal.SIGKILL, hold=True)
 
-        def front(
-            name: str, path: str, dialect: Dialect, *, consumers: bool = True
-        ) -> Front:
+        def front(name: str, path: str, dialect: Dialect, *, consumers: bool = True) -> Front:
             endpoint = Endpoint(LOOPBACK, port, path, dialect, MODEL, headers)
             return Front(name, endpoint, None if consumers else without_consumers)
 

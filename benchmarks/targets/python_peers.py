@@ -50,6 +50,7 @@ class MLServerPeer(Peer):
 class MLServerBatchingPeer(MLServerPeer):
     """The same with adaptive batching."""
 
+    name = "mlserver"
     title = "MLServer, adaptive batching"
     setup = "as above with max_batch_size 32, max_batch_time 1 ms"
     batching = {"max_batch_size": 32, "max_batch_time": 0.001}  # noqa: RUF012 - never changed
@@ -75,7 +76,9 @@ class BentoMLPeer(Peer):
 
     name = "bentoml"
     title = "BentoML"
-    setup = "one worker, batchable endpoint (adaptive batching, max_batch_size 128), access log and tracking off"
+    setup = (
+        "one worker, batchable endpoint (adaptive batching, max_batch_size 128), access log and tracking off"
+    )
     package = "bentoml"
     requirements = ("bentoml==1.4.39",)
     health = "/readyz"
@@ -84,7 +87,11 @@ class BentoMLPeer(Peer):
         """`bentoml serve`."""
         argv = [self.environment.program("bentoml"), "serve", "benchmarks.servers.bentoml_app:Bench"]
         more = {"BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True"}
-        return [*argv, "--host", "127.0.0.1", "--port", str(port), "--working-dir", str(REPOSITORY)], more, REPOSITORY
+        return (
+            [*argv, "--host", "127.0.0.1", "--port", str(port), "--working-dir", str(REPOSITORY)],
+            more,
+            REPOSITORY,
+        )
 
 
 class RayServePeer(Peer):

@@ -75,9 +75,7 @@ class TritonPeer(Peer):
         """Of the wheel; the server itself says its own at /v2."""
         return WHEEL.replace("==", " ")
 
-    def command(
-        self, workload: Workload, port: int, folder: Path
-    ) -> tuple[list[str], dict[str, str], Path]:
+    def command(self, workload: Workload, port: int, folder: Path) -> tuple[list[str], dict[str, str], Path]:
         """A repository with one model, and the server on it."""
         model = folder / "models" / MODEL
         (model / "1").mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,170 @@
+"""The run: rounds over all servers in changing order, one server up at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks.direct import measure_direct
+from benchmarks.load.drive import closed_loop, generator_name, open_loop
+from benchmarks.load.requests import write_requests
+from benchmarks.machine import load_average, machine
+from benchmarks.plan import Plan
+from benchmarks.process_tree import Unavailable, cpu_seconds, usage
+from benchmarks.results import CurvePoint, Memory, Point, Results
+from benchmarks.targets.port import Front, Running, Target, check_answers
+from benchmarks.workload import WORKLOADS, Workload
+
+
+class Benchmark:
+    """One run of a plan. A server that cannot be measured is noted with the reason, and the run goes on."""
+
+    def __init__(self, plan: Plan, targets: Mapping[str, Target]) -> None:
+        self._plan = plan
+        self._targets = dict(targets)
+        self._folder = Path()
+        self.results = Results(
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            plan=plan.name,
+            machine=machine(),
+            generator=generator_name(),
+            seconds=plan.seconds,
+            rounds=plan.rounds,
+        )
+
+    def run(self) -> Results:
+        """Everything of the plan."""
+        with TemporaryDirectory(prefix="headrace-bench-") as folder:
+            self._folder = Path(folder)
+            self.install()
+            for position, name in enumerate(self._plan.workloads):
+                workload = WORKLOADS[name](self._folder / name)
+                direct = measure_direct(workload, self._plan.direct_s)
+                self.results.direct[name] = {
+                    **asdict(direct),
+                    "title": workload.title,
+                    "rows_per_request": workload.rows,
+                }
+                rounds = self._plan.rounds if position == 0 else self._plan.further_rounds
+                for number in range(rounds):
+                    self._round(workload, number, first=position == 0)
+        return self.results
+
+    def install(self) -> None:
+        """Make every server's environment; those that cannot be made are left out."""
+        for name, target in list(self._targets.items()):
+            try:
+                target.install()
+                self.results.versions[name] = target.versions()
+                self.results.setups[name] = target.setup
+                self.results.titles[name] = target.title
+            except Unavailable as error:
+                self._leave_out(name, f"{target.title}: {error}")
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        print(f"  {name}: {reason}", flush=True)
+        self.results.absent[name] = reason
+
+    def _round(self, workload: Workload, number: int, *, first: bool) -> None:
+        self.results.load_before.append(round(load_average(), 2))
+        names = [name for name in self._targets if name not in self.results.absent]
+        # Whoever comes first finds a cooler machine: each round begins with another.
+        names = names[number % len(names) :] + names[: number % len(names)] if names else []
+        for name in names:
+            print(f"{workload.name}, round {number + 1}: {name}", flush=True)
+            try:
+                with self._targets[name].running(workload) as running:
+                    self._measure(name, running, workload, number, first=first)
+            except Unavailable as error:
+                self._leave_out(name, f"{self._targets[name].title}: {error}")
+
+    def _measure(self, name: str, running: Running, workload: Workload, number: int, *, first: bool) -> None:
+        plan = self._plan
+        fronts = [front for front in running.fronts if not plan.fronts or front.name in plan.fronts]
+        curve_of = fronts[0] if first and number == 0 and name in plan.curved else None
+        for front in fronts:
+            if front.prepare is not None:
+                front.prepare()
+            check_answers(front, workload)
+            requests = write_requests(self._folder / f"{name}.requests", front.endpoint, workload)
+            for connections in plan.connections if first else plan.further_connections:
+                if plan.warm_up_s:
+                    closed_loop(front.endpoint, requests, connections, plan.warm_up_s)
+                self._closed(name, front, running, workload, number, connections, requests)
+            if front is curve_of:
+                self._curve(name, front, requests)
+        if number == 0 and first:
+            for part, pids in running.processes().items():
+                used = usage(pids)
+                serving = not running.serving_parts or part in running.serving_parts
+                self.results.memory.append(Memory(name, part, used.pss, used.rss, serving))
+
+    def _closed(  # noqa: PLR0913 - one cell of the table has as many coordinates
+        self,
+        name: str,
+        front: Front,
+        running: Running,
+        workload: Workload,
+        number: int,
+        connections: int,
+        requests: Path,
+    ) -> None:
+        with _cpu(running.processes()) as cpu:
+            before = running.batches() if running.batches is not None else None
+            found = closed_loop(front.endpoint, requests, connections, self._plan.seconds)
+        rows_per_batch = None
+        if running.batches is not None and before is not None:
+            rows, batches = (b - a for a, b in zip(before, running.batches(), strict=True))
+            rows_per_batch = rows / batches if batches else None
+        point = Point(
+            target=name,
+            front=front.name,
+            workload=workload.name,
+            connections=connections,
+            round=number,
+            requests_per_s=round(found.requests_per_s, 1),
+            p50_us=found.p50_us,
+            p90_us=found.p90_us,
+            p99_us=found.p99_us,
+            p999_us=found.p999_us,
+            errors=found.errors,
+            cpu_us={part: round(s / max(1, found.requests) * 1e6, 1) for part, s in cpu.items()},
+            rows_per_batch=rows_per_batch,
+        )
+        self.results.points.append(point)
+        failed = f"  FAILED {point.errors}" if point.failed else ""
+        print(
+            f"  {front.name:42} c={connections:<4} {point.requests_per_s:9,.0f}/s  "
+            f"p50 {point.p50_us / 1000:8.2f} ms  p99 {point.p99_us / 1000:8.2f} ms{failed}",
+            flush=True,
+        )
+
+    def _curve(self, name: str, front: Front, requests: Path) -> None:
+        """Offered loads relative to what the same generator gets out of the server in a closed loop."""
+        plan = self._plan
+        closed = open_loop(front.endpoint, requests, None, 128, plan.curve_seconds)
+        capacity = float(closed["goodput_per_s"])
+        self.results.capacities[front.name] = capacity
+        for fraction in plan.curve:
+            rate = max(1.0, round(capacity * fraction))
+            summary = open_loop(front.endpoint, requests, rate, plan.curve_connections, plan.curve_seconds)
+            self.results.curves.append(CurvePoint(name, front.name, fraction, summary))
+            print(
+                f"  {front.name:42} offered {rate:9,.0f}/s  goodput {summary['goodput_per_s']:9,.0f}/s  "
+                f"p99 {(summary['p99_us'] or 0) / 1000:8.2f} ms  refused {summary['refused']}",
+                flush=True,
+            )
+
+
+@contextmanager
+def _cpu(processes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, float]]:
+    """CPU seconds that each part used while the block ran, filled in when it ends."""
+    before = {part: cpu_seconds(pids) for part, pids in processes.items()}
+    used: dict[str, float] = {}
+    yield used
+    for part, pids in processes.items():
+        used[part] = max(0.0, cpu_seconds(pids) - before[part])
