@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import pyarrow as pa
 from google.protobuf.message import DecodeError
 from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, DataType, Tensor
+from headrace.v1.tensor_pb2 import Code
 from numpy.typing import NDArray
 
+from services.analytics.payload import Answered, predictions, tensors_by_name
 from services.common.errors import InvalidArgument
-from services.common.tensors import NUMPY_TYPES, decode_bytes
 
 #: Columns that every segment has; `input:<name>` and `output:<name>` follow where payloads are logged.
 CORE = pa.schema(
@@ -51,9 +49,6 @@ _MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
 #: The end of the year 9999.
 _LATEST_US = 253_402_300_799_000_000
-
-#: Wider answers than that (embeddings) are no class scores.
-_MAX_CLASSES = 1000
 
 _NUMBERS: tuple[tuple[str, str, str], ...] = (
     # field of the record, column, numpy type
@@ -137,10 +132,10 @@ def to_table(batches: Sequence[PredictionBatch], prediction_output: str = "") ->
     numbers["origin"] = np.maximum(numbers["origin"], 1)  # unspecified is online
     for column, values in numbers.items():
         columns[column] = pa.array(values, CORE.field(column).type)
-    answered = _Answered.of(counts, numbers["code"] == Code.CODE_OK, numbers["rows"].astype(np.int64))
-    inputs = _payload([batch.inputs for batch in batches], answered)
-    outputs = _payload([batch.outputs for batch in batches], answered)
-    columns["predicted"], columns["predicted_text"] = _predictions(
+    answered = Answered.of(counts, numbers["code"] == Code.CODE_OK, numbers["rows"].astype(np.int64))
+    inputs = tensors_by_name([batch.inputs for batch in batches], answered)
+    outputs = tensors_by_name([batch.outputs for batch in batches], answered)
+    columns["predicted"], columns["predicted_text"] = predictions(
         outputs.get(prediction_output) if prediction_output else next(iter(outputs.values()), None), answered
     )
     table = pa.table([columns[name] for name in CORE.names], schema=CORE)
@@ -148,64 +143,6 @@ def to_table(batches: Sequence[PredictionBatch], prediction_output: str = "") ->
         for name, tensor in payload.items():
             table = table.append_column(*tensor.column(f"{kind}:{name}", answered))
     return table
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """Which requests have rows in the tensors of their record: `ok` and `rows` over all requests, `counts`,
-    `ok_counts` and `ok_rows` over records."""
-
-    counts: NDArray[np.int64]
-    ok: NDArray[np.bool_]
-    rows: NDArray[np.int64]
-    ok_counts: NDArray[np.int64]
-    ok_rows: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, counts: NDArray[np.int64], ok: NDArray[np.bool_], rows: NDArray[np.int64]) -> _Answered:
-        starts = np.cumsum(counts) - counts
-        answered_rows = np.where(ok, rows, 0)
-        return cls(
-            counts,
-            ok,
-            answered_rows,
-            np.add.reduceat(ok.astype(np.int64), starts),
-            np.add.reduceat(answered_rows, starts),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensors:
-    """The tensors of one name of all records, end to end. Over records: `widths` elements a row, `whole`
-    where one request owns the tensor as it is, `fits` where the tensor is one of these requests."""
-
-    flat: pa.Array
-    datatype: int
-    row_shape: tuple[int, ...]
-    widths: NDArray[np.int64]
-    whole: NDArray[np.bool_]
-    fits: NDArray[np.bool_]
-
-    def rows(self, answered: _Answered) -> NDArray[np.int64]:
-        """How many rows each request has in it."""
-        whole = np.repeat(self.whole, answered.counts)
-        rows = np.where(whole, answered.ok.astype(np.int64), answered.rows)
-        return np.where(np.repeat(self.fits, answered.counts), rows, 0)
-
-    def here(self, answered: _Answered) -> NDArray[np.bool_]:
-        """Which requests have elements in it."""
-        return answered.ok & np.repeat(self.fits, answered.counts)
-
-    def column(self, name: str, answered: _Answered) -> tuple[pa.Field, pa.Array]:
-        """Each request's elements, row-major; null where it has none. The metadata say datatype and shape of
-        a row."""
-        lengths = self.rows(answered) * np.repeat(self.widths, answered.counts)
-        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int64())
-        values = pa.LargeListArray.from_arrays(offsets, self.flat, mask=pa.array(~self.here(answered)))
-        shape = ",".join(str(size) for size in self.row_shape)
-        return pa.field(
-            name, values.type, metadata={"datatype": str(self.datatype), "row_shape": shape}
-        ), values
 
 
 def _binary(data: bytes) -> pa.Array:
@@ -236,93 +173,3 @@ def _variants(batches: Sequence[PredictionBatch], counts: NDArray[np.int64]) -> 
         parts.append(places[np.array(batch.variants or [0] * n, dtype=np.int64)])
     indices = pa.array(np.concatenate(parts), pa.int32())
     return pa.DictionaryArray.from_arrays(indices, pa.array(list(known), pa.string()))
-
-
-def _payload(tensors_of: Sequence[Sequence[Tensor]], answered: _Answered) -> dict[str, _Tensors]:
-    """The tensors by name, in the order in which the first record that has them names them."""
-    by_name: dict[str, list[Tensor | None]] = {}
-    for place, tensors in enumerate(tensors_of):
-        for tensor in tensors:
-            if tensor.name not in by_name:
-                by_name[tensor.name] = [None] * len(tensors_of)
-            by_name[tensor.name][place] = tensor
-    joined = {name: _join(tensors, answered) for name, tensors in by_name.items()}
-    return {name: tensors for name, tensors in joined.items() if tensors is not None}
-
-
-def _join(tensors: Sequence[Tensor | None], answered: _Answered) -> _Tensors | None:
-    """None where no tensor is one of its requests."""
-    widths = np.zeros(len(tensors), dtype=np.int64)
-    whole, fits = np.zeros(len(tensors), dtype=bool), np.zeros(len(tensors), dtype=bool)
-    datatype, data, shapes = 0, [], set()
-    ok_rows, ok_counts = answered.ok_rows.tolist(), answered.ok_counts.tolist()
-    for place, tensor in enumerate(tensors):
-        if tensor is None or datatype not in (0, tensor.datatype):
-            continue
-        shape = tuple(tensor.shape)
-        batched = bool(shape) and shape[0] == ok_rows[place]
-        # A model without a batch dimension answers one request a run, which owns the tensor as it is.
-        if not batched and ok_counts[place] != 1:
-            continue
-        row_shape = shape[1:] if batched else shape
-        if not _fills(tensor, prod(shape)):
-            continue
-        datatype = tensor.datatype
-        widths[place], whole[place], fits[place] = prod(row_shape), not batched, True
-        data.append(tensor.data)
-        shapes.add(row_shape)
-    if not data:
-        return None
-    row_shape = shapes.pop() if len(shapes) == 1 else ()
-    return _Tensors(_flat(b"".join(data), datatype), datatype, row_shape, widths, whole, fits)
-
-
-def _fills(tensor: Tensor, elements: int) -> bool:
-    if tensor.datatype in NUMPY_TYPES:
-        return len(tensor.data) == elements * NUMPY_TYPES[tensor.datatype].itemsize
-    try:
-        return len(decode_bytes(tensor.data)) == elements
-    except InvalidArgument:
-        return False
-
-
-def _flat(data: bytes, datatype: int) -> pa.Array:
-    if datatype == DataType.DATA_TYPE_BYTES:
-        return pa.array(decode_bytes(data), pa.binary())
-    array = np.frombuffer(data, NUMPY_TYPES[datatype])
-    if datatype == DataType.DATA_TYPE_BF16:
-        return pa.array((array.astype(np.uint32) << 16).view(np.float32))
-    if datatype == DataType.DATA_TYPE_FP16:
-        return pa.array(array.astype(np.float32))
-    return pa.array(array)
-
-
-def _predictions(tensors: _Tensors | None, answered: _Answered) -> tuple[pa.Array, pa.Array]:
-    """The answer per row of each request, as numbers and as texts; null where there is none.
-
-    One value a row is the answer; several are scores of classes, whose best is.
-    """
-    nothing = np.zeros(answered.ok.size, dtype=np.int64)
-    numbers, texts = pa.array([], pa.float64()), pa.array([], pa.string())
-    number_rows = text_rows = None
-    if tensors is not None and np.unique(tensors.widths[tensors.fits]).size == 1:
-        width = int(tensors.widths[tensors.fits][0])
-        rows = tensors.rows(answered)
-        if tensors.datatype == DataType.DATA_TYPE_BYTES:
-            if width == 1:
-                words = [one.decode("utf-8", "replace") for one in tensors.flat.to_pylist()]
-                texts, text_rows = pa.array(words, pa.string()), rows
-        elif 1 <= width <= _MAX_CLASSES:
-            table = tensors.flat.to_numpy(zero_copy_only=False).reshape(-1, width)
-            best = table[:, 0] if width == 1 else np.argmax(table, axis=1)
-            numbers, number_rows = pa.array(best.astype(np.float64)), rows
-    here = np.zeros(answered.ok.size, dtype=bool) if tensors is None else tensors.here(answered)
-    return (
-        _lists(numbers, nothing if number_rows is None else number_rows, here & (number_rows is not None)),
-        _lists(texts, nothing if text_rows is None else text_rows, here & (text_rows is not None)),
-    )
-
-
-def _lists(flat: pa.Array, lengths: NDArray[np.int64], here: NDArray[np.bool_]) -> pa.Array:
-    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, mask=pa.array(~here))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -10,7 +10,7 @@ from scipy import stats
 from services.analytics.queries import Arms, Observations
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL, CountTest
 from services.analytics.statistics.effects import Arm, Effect, effect
-from services.analytics.statistics.fixed_horizon import Inference, t_test
+from services.analytics.statistics.fixed_horizon import Inference, t_test, z_test
 from services.analytics.statistics.moments import Moments, PairedMoments
 from services.analytics.statistics.proportions import two_proportion_z_test, wilson
 from services.analytics.statistics.sequential import asymptotic_sequence
@@ -126,34 +126,17 @@ def _estimate(
 def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha: float) -> Inference:
     if clustered:
         result = t_test(absolute, alpha=alpha)
-        return _renamed(result, "ratio of sums per unit, delta method, Welch's t-test")
+        return replace(result, method="ratio of sums per unit, delta method, Welch's t-test")
     if not binary:
-        return _renamed(t_test(absolute, alpha=alpha), "Welch's t-test")
+        return replace(t_test(absolute, alpha=alpha), method="Welch's t-test")
     counts = [(float(side.totals.sum()), int(side.units.size)) for side in (arms.a, arms.b)]
     found = two_proportion_z_test(counts[0], counts[1], alpha=alpha)
-    return Inference(
-        estimate=found.estimate,
-        std_error=absolute.std_error,
+    return replace(
+        z_test(absolute, alpha=alpha),
         ci=found.wald_ci,
         p_value=found.p_value,
         statistic=found.z,
-        degrees_of_freedom=float("inf"),
-        alpha=alpha,
         method="two-proportion z-test (pooled), unpooled Wald interval",
-    )
-
-
-def _renamed(result: Inference, method: str) -> Inference:
-    return Inference(
-        estimate=result.estimate,
-        std_error=result.std_error,
-        ci=result.ci,
-        p_value=result.p_value,
-        statistic=result.statistic,
-        degrees_of_freedom=result.degrees_of_freedom,
-        alpha=result.alpha,
-        method=method,
-        always_valid=result.always_valid,
     )
 
 
