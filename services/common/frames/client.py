@@ -10,13 +10,14 @@ import ssl as tls
 from collections.abc import Callable
 from typing import Final
 
-from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame, RequestFrame
+from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import Unavailable
 from services.common.frames.client_connection import ClientConnection
 from services.common.frames.limits import Limits
-from services.common.frames.messages import PROTOCOL, item_header, timeout_override
+from services.common.frames.messages import PROTOCOL
+from services.common.frames.outbox import ITEM_OVERHEAD, Outbox
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,6 @@ OnReply = Callable[[PredictReply], None]
 _LOST: Final = "connection"
 #: Deadlines are checked no more often than this, seconds.
 _SWEEP: Final = 0.002
-_CANCELS_WAITING: Final = 65_536
 
 
 def lost(reply: PredictReply) -> bool:
@@ -71,10 +71,7 @@ class FrameCalls:
 
         self._last_id = 0
         self._pending: dict[int, tuple[OnReply, float | None]] = {}
-        self._outbox: dict[int, bytes] = {}
-        self._outbox_bytes = 0
-        self._cancels: list[int] = []
-        self._held = False  # the outbox waited longer than a loop turn, its timeouts are stale
+        self._outbox = Outbox(self.limits)
         self._scheduled = False
         self._max_in_flight = self.limits.max_in_flight
         self._sweep: asyncio.TimerHandle | None = None
@@ -157,15 +154,12 @@ class FrameCalls:
                 )
             request.timeout_us = int(left * 1e6) or 1
         payload = request.SerializeToString()
-        size = len(payload) + 16
-        if size > self.limits.max_message_bytes:
+        if len(payload) + ITEM_OVERHEAD > self.limits.max_message_bytes:
             return self._refuse(local_id, on_reply, Code.CODE_INVALID_ARGUMENT, "the request is too large")
-        if self._outbox_bytes + size > self.limits.max_buffer_bytes:
+        if not self._outbox.add(local_id, payload, deadline):
             return self._refuse(
                 local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent"
             )
-        self._outbox[local_id] = payload
-        self._outbox_bytes += size
         self._pending[local_id] = (on_reply, deadline)
         if deadline is not None and (self._sweep is None or deadline < self._sweep.when()):
             self._sweep_at(deadline)
@@ -212,14 +206,12 @@ class FrameCalls:
 
     def _withdraw(self, local_id: int) -> None:
         """Take an item back from the outbox, or from the peer where it has left already."""
-        payload = self._outbox.pop(local_id, None)
-        if payload is not None:
-            self._outbox_bytes -= len(payload) + 16
-        elif self._connection is not None and len(self._cancels) < _CANCELS_WAITING:
-            self._cancels.append(local_id)
-            if not self._scheduled:
-                self._scheduled = True
-                self._loop.call_soon(self._flush)
+        if self._outbox.withdraw(local_id) or self._connection is None:
+            return
+        self._outbox.cancel(local_id)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
 
     # Deadlines
 
@@ -256,47 +248,11 @@ class FrameCalls:
         connection = self._connection
         if connection is None:
             return
-        while (self._outbox or self._cancels) and connection.can_send:
-            parts, size = self._next_frame()
+        outbox = self._outbox
+        while outbox and connection.can_send:
+            parts, size = outbox.next_frame(self._loop.time())
             connection.send_message(parts, size)
-        self._held = bool(self._outbox)
-
-    def _next_frame(self) -> tuple[list[bytes], int]:
-        """One RequestFrame's bytes, in parts, and their total size."""
-        parts: list[bytes] = []
-        size = 0
-        if self._cancels:
-            cancels = RequestFrame(cancels=self._cancels).SerializeToString()
-            self._cancels = []
-            parts.append(cancels)
-            size = len(cancels)
-        target = self.limits.frame_target_bytes
-        if self._outbox_bytes <= target and not self._held:
-            for payload in self._outbox.values():
-                head = item_header(len(payload))
-                parts.append(head)
-                parts.append(payload)
-                size += len(head) + len(payload)
-            self._outbox.clear()
-            self._outbox_bytes = 0
-            return parts, size
-        now = self._loop.time()
-        while self._outbox and size < target:
-            local_id = next(iter(self._outbox))
-            payload = self._outbox.pop(local_id)
-            self._outbox_bytes -= len(payload) + 16
-            deadline = self._pending[local_id][1]
-            if deadline is not None:
-                payload += timeout_override(int((deadline - now) * 1e6))
-            head = item_header(len(payload))
-            if parts and size + len(head) + len(payload) > self.limits.max_message_bytes:
-                self._outbox = {local_id: payload, **self._outbox}
-                self._outbox_bytes += len(payload) + 16
-                break
-            parts.append(head)
-            parts.append(payload)
-            size += len(head) + len(payload)
-        return parts, size
+        outbox.hold()
 
     # The connection's part.
 
@@ -318,8 +274,7 @@ class FrameCalls:
             entry = pending.pop(reply.id, None)
             if entry is None:
                 continue
-            if reply.id in self._outbox:  # answered before it was asked
-                self._withdraw(reply.id)
+            self._outbox.withdraw(reply.id)  # where it is answered before it was asked
             try:
                 entry[0](reply)
             except Exception:
@@ -329,9 +284,8 @@ class FrameCalls:
         """The peer wants nothing new; what is in flight is still answered."""
         self._draining = True
         self._note_state()
-        unsent = list(self._outbox)
-        for local_id in unsent:
-            self._withdraw(local_id)
+        for local_id in self._outbox.unsent():
+            self._outbox.withdraw(local_id)
             reply = PredictReply(id=local_id, code=Code.CODE_UNAVAILABLE, message="connection is draining")
             self._answer(local_id, reply)
 
@@ -373,8 +327,6 @@ class FrameCalls:
 
     def _fail_pending(self, message: str) -> None:
         self._outbox.clear()
-        self._outbox_bytes = 0
-        self._cancels.clear()
         for local_id in list(self._pending):
             self._answer(local_id, PredictReply(id=local_id, code=Code.CODE_UNAVAILABLE, message=message))
 

@@ -13,9 +13,10 @@ from headrace.v1.dataplane_pb2 import Hello, ReplyFrame, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import wire
-from services.common.frames.connection import Headers, Http2Connection
+from services.common.frames.connection import Http2Connection
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PATH, PROTOCOL, CompressedMessage
+from services.common.frames.outbound import Headers
 from services.common.frames.peer import FrameHandler, Peer
 from services.common.frames.wire import ErrorCode, Violation
 

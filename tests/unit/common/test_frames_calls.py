@@ -282,8 +282,8 @@ class TestExactlyOnce:
                 await asyncio.sleep(rng.choice([0, 0, 0.001, 0.004]))
         assert all(replies[key] == (0 if key in cancelled else 1) for key in range(len(submitted)))
         assert calls.in_flight == 0
-        assert calls._outbox == {}
-        assert calls._outbox_bytes == 0
+        assert not calls._outbox
+        assert calls._outbox.nbytes == 0
 
     @hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.integers(0, 1 << 32), st.integers(5, 60))
