@@ -104,9 +104,11 @@ def problem_headers(error: HeadraceError) -> list[tuple[bytes, bytes]]:
 
 
 def field_path(location: Sequence[str | int]) -> str:
-    """`("body", "weights", 1, "weight")` as `body.weights[1].weight`."""
+    """`("body", "weights", 1, "weight")` as `weights[1].weight`: named as its sender wrote it. What is wrong
+    with the body as a whole is `body`."""
+    parts = location[1:] if len(location) > 1 and location[0] in {"body", "path", "query"} else location
     path = ""
-    for part in location:
+    for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
 

@@ -8,17 +8,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI
 
 from services.common.bus import KafkaBus
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, engine, migrate
-from services.common.errors import Fatal, InvalidArgument, MalformedBody
+from services.common.errors import Fatal, InvalidArgument
 from services.common.internal_auth import InternalAuth
 from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
 from services.common.objects import ArtifactStore
-from services.common.problems import field_path, install_problem_handlers, problem
+from services.common.problems import install_problem_handlers
 from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.registry.alerts import alerts_followed
@@ -101,7 +100,6 @@ def rest_app(edge: Edge, health: Health, tracing: Tracing, token: str) -> FastAP
     """REST with its middleware: health and metrics outermost, then the credential, then traces."""
     app = FastAPI(title="Headrace registry", version="1", redoc_url=None)
     install_problem_handlers(app)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
     for routes in (model_routes(edge), version_routes(edge), deployment_routes(edge), key_routes(edge)):
         app.include_router(routes)
     app.add_middleware(MeasureRequests, metrics=edge.metrics)
@@ -109,17 +107,6 @@ def rest_app(edge: Edge, health: Health, tracing: Tracing, token: str) -> FastAP
     app.add_middleware(InternalAuth, token=token)
     app.add_middleware(OpsEndpoints, health=health, registry=edge.metrics.registry)
     return app
-
-
-async def _on_invalid_request(_request: Request, error: Exception) -> Response:
-    """Name the field as gRPC and the service layer do, `versions[0].weight`, not by where HTTP carried it."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class only
-    first = error.errors()[0]
-    refusal = InvalidArgument(first["msg"], field=field_path(first["loc"][1:]) or None)
-    if first["type"] == "json_invalid":
-        refusal = MalformedBody(f"The body is not JSON: {first['ctx'].get('error', '')}.")
-    status, body = problem(refusal)
-    return Response(body, status, media_type="application/problem+json")
 
 
 async def _let_admin_in(edge: Edge, key: str) -> None:

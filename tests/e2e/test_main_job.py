@@ -110,10 +110,15 @@ async def test_outcomes_reach_the_comparison(platform: Stack) -> None:
         posted = await client.post("/v1/outcomes", json=outcomes)
         assert posted.status_code == 202, posted.text
         path = "/v1/analytics/models/cancer/compare?a=1&b=2&metric=accuracy"
-        shown = await until(client, path, lambda body: body["a"]["n"] + body["b"]["n"] >= count)
+        shown = await until(client, path, lambda body: body["a"]["units"] + body["b"]["units"] >= count)
     assert 0.9 < shown["a"]["mean"] <= 1
-    assert 0 <= shown["p_value"] <= 1
-    assert shown["absolute"]["ci_low"] <= shown["absolute"]["estimate"] <= shown["absolute"]["ci_high"]
+    for result in (shown["absolute"], shown["sequential"]):
+        low, high = result["interval"]
+        assert low <= result["estimate"] <= high
+        assert 0 <= result["p_value"] <= 1
+    assert shown["sequential"]["always_valid"]
+    assert not shown["absolute"]["always_valid"]
+    assert any("Peeking" in warning for warning in shown["warnings"])
 
 
 def test_a_real_triton_client_speaks_to_it(platform: Stack) -> None:

@@ -22,7 +22,7 @@ def body(**changes: Any) -> dict[str, Any]:
 BAD = {
     "wrong dtype": (body(inputs=[["one", *ROW[1:]]]), 422, "inputs[0][0]"),
     "too few columns": (body(inputs=[ROW[:-1]]), 422, "inputs[0]"),
-    "too deep": (body(inputs=[[ROW]]), 422, "inputs[0][0]"),
+    "too deep": (body(inputs=[[ROW]]), 422, "inputs[0]"),
     "a null": (body(inputs=[[None, *ROW[1:]]]), 422, "inputs[0][0]"),
     "no rows": (body(inputs=[]), 422, "inputs"),
     "an unknown column": (body(inputs={"mean radius": [1.0], "height": [1.0]}), 422, "inputs.height"),

@@ -37,8 +37,14 @@ def http_session(address: str, key: str) -> None:
                 over_http.InferRequestedOutput("label", binary_data=binary),
                 over_http.InferRequestedOutput("probabilities", binary_data=binary),
             ]
+            # A dictionary of its own: the client writes the length of its JSON into the one it is given.
             answer = client.infer(
-                "cancer", [tensor], outputs=outputs, model_version="1", request_id="mine", headers=headers
+                "cancer",
+                [tensor],
+                outputs=outputs,
+                model_version="1",
+                request_id="mine",
+                headers=dict(headers),
             )
             assert answer.get_response()["id"] == "mine"
             assert answer.get_response()["model_version"] == "1"

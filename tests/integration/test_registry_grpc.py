@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,18 @@ from headrace.v1 import registry_pb2 as pb
 from headrace.v1.control_pb2 import Balancing, Batching
 from headrace.v1.tensor_pb2 import Signature, TensorSpec
 
+from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
 from services.common.topics import DEPLOYMENTS, KEYS
 from services.registry.views import DeploymentView, ModelView, VersionView
 from tests.fixtures.onnx_files import linear
 from tests.fixtures.registry import Running, registry_settings, running_registry
+
+
+@pytest.fixture
+def kafka_bootstrap(new_tansu: Callable[[], TansuServer]) -> str:
+    """A broker of each test's own: a registry overtakes what another one of the same models left behind."""
+    return new_tansu().url
 
 
 @pytest.fixture

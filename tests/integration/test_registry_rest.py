@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,19 @@ import httpx
 import pytest
 from headrace.v1.control_pb2 import ApiKey, ServingConfig
 
+from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
 from services.common.topics import DEPLOYMENTS, KEYS
 from tests.fixtures.onnx_files import classifier, encoder, linear
 from tests.fixtures.registry import Running, eventually, following, registry_settings, running_registry
 
 TOKENIZER = json.dumps({"model": {"type": "WordPiece", "vocab": {}}}).encode()
+
+
+@pytest.fixture
+def kafka_bootstrap(new_tansu: Callable[[], TansuServer]) -> str:
+    """A broker of each test's own: a registry overtakes what another one of the same models left behind."""
+    return new_tansu().url
 
 
 @pytest.fixture
