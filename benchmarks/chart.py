@@ -11,7 +11,7 @@ FONT = "font-family='system-ui,sans-serif'"
 
 
 def bars(title: str, series: Mapping[str, Mapping[str, float]]) -> str:
-    """Horizontal bars: for each label of the first level one bar per key of the second, in the given order."""
+    """Horizontal bars: a group for each name, in it a bar for each key of its values."""
     names = list(series)
     keys = list(dict.fromkeys(key for values in series.values() for key in values))
     top, left, width, bar, gap = 56, 230, 430, 13, 12

@@ -1,4 +1,4 @@
-"""ONNX Runtime without a server: the least that an answer can cost, and the most rows that a second can hold."""
+"""ONNX Runtime without a server: the least that an answer costs, the most rows that a second holds."""
 
 from __future__ import annotations
 

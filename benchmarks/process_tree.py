@@ -1,4 +1,4 @@
-"""Servers as process trees: found by a mark in their environment, so that daemons count and none is left over."""
+"""Servers as process trees, found by a mark in their environment: daemons count, and none is left over."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Benchmark:
                 serving = not running.serving_parts or part in running.serving_parts
                 self.results.memory.append(Memory(name, part, used.pss, used.rss, serving))
 
-    def _closed(  # noqa: PLR0913 - one cell of the table has as many coordinates
+    def _closed(
         self,
         name: str,
         front: Front,

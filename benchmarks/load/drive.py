@@ -73,8 +73,15 @@ def _own(endpoint: Endpoint, requests: Path, connections: int, seconds: float) -
     errors = dict(said["other"])
     if said["refused"]:
         errors["refused"] = said["refused"]
-    quantiles = [said[name] or 0.0 for name in ("p50_us", "p90_us", "p99_us", "p999_us")]
-    return ClosedLoop(said["goodput_per_s"], said["answered"], *quantiles, errors)
+    return ClosedLoop(
+        said["goodput_per_s"],
+        said["answered"],
+        said["p50_us"] or 0.0,
+        said["p90_us"] or 0.0,
+        said["p99_us"] or 0.0,
+        said["p999_us"] or 0.0,
+        errors,
+    )
 
 
 def open_loop(

@@ -22,12 +22,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import uvloop
 
 from benchmarks.load.requests import read_requests
 
-TICK_S = 0.0005
+#: uvloop rounds this to a millisecond: a request is up to that late, which its latency includes.
+TICK_S = 0.001
 REFUSED = (429, 503)
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.IGNORECASE)
@@ -51,7 +53,8 @@ class Tally:
 
 
 class Load:
-    """The schedule, the connections and what was measured between `opens` and `closes` (loop time)."""
+    """The schedule, the connections and what was measured between `opens` and `closes`: times of
+    perf_counter, since uvloop's own clock has whole milliseconds and stands still while callbacks run."""
 
     def __init__(
         self, requests: Sequence[bytes], rate: float | None, patience_s: float, address: tuple[str, int]
@@ -71,15 +74,15 @@ class Load:
 
     def begin(self, warm_up_s: float, seconds: float) -> None:
         """Start the schedule now."""
-        loop = asyncio.get_running_loop()
-        self.started = loop.time()
+        self.started = time.perf_counter()
         self.opens = self.started + warm_up_s
         self.closes = self.opens + seconds
         if self._rate is not None:
             self._tick()
             return
-        for connection in list(self._free):
-            self._send(connection, loop.time())
+        free, self._free = self._free, []
+        for connection in free:
+            self._send(connection, time.perf_counter())
 
     def counts(self, due: float) -> bool:
         """Whether a request that was due then belongs to the measurement."""
@@ -112,7 +115,7 @@ class Load:
         if connection in self._free:
             self._free.remove(connection)
         loop = asyncio.get_running_loop()
-        if self.started and loop.time() < self.closes:
+        if self.started and time.perf_counter() < self.closes:
             task = loop.create_task(self._reconnect())
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
@@ -134,7 +137,7 @@ class Load:
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = time.perf_counter()
         rate = self._rate or 1.0
         until = int((min(now, self.closes) - self.started) * rate)
         while self._scheduled < until:
@@ -161,17 +164,16 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._loop = asyncio.get_running_loop()
         self._buffer = b""
         self._due: float | None = None
         self._sent = 0.0
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
         self._load.connections.add(self)
-        self._load.ready(self, self._loop.time())
+        self._load.ready(self, time.perf_counter())
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._due is not None and self._load.counts(self._due):
@@ -184,8 +186,8 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def send(self, request: bytes, due: float) -> None:
-        """Send `request`, which was due at loop time `due`."""
-        self._due, self._sent = due, self._loop.time()
+        """Send `request`, which was due at `due`."""
+        self._due, self._sent = due, time.perf_counter()
         if self._transport is not None:
             self._transport.write(request)
 
@@ -195,7 +197,7 @@ class Connection(asyncio.Protocol):
             self._buffer = buffer
             return
         self._buffer = b""
-        now, due, self._due = self._loop.time(), self._due, None
+        now, due, self._due = time.perf_counter(), self._due, None
         if due is not None and self._load.counts(due):
             self._count(int(buffer[9:12]), now, due)
         self._load.ready(self, now)

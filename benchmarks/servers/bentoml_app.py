@@ -11,7 +11,7 @@ from bentoml.validators import DType
 
 from benchmarks.servers.onnx_model import OnnxModel
 
-Rows = Annotated[np.ndarray, DType("float32")]  # type: ignore[type-arg]  # the server knows no parameters
+Rows = Annotated[np.ndarray, DType("float32")]
 
 
 @bentoml.service(workers=1, traffic={"timeout": 30}, logging={"access": {"enabled": False}})

@@ -3,6 +3,7 @@ sidecar written in Go, does that."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
@@ -37,10 +38,14 @@ class Bench(Model):
 
 
 if __name__ == "__main__":
-    ModelServer(
+    server = ModelServer(
         http_port=int(os.environ["BENCH_PORT"]),
         grpc_port=int(os.environ["BENCH_GRPC_PORT"]),
         workers=1,
         enable_latency_logging=False,
         access_log_format=None,
-    ).start([Bench()])
+    )
+    # Making the server configures logging, access and timing lines included.
+    for name in ("uvicorn.access", "kserve.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    server.start([Bench()])

@@ -50,7 +50,7 @@ if __name__ == "__main__":
     )
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=int(os.environ["BENCH_PORT"])))
     serve.run(
-        Bench.bind(),
+        Bench.bind(),  # type: ignore[attr-defined]  # the decorator's doing
         route_prefix="/predict",
         logging_config=LoggingConfig(enable_access_log=False, log_level="ERROR"),
     )

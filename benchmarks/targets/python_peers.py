@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.environments import REPOSITORY
 from benchmarks.targets.peer import MODEL, Peer
-from benchmarks.targets.port import free_port
+from benchmarks.targets.port import Running, free_port
 from benchmarks.workload import Dialect, Workload
 
 Command = tuple[list[str], dict[str, str], Path]
@@ -20,7 +22,7 @@ class MLServerPeer(Peer):
 
     name = "mlserver"
     title = "MLServer"
-    setup = "custom runtime, parallel workers off (one process, no hop), adaptive batching off: it costs more than it gives here"
+    setup = "custom runtime, parallel workers off (one process, no hop), adaptive batching off"
     package = "mlserver"
     requirements = ("mlserver==1.7.1",)
     health = "/v2/health/ready"
@@ -99,15 +101,28 @@ class RayServePeer(Peer):
 
     name = "ray"
     title = "Ray Serve"
-    setup = "one replica, @serve.batch (128, 0.5 ms), RAY_SERVE_THROUGHPUT_OPTIMIZED=1 and HAProxy ingress as its guide advises, access log off"
+    setup = (
+        "one replica, @serve.batch (128, 0.5 ms), RAY_SERVE_THROUGHPUT_OPTIMIZED=1 and HAProxy ingress as "
+        "its guide advises, access log off"
+    )
     package = "ray"
     requirements = ("ray[serve]==2.60.0", "orjson==3.13.0")
     health = "/-/healthz"
+    _sockets = ""
+
+    @contextmanager
+    def running(self, workload: Workload) -> Iterator[Running]:
+        """As every peer, with a folder for Ray's files under a path short enough for its sockets."""
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-ray-", ignore_cleanup_errors=True) as self._sockets,
+            super().running(workload) as running,
+        ):
+            yield running
 
     def command(self, workload: Workload, port: int, folder: Path) -> Command:
-        """The module as a script; Ray's socket paths must be short, so its files lie in the temporary folder."""
+        """The module as a script."""
         more = {
-            "BENCH_RAY_DIR": tempfile.mkdtemp(prefix="bench-ray-"),
+            "BENCH_RAY_DIR": self._sockets,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

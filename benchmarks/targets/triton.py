@@ -52,7 +52,8 @@ class TritonPeer(Peer):
     def install(self) -> None:
         """The environment of the backend, and the server out of the wheel. Raises Unavailable."""
         super().install()
-        stub = f"python_backend_stubs/{sys.version_info.major}.{sys.version_info.minor}/triton_python_backend_stub"
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = f"python_backend_stubs/{version}/triton_python_backend_stub"
         backend = self._server / "backends" / "python" / "triton_python_backend_stub"
         if backend.exists():
             return
