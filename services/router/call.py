@@ -184,10 +184,8 @@ class Call:
         code = reply.code
         if code == _OK:
             endpoint.latency.observe(now - self.sent_at, now)
-            endpoint.failures = 0
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
-            endpoint.failures += 1
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
                 return
         # A bad row or a late answer has run, too: the worker says so by the time it took.

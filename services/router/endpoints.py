@@ -68,7 +68,6 @@ class Endpoint:
         "address",
         "calls",
         "expires_at",
-        "failures",
         "in_flight",
         "incarnation",
         "latency",
@@ -83,7 +82,6 @@ class Endpoint:
         self.address: str = status.frames_address
         self.calls: Calls
         self.in_flight = 0
-        self.failures = 0
         self.latency = PeakEwma()
         self.incarnation: str = status.incarnation
         self.sequence: int = status.sequence

@@ -178,6 +178,7 @@ PAIRS = [
     )
 ]
 
+
 Server = Callable[[], AbstractAsyncContextManager[str]]
 Client = Callable[[str], AbstractAsyncContextManager[Exchange]]
 

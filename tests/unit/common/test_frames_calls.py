@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame
@@ -17,7 +18,20 @@ from hypothesis import strategies as st
 from services.common.errors import Unavailable
 from services.common.frames import FrameCalls, FrameServer, Limits, lost
 from services.common.frames.wire import frame, settings
-from tests.fixtures.frames import PREFACE, QUICK, TOKEN, Echoes, calling, message, serving, until
+from tests.fixtures.frames import (
+    LOOPS,
+    PREFACE,
+    QUICK,
+    TOKEN,
+    Echoes,
+    calling,
+    message,
+    run_on,
+    serving,
+    until,
+)
+
+Loop = Callable[[], asyncio.AbstractEventLoop]
 
 
 def now() -> float:
@@ -286,9 +300,9 @@ class TestExactlyOnce:
         assert calls._outbox.nbytes == 0
 
     @hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.integers(0, 1 << 32), st.integers(5, 60))
-    def test_under_random_drops_cancels_and_deadlines(self, seed: int, steps: int) -> None:
-        asyncio.run(self.storm(seed, steps))
+    @given(st.sampled_from(LOOPS), st.integers(0, 1 << 32), st.integers(5, 60))
+    def test_under_random_drops_cancels_and_deadlines(self, loop: Loop, seed: int, steps: int) -> None:
+        run_on(loop, self.storm(seed, steps))
 
 
 class TestBadServers:
@@ -323,6 +337,7 @@ class TestBadServers:
 
     @hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
+        st.sampled_from(LOOPS),
         st.booleans(),
         st.lists(
             st.tuples(
@@ -340,12 +355,12 @@ class TestBadServers:
         st.binary(max_size=10),
     )
     def test_says_anything(
-        self, good_start: bool, frames: list[tuple[int, int, int, bytes]], tail: bytes
+        self, loop: Loop, good_start: bool, frames: list[tuple[int, int, int, bytes]], tail: bytes
     ) -> None:
         hello = message(ReplyFrame(hello=Hello(protocol=1)).SerializeToString())
         start = settings({}) + frame(1, 4, 1, b"\x88\x5f\x10application/grpc") + frame(0, 0, 1, hello)
         said = b"".join(frame(kind, flags, sid, payload) for kind, flags, sid, payload in frames)
-        asyncio.run(self.against((start if good_start else b"") + said + tail))
+        run_on(loop, self.against((start if good_start else b"") + said + tail))
 
     async def test_another_protocol_version_is_not_used(self) -> None:
         async def other(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

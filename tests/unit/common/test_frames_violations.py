@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from headrace.v1.dataplane_pb2 import PredictRequest, ReplyFrame, RequestFrame
@@ -15,9 +15,21 @@ from hypothesis import strategies as st
 
 from services.common.frames import FrameServer, Limits
 from services.common.frames.wire import ErrorCode, frame, settings
-from tests.fixtures.frames import PREFACE, QUICK, Echoes, Wire, calling, message, serving, until
+from tests.fixtures.frames import (
+    LOOPS,
+    PREFACE,
+    QUICK,
+    Echoes,
+    Wire,
+    calling,
+    message,
+    run_on,
+    serving,
+    until,
+)
 
 Running = tuple[FrameServer, str]
+Loop = Callable[[], asyncio.AbstractEventLoop]
 
 SMALL = Limits(
     handshake_s=0.3,
@@ -405,12 +417,13 @@ class TestGarbage:
         assert failures == []
 
     @hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.binary(max_size=200), min_size=1, max_size=3))
-    def test_raw_bytes(self, attempts: list[bytes]) -> None:
-        asyncio.run(self.survive(attempts))
+    @given(st.sampled_from(LOOPS), st.lists(st.binary(max_size=200), min_size=1, max_size=3))
+    def test_raw_bytes(self, loop: Loop, attempts: list[bytes]) -> None:
+        run_on(loop, self.survive(attempts))
 
     @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
+        st.sampled_from(LOOPS),
         st.lists(
             st.tuples(
                 st.integers(0, 11),
@@ -423,9 +436,9 @@ class TestGarbage:
         st.binary(max_size=12),
     )
     def test_frames_after_a_good_beginning(
-        self, frames: list[tuple[int, int, int, bytes]], tail: bytes
+        self, loop: Loop, frames: list[tuple[int, int, int, bytes]], tail: bytes
     ) -> None:
         headers = frame(1, 4, 1, Wire.request_headers())
         hello = frame(0, 0, 1, Wire.hello())
         sent = b"".join(frame(kind, flags, sid, payload) for kind, flags, sid, payload in frames)
-        asyncio.run(self.survive([PREFACE + settings({}) + headers + hello + sent + tail]))
+        run_on(loop, self.survive([PREFACE + settings({}) + headers + hello + sent + tail]))
