@@ -23,7 +23,7 @@ from services.analytics.segments import SegmentFiles
 from services.analytics.signatures import Signatures
 from services.analytics.tables import OutcomeRow
 from services.common.db import transaction
-from services.common.errors import DeadlineExceeded, NotFound
+from services.common.errors import DeadlineExceeded, NotFound, ResourceExhausted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _QUERY_S = 30.0
 _AT_ONCE = 2
+_AT_MOST = 32
 _HEX = {"event_id": pa.string(), "request_id": pa.string()}
 
 T = TypeVar("T")
@@ -46,7 +47,8 @@ class Found:
 
 
 class Reader:
-    """Answers questions about a model. At most two queries run at once, each for at most 30 s."""
+    """Answers questions about a model. At most two queries run at once, each for at most 30 s, and 32 are
+    waited for; one more is refused with ResourceExhausted."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Reader:
         self._signatures = signatures
         self._metrics = metrics
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._asking = 0
 
     async def ask(
         self,
@@ -154,22 +157,33 @@ class Reader:
         ]
 
     async def _within_deadline(self, run: Callable[[Callable[[duckdb.DuckDBPyConnection], None]], T]) -> T:
+        if self._asking >= _AT_MOST:
+            raise ResourceExhausted("Too many questions at once; ask again soon.", retry_after_ms=1000)
+        self._asking += 1
+        try:
+            async with self._slots:
+                return await self._run(run)
+        finally:
+            self._asking -= 1
+
+    async def _run(self, run: Callable[[Callable[[duckdb.DuckDBPyConnection], None]], T]) -> T:
         held: list[duckdb.DuckDBPyConnection] = []
-        async with self._slots:
-            timed = self._metrics.query_seconds.time()(run)
-            work = asyncio.ensure_future(asyncio.to_thread(timed, held.append))
-            try:
-                async with asyncio.timeout(_QUERY_S):
-                    return await asyncio.shield(work)
-            except TimeoutError:
+        timed = self._metrics.query_seconds.time()(run)
+        work = asyncio.ensure_future(asyncio.to_thread(timed, held.append))
+        try:
+            async with asyncio.timeout(_QUERY_S):
+                return await asyncio.shield(work)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The question took longer than {_QUERY_S:g} s; ask about a shorter time.", field="since"
+            ) from None
+        finally:
+            if not work.done():  # too late, or nobody waits any more: a thread ends only if its query does
                 for connection in held:
                     connection.interrupt()
                 await asyncio.wait({work}, timeout=_QUERY_S)
-                if work.done() and not work.cancelled():
-                    work.exception()  # the interrupt, seen
-                raise DeadlineExceeded(
-                    "The question took longer than 30 s; ask about a shorter time.", field="since"
-                ) from None
+            if work.done() and not work.cancelled():
+                work.exception()  # the interrupt, seen
 
 
 def outcomes_table(csv: bytes, numbers: Mapping[str, float]) -> pa.Table:

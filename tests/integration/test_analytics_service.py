@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import duckdb
 import httpx
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.embedded.tansu import TansuServer
 from services import analytics
-from services.analytics import queries
+from services.analytics import queries, reading
 from services.analytics.app import analytics_app
 from services.analytics.consumers import Consumers
 from services.analytics.flushing import Flusher, SegmentWriter, Sizes
@@ -37,7 +38,7 @@ from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Record
 from services.common.clock import SystemClock
 from services.common.db import engine, migrate
-from services.common.errors import NotFound, Unavailable
+from services.common.errors import DeadlineExceeded, NotFound, Unavailable
 from services.common.ids import id_text
 from services.common.objects import ArtifactStore
 from services.common.telemetry import Tracing, kafka_headers
@@ -239,7 +240,7 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
         ({"a": "1", "b": "9"}, 404, "b"),
         ({"a": "1", "b": "2", "metric": "mood"}, 404, "metric"),
         ({"a": "1", "b": "1"}, 422, "b"),
-        ({"a": "1"}, 422, "query.b"),
+        ({"a": "1"}, 422, "b"),
         ({"a": "1", "b": "2", "since": "2026-01-01T00:00:00"}, 422, "since"),
     ):
         answer = await client.get(path, params=params)
@@ -316,6 +317,27 @@ async def test_a_store_that_fails_loses_nothing_and_counts_nothing_twice(
         await consumers.on_predictions(sent[:7])
         await consumers.on_predictions(sent)
         assert await count(reader) == 100
+
+
+async def test_a_question_that_takes_too_long_is_ended_and_the_next_one_answered(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(connection: duckdb.DuckDBPyConnection) -> int:
+        connection.execute("SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b")
+        return 0
+
+    async with wired(database_url, tmp_path) as (consumers, reader, _, _, _):
+        await consumers.on_predictions(records([prediction_batch([1, 2])]))
+        monkeypatch.setattr(reading, "_QUERY_S", 0.5)
+        with pytest.raises(DeadlineExceeded):
+            await reader.ask("cancer", endless)
+        monkeypatch.undo()
+        gone = asyncio.ensure_future(reader.ask("cancer", endless))
+        await asyncio.sleep(0.5)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert await count(reader) == 2
 
 
 async def test_flushing_and_joining_keep_every_row(database_url: str, tmp_path: Path) -> None:
