@@ -16,12 +16,14 @@ from deploy.embedded.blueprint import draw, python_path, state_directories
 from deploy.embedded.configuration import REPOSITORY, Configuration, free_ports
 from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.preflight import check_disk, check_ports, check_python
-from deploy.embedded.process import EmbeddedError, die_with_parent
+from deploy.embedded.process import EmbeddedError
 from deploy.embedded.secret_files import load_or_create
 from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
 
 #: Exit code of a supervisor that found another one in its home.
 ALREADY_RUNS = 3
+#: Argument of a supervisor that stops when its standard input ends.
+WHILE_STDIN = "--while-stdin"
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 90.0
 KILLED_TIMEOUT_S = 20.0
@@ -241,14 +243,14 @@ class Stack:
         environment = self.environment | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
         with (self.configuration.logs / "supervisor.log").open("ab") as output:
             return subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", self._module],
+                [sys.executable, "-m", self._module, *([] if self._detached else [WHILE_STDIN])],
                 cwd=REPOSITORY,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                # Its end is our end, whichever thread of ours started it: the kernel closes the pipe.
+                stdin=subprocess.DEVNULL if self._detached else subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=None if self._detached else die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - it only calls prctl
             )
 
     def _wait_until_up(
@@ -284,7 +286,11 @@ class Stack:
 
     def _anything_left(self) -> bool:
         """The lock is held, or the supervisor that we started has not taken it yet."""
-        return self.running or (self._supervisor is not None and self._supervisor.poll() is None)
+        if self._supervisor is not None and self._supervisor.poll() is None:
+            return True
+        if self._supervisor is not None and self._supervisor.stdin is not None:
+            self._supervisor.stdin.close()
+        return self.running
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

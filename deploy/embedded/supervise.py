@@ -10,7 +10,7 @@ import sys
 from deploy.embedded import lock
 from deploy.embedded.blueprint import draw
 from deploy.embedded.configuration import Configuration
-from deploy.embedded.stack import ALREADY_RUNS
+from deploy.embedded.stack import ALREADY_RUNS, WHILE_STDIN
 from deploy.embedded.supervisor import Draw, Supervisor
 
 
@@ -25,7 +25,8 @@ def main(draw: Draw = draw) -> int:
     descriptor = lock.acquire(configuration.home / "lock")
     if descriptor is None:
         return ALREADY_RUNS
-    return asyncio.run(Supervisor(configuration, descriptor, draw).run())
+    attached = WHILE_STDIN in sys.argv[1:]
+    return asyncio.run(Supervisor(configuration, descriptor, draw).run(while_stdin=attached))
 
 
 if __name__ == "__main__":

@@ -53,12 +53,15 @@ class Supervisor:
         self._tasks: list[asyncio.Task[None]] = []
         self._status = StackStatus(os.getpid(), Phase.STARTING)
 
-    async def run(self) -> int:
-        """Until SIGTERM or SIGINT. Returns the exit code: 0 stopped, 1 the start failed."""
+    async def run(self, *, while_stdin: bool = False) -> int:
+        """Until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. Returns the exit
+        code: 0 stopped, 1 the start failed."""
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
+        if while_stdin:
+            loop.add_reader(sys.stdin.fileno(), _stop_at_end, stopping)
         try:
             blueprint = self._lay_out()
         except (EmbeddedError, OSError) as error:
@@ -202,6 +205,12 @@ class Supervisor:
             except BrokenPipeError:  # killed by somebody; the kernel's own rope is still there
                 log.warning("the guard process is gone")
                 self._guard = None
+
+
+def _stop_at_end(stopping: asyncio.Event) -> None:
+    if not os.read(sys.stdin.fileno(), 1024):
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        stopping.set()
 
 
 async def _make_topics(bootstrap: str) -> None:
