@@ -81,6 +81,26 @@ def test_boundaries_hold_their_error_rate_on_a_random_walk() -> None:
     assert crossed["stitching"] / 500 <= 0.13
 
 
+def test_mixture_boundaries_have_the_values_published_for_r() -> None:
+    """At intrinsic time 100, tuned there, error 0.05: the targets of confseq's own tests, from R."""
+    v, alpha = 100.0, 0.05
+    beta_binomial = [
+        boundaries.BetaBinomialMixture(100, g=0.2, h=0.8, one_sided=one_sided) for one_sided in (False, True)
+    ]
+    found = {
+        30.35209: boundaries.normal_mixture(v, alpha, v_opt=100),
+        27.66071: boundaries.normal_mixture(v, alpha, v_opt=100, one_sided=True),
+        33.02017: boundaries.gamma_exponential(v, alpha, v_opt=100, c=2),
+        30.1949: boundaries.gamma_poisson(v, alpha, v_opt=100, c=2),
+        31.4308: beta_binomial[0].bound(v, alpha),
+        28.41238: beta_binomial[1].bound(v, alpha),
+        64.48755: boundaries.poly_stitching(v, alpha, v_min=10, c=3),
+        28.99389: boundaries.poly_stitching(v, alpha, v_min=10, c=-1),
+    }
+    assert list(found.values()) == pytest.approx(list(found), abs=1e-4)
+    assert beta_binomial[1].log(10, v) == pytest.approx(-0.07134019, abs=1e-6)
+
+
 @pytest.mark.parametrize("c", [0.05, 1.0])
 def test_gamma_boundaries_are_above_the_normal_one_and_near_it_for_small_scales(c: float) -> None:
     plain = boundaries.normal_mixture(500.0, 0.05, v_opt=500, one_sided=True)
