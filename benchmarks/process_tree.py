@@ -97,18 +97,19 @@ class ProcessTree:
             )
 
     def pids(self) -> list[int]:
-        """Every process of the tree, also those that left our process group."""
+        """Every process of the tree, also those that left our session, or wrote a title over the mark."""
         wanted = f"{MARK}={self._mark}".encode()
-        found = []
+        found = set(descendants(self._process.pid))
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
+                    session = int((entry / "stat").read_text().rpartition(")")[2].split()[3])
                     environment = (entry / "environ").read_bytes()
                 except OSError:
                     continue
-                if wanted in environment.split(b"\0"):
-                    found.append(int(entry.name))
-        return found
+                if session == self._process.pid or wanted in environment.split(b"\0"):
+                    found.add(int(entry.name))
+        return sorted(found)
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> None:
         """Return when `ready`. Raises Unavailable with the end of the log where it ends or takes too long."""

@@ -20,13 +20,13 @@ INTRODUCTION = (
     "[README.md](README.md). Raw figures: [results.json](results.json)."
 )
 CLOSED = (
-    "{title} a request, MLP 30→{hidden}→2, keep-alive, {generator}, {rounds} alternating rounds of {seconds:g} s;"
-    " the median, then (least to most), then p50 / p99 in ms (medians of the rounds)."
+    "{title} a request, MLP 30→{hidden}→2, keep-alive, {generator}, {rounds} alternating rounds of "
+    "{seconds:g} s; the median, then (least to most), then p50 / p99 in ms (medians of the rounds)."
 )
 OPEN = (
-    "Latency counts from when a request was due, so nothing that waits is left out. Capacity is what the same "
-    "generator got in a closed loop with 128 connections ({capacities}). Answers later than 1 s are given up. "
-    "The generator shares the cores: (!) marks points where it was late itself and was the limit."
+    "Latency counts from when a request was due, so nothing that waits is left out. Capacity is what the "
+    "same generator got in a closed loop with 128 connections ({capacities}). Answers later than 1 s are "
+    "given up. The generator shares the cores: (!) marks points where it was late itself and was the limit."
 )
 DIRECT = (
     "One thread, no server. Batching efficiency = served rows/s over the best offline batch's rows/s; for "
