@@ -93,7 +93,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
             log.warning("deployments_late", reason=error.message)
         health.set_ready("deployments")
         await stack.enter_async_context(Flusher(database, writer, files, store, sizes, clock, metrics))
-        consumers = Consumers(database, writer, sizes.direct_rows, clock, tracing, metrics)
+        consumers = Consumers(database, writer, sizes, clock, tracing, metrics)
         await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumers.on_predictions))
         await stack.enter_async_context(bus.consume(OUTCOMES, GROUP, consumers.on_outcomes))
         lag = asyncio.create_task(_watch_lag(bus, metrics), name="lag")

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.analytics import repository
 from services.analytics.columns import parse
-from services.analytics.flushing import SegmentWriter
+from services.analytics.flushing import SegmentWriter, Sizes
 from services.analytics.metrics import Metrics
 from services.analytics.tables import InboxRow
 from services.common.bus.port import Malformed, Record
@@ -34,14 +34,14 @@ class Consumers:
         self,
         engine: AsyncEngine,
         writer: SegmentWriter,
-        direct_rows: int,
+        sizes: Sizes,
         clock: Clock,
         tracing: Tracing,
         metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._writer = writer
-        self._direct_rows = direct_rows
+        self._sizes = sizes
         self._clock = clock
         self._tracing = tracing
         self._metrics = metrics
@@ -60,7 +60,8 @@ class Consumers:
                     fresh.discard(batch.batch_id)  # the same record twice in one delivery
                     new.append((batch, record))
             rows = sum(len(batch.request_ids) // 16 for batch, _ in new)
-            if rows >= self._direct_rows:
+            size = sum(len(record.value or b"") for _, record in new)
+            if rows >= self._sizes.direct_rows or size >= self._sizes.direct_bytes:
                 await self._writer.write(session, [batch for batch, _ in new], "direct")
             elif new:
                 waiting = [

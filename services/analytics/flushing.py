@@ -36,11 +36,14 @@ _TAKEN_AT_ONCE = 5_000
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """When records become Parquet, and which objects are joined. `*_rows` are requests."""
+    """When records become Parquet, and which objects are joined. `*_rows` are requests, `*_bytes` those of
+    records: what is flushed at once is held in memory."""
 
     direct_rows: int = 2_000
+    direct_bytes: int = 8 << 20
     flush_rows: int = 5_000
-    flush_after_s: float = 60.0
+    flush_bytes: int = 32 << 20
+    flush_after_s: float = 10.0
     segment_rows: int = 200_000
     join_segments: int = 8
 
@@ -135,13 +138,15 @@ class Flusher:
         due = self._clock.now() - timedelta(seconds=self._sizes.flush_after_s)
         flushed = 0
         for item in waiting:
-            if item.rows >= self._sizes.flush_rows or item.oldest <= due:
-                flushed += await self._flush(item.model, item.version)
+            full = item.rows >= self._sizes.flush_rows or item.size >= self._sizes.flush_bytes
+            if full or item.oldest <= due:
+                at_once = max(1, item.records * self._sizes.flush_bytes // max(1, item.size))
+                flushed += await self._flush(item.model, item.version, min(at_once, _TAKEN_AT_ONCE))
         return flushed
 
-    async def _flush(self, model: str, version: str) -> int:
+    async def _flush(self, model: str, version: str, records: int) -> int:
         async with transaction(self._engine) as session:
-            rows = await repository.take_from_inbox(session, model, version, _TAKEN_AT_ONCE)
+            rows = await repository.take_from_inbox(session, model, version, records)
             if not rows:
                 return 0
             values = [row.value for row in rows]

@@ -45,11 +45,13 @@ _CLAIM = text(
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What the inbox holds of one model version."""
+    """What the inbox holds of one model version. `size` is in bytes."""
 
     model: str
     version: str
+    records: int
     rows: int
+    size: int
     oldest: datetime
 
 
@@ -69,9 +71,17 @@ async def add_to_inbox(session: AsyncSession, rows: Sequence[InboxRow]) -> None:
 async def waiting(session: AsyncSession) -> list[Waiting]:
     """The inbox by model version."""
     statement = select(
-        InboxRow.model, InboxRow.version, func.sum(InboxRow.rows), func.min(InboxRow.received_at)
+        InboxRow.model,
+        InboxRow.version,
+        func.count(),
+        func.sum(InboxRow.rows),
+        func.sum(func.octet_length(InboxRow.value)),
+        func.min(InboxRow.received_at),
     ).group_by(InboxRow.model, InboxRow.version)
-    return [Waiting(m, v, int(n), oldest) for m, v, n, oldest in await session.execute(statement)]
+    return [
+        Waiting(model, version, records, int(rows), int(size), oldest)
+        for model, version, records, rows, size, oldest in await session.execute(statement)
+    ]
 
 
 async def take_from_inbox(session: AsyncSession, model: str, version: str, limit: int) -> list[InboxRow]:

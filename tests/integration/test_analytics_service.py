@@ -264,10 +264,11 @@ async def wired(
     tracing = Tracing("analytics", 1.0, SimpleSpanProcessor(spans))
     files = SegmentFiles(store, folder / "cache")
     writer = SegmentWriter(store, signatures, clock, metrics)
-    flusher = Flusher(database, writer, files, store, Sizes(flush_rows=1, join_segments=2), clock, metrics)
+    sizes = Sizes(direct_rows=direct_rows, flush_rows=1, join_segments=2)
+    flusher = Flusher(database, writer, files, store, sizes, clock, metrics)
     try:
         yield (
-            Consumers(database, writer, direct_rows, clock, tracing, metrics),
+            Consumers(database, writer, sizes, clock, tracing, metrics),
             Reader(database, files, signatures, metrics, folder / "spill"),
             flusher,
             store,
