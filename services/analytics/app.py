@@ -30,7 +30,7 @@ from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
 from services.common.telemetry import setup_tracing
 from services.common.telemetry.asgi import TraceRequests
-from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS
+from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, REPLAY, dead_letters
 
 log = structlog.get_logger(__name__)
 
@@ -119,6 +119,8 @@ async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
         for topic in (PREDICTIONS, OUTCOMES):
             try:
                 metrics.lag.labels(topic.name).set(await bus.lag(topic, GROUP))
+                aside = await bus.lag(dead_letters(topic, GROUP), REPLAY)
+                metrics.dead_letters.labels(topic.name).set(aside)
             except HeadraceError as error:
                 log.info("lag_unknown", topic=topic.name, reason=error.message)
         await asyncio.sleep(_LAG_PERIOD_S)

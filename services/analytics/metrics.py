@@ -23,6 +23,12 @@ class Metrics:
         self.inbox_rows = Gauge(
             "headrace_analytics_inbox_rows", "Requests that are not in Parquet yet", registry=registry
         )
+        self.dead_letters = Gauge(
+            "headrace_analytics_dead_letters",
+            "Malformed records set aside and not replayed",
+            ["topic"],
+            registry=registry,
+        )
         self.lag = Gauge("headrace_analytics_lag", "Records not yet read", ["topic"], registry=registry)
         self.query_seconds = Histogram(
             "headrace_analytics_query_seconds",

@@ -26,6 +26,9 @@ ALERTS = Topic("drift.alerts.v1", partitions=1)
 #: Consumer groups that read with a dead-letter queue; the queue is `<topic>.<group>.dlq`.
 GROUPS = {PREDICTIONS: ("analytics", "drift"), OUTCOMES: ("analytics", "drift"), ALERTS: ("registry",)}
 
+#: Consumer group of whoever replays a dead-letter queue: its lag is what still lies there.
+REPLAY = "replay"
+
 
 def dead_letters(topic: Topic, group: str) -> Topic:
     """The dead-letter queue of `group` reading `topic`."""

@@ -23,7 +23,7 @@ from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
 from services.common.problems import install_problem_handlers
 from services.common.telemetry import setup_tracing
 from services.common.telemetry.asgi import TraceRequests
-from services.common.topics import DEPLOYMENTS, PREDICTIONS
+from services.common.topics import DEPLOYMENTS, PREDICTIONS, REPLAY, dead_letters
 from services.drift import repository
 from services.drift.consumers import PredictionConsumer
 from services.drift.endpoints import routes
@@ -101,6 +101,7 @@ async def _keep_house(
         metrics.outbox_age.set(relay.oldest_pending_s)
         try:
             metrics.lag.set(await bus.lag(PREDICTIONS, GROUP))
+            metrics.dead_letters.set(await bus.lag(dead_letters(PREDICTIONS, GROUP), REPLAY))
             async with transaction(database) as session:
                 await repository.forget_old_claims(session, clock.now())
         except HeadraceError as error:

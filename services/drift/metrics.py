@@ -31,6 +31,9 @@ class Metrics:
             "headrace_drift_deliveries", "Alerts posted to webhooks", ["outcome"], registry=registry
         )
         self.lag = Gauge("headrace_drift_lag", "Prediction records not yet read", registry=registry)
+        self.dead_letters = Gauge(
+            "headrace_drift_dead_letters", "Malformed records set aside and not replayed", registry=registry
+        )
         self.outbox_age = Gauge(
             "headrace_drift_outbox_age_seconds",
             "Age of the oldest alert that waits for the broker.",
