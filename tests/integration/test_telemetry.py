@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -20,6 +21,8 @@ from onnx import TensorProto, helper
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.embedded.stack import Stack
+from services.common.bus import KafkaBus, Record
+from services.common.topics import PREDICTIONS
 from tests.fixtures import promql
 from tests.fixtures.onnx_files import model_bytes, value
 from tests.fixtures.otlp import OtlpReceiver, ReceivedSpan, otlp
@@ -280,3 +283,16 @@ def test_alerts_and_dashboards_ask_for_what_the_platform_exports(stack: Stack, c
         for name, asked in promql.labels_asked(expression).items():
             if name in labels:  # where nothing has been counted yet, labels are not on the wire
                 assert asked - {"job", "service", "instance"} <= labels[name], expression
+
+
+async def test_a_record_that_nobody_can_read_is_set_aside_and_counted(stack: Stack) -> None:
+    async with KafkaBus(stack.kafka_bootstrap_servers, "vandal") as bus:
+        await bus.publish([Record(PREDICTIONS.name, b"brittle/1", b"no prediction")])
+
+    def aside(part: str) -> float:
+        text = httpx.get(f"{metrics_url(stack, part)}/metrics", timeout=10).text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        return sum(sample.value for sample in families[f"headrace_{part}_dead_letters"].samples)
+
+    # The services look every 15 s.
+    await asyncio.to_thread(wait_until, lambda: aside("analytics") == aside("drift") == 1, 45)
