@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
@@ -78,9 +77,8 @@ class Consumers:
                 ]
                 await repository.add_to_inbox(session, waiting)
         self._count("predictions", len(records), len(records) - len(new))
-        for model, count in Counter(batch.model for batch, _ in new).items():
-            taken = sum(len(batch.request_ids) // 16 for batch, _ in new if batch.model == model)
-            self._metrics.requests.labels(model).inc(taken if count else 0)
+        for batch, _ in new:
+            self._metrics.requests.labels(batch.model).inc(len(batch.request_ids) // 16)
         self._trace("analytics.predictions", records, started)
 
     async def on_outcomes(self, records: Sequence[Record]) -> None:
