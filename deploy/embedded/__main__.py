@@ -9,6 +9,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - said here, before an import fail
 
 import argparse
 import os
+import signal
 
 from deploy.embedded.commands import down, logs, status, up
 from deploy.embedded.process import EmbeddedError
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.add_argument("part", nargs="?", help="gateway, router, worker, worker-0, postgres, supervisor, …")
     logging.add_argument("-f", "--follow", action="store_true", help="go on with what they write")
     chosen = parser.parse_args(argv)
+    # A start that is told to end stops what it has started, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         match chosen.action:
             case "up":

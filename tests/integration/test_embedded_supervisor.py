@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -269,3 +270,24 @@ def test_a_wrong_kafka_home_fails_up_with_one_sentence(home: Path) -> None:
     assert said.count("\n") == 1
     assert "no unpacked Apache Kafka" in said
     assert not Stack(environment).running
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_up_stops_what_it_has_started(home: Path, number: signal.Signals) -> None:
+    stack = Stack.on_free_ports(home)
+    starting = subprocess.Popen(
+        [sys.executable, "-m", "deploy.embedded", "up"],
+        cwd=REPOSITORY,
+        env=stack.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while "valkey" not in stack.pids():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = _family(stack)
+    starting.send_signal(number)
+    assert starting.wait(timeout=60) == 130
+    assert not stack.running
+    assert _running(family) == []
