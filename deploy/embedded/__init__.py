@@ -1,5 +1,11 @@
 """The embedded stack: real servers and the six services as processes on loopback.
 
-Read in this order: `process` (one child that dies with its parent), `server` (what all servers share), then
-the servers themselves: `postgres`, `valkey`, `tansu`, `apache_kafka`.
+Read in call order: `__main__` and `commands` (the verbs), `stack` (start, ask, stop: what the command line and
+the tests use), `supervise` and `supervisor` (the process in the background), `keeper` (one part: start, watch,
+start again), `guard` (ends everything when the supervisor is killed). What is decided without touching
+anything: `configuration` (environment), `blueprint` (the parts), `preflight` (what must hold before).
+
+The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,
+`valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service`. Beside them: `status`, `lock`, `log_files`,
+`secret_files`, `view`.
 """
