@@ -52,7 +52,7 @@ QUICK = Plan(
         }
     ),
     curved=("headrace", "triton"),
-    curve=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+    curve=(0.5, 0.75, 1.0, 1.5, 2.0),
     curve_seconds=2,
     curve_connections=1024,
 )

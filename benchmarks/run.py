@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,13 @@ from benchmarks.process_tree import Unavailable, cpu_seconds, usage
 from benchmarks.results import CurvePoint, Memory, Point, Results
 from benchmarks.targets.port import Front, Running, Target, check_answers
 from benchmarks.workload import WORKLOADS, Workload
+
+#: Between runs a server gets up to this long to finish what it put off.
+SETTLE_S = 4.0
+QUIET_WINDOW_S = 0.3
+#: Share of a core below which it counts as having nothing to do.
+QUIET_SHARE = 0.35
+WARM_UP_CONNECTIONS = 32
 
 
 class Benchmark:
@@ -52,6 +59,8 @@ class Benchmark:
                 rounds = self._plan.rounds if position == 0 else self._plan.further_rounds
                 for number in range(rounds):
                     self._round(workload, number, first=position == 0)
+                if position == 0:
+                    self._curves(workload)
         return self.results
 
     def install(self) -> None:
@@ -84,24 +93,23 @@ class Benchmark:
 
     def _measure(self, name: str, running: Running, workload: Workload, number: int, *, first: bool) -> None:
         plan = self._plan
-        fronts = [front for front in running.fronts if not plan.fronts or front.name in plan.fronts]
-        curve_of = fronts[0] if first and number == 0 and name in plan.curved else None
-        for front in fronts:
+        for front in running.fronts:
+            if plan.fronts and front.name not in plan.fronts:
+                continue
             if front.prepare is not None:
                 front.prepare()
             check_answers(front, workload)
             requests = write_requests(self._folder / f"{name}.requests", front.endpoint, workload)
+            if plan.warm_up_s:
+                closed_loop(front.endpoint, requests, WARM_UP_CONNECTIONS, plan.warm_up_s)
+                settle(running.processes())
             for connections in plan.connections if first else plan.further_connections:
-                if plan.warm_up_s:
-                    closed_loop(front.endpoint, requests, connections, plan.warm_up_s)
                 self._closed(name, front, running, workload, number, connections, requests)
-            if front is curve_of:
-                self._curve(name, front, requests)
-        if number == 0 and first:
-            for part, pids in running.processes().items():
-                used = usage(pids)
-                serving = not running.serving_parts or part in running.serving_parts
-                self.results.memory.append(Memory(name, part, used.pss, used.rss, serving))
+            if first and number == 0 and front is running.fronts[0]:
+                for part, pids in running.processes().items():
+                    used = usage(pids)
+                    serving = not running.serving_parts or part in running.serving_parts
+                    self.results.memory.append(Memory(name, part, used.pss, used.rss, serving))
 
     def _closed(
         self,
@@ -113,13 +121,17 @@ class Benchmark:
         connections: int,
         requests: Path,
     ) -> None:
-        with _cpu(running.processes()) as cpu:
-            before = running.batches() if running.batches is not None else None
-            found = closed_loop(front.endpoint, requests, connections, self._plan.seconds)
+        processes = running.processes()
+        before = {part: cpu_seconds(pids) for part, pids in processes.items()}
+        ran = running.batches() if running.batches is not None else None
+        found = closed_loop(front.endpoint, requests, connections, self._plan.seconds)
         rows_per_batch = None
-        if running.batches is not None and before is not None:
-            rows, batches = (b - a for a, b in zip(before, running.batches(), strict=True))
+        if running.batches is not None and ran is not None:
+            rows, batches = (b - a for a, b in zip(ran, running.batches(), strict=True))
             rows_per_batch = rows / batches if batches else None
+        # What is put off until after the answer (events, logs) is part of its cost.
+        settle(processes)
+        cpu = {part: max(0.0, cpu_seconds(pids) - before[part]) for part, pids in processes.items()}
         point = Point(
             target=name,
             front=front.name,
@@ -143,13 +155,29 @@ class Benchmark:
             flush=True,
         )
 
-    def _curve(self, name: str, front: Front, requests: Path) -> None:
-        """Offered loads relative to what the same generator gets out of the server in a closed loop."""
+    def _curves(self, workload: Workload) -> None:
+        """Offered loads relative to what the same generator gets out of the server in a closed loop, each
+        server started afresh."""
         plan = self._plan
-        closed = open_loop(front.endpoint, requests, None, 128, plan.curve_seconds)
+        for name in plan.curved:
+            if name not in self._targets or name in self.results.absent:
+                continue
+            print(f"{workload.name}, open loop: {name}", flush=True)
+            try:
+                with self._targets[name].running(workload) as running:
+                    self._curve(name, running, workload)
+            except Unavailable as error:
+                self._leave_out(name, f"{self._targets[name].title}, open loop: {error}")
+
+    def _curve(self, name: str, running: Running, workload: Workload) -> None:
+        plan, front = self._plan, running.fronts[0]
+        requests = write_requests(self._folder / f"{name}.requests", front.endpoint, workload)
+        for _ in range(2):  # the first is the warm-up
+            closed = open_loop(front.endpoint, requests, None, 128, plan.curve_seconds)
         capacity = float(closed["goodput_per_s"])
         self.results.capacities[front.name] = capacity
         for fraction in plan.curve:
+            settle(running.processes())
             rate = max(1.0, round(capacity * fraction))
             summary = open_loop(front.endpoint, requests, rate, plan.curve_connections, plan.curve_seconds)
             self.results.curves.append(CurvePoint(name, front.name, fraction, summary))
@@ -160,11 +188,14 @@ class Benchmark:
             )
 
 
-@contextmanager
-def _cpu(processes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, float]]:
-    """CPU seconds that each part used while the block ran, filled in when it ends."""
-    before = {part: cpu_seconds(pids) for part, pids in processes.items()}
-    used: dict[str, float] = {}
-    yield used
-    for part, pids in processes.items():
-        used[part] = max(0.0, cpu_seconds(pids) - before[part])
+def settle(processes: Mapping[str, Sequence[int]]) -> None:
+    """Return when the processes have nothing left to do, or after SETTLE_S."""
+    pids = [pid for part in processes.values() for pid in part]
+    deadline = time.monotonic() + SETTLE_S
+    before = cpu_seconds(pids)
+    while time.monotonic() < deadline:
+        time.sleep(QUIET_WINDOW_S)
+        now = cpu_seconds(pids)
+        if now - before < QUIET_SHARE * QUIET_WINDOW_S:
+            return
+        before = now
