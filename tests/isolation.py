@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SERVICES = ("gateway", "router", "worker", "registry", "analytics", "drift")
 RUNNER = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
+#: What the unit tests of a service make their inputs with, beside what the service itself needs.
+MAKES_INPUTS = {"worker": ("onnx",)}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -33,7 +35,7 @@ sys.exit("imports " + ", ".join(others) if others else 0)
 
 def run(*command: str | Path, **environment: str) -> None:
     """Run `command` in the repository root; its failure is ours."""
-    subprocess.run(list(map(str, command)), check=True, cwd=ROOT, env={**os.environ, **environment})
+    subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env={**os.environ, **environment})
 
 
 def prove(service: str, folder: Path) -> None:
@@ -43,17 +45,18 @@ def prove(service: str, folder: Path) -> None:
     uv = shutil.which("uv") or str(Path(sys.executable).parent / "uv")
     run(uv, "venv", "-q", "--python", sys.executable, venv)
     install = (uv, "pip", "install", "-q", "--python", python)
-    run(*install, "-r", f"requirements/{service}.txt", *RUNNER)
+    run(*install, "-r", f"requirements/{service}.txt", *RUNNER, *MAKES_INPUTS.get(service, ()))
     run(*install, "--no-deps", "./proto", "./services/common", f"./services/{service}")
     # Away from the checkout, so that only what was installed can be imported.
-    subprocess.run([python, "-c", IMPORT_ALL, service], check=True, cwd=folder)
+    subprocess.run([str(python), "-c", IMPORT_ALL, service], check=True, cwd=folder)
     tests = folder / f"{service}-tests"
     shutil.copytree(ROOT / "tests" / "unit" / service, tests / "tests" / "unit" / service)
     for shared in ("fixtures", "vectors"):
         if (ROOT / "tests" / shared).is_dir():
             shutil.copytree(ROOT / "tests" / shared, tests / "tests" / shared)
     options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-o", "asyncio_mode=auto")
-    command = [python, "-m", "pytest", *options, "-o", "pythonpath=.", "tests/unit"]
+    options += ("-o", "asyncio_default_fixture_loop_scope=function")
+    command = [str(python), "-m", "pytest", *options, "-o", "pythonpath=.", "tests/unit"]
     subprocess.run(command, check=True, cwd=tests)
 
 

@@ -20,6 +20,8 @@ from headrace.v1.control_pb2 import Balancing
 _TAU_S: Final = 10.0
 #: What a failure makes of an estimate that knows better: fast failures must not attract requests.
 _PENALTY_S: Final = 0.05
+#: No answer is believed to be faster, so that weights stay finite.
+_FASTEST_S: Final = 1e-6
 #: Points of one endpoint on the hash ring.
 _POINTS: Final = 100
 #: An endpoint may hold this much more than the mean before the ring goes on to the next.
@@ -98,7 +100,7 @@ def score(candidate: Candidate, now: float) -> float:
     """Expected seconds until one more request would be answered; the smaller the better."""
     latency = candidate.latency.value(now)
     # Nothing known: worth one try at a time, until an answer says more.
-    return (latency or 1e-6) * (candidate.in_flight + 1)
+    return (latency or _FASTEST_S) * (candidate.in_flight + 1)
 
 
 class RoundRobin:
@@ -122,7 +124,7 @@ class Weighted:
         seconds = [candidate.latency.value(now) for candidate in candidates]
         known = [value for value in seconds if value]
         typical = sum(known) / len(known) if known else 1.0
-        weights = [1 / (value or typical) for value in seconds]
+        weights = [1 / max(value or typical, _FASTEST_S) for value in seconds]
         return self._random.choices(candidates, weights)[0]
 
 
