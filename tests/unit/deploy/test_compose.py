@@ -18,7 +18,9 @@ import pytest
 import yaml
 
 from deploy import credentials, entrypoint
-from deploy.embedded.configuration import read_platform_env
+from deploy.embedded.blueprint import draw
+from deploy.embedded.configuration import Configuration, read_platform_env
+from deploy.embedded.secret_files import Secrets
 from services.common.settings import (
     ArtifactSettings,
     DatabaseSettings,
@@ -167,6 +169,43 @@ def test_every_variable_is_read_by_somebody(project: Composed) -> None:
     given = {name for service in SERVICES for name in project["services"][service]["environment"]}
     # platform.env names each port by its service; KAFKA_REPLICATION is for the one that makes the topics.
     assert given - known - {name for name in PLATFORM if name.endswith("_PORT")} == {"KAFKA_REPLICATION"}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_is_told_what_the_embedded_stack_tells(
+    service: str, project: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path that is tested end to end is the deployed one: the same variables, other values."""
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    addresses = {
+        "DATABASE_URL": "postgresql://u:p@h:1/d",
+        "REDIS_URL": "redis://h:1/0",
+        "KAFKA_BOOTSTRAP_SERVERS": "h:1",
+        "ARTIFACT_STORE_URL": "file:///a",
+    }
+    configuration = Configuration.read({"HEADRACE_HOME": str(tmp_path), "HEADRACE_WORKERS": "1", **addresses})
+    blueprint = draw(configuration, Secrets("token", "key"))
+    name = "worker-0" if service == "worker" else service
+    (process,) = (one for one in blueprint.services if one.name == name)
+    settings = {field.upper() for field in settings_kind(service).model_fields}
+    told = settings & process.command().env.keys()
+
+    composed = project["services"][service]
+    in_container = {
+        *composed["environment"],
+        *image_environment(composed["build"]),
+        *{file.name.upper() for file in written_secrets(tmp_path / "secrets")},
+        *({"WORKER_ID", "ADVERTISE_HOST"} if service == "worker" else ()),  # entrypoint.py
+    }
+    # Ports are the defaults, which are held against platform.env above.
+    assert {name for name in told if not name.endswith("_PORT")} <= in_container
+    assert told >= {"KAFKA_BOOTSTRAP_SERVERS", "INTERNAL_TOKEN", "STATE_DIR", "HOST"}
+
+
+def written_secrets(folder: Path) -> list[Path]:
+    credentials.write(folder)
+    return list(folder.iterdir())
 
 
 @pytest.mark.parametrize("service", SERVICES)
