@@ -1,6 +1,6 @@
 """The router: decides which version and which worker answer a request, and sees it answered.
 
 Reading order: settings, __main__, app (wiring); dispatch (a gateway's frames), call (one request's way),
-routing_table and assignment (which version), endpoints and balancing (which worker), retry_budget, waiting;
-prediction_log, stats, metrics, snapshot, grpc_server.
+routing_table and assignment (which version), endpoints, balancing and outliers (which worker), retry_budget,
+waiting; prediction_log, stats, metrics, snapshot, grpc_server.
 """

@@ -82,7 +82,13 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             dispatcher.waiting.wake()
 
         table = RoutingTable(cfg.default_timeout_s, table_changed)
-        endpoints = Endpoints(connect, clock, expiry_s=cfg.worker_expiry_s, on_change=workers_changed)
+        endpoints = Endpoints(
+            connect,
+            clock,
+            expiry_s=cfg.worker_expiry_s,
+            outliers=cfg.outliers,
+            on_change=workers_changed,
+        )
         snapshot = Snapshot(
             cfg.directory / "routing.json", {"deployments": table.records, "workers": endpoints.records}
         )

@@ -17,7 +17,8 @@ from services.common.errors import HeadraceError, NotFound
 from services.common.frames import lost
 from services.common.telemetry import from_trace_bytes, trace_bytes
 from services.router.assignment import unit_hash, unit_of
-from services.router.endpoints import Endpoint
+from services.router.endpoints import Endpoint, Group
+from services.router.outliers import Verdict, verdict
 from services.router.routing_table import Route, Target
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Call:
         "deadline",
         "done",
         "endpoint",
+        "group",
         "owner",
         "owner_id",
         "request",
@@ -79,6 +81,7 @@ class Call:
         self.target: Target | None = None
         self.unit_hash = 0
         self.endpoint: Endpoint | None = None
+        self.group: Group
         self.tried: tuple[Endpoint, ...] = ()
         self.attempt = 0
         self.done = False
@@ -114,18 +117,16 @@ class Call:
         request.revision = route.revision
         if request.trace:
             self._start_span()
-        self.send()
+        self.send(self.began_at)
 
-    def send(self) -> None:
+    def send(self, now: float) -> None:
         """Give the request to an endpoint that was not tried, or wait for one, or refuse."""
         route, target = self.route, self.target
         if route is None or target is None:
             raise RuntimeError("a call is sent before it was routed")
         dispatcher = self._dispatcher
-        now = _monotonic() if self.attempt else self.began_at
-        endpoint = dispatcher.endpoints.group(target.key).pick(
-            route.balancing, self.unit_hash, now, self.tried
-        )
+        group = self.group = dispatcher.endpoints.group(target.key)
+        endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried)
         if endpoint is None:
             self._find_none()
             return
@@ -142,6 +143,8 @@ class Call:
         if endpoint is not None:
             endpoint.in_flight -= 1
             endpoint.calls.cancel(self._local_id)
+            if self.group.outliers.breakers:
+                self.group.judge(endpoint, Verdict.NOTHING, self.sent_at, self.sent_at)
         else:
             self._dispatcher.waiting.withdraw(self)
         self._end(Code.CODE_CANCELLED)
@@ -164,7 +167,7 @@ class Call:
     def resume(self) -> None:
         """An endpoint may be there now: it was waited for."""
         self.tried = ()
-        self.send()
+        self.send(_monotonic())
 
     # Inner steps
 
@@ -182,6 +185,7 @@ class Call:
         endpoint.in_flight -= 1
         now = _monotonic()
         code = reply.code
+        self._judge(endpoint, reply, now)
         if code == _OK:
             endpoint.latency.observe(now - self.sent_at, now)
         elif code not in _BLAMELESS:
@@ -190,6 +194,21 @@ class Call:
                 return
         # A bad row or a late answer has run, too: the worker says so by the time it took.
         self._finish(reply, ran=code in _RAN or reply.compute_us > 0)
+
+    def _judge(self, endpoint: Endpoint, reply: PredictReply, now: float) -> None:
+        """Tell the version's endpoints how this one did."""
+        group, code = self.group, reply.code
+        # A success where nothing is on record says nothing new, and that is nearly every request.
+        if code == _OK and not group.outliers.breakers:
+            return
+        held = now - self.sent_at
+        said = verdict(
+            code,
+            lost=code == Code.CODE_UNAVAILABLE and lost(reply),
+            held_s=held,
+            expected_s=endpoint.latency.value(now),
+        )
+        group.judge(endpoint, said, self.sent_at, now)
 
     def _try_again(self, endpoint: Endpoint, reply: PredictReply, now: float) -> bool:
         """Whether the request is on its way to another endpoint, or waits for one."""
@@ -210,7 +229,7 @@ class Call:
         self.attempt += 1
         self.request.attempt = self.attempt
         dispatcher.stats.retried(target.key, "lost" if gone else "refused")
-        self.send()
+        self.send(now)
         return True
 
     def _finish(self, reply: PredictReply, *, ran: bool) -> None:

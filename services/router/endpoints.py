@@ -19,6 +19,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.clock import Clock
 from services.router.balancing import PeakEwma, Picker, picker
+from services.router.outliers import OutlierPolicy, Outliers, Verdict
 from services.router.routing_table import VersionKey
 
 log = structlog.get_logger(__name__)
@@ -107,18 +108,33 @@ class Endpoint:
 class Group:
     """The endpoints that can answer one version."""
 
-    __slots__ = ("_balancing", "_picker", "_rng", "members")
+    __slots__ = ("_balancing", "_picker", "_rng", "broken", "members", "outliers", "ready")
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, policy: OutlierPolicy) -> None:
+        #: All that could answer, and those of them that are offered: the others are ejected.
+        self.ready: tuple[Endpoint, ...] = ()
         self.members: tuple[Endpoint, ...] = ()
+        #: Whether every one of them should be out: they serve, since there is no other.
+        self.broken = False
+        self.outliers: Outliers[Endpoint] = Outliers(policy)
         self._rng = rng
         self._balancing = Balancing.BALANCING_UNSPECIFIED
         self._picker: Picker = picker(self._balancing, rng)
 
+    def fill(self, ready: tuple[Endpoint, ...]) -> None:
+        """These could answer now."""
+        self.ready = ready
+        self.members, self.broken = self.outliers.offered(ready)
+
     def pick(
         self, balancing: Balancing, unit_hash: int, now: float, tried: tuple[Endpoint, ...] = ()
     ) -> Endpoint | None:
-        """One that was not tried yet; None where there is none."""
+        """One that was not tried yet; None where there is none. Every pick must be followed by a `judge`, as
+        it may be the one request that tries an endpoint out."""
+        if self.outliers.due:
+            probed = self.outliers.probe(self.ready, tried)
+            if probed is not None:
+                return probed
         members = self.members
         if tried:
             members = tuple(member for member in members if member not in tried)
@@ -128,6 +144,19 @@ class Group:
             self._balancing = balancing
             self._picker = picker(balancing, self._rng)
         return self._picker.pick(members, unit_hash, now)
+
+    def judge(self, endpoint: Endpoint, said: Verdict, sent_at: float, now: float) -> None:
+        """Take what a reply says about `endpoint`."""
+        before = self.outliers.ejected_total
+        if self.outliers.judge(endpoint, said, len(self.ready), sent_at, now):
+            self.fill(self.ready)
+        if self.outliers.ejected_total > before:
+            log.warning(
+                "endpoint_ejected",
+                worker=endpoint.worker_id,
+                seconds=round(self.outliers.breakers[endpoint].until - now),
+                last=self.broken,
+            )
 
 
 class Endpoints:
@@ -139,6 +168,7 @@ class Endpoints:
         clock: Clock,
         *,
         expiry_s: float,
+        outliers: OutlierPolicy = OutlierPolicy(),  # noqa: B008 - frozen
         on_change: Callable[[], None] = lambda: None,
         seed: int | None = None,
     ) -> None:
@@ -147,6 +177,7 @@ class Endpoints:
         self._connect = connect
         self._clock = clock
         self._expiry_s = expiry_s
+        self._outliers = outliers
         self._on_change = on_change
         self._rng = random.Random(seed)
         self._endpoints: dict[str, Endpoint] = {}
@@ -158,7 +189,7 @@ class Endpoints:
         """The endpoints of one version; the same object for as long as the process lives."""
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = Group(self._rng)
+            group = self._groups[key] = Group(self._rng, self._outliers)
             self._fill([key])
         return group
 
@@ -172,6 +203,10 @@ class Endpoints:
             )
             for endpoint in self._endpoints.values()
         )
+
+    def groups(self) -> list[tuple[VersionKey, Group]]:
+        """The endpoints of every version that was asked for."""
+        return list(self._groups.items())
 
     def all(self) -> list[Endpoint]:
         """Every worker known, reachable or not."""
@@ -231,6 +266,8 @@ class Endpoints:
     def _renew(self, endpoint: Endpoint, status: WorkerStatus, value: bytes) -> None:
         before = (endpoint.versions, endpoint.leaving, endpoint.incarnation)
         endpoint.update(status)
+        if endpoint.incarnation != before[2]:
+            self._forget(endpoint)
         endpoint.expires_at = self._expiry(status)
         if before != (endpoint.versions, endpoint.leaving, endpoint.incarnation):
             self._raw[endpoint.worker_id] = value
@@ -245,11 +282,16 @@ class Endpoints:
             return
         endpoint.leaving = True
         self._raw.pop(worker_id, None)
+        self._forget(endpoint)
         log.info("worker_left", worker=worker_id, reason=reason)
         self._changed(endpoint.versions)
         task = asyncio.get_running_loop().create_task(endpoint.calls.close(), name=f"close {worker_id}")
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _forget(self, endpoint: Endpoint) -> None:
+        for group in self._groups.values():
+            group.outliers.forget(endpoint)
 
     # What connections say.
 
@@ -265,23 +307,28 @@ class Endpoints:
         for key in keys:
             group = self._groups.get(key)
             if group is not None:
-                group.members = tuple(
-                    endpoint
-                    for endpoint in self._endpoints.values()
-                    if endpoint.reachable and endpoint.versions.get(key) == LoadedVersion.STATE_READY
+                group.fill(
+                    tuple(
+                        endpoint
+                        for endpoint in self._endpoints.values()
+                        if endpoint.reachable and endpoint.versions.get(key) == LoadedVersion.STATE_READY
+                    )
                 )
 
     # Time
 
     async def expire(self) -> None:
-        """Forget workers that neither beat nor can be reached; runs until cancelled."""
+        """Forget workers that neither beat nor can be reached, end ejections; runs until cancelled."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             self.sweep()
 
     def sweep(self) -> None:
-        """Forget those that are past their time now."""
+        """Forget those that are past their time now, let those back whose ejection is over."""
         now = self._clock.monotonic()
+        for group in self._groups.values():
+            if group.outliers.breakers:
+                group.outliers.sweep(now)
         for endpoint in self.all():
             if endpoint.expires_at < now and not endpoint.calls.usable:
                 self._remove(endpoint.worker_id, "silent")

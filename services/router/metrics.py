@@ -11,9 +11,11 @@ from prometheus_client.registry import Collector
 from services.common.eventlog import EventLog
 from services.common.frames import FrameServer
 from services.router.dispatch import Dispatcher
+from services.router.outliers import State
 from services.router.stats import LATENCY_S
 
 _VERSION = ("model", "version")
+_OPEN = {State.CLOSED: 0.0, State.HALF_OPEN: 0.5, State.OPEN: 1.0}
 
 
 class RouterMetrics(Collector):
@@ -28,6 +30,7 @@ class RouterMetrics(Collector):
         """The metrics now."""
         yield from self._requests()
         yield from self._workers()
+        yield from self._breakers()
         yield from self._table()
         dispatcher, log = self._dispatcher, self._log
         for name, text, value in (
@@ -86,6 +89,27 @@ class RouterMetrics(Collector):
             flight.add_metric((endpoint.worker_id,), endpoint.in_flight)
             latency.add_metric((endpoint.worker_id,), endpoint.latency.value(now))
         yield from (up, flight, latency)
+
+    def _breakers(self) -> Iterator[Metric]:
+        ejections = CounterMetricFamily(
+            "headrace_router_ejections", "Times that a worker was left out of a version", labels=_VERSION
+        )
+        spared = CounterMetricFamily(
+            "headrace_router_ejections_spared",
+            "Ejections that did not happen, since enough workers were out",
+            labels=_VERSION,
+        )
+        states = GaugeMetricFamily(
+            "headrace_router_breaker_open",
+            "1: left out of the version, 0.5: being tried again, 0: had errors lately",
+            labels=(*_VERSION, "worker"),
+        )
+        for key, group in self._dispatcher.endpoints.groups():
+            ejections.add_metric(key, group.outliers.ejected_total)
+            spared.add_metric(key, group.outliers.spared_total)
+            for endpoint, breaker in group.outliers.breakers.items():
+                states.add_metric((*key, endpoint.worker_id), _OPEN[breaker.state])
+        yield from (ejections, spared, states)
 
     def _table(self) -> Iterator[Metric]:
         revision = GaugeMetricFamily(

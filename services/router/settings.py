@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from services.common.settings import Port, ServiceSettings
+from services.router.outliers import OutlierPolicy
 
 
 class Settings(ServiceSettings):
@@ -31,6 +32,13 @@ class Settings(ServiceSettings):
     default_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     #: How long a worker without heartbeats is tried, where it says nothing else; three of its intervals else.
     worker_expiry_s: Annotated[float, Field(gt=0)] = 3.0
+    #: Outlier ejection (outliers.py): errors in a row, 0 switches it off; after how long one ejection is
+    #: forgiven; the first ejection and the longest one; the share of a version's workers that may be out.
+    outlier_consecutive_errors: Annotated[int, Field(ge=0)] = 5
+    outlier_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    outlier_ejection_s: Annotated[float, Field(gt=0)] = 30.0
+    outlier_ejection_max_s: Annotated[float, Field(gt=0)] = 300.0
+    outlier_max_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     #: How long the start waits for Kafka before it serves with the routing table on disk.
     table_wait_s: Annotated[float, Field(ge=0)] = 5.0
     #: The prediction log on disk, while Kafka is away.
@@ -40,3 +48,14 @@ class Settings(ServiceSettings):
     def directory(self) -> Path:
         """This router's own part of the state directory."""
         return self.state_dir / f"router-{self.router_id}"
+
+    @property
+    def outliers(self) -> OutlierPolicy:
+        """When a worker that fails is left out, and for how long."""
+        return OutlierPolicy(
+            consecutive=self.outlier_consecutive_errors,
+            interval_s=self.outlier_interval_s,
+            base_s=self.outlier_ejection_s,
+            cap_s=self.outlier_ejection_max_s,
+            share=self.outlier_max_share,
+        )

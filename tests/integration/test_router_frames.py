@@ -73,6 +73,13 @@ class Platform:
     async def ask(self, n: int = 0, **fields: str) -> PredictReply:
         return await self.calls.predict(request(n, **fields), soon())
 
+    async def metrics(self) -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.router.ops_port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        return text
+
     async def records(self) -> list[PredictionBatch]:
         got: list[PredictionBatch] = []
 
@@ -254,6 +261,37 @@ def refuse(code: Code):  # type: ignore[no-untyped-def]
         peer.reply(PredictReply(id=item.id, code=code, message="no"))
 
     return behave
+
+
+class TestOutliers:
+    async def test_a_worker_that_fails_is_left_out_until_a_probe_succeeds(self, tmp_path: Path) -> None:
+        async with platform(tmp_path, outlier_ejection_s=0.2) as p:
+            sick, well = await p.worker("sick"), await p.worker("well")
+            sick.behave = refuse(Code.CODE_INTERNAL)
+            group = p.router.dispatcher.endpoints.group(("cancer", "1"))
+            while len(group.members) == 2:
+                await asyncio.gather(*(p.ask(n, version="1") for n in range(8)))
+            assert [endpoint.worker_id for endpoint in group.members] == ["well"]
+            seen = len(sick.seen)
+            assert {(await p.ask(n, version="1")).code for n in range(20)} == {Code.CODE_OK}
+            assert len(sick.seen) == seen
+            assert 'breaker_open{model="cancer",version="1",worker="sick"} 1.0' in await p.metrics()
+            sick.behave = None
+            await until(lambda: group.outliers.due)
+            assert (await p.ask(version="1")).code == Code.CODE_OK
+            assert len(sick.seen) == seen + 1
+            assert len(group.members) == 2
+            assert well.seen
+
+    async def test_the_only_worker_is_never_left_out(self, tmp_path: Path) -> None:
+        async with platform(tmp_path) as p:
+            only = await p.worker("w1")
+            only.behave = refuse(Code.CODE_INTERNAL)
+            codes = [(await p.ask(n, version="1")).code for n in range(12)]
+            assert set(codes) == {Code.CODE_INTERNAL}
+            assert len(only.seen) == 12
+            assert p.router.dispatcher.endpoints.group(("cancer", "1")).broken
+            assert not p.router.dispatcher.endpoints.group(("cancer", "2")).broken
 
 
 class TestDeadlinesAndCancels:
@@ -439,10 +477,7 @@ async def test_metrics_tell_what_happened(tmp_path: Path) -> None:
         await p.worker("w1")
         await asyncio.gather(*(p.ask(n, version="1") for n in range(5)))
         await p.ask(model="a-name-that-must-not-become-a-label")
-        reader, writer = await asyncio.open_connection("127.0.0.1", p.router.ops_port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        text = (await reader.read()).decode()
-        writer.close()
+        text = await p.metrics()
         assert 'headrace_router_requests_total{code="OK",model="cancer",version="1"} 5.0' in text
         assert 'headrace_router_requests_total{code="NOT_FOUND",model="",version=""} 1.0' in text
         assert 'headrace_router_latency_seconds_count{model="cancer",version="1"} 5.0' in text

@@ -10,6 +10,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.clock import ManualClock
 from services.router.endpoints import Endpoints
+from services.router.outliers import Verdict
 from tests.fixtures.router import status
 
 READY = LoadedVersion.STATE_READY
@@ -172,3 +173,23 @@ async def test_picks_among_those_not_tried(room: Room) -> None:
     assert second is not None
     assert second is not first
     assert group.pick(Balancing.BALANCING_ROUND_ROBIN, 0, 0.0, (first, second)) is None
+
+
+async def test_an_ejected_worker_gets_one_probe_and_a_new_incarnation_a_fresh_start(room: Room) -> None:
+    for name in ("w1", "w2"):
+        room.beat(name, f"{name}:1")
+    for calls in room.calls:
+        calls.set(True)
+    group = room.endpoints.group(KEY)
+    sick = group.members[0]
+    for _ in range(5):
+        group.judge(sick, Verdict.FAILED, 0.0, 0.0)
+    assert room.ready == ["w2"]
+    room.clock.advance(30)
+    room.endpoints.sweep()
+    picked = [group.pick(Balancing.BALANCING_ROUND_ROBIN, 0, 30.0) for _ in range(3)]
+    assert [endpoint.worker_id for endpoint in picked if endpoint] == ["w1", "w2", "w2"]
+    group.judge(sick, Verdict.FAILED, 30.0, 30.0)
+    assert room.ready == ["w2"]
+    room.beat("w1", "w1:1", incarnation="b")
+    assert room.ready == ["w1", "w2"]
