@@ -25,6 +25,8 @@ PROMETHEUS = shutil.which("prometheus")
 QUIET = {
     "Control records",
     "Parquet objects",
+    "Ejections",
+    "Left out of a version",
     "Failed by version and code",
     "Retries by reason",
     "Refused before the queue",
