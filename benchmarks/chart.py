@@ -14,7 +14,7 @@ def bars(title: str, series: Mapping[str, Mapping[str, float]]) -> str:
     """Horizontal bars: a group for each name, in it a bar for each key of its values."""
     names = list(series)
     keys = list(dict.fromkeys(key for values in series.values() for key in values))
-    top, left, width, bar, gap = 56, 230, 430, 13, 12
+    top, left, width, bar, gap = 56, 270, 430, 13, 12
     group = bar * len(keys) + gap
     height = top + group * len(names) + 16
     most = max((value for values in series.values() for value in values.values()), default=1.0) or 1.0
@@ -45,8 +45,8 @@ def curves(
     """Lines over a common x axis; with `log` the y axis is logarithmic."""
     left, top, width, height = 74, 64, 560, 280
     points = [point for line in lines.values() for point in line]
-    most_x = max((x for x, _ in points), default=1.0) or 1.0
-    most_y = max((y for _, y in points), default=1.0) or 1.0
+    most_x = _round_up(max((x for x, _ in points), default=1.0))
+    most_y = _round_up(max((y for _, y in points), default=1.0))
     least_y = min((y for _, y in points if y > 0), default=1.0)
     low = math.floor(math.log10(least_y)) if log else 0
     high = max(low + 1, math.ceil(math.log10(most_y))) if log else 0
@@ -56,7 +56,7 @@ def curves(
         return left + x / most_x * width, top + height - share * height
 
     out = [_open(left + width + 40, top + height + 56), _text(12, 24, title, size=15, weight="600")]
-    marks = [10.0**power for power in range(low, high + 1)] if log else [most_y * i / 4 for i in range(5)]
+    marks = [10.0**power for power in range(low, high + 1)] if log else [most_y * i / 4 for i in range(6)]
     for mark in marks:
         _, y = place(0, mark)
         out.append(f"<line x1='{left}' y1='{y:.1f}' x2='{left + width}' y2='{y:.1f}' stroke='#d0d7de'/>")
@@ -75,6 +75,12 @@ def curves(
         out.append(f"<rect x='{left + index * 140}' y='34' width='11' height='11' fill='{color}'/>")
         out.append(_text(left + index * 140 + 16, 44, name))
     return "\n".join([*out, "</svg>\n"])
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 2.5, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return next((step * power for step in (1, 2, 2.5, 5) if step * power >= value), 10 * power)
 
 
 def _open(width: float, height: float) -> str:
