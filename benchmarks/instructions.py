@@ -1,20 +1,156 @@
-"""Instructions per request, a figure that can be compared across machines: by `perf stat` where the machine
-counts instructions, otherwise not at all."""
+"""Instructions per request of each process on its way: a figure that hardly depends on the machine or on what
+else runs there, so that it can be compared across both.
+
+Counted by valgrind's callgrind. The stack runs as always; one process after another is replaced by itself
+under callgrind, on the same ports with the same environment, and counted while load goes through; what it
+executes without load in the same time is taken off. `perf stat` would do where a machine counts instructions
+for its guests; many do not.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from benchmarks.environments import REPOSITORY
+from benchmarks.load.drive import open_loop
+from benchmarks.load.requests import Endpoint, write_requests
+from benchmarks.process_tree import ProcessTree, Unavailable
+from benchmarks.targets.headrace import SERVING, HeadraceTarget
+from benchmarks.targets.port import ask
+from benchmarks.workload import Workload, mlp_workload
+from deploy.embedded.stack import Stack
+
+CONNECTIONS = (1, 32)
+IDLE_S = 4.0
+LOAD_S = 6.0
+START_TIMEOUT_S = 240.0
+_TOTALS = re.compile(r"^(?:summary|totals): (\d+)", re.MULTILINE)
+HOW = (
+    "User-mode instructions per request of each process on its way, by callgrind, with requests from 1 and "
+    "from 32 connections (what travels in one frame shares its cost); background work taken off."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Callgrind:
+    """One process under callgrind, asked through vgdb."""
+
+    pid: int
+    folder: Path
+    #: vgdb and valgrind find each other by names made of some of its variables.
+    environment: dict[str, str]
+
+    def command(self, *words: str) -> None:
+        """One monitor command. Raises Unavailable."""
+        done = subprocess.run(
+            ["vgdb", f"--pid={self.pid}", *words],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise Unavailable(f"vgdb {' '.join(words)}: {done.stderr.strip()[-200:]}")
+
+    def count(self) -> int:
+        """Instructions since the last call."""
+        known = set(self.folder.glob("callgrind.*"))
+        self.command("dump")
+        self.command("zero")
+        new = [path for path in self.folder.glob("callgrind.*") if path not in known]
+        totals = [int(found) for path in new for found in _TOTALS.findall(path.read_text())]
+        if not totals:
+            raise Unavailable("callgrind wrote no totals")
+        return max(totals)
 
 
 def count_instructions() -> dict[str, Any]:
-    """Instructions per part of Headrace, or why they cannot be counted."""
-    if shutil.which("perf") is None:
-        return {"absent": "`perf` is not installed."}
-    said = subprocess.run(
-        ["perf", "stat", "-x,", "-e", "instructions:u", "true"], capture_output=True, text=True, check=False
+    """Per part and connections, or why they cannot be counted: a part of `Results`."""
+    missing = [name for name in ("valgrind", "vgdb") if shutil.which(name) is None]
+    if missing:
+        return {"absent": f"{' and '.join(missing)} not installed."}
+    workload = mlp_workload()
+    parts: dict[str, dict[str, float]] = {}
+    try:
+        target = HeadraceTarget()
+        with target.running(workload) as running, TemporaryDirectory(prefix="headrace-bench-") as name:
+            folder = Path(name)
+            endpoint = running.fronts[0].endpoint
+            requests = write_requests(folder / "requests", endpoint, workload)
+            stack = target.stack
+            for part in sorted(SERVING):
+                print(f"counting instructions: {part}", flush=True)
+                with _under_callgrind(stack, part, endpoint, workload, folder / part) as callgrind:
+                    parts[part] = _per_request(callgrind, endpoint, requests)
+                    print(f"  {part}: {parts[part]}", flush=True)
+    except Unavailable as error:
+        return {"absent": str(error), "parts": parts}
+    return {"how": HOW, "parts": parts}
+
+
+def _per_request(callgrind: Callgrind, endpoint: Endpoint, requests: Path) -> dict[str, float]:
+    found = {}
+    open_loop(endpoint, requests, None, max(CONNECTIONS), LOAD_S / 2)
+    time.sleep(1)
+    callgrind.count()
+    time.sleep(IDLE_S)
+    idle_per_s = callgrind.count() / IDLE_S
+    for connections in CONNECTIONS:
+        callgrind.count()
+        started = time.monotonic()
+        said = open_loop(endpoint, requests, None, connections, LOAD_S)
+        # What follows the last answer, such as publishing the log.
+        time.sleep(1)
+        counted = callgrind.count() - idle_per_s * (time.monotonic() - started)
+        if not said["responses"]:
+            raise Unavailable("no answers while instructions were counted")
+        found[str(connections)] = round(counted / said["responses"])
+    return found
+
+
+@contextmanager
+def _under_callgrind(
+    stack: Stack, part: str, endpoint: Endpoint, workload: Workload, folder: Path
+) -> Iterator[Callgrind]:
+    """`part` of the stack as a process under callgrind while the block runs, then as before."""
+    folder.mkdir()
+    pid = stack.pids()[part]
+    environment = dict(
+        pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair
     )
-    if said.returncode != 0 or "not supported" in said.stderr or "not counted" in said.stderr:
-        return {"absent": "`perf stat -e instructions` is not supported on this machine (no counters)."}
-    return {}
+    module = f"services.{part.partition('-')[0]}"
+    stack.kill(part, signal.SIGTERM, hold=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while part in stack.pids() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    argv = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--vgdb-poll=20000000"]
+    argv += [f"--callgrind-out-file={folder}/callgrind.out", sys.executable, "-m", module]
+    tree = ProcessTree(argv, environment=environment, cwd=REPOSITORY, log=folder / "log")
+    try:
+        tree.wait_until(lambda: _served(endpoint, workload), START_TIMEOUT_S)
+        callgrind = Callgrind(tree.pid, folder, environment)
+        callgrind.command("instrumentation", "on")
+        yield callgrind
+    finally:
+        tree.stop()
+        stack.release(part)
+        stack.wait_ready(part)
+
+
+def _served(endpoint: Endpoint, workload: Workload) -> bool:
+    try:
+        return ask(endpoint, workload, 0)[0] == 200
+    except OSError:
+        return False

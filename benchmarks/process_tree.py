@@ -96,6 +96,11 @@ class ProcessTree:
                 start_new_session=True,
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started."""
+        return self._process.pid
+
     def pids(self) -> list[int]:
         """Every process of the tree, also those that left our session, or wrote a title over the mark."""
         wanted = f"{MARK}={self._mark}".encode()

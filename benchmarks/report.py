@@ -351,9 +351,12 @@ def _instructions(results: Results) -> list[str]:
         return []
     if "absent" in said:
         return ["## Instructions per request", "", f"Not counted: {said['absent']}", ""]
-    rows = [[part, f"{count:,.0f}"] for part, count in said["parts"].items()]
-    rows.append(["together", f"{sum(said['parts'].values()):,.0f}"])
-    return ["## Instructions per request", "", said["how"], "", *_table(["", "instructions"], rows), ""]
+    parts: dict[str, dict[str, float]] = said["parts"]
+    counts = list(dict.fromkeys(count for part in parts.values() for count in part))
+    rows = [[name, *[f"{part[count]:,.0f}" for count in counts]] for name, part in parts.items()]
+    rows.append(["together", *[f"{sum(part[count] for part in parts.values()):,.0f}" for count in counts]])
+    header = ["", *[f"c = {count}" for count in counts]]
+    return ["## Instructions per request", "", said["how"], "", *_table(header, rows), ""]
 
 
 def _memory(results: Results) -> list[str]:

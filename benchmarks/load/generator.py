@@ -46,6 +46,8 @@ class Tally:
     lag: array[float] = field(default_factory=lambda: array("d"))
     other: dict[str, int] = field(default_factory=dict)
     abandoned: int = 0
+    #: Every response, also those outside the measured time.
+    responses: int = 0
 
     def note(self, what: str) -> None:
         """Count something that is neither an answer nor a refusal."""
@@ -198,6 +200,7 @@ class Connection(asyncio.Protocol):
             return
         self._buffer = b""
         now, due, self._due = time.perf_counter(), self._due, None
+        self._load.tally.responses += 1
         if due is not None and self._load.counts(due):
             self._count(int(buffer[9:12]), now, due)
         self._load.ready(self, now)
@@ -257,6 +260,7 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
         "goodput_per_s": round(len(tally.answered) / given.seconds, 1),
         "refused": len(tally.refused),
         "abandoned": tally.abandoned,
+        "responses": tally.responses,
         "other": tally.other,
         "p50_us": _quantile_us(tally.answered, 0.5),
         "p90_us": _quantile_us(tally.answered, 0.9),

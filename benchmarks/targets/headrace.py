@@ -45,6 +45,14 @@ class HeadraceTarget:
         self._home = home
         self._environment = dict(environment or {})
         self._fresh = True
+        self._stack: Stack | None = None
+
+    @property
+    def stack(self) -> Stack:
+        """The stack that runs."""
+        if self._stack is None:
+            raise Unavailable("is not running")
+        return self._stack
 
     def install(self) -> None:
         """It runs in the caller's environment."""
@@ -63,7 +71,7 @@ class HeadraceTarget:
             shutil.rmtree(self._home, ignore_errors=True)
             self._fresh = False
         self._home.mkdir(parents=True, exist_ok=True)
-        stack = Stack.on_free_ports(self._home, workers=1, environment=self._environment)
+        stack = self._stack = Stack.on_free_ports(self._home, workers=1, environment=self._environment)
         try:
             stack.start()
         except EmbeddedError as error:
