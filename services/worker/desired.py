@@ -63,10 +63,6 @@ class Deployments:
         if known is None or config.revision >= known.revision:
             self._configs[model] = config
 
-    def knows(self, model: str) -> bool:
-        """Whether the model is deployed, in this pool or another."""
-        return model in self._configs
-
     def desired(self) -> dict[VersionKey, Desired]:
         """Every version that this pool should serve."""
         found: dict[VersionKey, Desired] = {}

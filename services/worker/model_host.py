@@ -75,10 +75,6 @@ class ModelHost:
         """The version, if it can answer now."""
         return self._serving.get((model, version))
 
-    def knows(self, model: str) -> bool:
-        """Whether the model is deployed anywhere."""
-        return self._deployments.knows(model)
-
     def serving(self) -> Iterator[tuple[VersionKey, LoadedModel]]:
         """Every version that can answer now."""
         for slot in self._slots:

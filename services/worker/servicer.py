@@ -9,7 +9,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
-from services.common.errors import HeadraceError, NotFound, ResourceExhausted, Unavailable
+from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
 from services.common.frames import Peer
 from services.worker.batch_queue import Answer, Item
 from services.worker.loaded_model import LoadedModel, Log
@@ -23,10 +23,6 @@ class Versions(Protocol):
 
     def find(self, model: str, version: str) -> LoadedModel | None:
         """The version, if it can answer now."""
-        ...
-
-    def knows(self, model: str) -> bool:
-        """Whether the model is deployed anywhere."""
         ...
 
 
@@ -88,10 +84,9 @@ class Servicer:
         return None
 
     def _not_here(self, request: PredictRequest) -> HeadraceError:
-        name = f"{request.model} version {request.version}"
-        if self._host.knows(request.model):
-            return Unavailable(f"{name} is not loaded here", field="version")
-        return NotFound(f"{name} is not deployed here", field="model")
+        # Never NOT_FOUND: the router decides what exists. A worker that just started has not read the
+        # deployments yet, and its router may still remember what the process before it had loaded.
+        return Unavailable(f"{request.model} version {request.version} is not loaded here", field="version")
 
     def _count(self, error: HeadraceError) -> None:
         name = Code.Name(error.code)

@@ -197,7 +197,7 @@ async def test_what_cannot_be_served_is_refused_with_the_field(rig: Rig) -> None
             (short, Code.CODE_INVALID_ARGUMENT, "inputs.x"),
             (outputs, Code.CODE_INVALID_ARGUMENT, "outputs.z"),
             (request("net", version="2", x=good), Code.CODE_UNAVAILABLE, "version"),
-            (request("other", x=good), Code.CODE_NOT_FOUND, "model"),
+            (request("other", x=good), Code.CODE_UNAVAILABLE, "version"),
         ]
         for wanted, code, field in cases:
             reply = await ask(calls, wanted)
@@ -230,7 +230,7 @@ async def test_versions_come_and_go_with_the_deployment(rig: Rig) -> None:
         assert (await ask(calls, request("net", version="2", x=x))).code == Code.CODE_OK
         await rig.bus.publish([Record(DEPLOYMENTS.name, b"net", None)])
         await eventually(lambda: not worker.host.states())
-        assert (await ask(calls, request("net", version="2", x=x))).code == Code.CODE_NOT_FOUND
+        assert (await ask(calls, request("net", version="2", x=x))).code == Code.CODE_UNAVAILABLE
 
 
 async def test_a_version_that_cannot_be_loaded_says_why_and_hurts_no_other(rig: Rig) -> None:
@@ -386,7 +386,7 @@ async def test_one_request_at_a_time_over_grpc(rig: Rig) -> None:
         reply = await stub.Predict(asked, metadata=metadata(TOKEN), timeout=5)
         assert list(reply.outputs[0].shape) == [2, 2]
         reply = await stub.Predict(request("none"), metadata=metadata(TOKEN), timeout=5)
-        assert reply.code == Code.CODE_NOT_FOUND
+        assert reply.code == Code.CODE_UNAVAILABLE
 
 
 async def test_operators_see_health_and_metrics(rig: Rig) -> None:

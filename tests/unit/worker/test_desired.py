@@ -33,7 +33,6 @@ def after(*configs: ServingConfig | None) -> Deployments:
 def test_versions_of_the_own_pool_are_wanted() -> None:
     assert set(after(deployment()).desired()) == {KEY}
     assert after(deployment(pool="gpu")).desired() == {}
-    assert after(deployment(pool="gpu")).knows("net")
     # A deployment that names no pool is everybody's.
     assert set(after(deployment(pool="")).desired()) == {KEY}
 
@@ -43,7 +42,6 @@ def test_an_older_revision_is_ignored_and_a_deletion_forgets_it() -> None:
     assert set(after(deployment(5, versions=[]), deployment(5)).desired()) == {KEY}
     gone = after(deployment(5), None)
     assert gone.desired() == {}
-    assert not gone.knows("net")
     # Deployed anew, revisions may begin again.
     assert set(after(deployment(5, versions=[]), None, deployment(1)).desired()) == {KEY}
 
