@@ -7,18 +7,49 @@ from dataclasses import dataclass
 PARTITIONS = 4
 
 
+MINUTE_MS = 60_000
+DAY_MS = 24 * 60 * MINUTE_MS
+
+
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One topic: its name, its partition count and whether the broker keeps only the last record per key."""
+    """One topic: its name, its partition count and whether the broker keeps only the last record per key.
+
+    `settings` are Kafka's names and values of what the topic is created with beside that.
+    """
 
     name: str
     partitions: int = PARTITIONS
     compacted: bool = False
+    settings: tuple[tuple[str, str], ...] = ()
 
 
-DEPLOYMENTS = Topic("control.deployments.v1", partitions=1, compacted=True)
-KEYS = Topic("control.keys.v1", partitions=1, compacted=True)
-WORKERS = Topic("control.workers.v1", partitions=1, compacted=True)
+def _compaction(*, roll_ms: int, tombstones_ms: int) -> tuple[tuple[str, str], ...]:
+    """Settings of a compacted topic whose log stays near the size of its state.
+
+    A broker never compacts the segment being written, which by default ends after a week or 1 GiB: it ends
+    after `roll_ms` here. `tombstones_ms`: how long a follower may be behind and still see what was deleted.
+    """
+    return (
+        ("segment.ms", str(roll_ms)),
+        # Above the largest record, since none may be larger than a segment.
+        ("segment.bytes", str(32 << 20)),
+        ("min.cleanable.dirty.ratio", "0.1"),
+        ("delete.retention.ms", str(tombstones_ms)),
+    )
+
+
+_KEPT = _compaction(roll_ms=60 * MINUTE_MS, tombstones_ms=DAY_MS)
+
+DEPLOYMENTS = Topic("control.deployments.v1", partitions=1, compacted=True, settings=_KEPT)
+KEYS = Topic("control.keys.v1", partitions=1, compacted=True, settings=_KEPT)
+# A heartbeat a second and worker: a day of ten workers would be a million records to start a router.
+WORKERS = Topic(
+    "control.workers.v1",
+    partitions=1,
+    compacted=True,
+    settings=_compaction(roll_ms=MINUTE_MS, tombstones_ms=MINUTE_MS),
+)
 PREDICTIONS = Topic("inference.predictions.v1")
 OUTCOMES = Topic("inference.outcomes.v1")
 ALERTS = Topic("drift.alerts.v1", partitions=1)

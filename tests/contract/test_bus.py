@@ -6,13 +6,16 @@ import asyncio
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from services.common.bus import Bus, Handler, KafkaBus, Malformed, MemoryBus, Record
 from services.common.bus.admin import ensure_topics
 from services.common.errors import Unavailable
-from services.common.topics import Topic, dead_letters
+from services.common.topics import DEPLOYMENTS, KEYS, WORKERS, Topic, dead_letters
 
 PATIENCE = 20.0
 
@@ -321,3 +324,31 @@ class TestKafkaBusOnApacheKafka(OverKafka):
     @pytest.fixture
     def bootstrap(self, apache_kafka: str) -> str:
         return apache_kafka
+
+    @pytest.mark.parametrize("source", [DEPLOYMENTS, KEYS, WORKERS], ids=lambda topic: topic.name)
+    async def test_a_compacted_topic_ends_its_segments_soon(self, bootstrap: str, source: Topic) -> None:
+        """The segment being written is never compacted, and by default it is written for a week."""
+        topic = replace(source, name=f"state.{uuid.uuid4().hex[:12]}.v1")
+        await ensure_topics(bootstrap, [topic])
+        config = await told(bootstrap, topic)
+        assert config["cleanup.policy"] == "compact"
+        assert int(config["segment.ms"]) <= 3_600_000
+        assert float(config["min.cleanable.dirty.ratio"]) <= 0.1
+        # A record larger than a segment would be refused.
+        assert int(config["max.message.bytes"]) <= int(config["segment.bytes"]) <= 64 << 20
+        if source is WORKERS:
+            assert int(config["segment.ms"]) == int(config["delete.retention.ms"]) == 60_000
+        else:
+            assert int(config["delete.retention.ms"]) == 24 * 3_600_000
+
+
+async def told(bootstrap: str, topic: Topic) -> dict[str, str]:
+    """What the broker says a topic is configured with."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic.name)])
+    finally:
+        await admin.close()
+    ((_code, _message, _kind, _name, entries),) = answer.resources
+    return {entry[0]: entry[1] for entry in entries}

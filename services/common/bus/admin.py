@@ -140,7 +140,7 @@ async def _partition_counts(admin: AIOKafkaAdminClient) -> dict[str, int]:
 
 
 def _new(topic: Topic, replication: int) -> NewTopic:
-    configs = {"max.message.bytes": str(MAX_RECORD_BYTES + (1 << 20))}
+    configs = {"max.message.bytes": str(MAX_RECORD_BYTES + (1 << 20)), **dict(topic.settings)}
     if topic.compacted:
         configs["cleanup.policy"] = "compact"
     return NewTopic(topic.name, topic.partitions, replication, topic_configs=configs)
