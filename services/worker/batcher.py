@@ -97,6 +97,11 @@ class Batcher:
         return self._queue.rows
 
     @property
+    def queued_rows_of(self) -> list[int]:
+        """`queued_rows` by priority class, most urgent first."""
+        return self._queue.rows_of
+
+    @property
     def queued(self) -> int:
         return len(self._queue)
 

@@ -108,6 +108,11 @@ class LoadedModel:
         return self._batcher.queued_rows
 
     @property
+    def queued_rows_of(self) -> list[int]:
+        """`queued_rows` by priority class, most urgent first."""
+        return self._batcher.queued_rows_of
+
+    @property
     def pending(self) -> int:
         """Requests that wait."""
         return self._batcher.queued

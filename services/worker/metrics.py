@@ -18,6 +18,7 @@ from services.common.eventlog import EventLog
 from services.worker.desired import VersionKey
 from services.worker.loaded_model import LoadedModel
 from services.worker.model_host import ModelHost
+from services.worker.priorities import RANKS
 from services.worker.servicer import Servicer
 from services.worker.stats import BATCH_ROWS, ModelStats
 
@@ -143,6 +144,9 @@ def _batches(versions: Versions) -> Iterator[Metric]:
 def _load(versions: Versions) -> Iterator[Metric]:
     pending = GaugeMetricFamily("nv_inference_pending_request_count", "Requests waiting", labels=_VERSION)
     queued = GaugeMetricFamily("headrace_worker_queued_rows", "Rows waiting", labels=_VERSION)
+    classes = GaugeMetricFamily(
+        "headrace_worker_queued_rows_by_priority", "Rows waiting", labels=(*_VERSION, "priority")
+    )
     running = GaugeMetricFamily("headrace_worker_running_rows", "Rows running", labels=_VERSION)
     expected = GaugeMetricFamily(
         "headrace_worker_run_seconds", "Expected run time of one row", labels=_VERSION
@@ -150,6 +154,8 @@ def _load(versions: Versions) -> Iterator[Metric]:
     for key, model in versions:
         pending.add_metric(_labels(key), model.pending)
         queued.add_metric(_labels(key), model.queued_rows)
+        for rank, rows in zip(RANKS, model.queued_rows_of, strict=True):
+            classes.add_metric((*_labels(key), rank.name.lower()), rows)
         running.add_metric(_labels(key), model.running_rows)
         expected.add_metric(_labels(key), model.run_time.estimate(1))
-    yield from (pending, queued, running, expected)
+    yield from (pending, queued, classes, running, expected)

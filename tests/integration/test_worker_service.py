@@ -407,6 +407,7 @@ async def test_operators_see_health_and_metrics(rig: Rig) -> None:
     assert f"nv_inference_request_success{labels} 3.0" in text
     assert f"nv_inference_count{labels} 6.0" in text
     assert f"nv_inference_exec_count{labels} 3.0" in text
+    assert 'headrace_worker_queued_rows_by_priority{model="net",priority="low",version="1"} 0.0' in text
     assert 'headrace_worker_batches_total{model="net",reason="turn",version="1"} 3.0' in text
     assert 'headrace_worker_refused_total{code="CODE_UNAVAILABLE"} 1.0' in text
     assert 'headrace_worker_batch_rows_bucket{le="2",model="net",version="1"} 3.0' in text

@@ -3,131 +3,24 @@ waiter is settled once, with its own rows, in time or with a refusal."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
-from itertools import count
-
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DeadlineExceeded, ResourceExhausted
-from services.worker.batch_queue import Answer, Batch, BatchPolicy, Item
-from services.worker.batcher import Batcher
-from services.worker.run_time import RunTime
+from services.common.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted
+from services.worker.batch_queue import BatchPolicy
+from services.worker.priorities import Rank
+from tests.fixtures.batching import World
 
 # The batcher looks for expired requests in steps of 5 ms.
 EXPIRY_STEP = 0.005 + 1e-9
-
-
-class Timer:
-    def __init__(self, callback: Callable[[], object]) -> None:
-        self.callback: Callable[[], object] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class SimulatedTurns:
-    """An event loop without a machine: callbacks in order of simulated time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._due: list[tuple[float, int, Timer]] = []
-        self._numbers = count()
-
-    def time(self) -> float:
-        return self.now
-
-    def call_soon(self, callback: Callable[[], object]) -> Timer:
-        return self.call_at(self.now, callback)
-
-    def call_at(self, when: float, callback: Callable[[], object]) -> Timer:
-        timer = Timer(callback)
-        heapq.heappush(self._due, (when, next(self._numbers), timer))
-        return timer
-
-    def run_until(self, end: float) -> None:
-        while self._due and self._due[0][0] <= end:
-            when, _, timer = heapq.heappop(self._due)
-            self.now = max(self.now, when)
-            if timer.callback is not None:
-                timer.callback()
-        self.now = max(self.now, end)
-
-    @property
-    def pending(self) -> int:
-        return sum(timer.callback is not None for _, _, timer in self._due)
-
-
-class World:
-    """A batcher, a model that takes simulated time and echoes its rows, and what became of every request."""
-
-    def __init__(self, policy: BatchPolicy, slots: int, fixed: float, per_row: float) -> None:
-        self.turns = SimulatedTurns()
-        self.run_time = RunTime()
-        self.policy = policy
-        self.fixed, self.per_row = fixed, per_row
-        self.batcher = Batcher(self.turns, policy, self.run_time, self._run, slots=slots)
-        self.items: dict[int, Item] = {}
-        self.cancelled: dict[int, float] = {}
-        self.answers: dict[int, list[tuple[float, Answer]]] = {}
-        self.ran: list[Batch] = []
-        self.running = 0
-        self.most_running = 0
-        self.slots = slots
-
-    def submit(self, sizes: list[int], timeouts: list[float], keys: list[int]) -> None:
-        """One frame of requests; each names its rows by its own id."""
-        frame = []
-        for rows, timeout, key in zip(sizes, timeouts, keys, strict=True):
-            identifier = len(self.items)
-            data = bytes([identifier % 251]) * rows
-            request = PredictRequest(id=identifier)
-            shape = ((), ((key,),))
-            item = Item(request, rows, shape, (data,), self.turns.now + timeout, self._settle)
-            self.items[identifier] = item
-            self.answers[identifier] = []
-            frame.append(item)
-        self.batcher.submit(frame)
-
-    def cancel(self, identifier: int) -> None:
-        if identifier in self.items and not self.answers[identifier]:
-            self.cancelled.setdefault(identifier, self.turns.now)
-            self.batcher.cancel(self.items[identifier])
-
-    def _settle(self, request: PredictRequest, answer: Answer) -> None:
-        kept: Answer = answer
-        if isinstance(answer, PredictReply):
-            kept = PredictReply()
-            kept.CopyFrom(answer)
-        self.answers[request.id].append((self.turns.now, kept))
-
-    def _run(self, batch: Batch) -> None:
-        self.ran.append(batch)
-        self.running += 1
-        self.most_running = max(self.most_running, self.running)
-        seconds = self.fixed + self.per_row * batch.rows
-        joined = b"".join(item.data[0] for item in batch.items)
-        self.turns.call_at(self.turns.now + seconds, lambda: self._finish(batch, joined, seconds))
-
-    def _finish(self, batch: Batch, joined: bytes, seconds: float) -> None:
-        self.running -= 1
-        self.run_time.observe(batch.rows, seconds, self.turns.now)
-        first = 0
-        for item in batch.items:
-            reply = PredictReply(id=item.request.id)
-            reply.outputs.add(data=joined[first : first + item.rows])
-            first += item.rows
-            item.settle(reply)
-        self.batcher.finished()
-
 
 frames = st.lists(
     st.tuples(
         st.integers(1, 12),  # rows
         st.sampled_from([0.001, 0.004, 0.02, 0.1, 5.0]),  # seconds to the deadline
         st.integers(0, 2),  # merge key
+        st.sampled_from(Rank),
     ),
     min_size=1,
     max_size=12,
@@ -165,7 +58,7 @@ def test_every_waiter_is_settled_once_with_its_own_rows(
     for action, value in script:
         if action == "frame":
             assert isinstance(value, list)
-            world.submit([v[0] for v in value], [v[1] for v in value], [v[2] for v in value])
+            world.submit(*(list(column) for column in zip(*value, strict=True)))
         elif action == "cancel":
             assert isinstance(value, int)
             world.cancel(value)
@@ -185,11 +78,19 @@ def test_every_waiter_is_settled_once_with_its_own_rows(
         if isinstance(answer, PredictReply):
             assert answer.outputs[0].data == item.data[0]
         else:
-            assert isinstance(answer, DeadlineExceeded | ResourceExhausted)
+            # A request of 12 rows is more than LOW ever gets of the smallest queue.
+            refusals = DeadlineExceeded | ResourceExhausted
+            assert isinstance(answer, refusals | InvalidArgument if item.rows > 4 else refusals)
             if isinstance(answer, DeadlineExceeded):
                 assert when <= item.deadline + EXPIRY_STEP
         # Whoever started in time may end late, by one run at most.
         assert when <= item.deadline + longest_run + EXPIRY_STEP
+    # Within its class and key, whoever came first left first.
+    left: dict[object, list[int]] = {}
+    for batch in world.ran:
+        for item in batch.items:
+            left.setdefault((item.key, item.rank), []).append(item.request.id)
+    assert all(identifiers == sorted(identifiers) for identifiers in left.values())
     # Rows in = rows out, each in one batch at most, no batch larger than allowed or of mixed keys.
     batched = [item for batch in world.ran for item in batch.items]
     assert len(batched) == len(set(map(id, batched)))
@@ -205,7 +106,7 @@ def test_every_waiter_is_settled_once_with_its_own_rows(
 @settings(max_examples=150, deadline=None)
 @given(script=st.lists(frames, min_size=1, max_size=10), cancels=st.sets(st.integers(0, 100)))
 def test_cancelled_peers_change_nothing_for_the_others(
-    script: list[list[tuple[int, float, int]]], cancels: set[int]
+    script: list[list[tuple[int, float, int, Rank]]], cancels: set[int]
 ) -> None:
     world = World(BatchPolicy(max_rows=8), 1, 0.001, 0.0)
     for frame in script:

@@ -134,7 +134,7 @@ def test_what_cannot_make_it_is_found_on_the_way() -> None:
         (item(5), ResourceExhausted),
         (item(11), InvalidArgument),
         (item(1, deadline=0.0), DeadlineExceeded),
-        (item(1, size=200), ResourceExhausted),
+        (item(1, size=180), ResourceExhausted),
         (item(1, size=2000), InvalidArgument),
     ],
 )
@@ -147,10 +147,10 @@ def test_refusals(one: Item, expected: type[HeadraceError]) -> None:
 
 def test_a_full_queue_says_when_to_come_back() -> None:
     policy = BatchPolicy(max_rows=10, max_queue_rows=100)
-    queue = queue_of(policy, *[item(10) for _ in range(10)], run_time=measured(0.1))
-    refusal = offer(queue, item())
+    queue = queue_of(policy, *[item(10) for _ in range(8)], run_time=measured(0.1))
+    refusal = offer(queue, item(10))
     assert refusal is not None
-    assert refusal.retry_after_ms == pytest.approx(1000, rel=0.05)
+    assert refusal.retry_after_ms == pytest.approx(800, rel=0.05)
 
 
 def test_removal_and_expiry_keep_the_books() -> None:
