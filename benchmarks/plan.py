@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -26,6 +27,8 @@ class Plan:
     curve: tuple[float, ...]
     curve_seconds: float
     curve_connections: int
+    #: Further rounds are left out where the run would take longer than this.
+    budget_s: float = math.inf
     warm_up_s: float = 1.0
     direct_s: float = 1.5
 
@@ -55,6 +58,7 @@ QUICK = Plan(
     curve=(0.5, 0.75, 1.0, 1.5, 2.0),
     curve_seconds=2,
     curve_connections=1024,
+    budget_s=480,
 )
 FULL = Plan(
     name="full",

@@ -25,6 +25,8 @@ QUIET_WINDOW_S = 0.3
 #: Share of a core below which it counts as having nothing to do.
 QUIET_SHARE = 0.35
 WARM_UP_CONNECTIONS = 32
+#: What an open-loop curve of the short plan takes, start and stop included.
+CURVE_S = 45.0
 
 
 class Benchmark:
@@ -34,6 +36,7 @@ class Benchmark:
         self._plan = plan
         self._targets = dict(targets)
         self._folder = Path()
+        self._began = time.monotonic()
         self.results = Results(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             plan=plan.name,
@@ -48,6 +51,7 @@ class Benchmark:
         with TemporaryDirectory(prefix="headrace-bench-") as folder:
             self._folder = Path(folder)
             self.install()
+            self._began = time.monotonic()
             for position, name in enumerate(self._plan.workloads):
                 workload = WORKLOADS[name](self._folder / name)
                 direct = measure_direct(workload, self._plan.direct_s)
@@ -57,8 +61,7 @@ class Benchmark:
                     "rows_per_request": workload.rows,
                 }
                 rounds = self._plan.rounds if position == 0 else self._plan.further_rounds
-                for number in range(rounds):
-                    self._round(workload, number, first=position == 0)
+                self._rounds(workload, rounds, first=position == 0)
                 if position == 0:
                     self._curves(workload)
         return self.results
@@ -77,6 +80,19 @@ class Benchmark:
     def _leave_out(self, name: str, reason: str) -> None:
         print(f"  {name}: {reason}", flush=True)
         self.results.absent[name] = reason
+
+    def _rounds(self, workload: Workload, rounds: int, *, first: bool) -> None:
+        longest = 0.0
+        for number in range(rounds):
+            started = time.monotonic()
+            left = self._plan.budget_s - (started - self._began) - (CURVE_S * len(self._plan.curved) * first)
+            if number and left < longest:
+                print(f"{workload.name}: no time for round {number + 1}", flush=True)
+                return
+            self._round(workload, number, first=first)
+            if first:
+                self.results.rounds = number + 1
+            longest = max(longest, time.monotonic() - started)
 
     def _round(self, workload: Workload, number: int, *, first: bool) -> None:
         self.results.load_before.append(round(load_average(), 2))
