@@ -14,7 +14,8 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from services.common.bus import Bus, Handler, KafkaBus, Malformed, MemoryBus, Record
 from services.common.bus.admin import ensure_topics
-from services.common.errors import Unavailable
+from services.common.bus.port import MAX_RECORD_BYTES
+from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import DEPLOYMENTS, KEYS, WORKERS, Topic, dead_letters
 
 PATIENCE = 20.0
@@ -188,6 +189,12 @@ class BusContract:
         assert headers["dlq-reason"] == b"not a prediction"
         assert headers["dlq-topic"].decode() == topic.name
         assert headers["dlq-offset"].isdigit()
+
+    async def test_a_record_that_is_too_large_is_refused_by_name(self, bus: Bus, topic: Topic) -> None:
+        with pytest.raises(InvalidArgument, match=topic.name):
+            await bus.publish([Record(topic.name, b"k", bytes(MAX_RECORD_BYTES))])
+        await bus.publish([Record(topic.name, b"k", bytes(MAX_RECORD_BYTES - 1000), (("name", b"v"),))])
+        assert await bus.lag(topic, "g") == 1
 
     async def test_lag_counts_what_is_not_committed(self, bus: Bus, topic: Topic) -> None:
         seen: list[Record] = []

@@ -13,7 +13,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import DeclarativeBase
 
-from services.common.bus.port import Record
+from services.common.bus.port import MAX_RECORD_BYTES, Record
 from services.common.clock import SystemClock
 from services.common.db import (
     DatabaseUnavailable,
@@ -25,7 +25,7 @@ from services.common.db import (
     migrate,
     transaction,
 )
-from services.common.errors import Fatal, Unavailable
+from services.common.errors import Fatal, InvalidArgument, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing
 from tests.fixtures.servers import database_url, postgres_server, servers_directory
 
@@ -57,12 +57,18 @@ class RecordingBus:
     """The publishing half of a bus; fails the first `failures` times."""
 
     def __init__(
-        self, failures: int = 0, *, lose_acknowledgement: bool = False, delay_s: float = 0.0
+        self,
+        failures: int = 0,
+        *,
+        lose_acknowledgement: bool = False,
+        delay_s: float = 0.0,
+        error: Exception | None = None,
     ) -> None:
         self.published: list[Record] = []
         self.failures = failures
         self.lose_acknowledgement = lose_acknowledgement
         self.delay_s = delay_s
+        self.error = error or Unavailable("the event broker is away")
 
     async def publish(self, records: Sequence[Record]) -> None:
         await asyncio.sleep(self.delay_s)
@@ -70,7 +76,7 @@ class RecordingBus:
             self.failures -= 1
             if self.lose_acknowledgement:
                 self.published.extend(records)
-            raise Unavailable("the event broker is away")
+            raise self.error
         self.published.extend(records)
 
     def keys(self) -> list[str]:
@@ -248,6 +254,32 @@ async def test_a_broker_that_is_away_is_waited_for_and_reported(database: AsyncE
         await _drained(database)
         await _eventually(recovered)
     assert bus.keys() == ["a"]
+
+
+async def test_a_failure_nobody_foresaw_is_survived_and_reported(database: AsyncEngine) -> None:
+    bus = RecordingBus(failures=3, error=ValueError("a bug in the bus"))
+    await _add(database, "a")
+    relay = _relay(database, bus)
+
+    async def reported() -> bool:
+        return "a bug in the bus" in (relay.failing or "")
+
+    async with relay:
+        await _eventually(reported)
+        await _drained(database)
+    assert bus.keys() == ["a"]
+
+
+@pytest.mark.parametrize("where", ["value", "headers"])
+async def test_a_record_no_broker_takes_is_refused_before_it_blocks_the_others(
+    database: AsyncEngine, where: str
+) -> None:
+    too_much = bytes(MAX_RECORD_BYTES)
+    value, headers = (too_much, ()) if where == "value" else (b"", (("big", too_much),))
+    with pytest.raises(InvalidArgument, match="larger than"):
+        async with transaction(database) as session:
+            await enqueue(session, Outbox, [*_records("before"), Record("t", b"k", value, headers)])
+    assert await _pending(database) == 0
 
 
 async def test_two_relays_at_once_keep_the_order_and_publish_once(database: AsyncEngine) -> None:

@@ -11,13 +11,11 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
+from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.topics import Topic
 
 log = logging.getLogger(__name__)
-
-#: Largest record the platform writes, bytes; topics and producers are told the same.
-MAX_RECORD_BYTES = 16 << 20
 
 REQUEST_TIMEOUT_MS = 5000
 

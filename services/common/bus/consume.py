@@ -19,9 +19,8 @@ from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
 from faststream.message import StreamMessage
 
-from services.common.bus.admin import MAX_RECORD_BYTES
 from services.common.bus.delivery import Backoff, dead_letter, deliver
-from services.common.bus.port import Handler, Record
+from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record
 from services.common.topics import Topic
 
 log = logging.getLogger(__name__)

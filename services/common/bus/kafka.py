@@ -16,7 +16,7 @@ from faststream.kafka import KafkaBroker
 from services.common.bus import admin
 from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
-from services.common.bus.port import Handler, Record, Table
+from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record, Table, check_size
 from services.common.bus.table import KafkaTable
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
@@ -72,6 +72,8 @@ class KafkaBus:
 
     async def publish(self, records: Sequence[Record]) -> None:
         """See Bus."""
+        for record in records:
+            check_size(record)
         futures: list[asyncio.Future[object]] = []
         try:
             async with asyncio.timeout(self._deadline):
@@ -90,7 +92,7 @@ class KafkaBus:
             for future in futures:
                 future.result()
         except MessageSizeTooLargeError as error:
-            raise InvalidArgument(f"a record is larger than {admin.MAX_RECORD_BYTES} bytes") from error
+            raise InvalidArgument(f"a record is larger than {MAX_RECORD_BYTES} bytes") from error
         except (KafkaError, OSError, TimeoutError) as error:
             if isinstance(error, ProducerClosed):
                 await self._drop_producer()
@@ -148,7 +150,7 @@ class KafkaBus:
             acks="all",
             linger_ms=2,
             max_batch_size=512 << 10,
-            max_request_size=admin.MAX_RECORD_BYTES,
+            max_request_size=MAX_RECORD_BYTES,
             # Batches give up before their publish does: few arrive after their caller was told of failure.
             request_timeout_ms=int(self._deadline * 800),
             retry_backoff_ms=100,

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from services.common.bus.delivery import Backoff, dead_letter, deliver
-from services.common.bus.port import Handler, Record, Table
+from services.common.bus.port import Handler, Record, Table, check_size
 from services.common.errors import Unavailable
 from services.common.topics import Topic, all_topics
 
@@ -42,6 +42,8 @@ class MemoryBus:
 
     async def publish(self, records: Sequence[Record]) -> None:
         """See Bus."""
+        for record in records:
+            check_size(record)
         if self.away:
             raise Unavailable("the event broker is away")
         for record in records:

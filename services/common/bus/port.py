@@ -10,6 +10,11 @@ from typing import Protocol
 from services.common.errors import InvalidArgument
 from services.common.topics import Topic
 
+#: Largest record, bytes of key, value and headers; topics and producers are told the same.
+MAX_RECORD_BYTES = 16 << 20
+#: What the encoding adds to a record and to each of its headers, at most.
+_OVERHEAD_BYTES, _HEADER_OVERHEAD_BYTES = 64, 16
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -26,6 +31,14 @@ class Record:
     partition: int = -1
     offset: int = -1
     timestamp_ms: int = 0
+
+
+def check_size(record: Record) -> None:
+    """Raises InvalidArgument where no broker would ever take `record`."""
+    size = _OVERHEAD_BYTES + len(record.key or b"") + len(record.value or b"")
+    size += sum(_HEADER_OVERHEAD_BYTES + len(name.encode()) + len(value) for name, value in record.headers)
+    if size > MAX_RECORD_BYTES:
+        raise InvalidArgument(f"a record for {record.topic} is larger than {MAX_RECORD_BYTES} bytes")
 
 
 class Malformed(InvalidArgument):

@@ -12,8 +12,8 @@ from typing import Self
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
-from services.common.bus.admin import MAX_RECORD_BYTES
 from services.common.bus.delivery import Backoff
+from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import Unavailable
 from services.common.topics import Topic
 

@@ -5,7 +5,7 @@ records."""
 from services.common.db.engine import DatabaseUnavailable, check_database, engine
 from services.common.db.migrate import migrate
 from services.common.db.outbox import OutboxRelay, OutboxRow, enqueue, outbox_columns
-from services.common.db.transaction import transaction
+from services.common.db.transaction import is_refused, transaction
 
 __all__ = [
     "DatabaseUnavailable",
@@ -14,6 +14,7 @@ __all__ = [
     "check_database",
     "engine",
     "enqueue",
+    "is_refused",
     "migrate",
     "outbox_columns",
     "transaction",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
-from services.common.bus.port import Bus, Record
+from services.common.bus.port import Bus, Record, check_size
 from services.common.clock import Clock
 from services.common.db.transaction import transaction
 from services.common.errors import HeadraceError
@@ -71,15 +72,19 @@ async def enqueue(session: AsyncSession, table: type[OutboxRow], records: Sequen
     everything that was enqueued by transactions that committed before. The current trace goes with them.
 
     Transactions that enqueue take turns from here to their commit (otherwise row ids would not follow the
-    order of commits), so call it last. Wake the relay after the commit.
+    order of commits), so call it last. Wake the relay after the commit. Raises InvalidArgument for a record
+    that no broker would take: in the outbox it would hold up everything behind it for ever.
     """
     if not records:
         return
-    await session.execute(_WRITE_LOCK, {"table": table.__tablename__, "use": ":write"})
     trace = kafka_headers(current_context())
+    traced = [replace(record, headers=record.headers or tuple(trace)) for record in records]
+    for record in traced:
+        check_size(record)
+    await session.execute(_WRITE_LOCK, {"table": table.__tablename__, "use": ":write"})
     # One statement per row: a multi-row INSERT does not promise in which order ids are given.
-    for record in records:
-        headers = _to_json(record.headers or trace)
+    for record in traced:
+        headers = _to_json(record.headers)
         row = {"topic": record.topic, "key": record.key, "value": record.value, "headers": headers}
         await session.execute(insert(table).values(row))
 
@@ -89,8 +94,8 @@ class OutboxRelay:
     rolled back.
 
     Any number of replicas may run one; an advisory lock lets one at a time publish. It looks every `poll_s`
-    and at once after `wake`. While the broker or the database is away it tries again with backoff and
-    `failing` says why.
+    and at once after `wake`. While the broker or the database is away, or anything else fails, it tries again
+    with backoff and `failing` says why.
     """
 
     def __init__(
@@ -164,13 +169,18 @@ class OutboxRelay:
             except (HeadraceError, SQLAlchemyError, OSError) as error:
                 self.failing = str(error)
                 log.warning("outbox_not_published", table=self._table.__tablename__, reason=str(error))
-                # Jitter keeps replicas from trying in step.
-                await self._pause(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(backoff_s * 2, _MAX_BACKOFF_S)
+            except Exception as error:
+                # A relay that ended would hold back every change until somebody restarts the service.
+                self.failing = repr(error)
+                log.exception("outbox_not_published", table=self._table.__tablename__)
             else:
                 self.failing = None
                 backoff_s = _FIRST_BACKOFF_S
                 await self._pause(self._poll_s)
+                continue
+            # Jitter keeps replicas from trying in step.
+            await self._pause(backoff_s * random.uniform(0.5, 1.0))
+            backoff_s = min(backoff_s * 2, _MAX_BACKOFF_S)
 
     async def _pause(self, seconds: float) -> None:
         try:

@@ -39,8 +39,26 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
         raise DatabaseUnavailable("The database does not answer.", retry_after_ms=1000) from error
 
 
+def is_refused(error: DBAPIError) -> bool:
+    """Whether the data themselves are refused, so that the same statement will fail every time: a value of no
+    such type (SQLSTATE class 22, or found by the driver), a constraint (23), a limit of the server (54).
+
+    A unique key (23505) may be gone when the statement comes again.
+    """
+    state = getattr(error.orig, "sqlstate", None) or ""
+    if not state:
+        return _is_wrong_value(error)
+    return state[:2] in ("22", "23", "54") and state != "23505"
+
+
+def _is_wrong_value(error: DBAPIError) -> bool:
+    """Whether the driver could not encode a value; it says so with an InterfaceError of its own."""
+    return isinstance(getattr(error.orig, "__cause__", None), ValueError)
+
+
 def _is_connection_error(error: DBAPIError) -> bool:
     state = getattr(error.orig, "sqlstate", None) or ""
     # 08: connection exceptions, 57P0x: the server shuts down or starts, 53300: too many connections.
     lost = state.startswith(("08", "57P0")) or state == "53300"
-    return lost or (isinstance(error, InterfaceError | OperationalError) and not state)
+    unknown = isinstance(error, InterfaceError | OperationalError) and not state
+    return lost or (unknown and not _is_wrong_value(error))
