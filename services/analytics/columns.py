@@ -44,7 +44,7 @@ CORE = pa.schema(
     ]
 )
 
-_MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 #: Empty: answered by the router for no version in particular.
 _VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
 #: The end of the year 9999.
@@ -79,7 +79,7 @@ def parse(value: bytes | None) -> PredictionBatch:
     n, rest = divmod(len(batch.request_ids), 16)
     if len(batch.batch_id) != 16 or rest or not n:
         raise InvalidArgument("batch_id or request_ids are missing or cut")
-    if not _MODEL.fullmatch(batch.model) or not _VERSION.fullmatch(batch.version):
+    if not MODEL.fullmatch(batch.model) or not _VERSION.fullmatch(batch.version):
         raise InvalidArgument("model or version is no name")
     if not 0 <= batch.answered_at_us <= _LATEST_US:
         raise InvalidArgument("answered_at_us is no time")

@@ -8,19 +8,21 @@ from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 from headrace.v1.events_pb2 import Outcome, OutcomeBatch, PredictionBatch
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.analytics import repository
-from services.analytics.columns import parse
+from services.analytics.columns import MODEL, parse
 from services.analytics.flushing import SegmentWriter, Sizes
 from services.analytics.metrics import Metrics
 from services.analytics.tables import InboxRow
-from services.common.bus.port import Malformed, Record
+from services.common.bus.port import Handler, Malformed, Record
 from services.common.clock import Clock
-from services.common.db import transaction
+from services.common.db import is_refused, transaction
 from services.common.errors import InvalidArgument
 from services.common.telemetry import Tracing, context_from_kafka
 
+_MAX_METRIC = 128
 _MAX_TEXT = 4096
 #: The end of the year 9999.
 _LATEST_US = 253_402_300_799_000_000
@@ -46,8 +48,15 @@ class Consumers:
         self._metrics = metrics
 
     async def on_predictions(self, records: Sequence[Record]) -> None:
-        """Take in every record once, durably. Raises Malformed for one that cannot be read; anything else is
-        retried."""
+        """Take in every record once, durably. Raises Malformed for one that cannot be read or that the
+        database refuses; anything else is retried."""
+        await _isolated(self._take_predictions, records)
+
+    async def on_outcomes(self, records: Sequence[Record]) -> None:
+        """Keep every outcome once; late and repeated ones are normal. Raises Malformed as above."""
+        await _isolated(self._take_outcomes, records)
+
+    async def _take_predictions(self, records: Sequence[Record]) -> None:
         started = self._clock.unix_us()
         batches = await asyncio.to_thread(_parse_all, records)
         now = self._clock.now()
@@ -81,8 +90,7 @@ class Consumers:
             self._metrics.requests.labels(batch.model).inc(len(batch.request_ids) // 16)
         self._trace("analytics.predictions", records, started)
 
-    async def on_outcomes(self, records: Sequence[Record]) -> None:
-        """Keep every outcome once; late and repeated ones are normal."""
+    async def _take_outcomes(self, records: Sequence[Record]) -> None:
         started = self._clock.unix_us()
         outcomes: list[Outcome] = []
         for index, record in enumerate(records):
@@ -115,6 +123,24 @@ class Consumers:
                 )
 
 
+async def _isolated(take: Handler, records: Sequence[Record]) -> None:
+    """`take` the records; where the database refuses their data, halve them until the one that it refuses is
+    found, so that it does not hold up all others for ever. Raises Malformed for that one."""
+    try:
+        await take(records)
+    except DBAPIError as error:
+        if not is_refused(error):
+            raise
+        if len(records) == 1:
+            raise Malformed(0, f"the database refuses it: {error.orig}") from error
+        half = len(records) // 2
+        await _isolated(take, records[:half])
+        try:
+            await _isolated(take, records[half:])
+        except Malformed as found:
+            raise Malformed(found.index + half, found.reason) from found
+
+
 def _parse_all(records: Sequence[Record]) -> list[PredictionBatch]:
     batches = []
     for index, record in enumerate(records):
@@ -133,12 +159,14 @@ def _outcomes(index: int, record: Record) -> list[Outcome]:
     for place, outcome in enumerate(outcomes):
         if len(outcome.event_id) != 16 or len(outcome.request_id) != 16 or not outcome.metric:
             raise Malformed(index, f"outcome {place} lacks an id of 16 bytes or its metric")
+        if len(outcome.metric) > _MAX_METRIC or (outcome.model and not MODEL.fullmatch(outcome.model)):
+            raise Malformed(index, f"outcome {place} has a metric that is too long, or a model that is none")
         if outcome.WhichOneof("value") is None or len(outcome.text) > _MAX_TEXT:
             raise Malformed(index, f"outcome {place} has no value, or one that is too long")
         if not math.isfinite(outcome.number):
             raise Malformed(index, f"outcome {place} is no finite number")
         if outcome.observed_at_us > _LATEST_US:
             raise Malformed(index, f"outcome {place} was observed at no time")
-        if "\0" in outcome.text or "\0" in outcome.metric or "\0" in outcome.model:
+        if "\0" in outcome.text or "\0" in outcome.metric:
             raise Malformed(index, f"outcome {place} holds a zero byte")
     return outcomes

@@ -115,8 +115,9 @@ async def inbox_of_request(session: AsyncSession, request_id: bytes) -> list[byt
 
 
 async def add_segment(session: AsyncSession, segment: Segment, now: datetime) -> None:
-    """From the commit on the object counts."""
-    await session.execute(insert(SegmentRow).values(**asdict(segment), created_at=now))
+    """From the commit on the object counts; one that is named already holds the same and counts once."""
+    row = insert(SegmentRow).values(**asdict(segment), created_at=now)
+    await session.execute(row.on_conflict_do_nothing(index_elements=[SegmentRow.object]))
 
 
 async def segments(

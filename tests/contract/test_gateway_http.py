@@ -577,6 +577,12 @@ def test_outcomes_are_acknowledged_by_the_bus(gateway: GatewayThread) -> None:
         (b'{"request_id": "%s", "metric": "m"}' % (b"0" * 32), 422, "value"),
         (b'{"request_id": "%s", "label": [1]}' % (b"0" * 32), 422, "label"),
         (b'{"label": 1}', 422, "request_id"),
+        (b'{"request_id": "%s", "label": 1, "model": "%s"}' % (b"0" * 32, b"m" * 5000), 422, "model"),
+        (b'{"request_id": "%s", "label": 1, "model": "A b"}' % (b"0" * 32), 422, "model"),
+        (b'{"request_id": "%s", "metric": "%s", "value": 1}' % (b"0" * 32, b"m" * 129), 422, "metric"),
+        (b'{"request_id": "%s", "metric": "a\\u0000", "value": 1}' % (b"0" * 32), 422, "metric"),
+        (b'{"request_id": "%s", "label": "%s"}' % (b"0" * 32, "ä".encode() * 513), 422, "label"),
+        (b'{"request_id": "%s", "label": "a\\u0000"}' % (b"0" * 32), 422, "label"),
         (b"[]", 422, None),
         (b"{", 400, None),
     ],
@@ -584,6 +590,13 @@ def test_outcomes_are_acknowledged_by_the_bus(gateway: GatewayThread) -> None:
 def test_bad_outcomes(gateway: GatewayThread, body: bytes, status: int, field: str | None) -> None:
     answer = gateway.request("POST", "/v1/outcomes", body)
     assert (answer.status_code, answer.json().get("field")) == (status, field), answer.text
+
+
+@pytest.mark.parametrize(("model", "status"), [("digits", 202), ("cancer", 403), (None, 403)])
+def test_outcomes_of_a_key_for_some_models(gateway: GatewayThread, model: str | None, status: int) -> None:
+    body = {"request_id": "0" * 32, "label": 1} | ({"model": model} if model else {})
+    answer = gateway.request("POST", "/v1/outcomes", body, authorization=f"Bearer {OTHER_MODEL}")
+    assert answer.status_code == status, answer.text
 
 
 def test_outcomes_while_the_broker_is_away(gateway: GatewayThread) -> None:

@@ -34,6 +34,7 @@ from services.analytics.settings import Settings
 from services.analytics.signatures import Signatures
 from services.common.bus.admin import ensure_topics
 from services.common.bus.admin import lag as broker_lag
+from services.common.bus.delivery import deliver
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Record
 from services.common.clock import SystemClock
@@ -318,6 +319,40 @@ async def test_a_store_that_fails_loses_nothing_and_counts_nothing_twice(
         await consumers.on_predictions(sent[:7])
         await consumers.on_predictions(sent)
         assert await count(reader) == 100
+
+
+async def execute(database_url: str, statement: str) -> None:
+    connection = await asyncpg.connect(database_url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def test_what_the_database_refuses_is_buried_alone(database_url: str, tmp_path: Path) -> None:
+    """Whatever the checks here miss: one record leaves, the others behind it do not wait for ever."""
+    buried: list[Record] = []
+
+    async def bury(record: Record, _reason: str) -> None:
+        buried.append(record)
+
+    said = [
+        Record(OUTCOMES.name, bytes(16), outcome_batch(outcome(n, float(n))).SerializeToString())
+        for n in range(9)
+    ]
+    sent = records([prediction_batch([n], rows=1) for n in range(9)])
+    async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, _, _, _):
+        await execute(database_url, "ALTER TABLE analytics.outcomes ADD CHECK (number <> 6)")
+        refused = prediction_batch([4], rows=1).batch_id.hex()
+        await execute(
+            database_url, f"ALTER TABLE analytics.claims ADD CHECK (batch_id <> '\\x{refused}'::bytea)"
+        )
+        await deliver(said, consumers.on_outcomes, bury)
+        await deliver(sent, consumers.on_predictions, bury)
+        assert buried == [said[6], sent[4]]
+        assert await count(reader) == 8
+        means = await reader.ask("cancer", queries.accuracies)
+        assert [row["n"] for row in means] == [7]
 
 
 async def test_a_question_that_takes_too_long_is_ended_and_the_next_one_answered(

@@ -59,9 +59,9 @@ def rest_app(parts: Parts) -> ASGIApp:
 
     @app.post("/v1/outcomes", status_code=202, tags=["outcomes"], summary="Say what became of predictions")
     async def outcomes(request: Request) -> Response:
-        authenticated(request, parts.keys, KeyScope.PREDICT, parts.clock.monotonic())
+        caller = authenticated(request, parts.keys, KeyScope.PREDICT, parts.clock.monotonic())
         body = await bounded_body(request, parts.service.limits.max_body_bytes)
-        given = parse_outcomes(body, parts.clock.unix_us())
+        given = parse_outcomes(body, parts.clock.unix_us(), caller)
         await publish_outcomes(parts.bus, given)
         answer = {"accepted": len(given), "event_ids": [one.event_id.hex() for one in given]}
         return Response(orjson.dumps(answer), 202, media_type="application/json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -16,9 +17,12 @@ from services.common.telemetry import current_context, kafka_headers
 from services.common.topics import OUTCOMES
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
+from services.gateway.keys import Key
 
 _MAX_OUTCOMES = 10_000
-_MAX_TEXT = 1024
+_MAX_METRIC = 128
+_MAX_TEXT_BYTES = 1024
+_MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _RETRY_MS = 1000
 
 Value = bool | int | float | str
@@ -40,8 +44,9 @@ _one = msgspec.json.Decoder(OutcomeBody)
 _many = msgspec.json.Decoder(list[OutcomeBody])
 
 
-def parse_outcomes(body: bytes, now_us: int) -> list[Outcome]:
-    """One outcome or a list of them. Raises InvalidArgument naming the field (`[3].label`), MalformedBody."""
+def parse_outcomes(body: bytes, now_us: int, caller: Key) -> list[Outcome]:
+    """One outcome or a list of them. Raises InvalidArgument naming the field (`[3].label`), MalformedBody,
+    and PermissionDenied for a model that the caller's key is not for; a key for some models has to name one."""
     listed = body.lstrip(b" \t\r\n")[:1] == b"["
     try:
         given = _many.decode(body) if listed else [_one.decode(body)]
@@ -53,6 +58,8 @@ def parse_outcomes(body: bytes, now_us: int) -> list[Outcome]:
         raise InvalidArgument("The list of outcomes is empty.")
     if len(given) > _MAX_OUTCOMES:
         raise InvalidArgument(f"More than {_MAX_OUTCOMES} outcomes at once.")
+    for one in given:
+        caller.require_model(one.model)
     return [_outcome(one, f"[{index}]." if listed else "", now_us) for index, one in enumerate(given)]
 
 
@@ -77,6 +84,8 @@ async def publish_outcomes(bus: Bus, outcomes: Sequence[Outcome]) -> None:
 
 def _outcome(body: OutcomeBody, at: str, now_us: int) -> Outcome:
     request_id = parse_id(body.request_id, f"{at}request_id")
+    if body.model and not _MODEL.fullmatch(body.model):
+        raise InvalidArgument(f"{at}model is not the name of a model.", field=f"{at}model")
     if (body.label is None) == (body.metric is None):
         raise InvalidArgument("An outcome has a label, or a metric and a value.", field=f"{at}label")
     metric = "label" if body.metric is None else body.metric
@@ -84,16 +93,20 @@ def _outcome(body: OutcomeBody, at: str, now_us: int) -> Outcome:
     where = f"{at}label" if body.metric is None else f"{at}value"
     if value is None:
         raise InvalidArgument(f"{where} is missing.", field=where)
-    if not 0 < len(metric) <= 128:
-        raise InvalidArgument(f"{at}metric must have 1 to 128 characters.", field=f"{at}metric")
+    if not 0 < len(metric) <= _MAX_METRIC or "\0" in metric:
+        raise InvalidArgument(
+            f"{at}metric must have 1 to {_MAX_METRIC} characters, none of them zero.", field=f"{at}metric"
+        )
     if not 0 <= body.row < 1 << 32:
         raise InvalidArgument(f"{at}row must be 0 or more.", field=f"{at}row")
     outcome = Outcome(
         request_id=request_id, model=body.model, metric=metric, row=body.row, observed_at_us=now_us
     )
     if isinstance(value, str):
-        if len(value) > _MAX_TEXT:
-            raise InvalidArgument(f"{where} is longer than {_MAX_TEXT} characters.", field=where)
+        if len(value.encode()) > _MAX_TEXT_BYTES:
+            raise InvalidArgument(f"{where} is longer than {_MAX_TEXT_BYTES} bytes.", field=where)
+        if "\0" in value:
+            raise InvalidArgument(f"{where} holds a zero character.", field=where)
         outcome.text = value
     else:
         outcome.number = _number(value, where)

@@ -3,8 +3,13 @@
 import csv
 import io
 
+import pytest
+from headrace.v1.events_pb2 import Outcome
+
+from services.analytics.consumers import _outcomes
 from services.analytics.reading import outcomes_table
-from tests.fixtures.prediction_log import request_id
+from services.common.bus.port import Malformed, Record
+from tests.fixtures.prediction_log import outcome, outcome_batch, request_id
 
 
 def written(*rows: tuple[str, float | None, str | None]) -> bytes:
@@ -41,3 +46,24 @@ def test_labels_become_the_numbers_of_predictions_and_others_stay() -> None:
 def test_columns_without_any_value_keep_their_types() -> None:
     assert outcomes_table(b"", {}).num_rows == 0
     assert outcomes_table(written(("revenue", 2.5, None)), {})["number"].to_pylist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        outcome(1, 1.0, model="m" * 5000),
+        outcome(1, 1.0, model="Not a name"),
+        outcome(1, 1.0, model="m\0"),
+        outcome(1, 1.0, metric="x" * 129),
+        outcome(1, 1.0, metric="x\0"),
+        outcome(1, "a\0b"),
+        outcome(1, "x" * 5000),
+        outcome(1, float("inf")),
+        Outcome(event_id=bytes(16), request_id=bytes(16), metric="m"),
+    ],
+)
+def test_outcomes_that_cannot_be_kept_are_malformed(broken: Outcome) -> None:
+    record = Record("t", None, outcome_batch(outcome(2, 1.0), broken).SerializeToString())
+    with pytest.raises(Malformed):
+        _outcomes(0, record)
+    assert len(_outcomes(0, Record("t", None, outcome_batch(outcome(2, 1.0)).SerializeToString()))) == 1
