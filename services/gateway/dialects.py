@@ -16,6 +16,7 @@ from services.gateway.keys import Key
 from services.gateway.targets import Dialect
 
 _JSON = b"content-type: application/json\r\n"
+_FALLBACK = b"x-headrace-fallback: true\r\n"
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
 
 
@@ -125,7 +126,8 @@ class V2Speaker(_Speaker):
         if state is None:
             raise ValueError("a reply to a request that was not read")
         body, json_length = v2.encode_answer(call.request.model, state, call.request_id.hex(), reply)
-        return (_JSON if json_length is None else _BINARY % json_length), body
+        headers = _JSON if json_length is None else _BINARY % json_length
+        return (headers + _FALLBACK if reply.fallback else headers), body
 
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
         status, body = as_oip(error)

@@ -29,7 +29,7 @@ from services.registry.http_metrics import MeasureRequests
 from services.registry.keys import ensure_admin_key
 from services.registry.metrics import Metrics
 from services.registry.publishing import Republisher
-from services.registry.readiness import watched
+from services.registry.readiness import edge_watched
 from services.registry.servicer import RegistryServicer
 from services.registry.serving_endpoints import deployment_routes, key_routes
 from services.registry.settings import Settings
@@ -75,7 +75,7 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
         await stack.enter_async_context(alerts_followed(edge, bus))
         health = Health()
-        await stack.enter_async_context(watched(edge, health))
+        await stack.enter_async_context(edge_watched(edge, health))
         grpc_port = await stack.enter_async_context(
             serve_grpc(
                 RegistryServicer(edge),

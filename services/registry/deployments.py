@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from headrace.v1.control_pb2 import Balancing, Batching, BucketRange, ServedVersion, ServingConfig
+from headrace.v1.control_pb2 import (
+    Balancing,
+    Batching,
+    BucketRange,
+    Fallback,
+    ServedVersion,
+    ServingConfig,
+)
 from headrace.v1.registry_pb2 import Deployment
-from headrace.v1.tensor_pb2 import Signature
+from headrace.v1.tensor_pb2 import Code, Signature
 
 from services.common.clock import Clock
 from services.common.errors import Aborted, InvalidArgument, NotFound
 from services.common.topics import DEPLOYMENTS
 from services.registry.buckets import BUCKETS, Range, allocate
 from services.registry.repository import Repository
-from services.registry.schemas import DeployIn, utc_us
+from services.registry.schemas import DeployIn, FallbackIn, utc_us
 from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
 
 
@@ -57,6 +64,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         balancing=cast(Balancing, Balancing.Value(f"BALANCING_{wanted.balancing.upper()}")),
         log_payloads=wanted.log_payloads,
         default_timeout_ms=wanted.default_timeout_ms,
+        fallback=_fallback(wanted.fallback, aliases, served),
     )
     if row is not None and _same_state(old, config):
         return _deployment(row)
@@ -172,6 +180,28 @@ def _served_version(row: VersionRow, weight: int, variant: str) -> ServedVersion
         weight=weight,
         artifact_bytes=row.artifact_bytes,
     )
+
+
+def _fallback(
+    wanted: FallbackIn | None, aliases: Mapping[str, str], served: Sequence[ServedVersion]
+) -> Fallback | None:
+    if wanted is None:
+        return None
+    version = _another_version(wanted.version, aliases, served, "fallback.version")
+    codes = {Code.Value(f"CODE_{name}") for name in wanted.on}
+    return Fallback(version=version, on=[cast(Code, code) for code in sorted(codes)])
+
+
+def _another_version(
+    name: str, aliases: Mapping[str, str], served: Sequence[ServedVersion], field: str
+) -> str:
+    """`name` as one of several versions that are served. Raises InvalidArgument, field `field`."""
+    version = aliases.get(name, name)
+    if all(other.version != version for other in served):
+        raise InvalidArgument(f"version {name!r} is not among the versions served", field=field)
+    if len(served) == 1:
+        raise InvalidArgument(f"version {name!r} is the only one served", field=field)
+    return version
 
 
 def _buckets(old: Sequence[BucketRange], served: Sequence[ServedVersion]) -> list[BucketRange]:

@@ -35,6 +35,7 @@ Datatype = Literal[
 ]  # fmt: skip
 TaskName = Literal["classification", "regression", "embedding", "generation"]
 BalancingName = Literal["least_latency", "round_robin", "weighted", "consistent_hash"]
+FailureName = Literal["UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"]
 Scope = Literal["predict", "read", "admin"]
 
 
@@ -149,6 +150,14 @@ class BatchingIn(_Input):
     max_queue_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
 
 
+class FallbackIn(_Input):
+    """The version that answers where another one fails. No `on`: UNAVAILABLE, INTERNAL, and DEADLINE_EXCEEDED
+    while there is time left."""
+
+    version: VersionText
+    on: Annotated[list[FailureName], Field(max_length=4)] = []
+
+
 class DeployIn(_Input):
     """The whole wanted state of a model's serving; what is absent takes its default."""
 
@@ -158,6 +167,7 @@ class DeployIn(_Input):
     balancing: BalancingName = "least_latency"
     log_payloads: bool = True
     default_timeout_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
+    fallback: FallbackIn | None = None
     #: The deployment changes only if this is still its revision.
     expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
 

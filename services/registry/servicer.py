@@ -12,7 +12,7 @@ import grpc
 from headrace.v1 import registry_pb2 as pb
 from headrace.v1 import registry_pb2_grpc
 from headrace.v1.control_pb2 import Balancing
-from headrace.v1.tensor_pb2 import DataType, Signature, Task, TensorSpec
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, Task, TensorSpec
 
 from services.common.errors import InvalidArgument
 from services.registry import deployments, service
@@ -178,6 +178,10 @@ def _deploy_values(request: pb.DeployRequest) -> dict[str, Any]:
         "default_timeout_ms": request.default_timeout_ms,
         "expected_revision": request.expected_revision or None,
     }
+    if request.HasField("fallback"):
+        known = Code.DESCRIPTOR.values_by_number
+        codes = [known[c].name.removeprefix("CODE_") if c in known else c for c in request.fallback.on]
+        values["fallback"] = {"version": request.fallback.version, "on": codes}
     if request.pool:
         values["pool"] = request.pool
     if request.balancing:

@@ -134,6 +134,12 @@ class BatchingView(BaseModel):
     max_queue_rows: int
 
 
+class FallbackView(BaseModel):
+    version: str
+    #: Empty: the default.
+    on: list[str]
+
+
 class DeploymentView(BaseModel):
     model: str
     revision: int
@@ -146,6 +152,7 @@ class DeploymentView(BaseModel):
     balancing: str | None
     log_payloads: bool
     default_timeout_ms: int
+    fallback: FallbackView | None
     updated_at: datetime
 
     @classmethod
@@ -169,6 +176,7 @@ class DeploymentView(BaseModel):
             balancing=_name(control_pb2.Balancing.Name(config.balancing), "BALANCING_"),
             log_payloads=config.log_payloads,
             default_timeout_ms=config.default_timeout_ms,
+            fallback=_fallback(config),
             updated_at=moment(message.updated_at_us),
         )
 
@@ -278,6 +286,13 @@ def _served(served: control_pb2.ServedVersion) -> ServedView:
         backend=served.backend,
         signature=SignatureView.of(served.signature),
     )
+
+
+def _fallback(config: control_pb2.ServingConfig) -> FallbackView | None:
+    if not config.HasField("fallback"):
+        return None
+    codes = [tensor_pb2.Code.Name(code).removeprefix("CODE_") for code in config.fallback.on]
+    return FallbackView(version=config.fallback.version, on=codes)
 
 
 def _name(enumerator: str, prefix: str) -> str | None:

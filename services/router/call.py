@@ -19,7 +19,7 @@ from services.common.telemetry import from_trace_bytes, trace_bytes
 from services.router.assignment import unit_hash, unit_of
 from services.router.endpoints import Endpoint, Group
 from services.router.outliers import Verdict, verdict
-from services.router.routing_table import Route, Target
+from services.router.routing_table import Fallback, Route, Target
 
 if TYPE_CHECKING:
     from services.router.dispatch import Dispatcher
@@ -49,6 +49,8 @@ class Call:
 
     __slots__ = (
         "_dispatcher",
+        "_fallback",
+        "_last_attempt",
         "_local_id",
         "_retrying",
         "_span",
@@ -57,6 +59,7 @@ class Call:
         "deadline",
         "done",
         "endpoint",
+        "fell_back",
         "group",
         "owner",
         "owner_id",
@@ -85,6 +88,10 @@ class Call:
         self.tried: tuple[Endpoint, ...] = ()
         self.attempt = 0
         self.done = False
+        #: Whether another version answers than was routed.
+        self.fell_back = False
+        self._fallback: Fallback | None = None
+        self._last_attempt = dispatcher.max_attempts - 1
         self._retrying = False
         self._span: tuple[SpanContext | None, SpanContext] | None = None
 
@@ -110,6 +117,9 @@ class Call:
         else:
             target = route.assign(unit)
             request.propensity = target.propensity
+            fallback = route.fallback
+            if fallback is not None and fallback.target is not target:
+                self._fallback = fallback
         self.target = target
         request.version = target.version
         request.variant = target.variant
@@ -126,6 +136,8 @@ class Call:
             raise RuntimeError("a call is sent before it was routed")
         dispatcher = self._dispatcher
         group = self.group = dispatcher.endpoints.group(target.key)
+        if group.broken and self._spare_broken(group, now):
+            return
         endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried)
         if endpoint is None:
             self._find_none()
@@ -148,6 +160,11 @@ class Call:
         else:
             self._dispatcher.waiting.withdraw(self)
         self._end(Code.CODE_CANCELLED)
+
+    def give_up(self, error: HeadraceError) -> None:
+        """No endpoint was there: the fallback answers, or `error` is the answer."""
+        if self._fallback is None or not self._fall_back(error.code, "no_endpoint", _monotonic()):
+            self.refuse(error)
 
     def refuse(self, error: HeadraceError) -> None:
         """Answer with `error`, without a worker."""
@@ -172,10 +189,46 @@ class Call:
     # Inner steps
 
     def _find_none(self) -> None:
-        """No endpoint can take it now."""
+        """No endpoint can take it now: the fallback does, or it waits for one."""
         target = self.target
+        if self._fallback is not None and self._fall_back(Code.CODE_UNAVAILABLE, "no_endpoint", _monotonic()):
+            return
         if target is None or not self._dispatcher.waiting.add(self, target.key):
             self.refuse(self._dispatcher.no_endpoint(self))
+
+    def _spare_broken(self, group: Group, now: float) -> bool:
+        """Whether the fallback answers for a version whose every endpoint should be out; one request at a
+        time is let through to find out when that ends."""
+        fallback = self._fallback
+        if fallback is None or group.outliers.due:
+            return False
+        if self._dispatcher.endpoints.group(fallback.target.key).broken:
+            return False
+        return self._fall_back(Code.CODE_UNAVAILABLE, "ejected", now)
+
+    def _fall_back(self, code: Code, reason: str, now: float) -> bool:
+        """Whether the request is on its way to the fallback version, once and for good.
+
+        Its propensity stays: it says how the unit was assigned, not who answered in the end.
+        """
+        dispatcher, fallback, target = self._dispatcher, self._fallback, self.target
+        if fallback is None or target is None or code not in fallback.on or now >= self.deadline:
+            return False
+        if not dispatcher.endpoints.group(fallback.target.key).members:
+            return False
+        self._fallback = None
+        self.fell_back = True
+        dispatcher.stats.fell_back(target.key, reason)
+        request = self.request
+        self.target = fallback.target
+        request.version, request.variant = fallback.target.version, fallback.target.variant
+        if self.tried:
+            self.attempt += 1
+            request.attempt = self.attempt
+            self.tried = ()
+        self._last_attempt = self.attempt + dispatcher.max_attempts - 1
+        self.send(now)
+        return True
 
     def _on_reply(self, reply: PredictReply) -> None:
         endpoint = self.endpoint
@@ -191,6 +244,10 @@ class Call:
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
+                return
+        if self._fallback is not None and code != _OK:
+            self.tried = (*self.tried, endpoint)
+            if self._fall_back(code, Code.Name(code).removeprefix("CODE_").lower(), now):
                 return
         # A bad row or a late answer has run, too: the worker says so by the time it took.
         self._finish(reply, ran=code in _RAN or reply.compute_us > 0)
@@ -216,7 +273,7 @@ class Call:
         if route is None or target is None:
             return False
         self.tried = (*self.tried, endpoint)
-        if self.attempt + 1 >= dispatcher.max_attempts or now >= self.deadline:
+        if self.attempt >= self._last_attempt or now >= self.deadline:
             return False
         gone = lost(reply)
         others = any(member not in self.tried for member in dispatcher.endpoints.group(target.key).members)
@@ -240,6 +297,8 @@ class Call:
         if not ran:
             self._dispatcher.log.note(self, code)
         self._end(code)
+        if self.fell_back:
+            reply.fallback = True
         reply.id = self.owner_id
         self.owner.answer(self, reply)
 
@@ -290,6 +349,7 @@ class Call:
                 "headrace.version": request.version,
                 "headrace.variant": request.variant,
                 "headrace.attempts": self.attempt + 1,
+                "headrace.fallback": self.fell_back,
                 "headrace.code": Code.Name(code),
             },
             context=context,

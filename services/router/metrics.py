@@ -57,6 +57,11 @@ class RouterMetrics(Collector):
         retries = CounterMetricFamily(
             "headrace_router_retries", "Requests sent once more", labels=(*_VERSION, "reason")
         )
+        fallbacks = CounterMetricFamily(
+            "headrace_router_fallbacks",
+            "Requests that the fallback answered instead of the version",
+            labels=(*_VERSION, "reason"),
+        )
         latency = HistogramMetricFamily(
             "headrace_router_latency_seconds", "From the frame's arrival to the answer", labels=_VERSION
         )
@@ -65,12 +70,14 @@ class RouterMetrics(Collector):
                 requests.add_metric((*key, Code.Name(Code.ValueType(code)).removeprefix("CODE_")), count)
             for reason, count in stats.retries.items():
                 retries.add_metric((*key, reason), count)
+            for reason, count in stats.fallbacks.items():
+                fallbacks.add_metric((*key, reason), count)
             buckets, total = [], 0
             for bound, count in zip((*map(str, LATENCY_S), "+Inf"), stats.latency, strict=True):
                 total += count
                 buckets.append((bound, float(total)))
             latency.add_metric(key, buckets, stats.latency_sum_s)
-        yield from (requests, retries, latency)
+        yield from (requests, retries, fallbacks, latency)
 
     def _workers(self) -> Iterator[Metric]:
         labels = ("worker",)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
 
 import structlog
 from headrace.v1.control_pb2 import Balancing, ServingConfig
+from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import NotFound
 from services.router.assignment import BUCKETS, bucket, fill, salt_key
@@ -30,6 +32,20 @@ class Target:
         self.propensity = propensity
 
 
+#: Answers that call for the fallback where the deployment does not name them.
+FAILURES: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_INTERNAL, Code.CODE_DEADLINE_EXCEEDED})
+
+
+class Fallback:
+    """Who answers where the version that was routed fails."""
+
+    __slots__ = ("on", "target")
+
+    def __init__(self, target: Target, on: Iterable[Code]) -> None:
+        self.target = target
+        self.on = frozenset(on) or FAILURES
+
+
 class Route:
     """Everything a request for one model needs."""
 
@@ -40,6 +56,7 @@ class Route:
         "_sole",
         "_targets",
         "balancing",
+        "fallback",
         "model",
         "revision",
         "timeout_s",
@@ -74,6 +91,16 @@ class Route:
         for alias, version in config.aliases.items():
             if version in self._by_name:
                 self._by_name.setdefault(alias, self._by_name[version])
+
+        self.fallback: Fallback | None = None
+        if config.HasField("fallback"):
+            self.fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)
+
+    def _served(self, version: str, role: str) -> Target:
+        for target in self._targets:
+            if target.version == version:
+                return target
+        raise ValueError(f"the {role} {version!r} is not served")
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -24,6 +24,7 @@ class VersionStats:
 
     codes: dict[int, int] = field(default_factory=dict)
     retries: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
     latency: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
     latency_sum_s: float = 0.0
 
@@ -45,6 +46,12 @@ class Stats:
         """A request was sent once more: its endpoint was "lost" or "refused" it."""
         retries = self._of(key).retries
         retries[reason] = retries.get(reason, 0) + 1
+
+    def fell_back(self, key: VersionKey, reason: str) -> None:
+        """The fallback was asked instead of the version: it had "no_endpoint", only "ejected" ones, or
+        answered with the code that `reason` names."""
+        fallbacks = self._of(key).fallbacks
+        fallbacks[reason] = fallbacks.get(reason, 0) + 1
 
     def _of(self, key: VersionKey) -> VersionStats:
         stats = self.versions.get(key)

@@ -53,7 +53,7 @@ class Waiting:
                 call.resume()
             elif not self._endpoints.coming(key):
                 self.withdraw(call)
-                call.refuse(self._dispatcher.no_endpoint(call))
+                call.give_up(self._dispatcher.no_endpoint(call))
 
     def _give_up(self, call: Call) -> None:
         if self._calls.pop(call, None) is None:
@@ -61,4 +61,4 @@ class Waiting:
         if time.monotonic() >= call.deadline:
             call.refuse(DeadlineExceeded("no worker was ready before the deadline"))
         else:
-            call.refuse(self._dispatcher.no_endpoint(call))
+            call.give_up(self._dispatcher.no_endpoint(call))

@@ -336,6 +336,27 @@ def test_deadline(gateway: GatewayThread) -> None:
     assert (answer.status_code, answer.json()["field"]) == (422, "X-Request-Timeout-Ms")
 
 
+def test_a_fallback_is_visible_in_both_dialects(gateway: GatewayThread) -> None:
+    v2 = {"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": ROW}]}
+    paths = (("/v1/predict", GOOD), ("/v2/models/cancer/infer", json.dumps(v2).encode()))
+    for path, body in paths:
+        plain = predict(gateway, body, path)
+        assert plain.status_code == 200, plain.text
+        assert "fallback" not in plain.text
+        assert "x-headrace-fallback" not in plain.headers
+
+    def by_fallback(request: PredictRequest) -> PredictReply:
+        reply = answer_like_a_worker(request)
+        reply.fallback = True
+        return reply
+
+    gateway.running.router.answer = by_fallback
+    native, oip = (predict(gateway, body, path) for path, body in paths)
+    assert native.json()["fallback"] is True
+    assert oip.json()["parameters"]["fallback"] is True
+    assert oip.headers["x-headrace-fallback"] == "true"
+
+
 def test_broken_outputs_are_a_plain_500(gateway: GatewayThread) -> None:
     def broken(request: PredictRequest) -> PredictReply:
         reply = answer_like_a_worker(request)

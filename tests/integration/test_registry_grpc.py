@@ -12,8 +12,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from headrace.v1 import registry_pb2 as pb
-from headrace.v1.control_pb2 import Balancing, Batching
-from headrace.v1.tensor_pb2 import Signature, TensorSpec
+from headrace.v1.control_pb2 import Balancing, Batching, Fallback
+from headrace.v1.tensor_pb2 import Code, Signature, TensorSpec
 
 from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
@@ -103,6 +103,7 @@ async def test_both_surfaces_give_the_same_answers(running: Running) -> None:
             batching=Batching(max_rows=64, preferred_rows=[8, 32]),
             disable_payload_log=True,
             default_timeout_ms=250,
+            fallback=Fallback(version="1", on=[Code.CODE_INTERNAL]),
         ),
         metadata=credential,
     )
@@ -112,6 +113,7 @@ async def test_both_surfaces_give_the_same_answers(running: Running) -> None:
         "batching": {"max_rows": 64, "preferred_rows": [8, 32]},
         "log_payloads": False,
         "default_timeout_ms": 250,
+        "fallback": {"version": "1", "on": ["INTERNAL"]},
     }
     same = await running.rest.put("/v1/deployments/churn", json=body)
     assert same.json() == DeploymentView.of(deployed).model_dump(mode="json")
@@ -142,6 +144,10 @@ async def test_errors_name_code_and_field(running: Running) -> None:
     assert await refusal(deploy()) == (invalid, "versions")
     assert await refusal(deploy(("1", 10_001))) == (invalid, "versions[0].weight")
     assert await refusal(deploy(("9", 10_000))) == (invalid, "versions[0].version")
+    both = ("1", 5000), ("2", 5000)
+    assert await refusal(deploy(*both, fallback=Fallback(version="9"))) == (invalid, "fallback.version")
+    unknown = Fallback(version="1", on=[99])  # type: ignore[list-item]  # of a later contract
+    assert await refusal(deploy(*both, fallback=unknown)) == (invalid, "fallback.on[0]")
     assert await refusal(deploy(("1", 10_000), expected_revision=3)) == (
         grpc.StatusCode.ABORTED,
         "expected_revision",

@@ -109,6 +109,9 @@ async def test_revisions_are_never_given_twice(running: Running, kafka_bootstrap
     assert (await running.deploy("churn", {"1": 100})).json()["revision"] == 6
 
 
+BOTH = [{"version": "1", "weight": 0}, {"version": "2", "weight": 100}]
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
@@ -127,6 +130,18 @@ async def test_revisions_are_never_given_twice(running: Running, kafka_bootstrap
         ({"versions": [{"version": "1", "weight": 100}], "balancing": "best"}, "balancing"),
         ({"versions": [{"version": "1", "weight": 100}], "batching": {"max_rows": -1}}, "batching.max_rows"),
         ({"versions": [{"version": "1", "weight": 100}], "unknown": 1}, "unknown"),
+        (
+            {"versions": [{"version": "1", "weight": 100}], "fallback": {"version": "1"}},
+            "fallback.version",
+        ),
+        (
+            {"versions": [{"version": "1", "weight": 100}], "fallback": {"version": "2"}},
+            "fallback.version",
+        ),
+        (
+            {"versions": BOTH, "fallback": {"version": "1", "on": ["CANCELLED"]}},
+            "fallback.on[0]",
+        ),
     ],
 )
 async def test_a_wrong_deployment_names_its_field(running: Running, body: dict[str, Any], field: str) -> None:
@@ -134,6 +149,19 @@ async def test_a_wrong_deployment_names_its_field(running: Running, body: dict[s
     answer = await running.rest.put("/v1/deployments/churn", json=body)
     refused(answer, 422, "INVALID_ARGUMENT", field)
     refused(await running.rest.get("/v1/deployments/churn"), 404, "NOT_FOUND", "model")
+
+
+async def test_a_fallback_is_published_and_shown(running: Running) -> None:
+    await running.make("churn", linear(weight=1), linear(weight=2))
+    await running.rest.put("/v1/models/churn/aliases/stable", json={"version": "1"})
+    wanted = {"version": "stable", "on": ["UNAVAILABLE", "INTERNAL"]}
+    answer = await running.deploy("churn", {"1": 0, "2": 100}, fallback=wanted)
+    assert answer.json()["fallback"] == {"version": "1", "on": ["INTERNAL", "UNAVAILABLE"]}
+    again = await running.deploy("churn", {"1": 0, "2": 100}, fallback=wanted)
+    assert again.json()["revision"] == answer.json()["revision"]
+    without = await running.deploy("churn", {"1": 0, "2": 100})
+    assert without.json()["fallback"] is None
+    assert without.json()["revision"] == answer.json()["revision"] + 1
 
 
 async def test_of_concurrent_deploys_from_one_revision_one_wins(running: Running) -> None:

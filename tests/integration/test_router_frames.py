@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -292,6 +292,105 @@ class TestOutliers:
             assert len(only.seen) == 12
             assert p.router.dispatcher.endpoints.group(("cancer", "1")).broken
             assert not p.router.dispatcher.endpoints.group(("cancer", "2")).broken
+
+
+@asynccontextmanager
+async def with_fallback(directory: Path, **settings: object) -> AsyncIterator[Platform]:
+    """Version 2 has all the traffic, version 1 answers for it."""
+    async with platform(directory, **settings) as p:
+        made = sole(version="2")
+        made.revision = 9
+        made.versions.add(version="1", variant="stable", artifact_digest="sha256:1")
+        made.fallback.version = "1"
+        await deploy(p.bus, made)
+        await until(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
+        yield p
+
+
+def only_two(then: Callable[[FakeWorker, Peer, PredictRequest], None]):  # type: ignore[no-untyped-def]
+    def behave(worker: FakeWorker, peer: Peer, item: PredictRequest) -> None:
+        (then if item.version == "2" else FakeWorker.echo)(worker, peer, item)
+
+    return behave
+
+
+class TestFallback:
+    @pytest.mark.parametrize("code", [Code.CODE_UNAVAILABLE, Code.CODE_INTERNAL, Code.CODE_DEADLINE_EXCEEDED])
+    async def test_answers_for_a_version_that_fails(self, tmp_path: Path, code: Code) -> None:
+        async with with_fallback(tmp_path) as p:
+            worker = await p.worker("w1")
+            worker.behave = only_two(refuse(code))
+            reply = await p.ask(3)
+            assert (reply.code, reply.version, reply.variant) == (Code.CODE_OK, "1", "stable")
+            assert reply.fallback
+            assert reply.outputs[0].data[:4] == b"\3\0\0\0"
+            assert [(item.version, item.attempt) for item in worker.seen] == [("2", 0), ("1", 1)]
+            assert worker.seen[1].propensity == 1.0
+            name = Code.Name(code).removeprefix("CODE_").lower()
+            line = f'headrace_router_fallbacks_total{{model="cancer",reason="{name}",version="2"}} 1.0'
+            assert line in await p.metrics()
+
+    async def test_is_not_for_the_requests_own_errors_nor_for_versions_asked_for(
+        self, tmp_path: Path
+    ) -> None:
+        async with with_fallback(tmp_path) as p:
+            worker = await p.worker("w1")
+            worker.behave = only_two(refuse(Code.CODE_INVALID_ARGUMENT))
+            reply = await p.ask()
+            assert (reply.code, reply.fallback) == (Code.CODE_INVALID_ARGUMENT, False)
+            worker.behave = only_two(refuse(Code.CODE_INTERNAL))
+            reply = await p.ask(version="2")
+            assert (reply.code, reply.version, reply.fallback) == (Code.CODE_INTERNAL, "2", False)
+
+    async def test_answers_where_no_worker_has_the_version(self, tmp_path: Path) -> None:
+        async with with_fallback(tmp_path) as p:
+            worker = await p.worker("w1", {("cancer", "1"): READY, ("cancer", "2"): LOADING})
+            reply = await p.ask()
+            assert (reply.code, reply.version, reply.fallback) == (Code.CODE_OK, "1", True)
+            assert worker.seen[0].attempt == 0
+            await beat(p.bus, status("w1", worker.address, BOTH, sequence=2))
+            await until(lambda: p.router.dispatcher.endpoints.group(("cancer", "2")).members)
+            assert not (await p.ask()).fallback
+
+    async def test_what_both_fail_is_answered_once_with_the_fallbacks_error(self, tmp_path: Path) -> None:
+        async with with_fallback(tmp_path) as p:
+            worker = await p.worker("w1")
+            worker.behave = refuse(Code.CODE_INTERNAL)
+            reply = await p.ask()
+            assert (reply.code, reply.version, reply.fallback) == (Code.CODE_INTERNAL, "1", True)
+            assert [item.version for item in worker.seen] == ["2", "1"]
+            assert p.router.dispatcher.budget.active == 0
+
+    async def test_a_broken_version_is_spared_and_found_well_again(self, tmp_path: Path) -> None:
+        async with with_fallback(tmp_path, outlier_ejection_s=0.2) as p:
+            worker = await p.worker("w1")
+            worker.behave = only_two(refuse(Code.CODE_INTERNAL))
+            for n in range(5):
+                assert (await p.ask(n)).fallback
+            group = p.router.dispatcher.endpoints.group(("cancer", "2"))
+            assert group.broken
+            worker.seen.clear()
+            replies = await asyncio.gather(*(p.ask(n) for n in range(20)))
+            assert all(reply.fallback and reply.code == Code.CODE_OK for reply in replies)
+            assert {item.version for item in worker.seen} == {"1"}
+            worker.behave = None
+            await until(lambda: group.outliers.due)
+            assert not (await p.ask()).fallback
+            assert not group.broken
+
+    async def test_a_lost_worker_costs_no_request_of_a_version_with_a_fallback(self, tmp_path: Path) -> None:
+        async with with_fallback(tmp_path) as p:
+            new = await p.worker("new", {("cancer", "2"): READY})
+            old = await p.worker("old", {("cancer", "1"): READY})
+            new.behave = lambda *_: None
+            waiting = [asyncio.create_task(p.ask(n)) for n in range(30)]
+            await until(lambda: len(new.seen) == 30)
+            await new.kill()
+            replies = await asyncio.gather(*waiting)
+            assert {(reply.code, reply.version, reply.fallback) for reply in replies} == {
+                (Code.CODE_OK, "1", True)
+            }
+            assert len(old.seen) == 30
 
 
 class TestDeadlinesAndCancels:

@@ -22,7 +22,7 @@ BALANCING_WEIGHTED: Balancing
 BALANCING_CONSISTENT_HASH: Balancing
 
 class ServingConfig(_message.Message):
-    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us")
+    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class ServingConfig(_message.Message):
     LOG_PAYLOADS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: int
     versions: _containers.RepeatedCompositeFieldContainer[ServedVersion]
@@ -54,7 +55,16 @@ class ServingConfig(_message.Message):
     log_payloads: bool
     default_timeout_ms: int
     published_at_us: int
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ...) -> None: ...
+    fallback: Fallback
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ...) -> None: ...
+
+class Fallback(_message.Message):
+    __slots__ = ("version", "on")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ON_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    on: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Code]
+    def __init__(self, version: _Optional[str] = ..., on: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ...) -> None: ...
 
 class ServedVersion(_message.Message):
     __slots__ = ("version", "artifact_digest", "backend", "signature", "variant", "weight", "artifact_bytes")

@@ -210,7 +210,7 @@ class SetAliasRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., alias: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class DeployRequest(_message.Message):
-    __slots__ = ("model", "versions", "pool", "batching", "balancing", "expected_revision", "disable_payload_log", "default_timeout_ms")
+    __slots__ = ("model", "versions", "pool", "batching", "balancing", "expected_revision", "disable_payload_log", "default_timeout_ms", "fallback")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,7 @@ class DeployRequest(_message.Message):
     EXPECTED_REVISION_FIELD_NUMBER: _ClassVar[int]
     DISABLE_PAYLOAD_LOG_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     model: str
     versions: _containers.RepeatedCompositeFieldContainer[VersionWeight]
     pool: str
@@ -227,7 +228,8 @@ class DeployRequest(_message.Message):
     expected_revision: int
     disable_payload_log: bool
     default_timeout_ms: int
-    def __init__(self, model: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[VersionWeight, _Mapping]]] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[_control_pb2.Batching, _Mapping]] = ..., balancing: _Optional[_Union[_control_pb2.Balancing, str]] = ..., expected_revision: _Optional[int] = ..., disable_payload_log: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ...) -> None: ...
+    fallback: _control_pb2.Fallback
+    def __init__(self, model: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[VersionWeight, _Mapping]]] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[_control_pb2.Batching, _Mapping]] = ..., balancing: _Optional[_Union[_control_pb2.Balancing, str]] = ..., expected_revision: _Optional[int] = ..., disable_payload_log: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., fallback: _Optional[_Union[_control_pb2.Fallback, _Mapping]] = ...) -> None: ...
 
 class VersionWeight(_message.Message):
     __slots__ = ("version", "weight", "variant")

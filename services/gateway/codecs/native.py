@@ -145,4 +145,6 @@ def encode_embeddings(
         "cached": reply.cached,
         "latency_ms": round(latency_ms, 3),
     }
+    if reply.fallback:
+        answer["fallback"] = True
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)

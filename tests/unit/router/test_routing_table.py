@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from headrace.v1.control_pb2 import Balancing, BucketRange, ServedVersion
+from headrace.v1.control_pb2 import Balancing, BucketRange, Fallback, ServedVersion
+from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import NotFound
-from services.router.routing_table import Route, RoutingTable
+from services.router.routing_table import FAILURES, Route, RoutingTable
 from tests.fixtures.router import config, sole
 
 
@@ -109,3 +110,17 @@ class TestTable:
         table.restore(b"cancer", sole().SerializeToString())
         table.confirm()
         assert table.find("cancer") is not None
+
+
+def test_a_fallback_is_one_of_the_versions_served() -> None:
+    route = Route(config(fallback=Fallback(version="1")), 30)
+    assert route.fallback is not None
+    assert route.fallback.target.version == "1"
+    assert route.fallback.on == FAILURES
+    only = Route(config(fallback=Fallback(version="1", on=[Code.CODE_INTERNAL])), 30)
+    assert only.fallback is not None
+    assert only.fallback.on == {Code.CODE_INTERNAL}
+    assert Route(config(), 30).fallback is None
+    for name in ("7", "champion"):
+        with pytest.raises(ValueError, match="fallback"):
+            Route(config(fallback=Fallback(version=name)), 30)
