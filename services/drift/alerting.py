@@ -17,7 +17,7 @@ KS = "ks"
 class Persistence:
     """Windows in a row that a finding must stand before it alerts, and must be gone before it ends."""
 
-    alert_after: int = 2
+    alert_after: int = 3
     resolve_after: int = 3
 
 

@@ -16,10 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
-from services.common.db import OutboxRelay, engine, migrate, transaction
+from services.common.db import OutboxRelay, check_database, engine, migrate, transaction
 from services.common.errors import HeadraceError, Unavailable
 from services.common.internal_auth import InternalAuth
-from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
+from services.common.lifecycle import Health, OpsEndpoints, serve_asgi, watched
 from services.common.problems import install_problem_handlers
 from services.common.telemetry import setup_tracing
 from services.common.telemetry.asgi import TraceRequests
@@ -64,13 +64,15 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         await migrate(cfg.database_url, SCHEMA, _MIGRATIONS)
         database = engine(cfg.database_url, SCHEMA)
         stack.push_async_callback(database.dispose)
-        health.set_ready("database")
+        async with transaction(database) as session:
+            signatures.restore(await repository.signatures(session))
+        await stack.enter_async_context(watched(health, {"database": lambda: check_database(database)}))
         bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-drift"))
         relay = await stack.enter_async_context(OutboxRelay(database, Outbox, bus, clock))
         await stack.enter_async_context(WebhookSender(database, clock, metrics))
 
         app = FastAPI(title="Headrace drift", version="1")
-        app.include_router(routes(database, clock, limits.cadence))
+        app.include_router(routes(database, relay, clock, limits.cadence))
         install_problem_handlers(app)
         app.add_middleware(InternalAuth, token=cfg.internal_token)
         app.add_middleware(TraceRequests, tracing=tracing)
@@ -102,11 +104,18 @@ async def _keep_house(
         try:
             metrics.lag.set(await bus.lag(PREDICTIONS, GROUP))
             metrics.dead_letters.set(await bus.lag(dead_letters(PREDICTIONS, GROUP), REPLAY))
-            async with transaction(database) as session:
-                await repository.forget_old_claims(session, clock.now())
+            while await _forget_some(database, clock):
+                pass
         except HeadraceError as error:
             log.info("housekeeping_later", reason=error.message)
+        except Exception:
+            log.exception("housekeeping_failed")
         await asyncio.sleep(_HOUSEKEEPING.total_seconds())
+
+
+async def _forget_some(database: AsyncEngine, clock: Clock) -> int:
+    async with transaction(database) as session:
+        return await repository.forget_old(session, clock.now())
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.common.bus.port import Malformed, Record
 from services.common.clock import Clock
-from services.common.db import OutboxRelay, enqueue, transaction
+from services.common.db import OutboxRelay, transaction
 from services.common.errors import InvalidArgument
 from services.common.telemetry import Tracing, context_from_kafka
 from services.drift import repository
@@ -22,14 +23,16 @@ from services.drift.alerting import Persistence
 from services.drift.evaluation import Thresholds
 from services.drift.metrics import Metrics
 from services.drift.observations import Observations, observe
-from services.drift.recording import queue_deliveries, record_window, to_record
+from services.drift.recording import record_window, tell
 from services.drift.signatures import Signatures
 from services.drift.stream import Cadence, Stream, Window
-from services.drift.tables import AlertRow, Outbox
+from services.drift.tables import AlertRow
 
 log = structlog.get_logger(__name__)
 
+#: For all records of one delivery together; far below the time after which Kafka takes partitions away.
 _SIGNATURE_WAIT_S = 5.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ class PredictionConsumer:
     async def on_predictions(self, records: Sequence[Record]) -> None:
         """Count every record once. Raises Malformed for one that cannot be read; anything else is retried."""
         started = self._clock.unix_us()
-        seen = [await self._read(index, record) for index, record in enumerate(records)]
+        until = asyncio.get_running_loop().time() + _SIGNATURE_WAIT_S
+        seen = [await self._read(index, record, until) for index, record in enumerate(records)]
         counted = [item for item in seen if item is not None]
         if counted:
             changed = await self._count(counted)
@@ -83,22 +87,26 @@ class PredictionConsumer:
         self._metrics.records.inc(len(records))
         self._trace(records, started)
 
-    async def _read(self, index: int, record: Record) -> _Seen | None:
+    async def _read(self, index: int, record: Record, until: float) -> _Seen | None:
         try:
             batch = PredictionBatch.FromString(record.value or b"")
         except DecodeError as error:
             raise Malformed(index, "not a PredictionBatch") from error
-        if len(batch.batch_id) != 16 or not batch.model:
-            raise Malformed(index, "batch_id or model is missing")
+        if len(batch.batch_id) != 16:
+            raise Malformed(index, "batch_id is missing")
+        if not (_NAME.fullmatch(batch.model) and _NAME.fullmatch(batch.version)):
+            raise Malformed(index, "model or version is no name")
         if not batch.inputs:
             return None
-        signature = await self._signatures.wait_for(batch.model, batch.version, _SIGNATURE_WAIT_S)
+        signature = await self._signatures.wait_for(batch.model, batch.version, until)
         if signature is None:
             self._metrics.unknown_versions.inc()
             log.warning("version_unknown", model=batch.model, version=batch.version)
             return None
         try:
             observations = await asyncio.to_thread(observe, batch, signature)
+            if any("\0" in name for name in (*observations.numeric, *observations.categorical)):
+                raise Malformed(index, "a tensor's name holds a NUL")
         except (InvalidArgument, ValueError, IndexError) as error:
             raise Malformed(index, str(error)) from error
         return _Seen(batch.batch_id, batch.model, batch.version, batch.answered_at_us, observations)
@@ -116,8 +124,11 @@ class PredictionConsumer:
             # In a fixed order, so that two replicas never wait for each other's locks.
             for (model, version), observations in sorted(by_version.items(), key=lambda entry: entry[0]):
                 changed += await self._feed(session, model, version, observations)
-            await queue_deliveries(session, changed, now)
-            await enqueue(session, Outbox, [to_record(alert) for alert in changed])
+            learned = dict(self._signatures.unsaved)
+            await repository.store_signatures(session, learned)
+            await tell(session, changed, now)
+        for key in learned:
+            self._signatures.unsaved.pop(key, None)
         return changed
 
     async def _feed(

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.clock import Clock
-from services.common.db import transaction
+from services.common.db import OutboxRelay, transaction
 from services.common.errors import FailedPrecondition, NotFound
 from services.common.ids import id_text, new_id, parse_id
 from services.drift import repository
 from services.drift.detectors.sketches import QuantileSketch
 from services.drift.evaluation import Severity
-from services.drift.recording import alert_json
+from services.drift.recording import alert_json, tell
 from services.drift.sample import Sample
 from services.drift.schemas import ReferenceBody, WebhookBody
 from services.drift.stream import Cadence
@@ -29,11 +29,11 @@ _SHOWN_SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MAX_WEBHOOKS = 100
 
 
-def routes(engine: AsyncEngine, clock: Clock, cadence: Cadence) -> APIRouter:
+def routes(engine: AsyncEngine, relay: OutboxRelay, clock: Clock, cadence: Cadence) -> APIRouter:
     """All routes under /v1/drift."""
     router = APIRouter(prefix="/v1/drift", tags=["drift"])
     _add_models(router, engine, cadence)
-    _add_references(router, engine, clock)
+    _add_references(router, engine, relay, clock)
     _add_alerts(router, engine, clock)
     _add_webhooks(router, engine, clock)
     return router
@@ -68,7 +68,7 @@ def _add_models(router: APIRouter, engine: AsyncEngine, cadence: Cadence) -> Non
         return {"model": model, "version": version, "windows": [_window_json(row) for row in found]}
 
 
-def _add_references(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
+def _add_references(router: APIRouter, engine: AsyncEngine, relay: OutboxRelay, clock: Clock) -> None:
     path = "/models/{model}/versions/{version}/reference"
 
     @router.get(path)
@@ -98,7 +98,8 @@ def _add_references(router: APIRouter, engine: AsyncEngine, clock: Clock) -> Non
             row = await repository.lock_stream(session, model, version, now)
             _replace(row, sample, "upload")
             row.reference_at = row.updated_at = now
-            await repository.forget_signals(session, model, version, now)
+            await tell(session, await repository.forget_signals(session, model, version, now), now)
+        relay.wake()
         return {"model": model, "version": version, "source": "upload", "rows": sample.rows}
 
     @router.delete(path, status_code=204)
@@ -110,7 +111,8 @@ def _add_references(router: APIRouter, engine: AsyncEngine, clock: Clock) -> Non
             row = await repository.lock_stream(session, model, version, now)
             _replace(row, None, "stream")
             row.reference_at, row.updated_at = None, now
-            await repository.forget_signals(session, model, version, now)
+            await tell(session, await repository.forget_signals(session, model, version, now), now)
+        relay.wake()
         return Response(status_code=204)
 
 

@@ -4,6 +4,7 @@ for all features with the false discovery rate held."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -14,7 +15,7 @@ from services.drift.detectors.features import decide
 from services.drift.detectors.ks import EFFECT_FLOOR, KsResult, ks_from_cumulative
 from services.drift.detectors.psi import PsiResult, psi_from_counts
 from services.drift.detectors.sketches import QuantileSketch
-from services.drift.sample import Sample
+from services.drift.sample import OTHER, Sample
 
 #: Points at which two sketches are compared: every half percent of either.
 _SHARES = np.linspace(0, 1, 201)
@@ -100,8 +101,18 @@ def _counts(sketch: QuantileSketch, cuts: np.ndarray[tuple[int], np.dtype[np.flo
 
 
 def _categorical_psi(reference: Counter[str], live: Counter[str]) -> PsiResult:
+    if OTHER in reference or OTHER in live:
+        # Each side kept the values it saw first; only those that both kept can be told apart on both.
+        kept = (reference.keys() & live.keys()) - {OTHER}
+        reference, live = _folded(reference, kept), _folded(live, kept)
     values = sorted(reference.keys() | live.keys())
     return psi_from_counts([reference[value] for value in values], [live[value] for value in values])
+
+
+def _folded(counts: Counter[str], kept: Set[str]) -> Counter[str]:
+    folded = Counter({value: counts[value] for value in kept})
+    folded[OTHER] = counts.total() - folded.total()
+    return folded
 
 
 def _ks(reference: QuantileSketch, live: QuantileSketch) -> KsResult:

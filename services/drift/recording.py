@@ -10,13 +10,14 @@ from headrace.v1.events_pb2 import DriftAlert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.common.bus.port import Record
+from services.common.db import enqueue
 from services.common.ids import id_text, new_id
 from services.common.topics import ALERTS
 from services.drift import repository
 from services.drift.alerting import Change, Decision, Finding, Persistence, Signal, decide, findings, sentence
 from services.drift.evaluation import FeatureReport, Severity, Thresholds
 from services.drift.stream import Window
-from services.drift.tables import AlertRow, DeliveryRow, SignalRow, WindowRow
+from services.drift.tables import AlertRow, DeliveryRow, Outbox, SignalRow, WindowRow
 
 
 async def record_window(
@@ -91,15 +92,17 @@ def _fill(alert: AlertRow, finding: Finding, window: Window, now: datetime) -> N
     alert.updated_at = now
 
 
-async def queue_deliveries(session: AsyncSession, alerts: list[AlertRow], now: datetime) -> None:
-    """One delivery per alert and webhook that wants it."""
+async def tell(session: AsyncSession, alerts: list[AlertRow], now: datetime) -> None:
+    """Every change of an alert goes to the webhooks that want it and to the topic, when the transaction
+    commits. Call it last (`enqueue`)."""
     for alert in alerts:
         for hook in await repository.webhooks(session, alert.model):
             body = alert_json(alert)
             session.add(DeliveryRow(webhook_id=hook.webhook_id, body=body, attempts=0, next_at=now))
+    await enqueue(session, Outbox, [_to_record(alert) for alert in alerts])
 
 
-def to_record(alert: AlertRow) -> Record:
+def _to_record(alert: AlertRow) -> Record:
     """The alert as it stands on drift.alerts.v1. A resolved one has no severity."""
     event = DriftAlert(
         alert_id=alert.alert_id,

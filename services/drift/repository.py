@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import delete, func, or_, select
+from headrace.v1.tensor_pb2 import Signature
+from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
 
 from services.common.errors import NotFound
 from services.drift.sample import Sample
 from services.drift.stream import Stream
-from services.drift.tables import AlertRow, ClaimRow, DeliveryRow, SignalRow, StreamRow, WebhookRow, WindowRow
+from services.drift.tables import (
+    AlertRow,
+    ClaimRow,
+    DeliveryRow,
+    SignalRow,
+    SignatureRow,
+    StreamRow,
+    WebhookRow,
+    WindowRow,
+)
 
 #: Windows kept per model version.
 KEPT_WINDOWS = 1000
 
 #: Longer than Kafka redelivers anything.
 KEPT_CLAIMS = timedelta(days=14)
+KEPT_DONE = timedelta(days=30)
+KEPT_ALERTS = timedelta(days=365)
+
+#: Rows of each kind that one call of `forget_old` drops at most.
+FORGOTTEN_AT_ONCE = 10_000
 
 MAX_LISTED = 500
 
@@ -31,9 +48,43 @@ async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: dateti
     return set((await session.scalars(statement)).all())
 
 
-async def forget_old_claims(session: AsyncSession, now: datetime) -> None:
-    """Drop claims that no redelivery can reach any more."""
-    await session.execute(delete(ClaimRow).where(ClaimRow.claimed_at < now - KEPT_CLAIMS))
+async def forget_old(session: AsyncSession, now: datetime) -> int:
+    """Drop some claims that no redelivery can reach any more, deliveries long done and alerts long ended.
+
+    Gives how many rows; called until that is none, so that no statement runs for long.
+    """
+    done = DeliveryRow.delivered_at < now - KEPT_DONE
+    ended = AlertRow.resolved_at < now - KEPT_ALERTS
+    counts = [
+        await _delete_some(session, ClaimRow.batch_id, ClaimRow.claimed_at < now - KEPT_CLAIMS),
+        await _delete_some(session, DeliveryRow.id, done),
+        await _delete_some(session, AlertRow.alert_id, ended),
+    ]
+    return sum(counts)
+
+
+async def _delete_some(
+    session: AsyncSession, key: InstrumentedAttribute[Any], old: ColumnElement[bool]
+) -> int:
+    some = select(key).where(old).limit(FORGOTTEN_AT_ONCE)
+    dropped = await session.execute(delete(key.class_).where(key.in_(some)).returning(key))
+    return len(dropped.all())
+
+
+async def signatures(session: AsyncSession) -> Sequence[tuple[str, str, bytes]]:
+    """Model, version and signature of everything that was ever served."""
+    rows = await session.execute(select(SignatureRow.model, SignatureRow.version, SignatureRow.signature))
+    return [(model, version, signature) for model, version, signature in rows]
+
+
+async def store_signatures(session: AsyncSession, signatures: Mapping[tuple[str, str], Signature]) -> None:
+    """Keep `signatures`; those that are kept already stay as they are."""
+    rows = [
+        {"model": model, "version": version, "signature": signature.SerializeToString()}
+        for (model, version), signature in sorted(signatures.items(), key=lambda item: item[0])
+    ]
+    if rows:
+        await session.execute(insert(SignatureRow).values(rows).on_conflict_do_nothing())
 
 
 async def lock_stream(session: AsyncSession, model: str, version: str, now: datetime) -> StreamRow:
@@ -109,14 +160,16 @@ async def signals(session: AsyncSession, model: str, version: str) -> dict[tuple
     return {(row.feature, row.detector): row for row in await session.scalars(found)}
 
 
-async def forget_signals(session: AsyncSession, model: str, version: str, now: datetime) -> None:
-    """With a new reference nothing that was remembered holds; open alerts end."""
+async def forget_signals(session: AsyncSession, model: str, version: str, now: datetime) -> list[AlertRow]:
+    """With a new reference nothing that was remembered holds; gives the open alerts, which end by it."""
     await session.execute(delete(SignalRow).where(SignalRow.model == model, SignalRow.version == version))
     open_alerts = select(AlertRow).where(
         AlertRow.model == model, AlertRow.version == version, AlertRow.resolved_at.is_(None)
     )
-    for alert in await session.scalars(open_alerts):
+    ended = list(await session.scalars(open_alerts))
+    for alert in ended:
         alert.resolved_at = alert.updated_at = now
+    return ended
 
 
 async def alerts(

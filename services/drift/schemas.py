@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from ipaddress import ip_address
 from typing import Annotated, Any
 
-from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from services.drift.observations import Observations
 
@@ -54,3 +55,15 @@ class WebhookBody(Strict):
 
     url: AnyHttpUrl
     model: Annotated[str | None, Field(max_length=63)] = None
+
+    @field_validator("url")
+    @classmethod
+    def _no_metadata_service(cls, url: AnyHttpUrl) -> AnyHttpUrl:
+        """Addresses that only machines use to talk to themselves or their cloud are nobody's webhook."""
+        try:
+            address = ip_address((url.host or "").strip("[]"))
+        except ValueError:
+            return url
+        if address.is_link_local or address.is_multicast or address.is_unspecified:
+            raise ValueError("link-local, multicast and unspecified addresses are not taken")
+        return url

@@ -26,8 +26,9 @@ class Settings(ServiceSettings, DatabaseSettings):
     drift_window_panes: Count = 2
     drift_psi_warning: Annotated[float, Field(gt=0)] = 0.1
     drift_psi_critical: Annotated[float, Field(gt=0)] = 0.2
-    #: Windows in a row before an alert opens, and calm ones before it ends.
-    drift_alert_after: Count = 2
+    #: Windows in a row before an alert opens, and calm ones before it ends. One pane lies in as many windows
+    #: in a row as a window has panes: with one more than that, no single pane can open an alert.
+    drift_alert_after: Count = 3
     drift_resolve_after: Count = 3
 
     def limits(self) -> Limits:

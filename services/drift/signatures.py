@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 
 from headrace.v1.control_pb2 import ServingConfig
 from headrace.v1.tensor_pb2 import Signature
 
+VersionKey = tuple[str, str]
+
+_MAX_GIVEN_UP = 10_000
+
 
 class Signatures:
     """Follows control.deployments.v1. A version that is no longer served stays known: records of it may
-    still be on their way."""
+    still be on their way, after a restart too, which is why what is new here is kept in the database."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], Signature] = {}
+        self._known: dict[VersionKey, Signature] = {}
+        #: Learned from the topic and not stored yet.
+        self.unsaved: dict[VersionKey, Signature] = {}
+        self._given_up: set[VersionKey] = set()
         self._changed = asyncio.Event()
 
+    def restore(self, stored: Iterable[tuple[str, str, bytes]]) -> None:
+        """Take what an earlier process stored."""
+        for model, version, signature in stored:
+            self._known[model, version] = Signature.FromString(signature)
+
     def apply(self, _key: bytes, value: bytes | None) -> None:
-        """Take one record of the topic."""
+        """Take one record of the topic. A version's signature never changes."""
         if value is None:
             return
         config = ServingConfig.FromString(value)
         for served in config.versions:
-            self._known[config.model, served.version] = served.signature
+            key = (config.model, served.version)
+            if key not in self._known:
+                self._known[key] = self.unsaved[key] = served.signature
         self._changed.set()
 
     def find(self, model: str, version: str) -> Signature | None:
         """None for a version that was never served as far as is known here."""
         return self._known.get((model, version))
 
-    async def wait_for(self, model: str, version: str, within_s: float) -> Signature | None:
-        """The signature, once it is known; None after `within_s`. A prediction can overtake its deployment,
-        since the two travel on different topics."""
+    async def wait_for(self, model: str, version: str, until: float) -> Signature | None:
+        """The signature, once it is known; None after `until` (event loop time).
+
+        A prediction can overtake its deployment, since the two travel on different topics. A version that
+        was waited for in vain is not waited for again: a backlog of it must not hold up everything else.
+        """
+        key = (model, version)
         try:
-            async with asyncio.timeout(within_s):
-                while (found := self.find(model, version)) is None:
+            async with asyncio.timeout_at(until):
+                while (found := self._known.get(key)) is None:
+                    if key in self._given_up:
+                        return None
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
+            if len(self._given_up) >= _MAX_GIVEN_UP:
+                self._given_up.clear()
+            self._given_up.add(key)
             return None
         return found

@@ -44,6 +44,17 @@ class StreamRow(Tables):
     updated_at: Mapped[datetime]
 
 
+class SignatureRow(Tables):
+    """The signature of every version that was ever served: its records may come when it no longer is."""
+
+    __tablename__ = "signatures"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(primary_key=True)
+    #: Serialized headrace.v1.Signature.
+    signature: Mapped[bytes]
+
+
 class WindowRow(Tables):
     """One comparison, with what every detector said of every feature."""
 

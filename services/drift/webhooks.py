@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import structlog
@@ -16,12 +16,13 @@ from services.common.db import transaction
 from services.common.errors import HeadraceError
 from services.drift import repository
 from services.drift.metrics import Metrics
-from services.drift.tables import DeliveryRow, WebhookRow
+from services.drift.tables import DeliveryRow
 
 log = structlog.get_logger(__name__)
 
 _POST_S = 5.0
 _POLL_S = 1.0
+_LEASE = timedelta(seconds=30)
 _AT_ONCE = 8
 _MAX_ATTEMPTS = 24
 _CLOSE_S = 6.0
@@ -58,34 +59,50 @@ class WebhookSender:
             await self._client.aclose()
 
     async def send_due(self) -> int:
-        """Post what is due, several at once; gives how many were tried. Locks keep replicas apart."""
+        """Post what is due, several at once; gives how many were tried.
+
+        What is taken is put off for 30 s first, so that no transaction waits for a webhook and no other
+        replica posts the same; a crash in between only delays it.
+        """
         async with transaction(self._engine) as session:
-            now = self._clock.now()
-            due = await repository.due_deliveries(session, now, _AT_ONCE)
-            hooks = {hook.webhook_id: hook for hook in await repository.webhooks(session)} if due else {}
-            await asyncio.gather(*(self._send(row, hooks[row.webhook_id]) for row in due))
             self._metrics.open_alerts.set(await repository.open_alert_count(session))
+            due = await repository.due_deliveries(session, self._clock.now(), _AT_ONCE)
+            urls = {hook.webhook_id: hook.url for hook in await repository.webhooks(session)} if due else {}
+            for row in due:
+                row.attempts += 1
+                row.next_at = self._clock.now() + _LEASE
+        errors = await asyncio.gather(*(self._post(urls[row.webhook_id], row.body) for row in due))
+        if due:
+            async with transaction(self._engine) as session:
+                for row, error in zip(due, errors, strict=True):
+                    # Gone where its webhook was removed meanwhile.
+                    kept = await session.get(DeliveryRow, row.id)
+                    if kept is not None:
+                        self._settle(kept, urls[row.webhook_id], error)
         return len(due)
 
-    async def _send(self, row: DeliveryRow, hook: WebhookRow) -> None:
+    async def _post(self, url: str, body: dict[str, Any]) -> str | None:
+        """None where the webhook took it, else what went wrong."""
         assert self._client is not None  # noqa: S101 - entered before anything is sent
-        row.attempts += 1
         try:
             # httpx's own timeouts are per read; a webhook that drips must not hold the others.
             async with asyncio.timeout(_POST_S):
-                answer = await self._client.post(hook.url, json=row.body)
-            row.error = None if answer.is_success else f"answered {answer.status_code}"
+                answer = await self._client.post(url, json=body)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError) as error:
-            row.error = type(error).__name__
+            return type(error).__name__
+        return None if answer.is_success else f"answered {answer.status_code}"
+
+    def _settle(self, row: DeliveryRow, url: str, error: str | None) -> None:
         now = self._clock.now()
-        if row.error is None:
+        row.error = error
+        if error is None:
             row.delivered_at = now
         elif row.attempts >= _MAX_ATTEMPTS:
-            row.delivered_at, row.error = now, f"given up: {row.error}"
-            log.error("webhook_given_up", url=hook.url, reason=row.error)
+            row.delivered_at, row.error = now, f"given up: {error}"
+            log.error("webhook_given_up", url=url, reason=error)
         else:
             row.next_at = now + timedelta(seconds=min(2 ** (row.attempts - 1), 3600))
-        self._metrics.deliveries.labels("delivered" if row.error is None else "failed").inc()
+        self._metrics.deliveries.labels("delivered" if error is None else "failed").inc()
 
     async def _run(self) -> None:
         while not self._stop.is_set():
@@ -94,6 +111,8 @@ class WebhookSender:
                     pass
             except HeadraceError as error:
                 log.warning("webhooks_wait", reason=error.message)
+            except Exception:
+                log.exception("webhooks_failed")
             try:
                 async with asyncio.timeout(_POLL_S):
                     await self._stop.wait()

@@ -69,6 +69,7 @@ async def running(database_url: str, bootstrap: str) -> AsyncIterator[httpx.Asyn
         drift_reference_rows=200,
         drift_pane_rows=100,
         drift_window_panes=1,
+        drift_alert_after=2,
         drift_resolve_after=2,
     )
     async with drift_app(cfg, SystemClock()) as service:
@@ -183,11 +184,38 @@ async def test_bad_input_names_the_field(database_url: str, kafka_bootstrap: str
         assert "differ in length" in uneven.json()["detail"]
         url = await client.post("/v1/drift/webhooks", json={"url": "file:///etc/passwd"})
         assert (url.status_code, url.json()["field"]) == (422, "url")
+        inner = await client.post("/v1/drift/webhooks", json={"url": "http://169.254.169.254/latest"})
+        assert (inner.status_code, inner.json()["field"]) == (422, "url")
         assert (await client.get("/v1/drift/models/none")).status_code == 404
         assert (await client.get("/v1/drift/alerts?limit=0")).status_code == 422
         stranger = await client.get("/v1/drift/alerts", headers={"authorization": "Bearer wrong"})
         assert stranger.status_code == 401
         assert (await client.get("/metrics", headers={"authorization": ""})).status_code == 200
+
+
+async def test_a_version_that_is_no_longer_served_is_still_read_and_an_unknown_one_holds_nothing_up(
+    database_url: str, new_tansu: Callable[[], TansuServer]
+) -> None:
+    broker = new_tansu()
+    await ensure_topics(broker.url, all_topics())
+    rng = np.random.default_rng(14)
+    async with KafkaBus(broker.url, "test") as bus:
+        async with running(database_url, broker.url) as client:
+            await bus.publish([config()])
+            await bus.publish([prediction(rng, 60)])
+            await until(client, "/v1/drift/models/cancer", lambda b: seen_rows(b) == 60)
+        await bus.publish([Record(DEPLOYMENTS.name, b"cancer", None)])
+        strangers = [Record(PREDICTIONS.name, b"cancer/1", renamed(prediction(rng, 1))) for _ in range(20)]
+        await bus.publish([*strangers, prediction(rng, 40)])
+        async with running(database_url, broker.url) as client:
+            # Twenty records of a version nobody knows cost one wait together, not one each.
+            await until(client, "/v1/drift/models/cancer", lambda b: seen_rows(b) == 100)
+
+
+def renamed(record: Record) -> bytes:
+    batch = PredictionBatch.FromString(record.value or b"")
+    batch.version = "77"
+    return batch.SerializeToString()
 
 
 async def test_a_record_that_cannot_be_read_goes_to_the_dead_letters(
@@ -204,11 +232,15 @@ async def test_a_record_that_cannot_be_read_goes_to_the_dead_letters(
 
         async with bus.consume(dead_letters(PREDICTIONS, "drift"), "test", on_dead):
             await bus.publish([config()])
-            await bus.publish([Record(PREDICTIONS.name, b"cancer/1", b"\xff\xff"), prediction(rng, 60)])
+            named = PredictionBatch.FromString(prediction(rng, 1).value or b"")
+            named.model = "can\0cer"
+            bad = [b"\xff\xff", named.SerializeToString()]
+            records = [Record(PREDICTIONS.name, b"cancer/1", value) for value in bad]
+            await bus.publish([*records, prediction(rng, 60)])
             body = await until(client, "/v1/drift/models/cancer", lambda b: seen_rows(b) == 60)
             assert body["model"] == "cancer"
             for _ in range(100):
-                if buried:
+                if len(buried) == 2:
                     break
                 await asyncio.sleep(0.1)
-    assert [record.value for record in buried] == [b"\xff\xff"]
+    assert [record.value for record in buried] == bad

@@ -6,5 +6,6 @@ from services.common.lifecycle.health import Health
 from services.common.lifecycle.ops import OpsEndpoints, ops_app
 from services.common.lifecycle.run import run, until_stopped
 from services.common.lifecycle.serving import serve_asgi
+from services.common.lifecycle.watch import watched
 
-__all__ = ["Fatal", "Health", "OpsEndpoints", "ops_app", "run", "serve_asgi", "until_stopped"]
+__all__ = ["Fatal", "Health", "OpsEndpoints", "ops_app", "run", "serve_asgi", "until_stopped", "watched"]

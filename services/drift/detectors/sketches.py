@@ -14,6 +14,8 @@ from services.drift.detectors.binning import finite
 #: k = 200 keeps the rank error of one query below 1.33% with 99% confidence, at about 2 KB.
 DEFAULT_K = 200
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class QuantileSketch:
     """KLL sketch (Karnin, Lang & Liberty 2016): quantiles of any floats within a known error of *rank*."""
@@ -35,7 +37,8 @@ class QuantileSketch:
 
     def update(self, values: ArrayLike) -> None:
         """Add values; NaN is left out."""
-        self._sketch.update(finite(values).astype(np.float32))
+        # The sketch holds single precision; what lies beyond, such as a sentinel, becomes the largest value.
+        self._sketch.update(np.clip(finite(values), -_LARGEST, _LARGEST).astype(np.float32))
 
     def merge(self, other: QuantileSketch) -> None:
         """Add everything that `other` has seen."""

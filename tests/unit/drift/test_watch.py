@@ -91,6 +91,37 @@ def test_the_first_rows_teach_then_panes_slide() -> None:
     assert (windows[-1].start_us, windows[-1].end_us) == (13, 16)
 
 
+def test_one_bad_pane_opens_no_alert() -> None:
+    rng = np.random.default_rng(6)
+    signals: dict[tuple[str, str], Signal] = {}
+    stream, cadence = Stream(), Cadence()
+    shifts = [0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
+    seen = [(rows(rng, cadence.pane_rows, shift), at) for at, shift in enumerate(shifts, start=1)]
+    loud = 0
+    for window in stream.feed(seen, cadence, THRESHOLDS):
+        for decision in decide(signals, findings(window, THRESHOLDS), Persistence()):
+            signals[decision.finding.feature, decision.finding.detector] = decision.signal
+            loud += decision.finding.severity > Severity.NONE
+            assert decision.change is None
+    assert loud >= 2  # it was seen, in both windows that hold the pane
+
+
+def test_sentinels_beyond_single_precision_are_values_like_others() -> None:
+    largest = float(np.finfo(np.float64).max)
+    before = sample(Observations(300, {"n": np.full(300, largest)}))
+    after = sample(Observations(300, {"n": np.repeat([largest, 1.0], 150)}))
+    (report,) = evaluate(before, after, THRESHOLDS)
+    assert report.psi_severity is Severity.CRITICAL
+
+
+def test_more_categories_than_are_kept_is_no_drift_by_itself() -> None:
+    rng = np.random.default_rng(7)
+    draws = [rng.choice(1000, 2000).astype(str).tolist() for _ in range(2)]
+    before, after = (sample(Observations(2000, {}, {"prediction": labels})) for labels in draws)
+    (report,) = evaluate(before, after, THRESHOLDS)
+    assert report.psi_severity is Severity.NONE
+
+
 def finding(severity: Severity) -> Finding:
     return Finding("b", "psi", severity, 0.3, 0.2, 0.05, 0.0)
 
