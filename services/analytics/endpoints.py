@@ -85,10 +85,10 @@ def routes(reader: Reader) -> APIRouter:
         return schemas.comparison_json(model, metric, found)
 
     @router.get("/predictions/{request_id}")
-    async def show_prediction(request_id: str) -> Json:
+    async def show_prediction(request_id: str, model: Name | None = None) -> Json:
         """What answered a request: model, version, artifact, variant, time, inputs and outputs where they are
-        logged; the outcomes that came for it; and every attempt it took."""
-        return schemas.prediction_json(await reader.find(parse_id(request_id)))
+        logged; the outcomes that came for it; and every attempt it took. With `model`, only of that one."""
+        return schemas.prediction_json(await reader.find(parse_id(request_id), model))
 
     @router.get("/query")
     async def recent_predictions(

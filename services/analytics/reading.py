@@ -125,8 +125,8 @@ class Reader:
 
         return await self._within_deadline(run)
 
-    async def find(self, request_id: bytes) -> Found:
-        """Everything about one request. Raises NotFound."""
+    async def find(self, request_id: bytes, model: str | None = None) -> Found:
+        """Everything about one request, of one model where it is given. Raises NotFound."""
         async with self._one_moment() as session:
             segments = await repository.segments_of_request(session, request_id)
             values = await repository.inbox_of_request(session, request_id)
@@ -135,6 +135,9 @@ class Reader:
         rows = await self._within_deadline(
             lambda _hold: queries.rows_of_request(paths, self._tables(values), request_id)
         )
+        if model is not None:
+            rows = [row for row in rows if row["model"] == model]
+            outcomes = [outcome for outcome in outcomes if outcome.model in (model, "")]
         if not rows:
             raise NotFound("No prediction with this request id has been seen yet.", field="request_id")
         return Found(rows, outcomes)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from services.common.lifecycle import serve_asgi
-from tests.fixtures.gateway import ADMIN, READ_ONLY, TOKEN, GatewayThread
+from tests.fixtures.gateway import ADMIN, READ_DIGITS, READ_ONLY, TOKEN, GatewayThread
 
 
 class Upstream:
@@ -112,6 +112,39 @@ def test_analytics_may_be_asked_by_readers_with_a_body(gateway: GatewayThread) -
     read = f"Bearer {READ_ONLY}"
     assert gateway.request("POST", "/v1/analytics/query", b"{}", authorization=read).status_code == 200
     assert gateway.request("POST", "/v1/drift/x", b"{}", authorization=read).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/models/digits/versions/1", 200),
+        ("/v1/deployments/digits", 200),
+        ("/v1/analytics/models/digits/compare?a=1&b=2", 200),
+        ("/v1/drift/models/digits/versions/1/windows", 200),
+        ("/v1/drift/alerts?model=digits", 200),
+        ("/v1/analytics/query?model=digits", 200),
+        ("/v1/analytics/predictions/0?model=digits", 200),
+        ("/v1/models/cancer", 403),
+        ("/v1/deployments/cancer", 403),
+        ("/v1/analytics/models/cancer", 403),
+        ("/v1/analytics/models/cancer?model=digits", 403),
+        ("/v1/analytics//models/digits", 403),
+        ("/v1/drift/models/cancer", 403),
+        ("/v1/drift/models/cancer?model=digits", 403),
+        ("/v1/drift/alerts", 403),
+        ("/v1/drift/alerts?model=digits&model=cancer", 403),
+        ("/v1/analytics/predictions/0", 403),
+        ("/v1/analytics/predictions/0?model=cancer", 403),
+        ("/v1/drift/webhooks?model=digits", 403),
+        ("/v1/keys", 403),
+        ("/v1/models", 403),
+    ],
+)
+def test_a_key_for_some_models_reads_nothing_about_others(
+    gateway: GatewayThread, path: str, status: int
+) -> None:
+    answer = gateway.request("GET", path, authorization=f"Bearer {READ_DIGITS}")
+    assert answer.status_code == status, answer.text
 
 
 def test_large_bodies_pass_in_pieces(gateway: GatewayThread) -> None:

@@ -219,6 +219,9 @@ async def check_prediction(client: httpx.AsyncClient) -> None:
     assert retried["artifact_digest"].startswith("sha256:")
     assert retried["outputs"]["label"] == {"datatype": "INT64", "row_shape": [], "data": [1]}
     assert {one["metric"] for one in retried["outcomes"]} == {"label", "revenue"}
+    found = f"/v1/analytics/predictions/{id_text(request_id(7))}"
+    assert (await client.get(found, params={"model": "cancer"})).status_code == 200
+    assert (await client.get(found, params={"model": "digits"})).status_code == 404
     missing = await client.get(f"/v1/analytics/predictions/{id_text(request_id(5000))}")
     assert missing.status_code == 404
     assert missing.json()["field"] == "request_id"

@@ -6,7 +6,7 @@ installation's credential and who asked, never the caller's key.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -17,10 +17,23 @@ from starlette.responses import Response, StreamingResponse
 
 from services.common.clock import Clock
 from services.common.credential import bearer
-from services.common.errors import DeadlineExceeded, NotFound, Unavailable
+from services.common.errors import DeadlineExceeded, NotFound, PermissionDenied, Unavailable
 from services.common.telemetry import current_context, traceparent
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.rest.door import authenticated
+
+#: Where a path names a model, and those that take it from the query; `{}` is any one segment.
+_BY_PATH = (
+    ("v1", "models", "{}"),
+    ("v1", "deployments", "{}"),
+    ("v1", "analytics", "models", "{}"),
+    ("v1", "drift", "models", "{}"),
+)
+_BY_QUERY = (
+    ("v1", "analytics", "query"),
+    ("v1", "analytics", "predictions", "{}"),
+    ("v1", "drift", "alerts"),
+)
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _RETRY_MS = 1000
@@ -93,9 +106,32 @@ def _handler(client: httpx.AsyncClient, service: Upstream, keys: KeyRing, clock:
     async def passed_on(request: Request) -> Response:
         scope = Scope.READ if request.method in ("GET", "HEAD") else service.writes
         caller = authenticated(request, keys, scope, clock.monotonic())
+        require_models(caller, request.url.path, request.query_params.getlist("model"))
         return await _forward(client, service, request, caller)
 
     return passed_on
+
+
+def require_models(caller: Key, path: str, asked: Sequence[str]) -> None:
+    """Raise PermissionDenied where the caller's key is for some models and what it asks for is not about one
+    of these. `asked` are the query's models, which count only where the path takes its model from there."""
+    if not caller.models:
+        return
+    segments = path.removeprefix("/").split("/")
+    named = next((segments[len(form) - 1] for form in _BY_PATH if _starts(segments, form)), None)
+    if named is None and any(len(segments) == len(form) and _starts(segments, form) for form in _BY_QUERY):
+        for model in asked:
+            caller.require_model(model)
+        named = asked[0] if asked else None
+    if named is None:
+        raise PermissionDenied("This key is for some models only; ask about one of them.", field="model")
+    caller.require_model(named)
+
+
+def _starts(segments: Sequence[str], form: Sequence[str]) -> bool:
+    return len(segments) >= len(form) and all(
+        wanted in (found, "{}") for found, wanted in zip(segments, form, strict=False)
+    )
 
 
 async def _forward(client: httpx.AsyncClient, service: Upstream, request: Request, caller: Key) -> Response:

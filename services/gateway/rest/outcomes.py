@@ -46,7 +46,8 @@ _many = msgspec.json.Decoder(list[OutcomeBody])
 
 def parse_outcomes(body: bytes, now_us: int, caller: Key) -> list[Outcome]:
     """One outcome or a list of them. Raises InvalidArgument naming the field (`[3].label`), MalformedBody,
-    and PermissionDenied for a model that the caller's key is not for; a key for some models has to name one."""
+    and PermissionDenied for a model that the caller's key is not for: a key for some models has to name one.
+    """
     listed = body.lstrip(b" \t\r\n")[:1] == b"["
     try:
         given = _many.decode(body) if listed else [_one.decode(body)]
