@@ -72,6 +72,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         health.set_ready("artifact_store")
         bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-analytics"))
 
+        await signatures.load(database)
         files = SegmentFiles(store, cfg.state_dir / "analytics" / "segments")
         writer = SegmentWriter(store, signatures, clock, metrics)
         spill = cfg.state_dir / "analytics" / "spill"
@@ -92,7 +93,9 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         except Unavailable as error:
             log.warning("deployments_late", reason=error.message)
         health.set_ready("deployments")
-        await stack.enter_async_context(Flusher(database, writer, files, store, sizes, clock, metrics))
+        await stack.enter_async_context(
+            Flusher(database, writer, files, store, signatures, sizes, clock, metrics)
+        )
         consumers = Consumers(database, writer, sizes, clock, tracing, metrics)
         await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumers.on_predictions))
         await stack.enter_async_context(bus.consume(OUTCOMES, GROUP, consumers.on_outcomes))

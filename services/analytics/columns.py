@@ -110,9 +110,10 @@ def layout(batch: PredictionBatch) -> str:
     return ",".join(parts)
 
 
-def to_table(batches: Sequence[PredictionBatch], prediction_output: str = "") -> pa.Table:
+def to_table(batches: Sequence[PredictionBatch], prediction_output: str | None = "") -> pa.Table:
     """Records of one layout as one table. `prediction_output` names the output that holds the answer (empty:
-    the first). A payload that does not fit its requests is left out, never its requests.
+    the first; None: not known, so no answer is taken from any). A payload that does not fit its requests is
+    left out, never its requests.
     """
     counts = np.array([len(batch.request_ids) // 16 for batch in batches], dtype=np.int64)
     total = int(counts.sum())
@@ -135,9 +136,10 @@ def to_table(batches: Sequence[PredictionBatch], prediction_output: str = "") ->
     answered = Answered.of(counts, numbers["code"] == Code.CODE_OK, numbers["rows"].astype(np.int64))
     inputs = tensors_by_name([batch.inputs for batch in batches], answered)
     outputs = tensors_by_name([batch.outputs for batch in batches], answered)
-    columns["predicted"], columns["predicted_text"] = predictions(
-        outputs.get(prediction_output) if prediction_output else next(iter(outputs.values()), None), answered
-    )
+    answer = None
+    if prediction_output is not None:
+        answer = outputs.get(prediction_output) if prediction_output else next(iter(outputs.values()), None)
+    columns["predicted"], columns["predicted_text"] = predictions(answer, answered)
     table = pa.table([columns[name] for name in CORE.names], schema=CORE)
     for kind, payload in (("input", inputs), ("output", outputs)):
         for name, tensor in payload.items():

@@ -69,9 +69,11 @@ class Consumers:
                     new.append((batch, record))
             rows = sum(len(batch.request_ids) // 16 for batch, _ in new)
             size = sum(len(record.value or b"") for _, record in new)
-            if rows >= self._sizes.direct_rows or size >= self._sizes.direct_bytes:
-                await self._writer.write(session, [batch for batch, _ in new], "direct")
-            elif new:
+            large = rows >= self._sizes.direct_rows or size >= self._sizes.direct_bytes
+            direct = [batch for batch, _ in new if large and self._writer.knows(batch.model, batch.version)]
+            if direct:
+                await self._writer.write(session, direct, "direct")
+            if len(direct) < len(new):
                 waiting = [
                     InboxRow(
                         batch_id=batch.batch_id,
@@ -83,6 +85,7 @@ class Consumers:
                         value=record.value,
                     )
                     for batch, record in new
+                    if not (large and self._writer.knows(batch.model, batch.version))
                 ]
                 await repository.add_to_inbox(session, waiting)
         self._count("predictions", len(records), len(records) - len(new))

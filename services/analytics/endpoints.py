@@ -47,6 +47,7 @@ def routes(reader: Reader) -> APIRouter:
             "requests": sum(row["requests"] for row in rows),
             "other_origins": others,
             "versions": versions,
+            "warnings": schemas.unmapped_warnings(accuracies),
         }
 
     @router.get("/models/{model}/compare")

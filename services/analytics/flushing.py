@@ -44,6 +44,8 @@ class Sizes:
     flush_rows: int = 5_000
     flush_bytes: int = 32 << 20
     flush_after_s: float = 10.0
+    #: So long the records of a version wait for its signature, which says where the answer stands.
+    signature_wait_s: float = 600.0
     segment_rows: int = 200_000
     join_segments: int = 8
 
@@ -58,8 +60,14 @@ class SegmentWriter:
         self._clock = clock
         self._metrics = metrics
 
+    def knows(self, model: str, version: str) -> bool:
+        """Whether it is known which output of the version is the answer. Objects are never written again, so
+        records of another version had better wait."""
+        return self._signatures.knows(model, version)
+
     async def write(self, session: AsyncSession, batches: Sequence[PredictionBatch], why: str) -> None:
-        """One object for each model version and layout among the records."""
+        """One object for each model version and layout among the records; without answers where it is not
+        known which output they are."""
         groups: dict[tuple[str, str, str], list[PredictionBatch]] = defaultdict(list)
         for batch in batches:
             groups[batch.model, batch.version, layout(batch)].append(batch)
@@ -92,11 +100,13 @@ class Flusher:
         writer: SegmentWriter,
         files: SegmentFiles,
         store: ArtifactStore,
+        signatures: Signatures,
         sizes: Sizes,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._engine = engine
+        self._signatures = signatures
         self._writer = writer
         self._files = files
         self._store = store
@@ -120,6 +130,7 @@ class Flusher:
     async def _run(self) -> None:
         while True:
             try:
+                await self._signatures.save(self._engine)
                 await self.flush_due()
                 await self.join_small()
                 await self.forget()
@@ -136,8 +147,13 @@ class Flusher:
             waiting = await repository.waiting(session)
         self._metrics.inbox_rows.set(sum(item.rows for item in waiting))
         due = self._clock.now() - timedelta(seconds=self._sizes.flush_after_s)
+        unknown_due = self._clock.now() - timedelta(seconds=self._sizes.signature_wait_s)
         flushed = 0
         for item in waiting:
+            if not self._signatures.knows(item.model, item.version):
+                if item.oldest > unknown_due:
+                    continue
+                log.warning("answers_left_out", model=item.model, version=item.version, rows=item.rows)
             full = item.rows >= self._sizes.flush_rows or item.size >= self._sizes.flush_bytes
             if full or item.oldest <= due:
                 at_once = max(1, item.records * self._sizes.flush_bytes // max(1, item.size))
@@ -192,7 +208,7 @@ def _up_to(rows: Sequence[SegmentRow], limit: int) -> list[SegmentRow]:
 
 
 def _encode_batches(
-    batches: Sequence[PredictionBatch], version: str, kind: str, output: str
+    batches: Sequence[PredictionBatch], version: str, kind: str, output: str | None
 ) -> tuple[Segment, bytes]:
     return encode(to_table(batches, output), version, kind, [batch.batch_id for batch in batches])
 

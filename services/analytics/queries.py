@@ -27,6 +27,9 @@ OUTCOMES = pa.schema(
     ]
 )
 
+#: The number that the predictions of a version use for a class.
+CLASSES = pa.schema([("version", pa.string()), ("name", pa.string()), ("number", pa.float64())])
+
 _ORIGINS = {1: "online", 2: "shadow", 3: "batch"}
 
 _LOGGED = (
@@ -60,14 +63,25 @@ CREATE TEMP TABLE outcomes AS SELECT request_id, metric, "row", number, text FRO
     FROM given
 ) WHERE place = 1;
 
+-- A label names a class, or is its number; predictions are either, too. Null: the label is no class of the
+-- version, or there is no prediction to hold it against.
 CREATE TEMP VIEW labelled AS
-SELECT *, CASE
-    WHEN predicted_text IS NOT NULL THEN
-        (predicted_text["row" + 1] = coalesce(text, number::VARCHAR))::DOUBLE
-    WHEN number IS NULL THEN 0.0
-    ELSE (predicted["row" + 1] = number)::DOUBLE END AS value
-FROM online JOIN outcomes USING (request_id)
-WHERE code = 0 AND metric = 'label' AND coalesce(len(predicted_text), len(predicted)) > "row";
+SELECT * EXCLUDE (label_text, label_number, answer, answer_text), CASE
+    WHEN answer_text IS NULL THEN
+        answer = coalesce(label_number, of_label.number, try_cast(label_text AS DOUBLE))
+    WHEN label_text IS NULL THEN coalesce(of_answer.number, try_cast(answer_text AS DOUBLE)) = label_number
+    WHEN of_label.number IS NULL AND version IN (FROM classes SELECT version) THEN NULL
+    ELSE answer_text = label_text END::DOUBLE AS value
+FROM (
+    SELECT online.*, outcomes.text AS label_text, outcomes.number AS label_number,
+           predicted["row" + 1] AS answer, predicted_text["row" + 1] AS answer_text
+    FROM online JOIN outcomes USING (request_id)
+    WHERE code = 0 AND metric = 'label' AND "row" < greatest(1, rows)
+)
+LEFT JOIN (SELECT version, name AS label_text, number FROM classes) AS of_label
+    USING (version, label_text)
+LEFT JOIN (SELECT version, name AS answer_text, number FROM classes) AS of_answer
+    USING (version, answer_text);
 """
 
 _SUMMARY = """
@@ -89,7 +103,8 @@ GROUP BY version, variant, metric ORDER BY version, variant, metric
 """
 
 _ACCURACIES = """
-SELECT version, variant, count(*) AS n, sum(value) AS correct FROM labelled
+SELECT version, variant, count(value) AS n, sum(value) AS correct, count(*) - count(value) AS unmapped
+FROM labelled
 GROUP BY version, variant ORDER BY version, variant
 """
 
@@ -133,6 +148,7 @@ class Snapshot:
     files: Sequence[str] = ()
     inbox: pa.Table | None = None
     outcomes: pa.Table = field(default_factory=OUTCOMES.empty_table)
+    classes: pa.Table = field(default_factory=CLASSES.empty_table)
     since_us: int = 0
     until_us: int = (1 << 63) - 1
 
@@ -174,6 +190,7 @@ def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnect
     core = CORE.empty_table() if snapshot.inbox is None else snapshot.inbox.select(CORE.names)
     connection.register("inbox", core)
     connection.register("given", snapshot.outcomes)
+    connection.register("classes", snapshot.classes)
     sources = ["inbox"]
     if snapshot.files:
         _set(connection, files=list(snapshot.files))
@@ -211,7 +228,8 @@ def outcome_means(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]
 
 
 def accuracies(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    """Per version and variant: labelled rows, and how many of them were predicted right."""
+    """Per version and variant: labelled rows, how many of them were predicted right, and how many more have a
+    label that is no class of the version or no prediction to hold it against (`unmapped`)."""
     return _dicts(connection, _ACCURACIES)
 
 

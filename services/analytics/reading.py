@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from services.analytics import queries, repository
 from services.analytics.columns import CORE, layout, parse, to_table
 from services.analytics.metrics import Metrics
-from services.analytics.queries import OUTCOMES, Snapshot
+from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
 from services.analytics.segments import SegmentFiles
 from services.analytics.signatures import Signatures
 from services.analytics.tables import OutcomeRow
@@ -86,7 +85,7 @@ class Reader:
                 raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
             said = await repository.outcomes_csv(session, model, metric) if outcomes else b""
         paths = await self._files.paths([segment.object for segment in segments])
-        numbers = self._signatures.class_numbers(model)
+        classes = [dict(zip(CLASSES.names, row, strict=True)) for row in self._signatures.classes(model)]
 
         def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> T:
             tables = self._tables(values)
@@ -97,7 +96,8 @@ class Reader:
             snapshot = Snapshot(
                 files=paths,
                 inbox=inbox,
-                outcomes=outcomes_table(said, numbers),
+                outcomes=outcomes_table(said),
+                classes=pa.Table.from_pylist(classes, CLASSES),
                 since_us=since_us or 0,
                 until_us=until_us if until_us is not None else (1 << 63) - 1,
             )
@@ -189,9 +189,8 @@ class Reader:
                 work.exception()  # the interrupt, seen
 
 
-def outcomes_table(csv: bytes, numbers: Mapping[str, float]) -> pa.Table:
-    """Outcomes from `repository.outcomes_csv`. Labels given as class names or as digits get the number that
-    predictions use for them."""
+def outcomes_table(csv: bytes) -> pa.Table:
+    """Outcomes from `repository.outcomes_csv`."""
     if not csv:
         return OUTCOMES.empty_table()
     table = pa_csv.read_csv(
@@ -205,11 +204,6 @@ def outcomes_table(csv: bytes, numbers: Mapping[str, float]) -> pa.Table:
             quoted_strings_can_be_null=False,
         ),
     ).combine_chunks()
-    texts = pc.dictionary_encode(table["text"]).combine_chunks()
-    known = pa.array([_number_of(text, numbers) for text in texts.dictionary.to_pylist()], pa.float64())
-    is_label = pc.equal(table["metric"], "label")
-    named = pc.if_else(is_label, known.take(texts.indices), pa.scalar(None, pa.float64()))
-    table = table.set_column(3, "number", pc.coalesce(table["number"], named))
     for place, name in enumerate(("event_id", "request_id")):
         table = table.set_column(place, name, _from_hex(table[name].combine_chunks()))
     return table.cast(OUTCOMES)
@@ -220,14 +214,3 @@ def _from_hex(texts: pa.Array) -> pa.Array:
     start, length = texts.offset * 32, len(texts) * 32
     digits = texts.buffers()[2].slice(start, length).to_pybytes().decode("ascii")
     return pa.Array.from_buffers(pa.binary(16), len(texts), [None, pa.py_buffer(bytes.fromhex(digits))])
-
-
-def _number_of(text: str | None, numbers: Mapping[str, float]) -> float | None:
-    if text is None:
-        return None
-    if text in numbers:
-        return numbers[text]
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.analytics.segments import Segment
-from services.analytics.tables import ClaimRow, InboxRow, OutcomeRow, SegmentRow
+from services.analytics.tables import ClaimRow, InboxRow, OutcomeRow, SegmentRow, SignatureRow
 
 #: Longer than Kafka redelivers anything, or a spool waits for a broker.
 KEPT_CLAIMS = timedelta(days=14)
@@ -200,6 +200,21 @@ async def forget_segments(session: AsyncSession, ids: Sequence[int]) -> None:
 async def forget_old_claims(session: AsyncSession, now: datetime) -> None:
     """Drop claims that no redelivery can reach any more."""
     await session.execute(delete(ClaimRow).where(ClaimRow.claimed_at < now - KEPT_CLAIMS))
+
+
+async def signatures(session: AsyncSession) -> list[SignatureRow]:
+    """Of every version that was ever served."""
+    return list((await session.scalars(select(SignatureRow))).all())
+
+
+async def keep_signature(session: AsyncSession, model: str, version: str, signature: bytes) -> None:
+    """Replaces the one that was kept before."""
+    row = insert(SignatureRow).values(model=model, version=version, signature=signature)
+    await session.execute(
+        row.on_conflict_do_update(
+            index_elements=[SignatureRow.model, SignatureRow.version], set_={"signature": signature}
+        )
+    )
 
 
 async def add_outcomes(session: AsyncSession, outcomes: Sequence[Outcome], now: datetime) -> int:

@@ -42,9 +42,14 @@ def version_json(row: Json, outcomes: list[Json], accuracy: Json | None) -> Json
         for metric in outcomes
         if metric["metric"] != "label"
     }
-    if accuracy is not None and accuracy["n"]:
-        correct, n = float(accuracy["correct"]), int(accuracy["n"])
-        shown["accuracy"] = {"n": n, "mean": correct / n, "interval": list(wilson(correct, n))}
+    if accuracy is not None:
+        correct, n = float(accuracy["correct"] or 0), int(accuracy["n"])
+        shown["accuracy"] = {
+            "n": n,
+            "mean": correct / n if n else None,
+            "interval": list(wilson(correct, n)) if n else None,
+            "unmapped": accuracy["unmapped"],
+        }
     return {
         "version": row["version"],
         "variant": row["variant"],
@@ -69,6 +74,16 @@ def version_json(row: Json, outcomes: list[Json], accuracy: Json | None) -> Json
         "first_at": instant(row["first_at_us"]),
         "last_at": instant(row["last_at_us"]),
     }
+
+
+def unmapped_warnings(accuracies: list[Json]) -> list[str]:
+    """One sentence for each version with labels that accuracy leaves out."""
+    return [
+        f"{one['unmapped']} labels of version {one['version']} are left out of accuracy: they name none of "
+        "its classes, or what it predicted is not in the log."
+        for one in accuracies
+        if one["unmapped"]
+    ]
 
 
 def comparison_json(model: str, metric: str, found: Comparison) -> Json:

@@ -55,6 +55,16 @@ class SegmentRow(TableBase):
     dropped_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 
 
+class SignatureRow(TableBase):
+    """What a version answers with, a `headrace.v1.Signature`."""
+
+    __tablename__ = "signatures"
+
+    model: Mapped[str] = mapped_column(Text, primary_key=True)
+    version: Mapped[str] = mapped_column(Text, primary_key=True)
+    signature: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class OutcomeRow(TableBase):
     """One outcome. `number` or `text` is set."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from headrace.v1.control_pb2 import ServedVersion, ServingConfig
 from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, Signature
+from headrace.v1.tensor_pb2 import Code, Signature, Tensor
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, TraceFlags
@@ -167,7 +167,8 @@ async def test_a_thousand_requests_count_a_thousand_whatever_is_redelivered(
     bootstrap = new_tansu().url
     await ensure_topics(bootstrap, all_topics())
     signature = Signature(prediction_output="label", classes=["benign", "malignant"])
-    config = ServingConfig(model="cancer", versions=[ServedVersion(version="1", signature=signature)])
+    served = [ServedVersion(version=version, signature=signature) for version in "123"]
+    config = ServingConfig(model="cancer", versions=served)
     async with KafkaBus(bootstrap, "test") as bus:
         await bus.publish([Record(DEPLOYMENTS.name, b"cancer", config.SerializeToString())])
         async with running(database_url, bootstrap, tmp_path, **LAZY) as client:
@@ -269,7 +270,10 @@ async def wired(
     files = SegmentFiles(store, folder / "cache")
     writer = SegmentWriter(store, signatures, clock, metrics)
     sizes = Sizes(direct_rows=direct_rows, flush_rows=1, join_segments=2)
-    flusher = Flusher(database, writer, files, store, sizes, clock, metrics)
+    signature = Signature(prediction_output="label", classes=["benign", "malignant"])
+    served = [ServedVersion(version=version, signature=signature) for version in "12"]
+    signatures.apply(b"cancer", ServingConfig(model="cancer", versions=served).SerializeToString())
+    flusher = Flusher(database, writer, files, store, signatures, sizes, clock, metrics)
     try:
         yield (
             Consumers(database, writer, sizes, clock, tracing, metrics),
@@ -356,6 +360,30 @@ async def test_what_the_database_refuses_is_buried_alone(database_url: str, tmp_
         assert await count(reader) == 8
         means = await reader.ask("cancer", queries.accuracies)
         assert [row["n"] for row in means] == [7]
+
+
+async def test_records_wait_for_the_signature_that_says_which_output_is_the_answer(
+    database_url: str, tmp_path: Path
+) -> None:
+    batch = prediction_batch(range(10), version="9")
+    batch.outputs.insert(0, Tensor(name="a", datatype=batch.outputs[0].datatype, shape=[10], data=bytes(80)))
+    labels = outcome_batch(*(outcome(n, "malignant" if n % 2 else "benign") for n in range(10)))
+    swapped = Signature(prediction_output="label", classes=["malignant", "benign"])
+    config = ServingConfig(model="cancer", versions=[ServedVersion(version="9", signature=swapped)])
+    async with wired(database_url, tmp_path) as (consumers, reader, flusher, _, _):
+        await consumers.on_predictions(records([batch]))
+        await consumers.on_outcomes([Record(OUTCOMES.name, bytes(16), labels.SerializeToString())])
+        assert await flusher.flush_due() == 0
+        (before,) = await reader.ask("cancer", queries.accuracies)
+        assert (before["n"], before["unmapped"]) == (0, 10)
+        reader._signatures.apply(b"cancer", config.SerializeToString())
+        await reader._signatures.save(reader._engine)
+        await flusher.flush_due()
+        (after,) = await reader.ask("cancer", queries.accuracies)
+        assert (after["n"], after["correct"], after["unmapped"]) == (10, 0.0, 0)
+    async with wired(database_url, tmp_path) as (_, reader, _, _, _):
+        await reader._signatures.load(reader._engine)
+        assert await reader.ask("cancer", queries.accuracies) == [after]
 
 
 async def test_a_question_that_takes_too_long_is_ended_and_the_next_one_answered(

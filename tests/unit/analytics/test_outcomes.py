@@ -24,7 +24,7 @@ def written(*rows: tuple[str, float | None, str | None]) -> bytes:
     return "".join(lines).encode()
 
 
-def test_labels_become_the_numbers_of_predictions_and_others_stay() -> None:
+def test_outcomes_come_as_they_were_written() -> None:
     table = outcomes_table(
         written(
             ("label", None, "malignant"),
@@ -34,9 +34,8 @@ def test_labels_become_the_numbers_of_predictions_and_others_stay() -> None:
             ("comment", None, "malignant"),
             ("label", None, ""),
         ),
-        {"benign": 0.0, "malignant": 1.0},
     )
-    assert table["number"].to_pylist() == [1.0, 1.0, 0.0, None, None, None]
+    assert table["number"].to_pylist() == [None, None, 0.0, None, None, None]
     assert table["text"].to_pylist() == ["malignant", "1", None, 'a, "b"\nc', "malignant", ""]
     assert table["request_id"].to_pylist() == [request_id(place) for place in range(6)]
     assert table["event_id"][1].as_py() == bytes(15) + b"\x01"
@@ -44,8 +43,8 @@ def test_labels_become_the_numbers_of_predictions_and_others_stay() -> None:
 
 
 def test_columns_without_any_value_keep_their_types() -> None:
-    assert outcomes_table(b"", {}).num_rows == 0
-    assert outcomes_table(written(("revenue", 2.5, None)), {})["number"].to_pylist() == [2.5]
+    assert outcomes_table(b"").num_rows == 0
+    assert outcomes_table(written(("revenue", 2.5, None)))["number"].to_pylist() == [2.5]
 
 
 @pytest.mark.parametrize(

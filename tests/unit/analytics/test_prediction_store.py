@@ -12,7 +12,8 @@ from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
 from services.analytics import queries
 from services.analytics.columns import CORE, layout, parse, to_table
-from services.analytics.queries import OUTCOMES, Snapshot
+from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
+from services.analytics.schemas import unmapped_warnings
 from services.analytics.segments import encode, object_name
 from services.common.errors import InvalidArgument
 from services.common.tensors import encode_bytes
@@ -167,7 +168,66 @@ def test_accuracy_is_per_row_and_leaves_out_rows_that_were_not_answered() -> Non
         (1, 1.0, None, 0, 1), (1, 1.0, None, 1, 2), (1, 1.0, None, 2, 3), (2, None, "unknown", 0, 4)
     )
     with queries.open_snapshot(Snapshot(inbox=core(batch), outcomes=outcomes)) as connection:
-        assert [(row["n"], row["correct"]) for row in queries.accuracies(connection)] == [(3, 1.0)]
+        assert [(row["n"], row["correct"]) for row in queries.accuracies(connection)] == [(2, 1.0)]
+        assert queries.accuracies(connection)[0]["unmapped"] == 1
+
+
+def classes(**versions: list[str]) -> pa.Table:
+    rows = [
+        {"version": version.removeprefix("v"), "name": name, "number": float(number)}
+        for version, names in versions.items()
+        for number, name in enumerate(names)
+    ]
+    return pa.Table.from_pylist(rows, CLASSES)
+
+
+def test_class_names_mean_the_number_that_each_version_uses() -> None:
+    """The same classes in another order: both versions are right about every label."""
+    batches = [
+        prediction_batch([1, 2], labels=[0, 1]),
+        prediction_batch([3, 4], labels=[1, 0], version="2"),
+        prediction_batch([5], version="3"),
+    ]
+    given = [(n, None, "benign" if n % 2 else "malignant", 0, 1) for n in range(1, 6)]
+    named = classes(v1=["benign", "malignant"], v2=["malignant", "benign"])
+    with queries.open_snapshot(
+        Snapshot(inbox=core(*batches), outcomes=said(*given), classes=named)
+    ) as connection:
+        found = {row["version"]: row for row in queries.accuracies(connection)}
+    assert [(row["n"], row["correct"]) for row in found.values()] == [(2, 2.0), (2, 2.0), (0, None)]
+    assert [row["unmapped"] for row in found.values()] == [0, 0, 1]
+    (warning,) = unmapped_warnings(list(found.values()))
+    assert "version 3" in warning
+
+
+@pytest.mark.parametrize(
+    ("label", "correct"),
+    [
+        ((None, "dog"), 1.0),
+        ((None, "cat"), 0.0),
+        ((None, "Dog"), None),
+        ((1.0, None), 1.0),
+        ((0.0, None), 0.0),
+    ],
+)
+def test_answers_that_are_texts_are_held_against_names_and_numbers(
+    label: tuple[float | None, str | None], correct: float | None
+) -> None:
+    words = prediction_batch([1], payload=False)
+    words.outputs.append(
+        Tensor(name="w", datatype=DataType.DATA_TYPE_BYTES, shape=[1], data=encode_bytes([b"dog"]))
+    )
+    snapshot = Snapshot(
+        inbox=core(words), outcomes=said((1, *label, 0, 1)), classes=classes(v1=["cat", "dog"])
+    )
+    with queries.open_snapshot(snapshot) as connection:
+        assert queries.accuracies(connection)[0]["correct"] == correct
+
+
+def test_no_answer_is_taken_from_a_version_whose_outputs_are_not_known() -> None:
+    table = to_table([prediction_batch([1, 2])], None)
+    assert table["predicted"].to_pylist() == [None, None]
+    assert "output:label" in table.column_names
 
 
 def test_time_bounds_are_half_open() -> None:
