@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
@@ -15,9 +16,9 @@ from open_inference.open_inference_pb2 import (
 
 from services.common.errors import InvalidArgument, Unimplemented
 from services.gateway.codecs import v2
-from services.gateway.codecs.explain import explain_element
+from services.gateway.codecs.explain import explain
 from services.gateway.codecs.tensors import pack_flat
-from services.gateway.datatypes import BY_NUMBER, BYTES
+from services.gateway.datatypes import BY_NUMBER
 from services.gateway.signature import InputSpec, ModelSignature
 
 #: The field of InferTensorContents that carries a datatype; FP16 and BF16 travel raw only.
@@ -35,7 +36,6 @@ _CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-_FLOATS = ("FP32", "FP64")
 
 
 def fill_request(request: PredictRequest, signature: ModelSignature, asked: ModelInferRequest) -> None:
@@ -102,12 +102,12 @@ def _typed(spec: InputSpec, shape: list[int], contents: InferTensorContents, whe
         raise InvalidArgument(
             f"{where} has {len(values)} {field} where shape {shape} asks for {count}.", field=where
         )
-    if spec.datatype is not BYTES and spec.datatype.name not in _FLOATS:
-        for index, value in enumerate(values):
-            explain_element(spec.datatype, value, f"{where}[{index}]")
-    return Tensor(
-        name=spec.name, datatype=spec.datatype.number, shape=shape, data=pack_flat(spec.datatype, values)
-    )
+    try:
+        data = pack_flat(spec.datatype, values)
+    except (struct.error, OverflowError):
+        explain(spec, values, (-1,), where)
+        raise
+    return Tensor(name=spec.name, datatype=spec.datatype.number, shape=shape, data=data)
 
 
 def _scalar(parameter: InferParameter) -> v2.Scalar:

@@ -11,25 +11,32 @@ Every error names its element: `inputs[3][7]`, `inputs.x`, `inputs.mean radius[5
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import msgspec
 from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument
-from services.gateway.codecs.explain import explain_element, json_name
+from services.gateway.codecs.explain import explain, explain_flat, json_name, wrong_element
 from services.gateway.codecs.tensors import (
     PARSE_ERRORS,
     malformed,
     parse_any,
+    tensor_from_column,
     tensor_from_flat,
     tensor_from_json,
-    tensor_from_value,
+    tensor_of,
+    tensor_of_rows,
 )
 from services.gateway.signature import InputSpec, ModelSignature
 
 _LIST, _OBJECT = b"["[0], b"{"[0]
 _SPACE = b" \t\r\n"
+_OBJECTS = frozenset({dict})
+#: What an error repeats of a name that the client made up.
+_MAX_NAME = 64
 
 _members: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -108,10 +115,7 @@ def _one_input(signature: ModelSignature, raw: msgspec.Raw | bytes, first: int, 
 def _listed(spec: InputSpec, raw: msgspec.Raw | bytes, first: int, path: str) -> Tensor:
     """A list for one input: its nested lists, or a plain column where each row is one element."""
     if first not in (_LIST, b"]"[0]) and spec.scalar_rows and len(spec.shape) == 2:
-        value = parse_any(raw, path)
-        for index, item in enumerate(value):
-            explain_element(spec.datatype, item, f"{path}[{index}]")
-        return tensor_from_flat(spec, raw, (len(value), 1), path)
+        return tensor_from_column(spec, raw, path)
     return tensor_from_json(spec, raw, path)
 
 
@@ -123,7 +127,7 @@ def _from_members(signature: ModelSignature, raw: msgspec.Raw | bytes, path: str
     if not members:
         raise InvalidArgument(f"{path} is empty.", field=path)
     columns = _columns(signature)
-    if columns and not any(name in signature.by_name for name in members):
+    if columns and signature.by_name.keys().isdisjoint(members):
         return _from_columns(signature, members, path)
     tensors = []
     for name in members:
@@ -146,28 +150,44 @@ def _from_members(signature: ModelSignature, raw: msgspec.Raw | bytes, path: str
 def _from_columns(signature: ModelSignature, members: dict[str, msgspec.Raw], path: str) -> list[Tensor]:
     """Named columns of the model's tabular input."""
     spec = signature.inputs[0]
+    try:
+        columns = [spec.flat_decoder.decode(members[name]) for name in spec.columns]
+    except (KeyError, *PARSE_ERRORS):
+        columns = []
+    lengths = set(map(len, columns))
+    if len(columns) == len(members) and len(lengths) == 1 and 0 not in lengths:
+        flat = list(chain.from_iterable(zip(*columns, strict=True)))
+        tensor = tensor_of_rows(spec, flat, len(columns[0]))
+        if tensor is not None:
+            return [tensor]
+    raise _wrong_columns(signature, members, path)
+
+
+def _wrong_columns(signature: ModelSignature, members: dict[str, msgspec.Raw], path: str) -> InvalidArgument:
+    """What is wrong with `members`, which are no columns of the model."""
+    spec = signature.inputs[0]
+    taken = frozenset(spec.columns)
     for name in members:
-        if name not in spec.columns:
-            raise _unknown(signature, name, path)
-    values, rows = [], -1
+        if name not in taken:
+            return _unknown(signature, name, path)
+    rows = -1
     for name in spec.columns:
         where = f"{path}.{name}"
         if name not in members:
-            raise InvalidArgument(f"{where} is missing.", field=where)
+            return InvalidArgument(f"{where} is missing.", field=where)
         column = parse_any(members[name], where)
         if not isinstance(column, list):
-            raise InvalidArgument(f"{where} must be a list, not {json_name(column)}.", field=where)
+            return InvalidArgument(f"{where} must be a list, not {json_name(column)}.", field=where)
         if rows not in (-1, len(column)):
-            raise InvalidArgument(
+            return InvalidArgument(
                 f"{where} has {len(column)} elements, the columns before {rows}.", field=where
             )
         rows = len(column)
-        for index, item in enumerate(column):
-            explain_element(spec.datatype, item, f"{where}[{index}]")
-        values.append(column)
+        if column:
+            explain_flat(spec, column, where)
     if rows == 0:
-        raise InvalidArgument(f"{path} is empty.", field=path)
-    return [tensor_from_value(spec, [list(row) for row in zip(*values, strict=True)], path)]
+        return InvalidArgument(f"{path} is empty.", field=path)
+    return InvalidArgument(f"{path} has {rows} rows where {spec.shape[0]} are expected.", field=path)
 
 
 def _from_objects(signature: ModelSignature, raw: msgspec.Raw | bytes, path: str) -> list[Tensor]:
@@ -175,42 +195,74 @@ def _from_objects(signature: ModelSignature, raw: msgspec.Raw | bytes, path: str
     head = rows[0]
     if "name" in head and "data" in head and "name" not in _columns(signature):
         return _from_named_tensors(signature, raw, path)
+    known = frozenset((*signature.by_name, *_columns(signature)))
+    if signature.batched and _OBJECTS.issuperset(map(type, rows)) and all(map(known.issuperset, rows)):
+        tensors = []
+        for spec in signature.inputs:
+            tensor = _of_row_objects(spec, rows)
+            if tensor is None:
+                break
+            tensors.append(tensor)
+        else:
+            return tensors
+    raise _wrong_objects(signature, known, rows, path)
+
+
+def _by_column(spec: InputSpec, head: dict[str, Any]) -> bool:
+    """Whether row objects that begin with `head` have a member for every column of `spec`."""
+    return _is_tabular(spec) and spec.name not in head
+
+
+def _of_row_objects(spec: InputSpec, rows: list[dict[str, Any]]) -> Tensor | None:
+    try:
+        if _by_column(spec, rows[0]):
+            chosen: Any = map(itemgetter(*spec.columns), rows)
+            flat = list(chosen if len(spec.columns) == 1 else chain.from_iterable(chosen))
+            return tensor_of_rows(spec, flat, len(rows))
+        return tensor_of(spec, [_row(spec, row[spec.name]) for row in rows])
+    except KeyError:
+        return None
+
+
+def _row(spec: InputSpec, value: Any) -> Any:
+    """A row of one element may be given without the list around it."""
+    return [value] if type(value) is not list and spec.scalar_rows and len(spec.shape) == 2 else value
+
+
+def _wrong_objects(
+    signature: ModelSignature, known: frozenset[str], rows: list[Any], path: str
+) -> InvalidArgument:
+    """What is wrong with `rows`, which are no row objects of the model."""
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             where = f"{path}[{index}]"
-            raise InvalidArgument(f"{where} must be an object, not {json_name(row)}.", field=where)
+            return InvalidArgument(f"{where} must be an object, not {json_name(row)}.", field=where)
     if not signature.batched:
-        raise InvalidArgument(f"{path} must be tensors: this model does not take rows.", field=path)
-    known = set(signature.by_name) | set(_columns(signature))
+        return InvalidArgument(f"{path} must be tensors: this model does not take rows.", field=path)
     for index, row in enumerate(rows):
-        for name in row:
-            if name not in known:
-                raise _unknown(signature, name, f"{path}[{index}]")
-    return [_from_row_objects(spec, rows, path) for spec in signature.inputs]
+        if not known.issuperset(row):
+            name = next(name for name in row if name not in known)
+            return _unknown(signature, name, f"{path}[{index}]")
+    for spec in signature.inputs:
+        by_column = _by_column(spec, rows[0])
+        for index, row in enumerate(rows):
+            for name in spec.columns if by_column else (spec.name,):
+                reason = _wrong_member(spec, row, name, by_column=by_column)
+                if reason is not None:
+                    where = f"{path}[{index}].{name}"
+                    return InvalidArgument(f"{where} {reason}.", field=where)
+        if not by_column:
+            explain(spec, [_row(spec, row[spec.name]) for row in rows], spec.shape, path)
+    return InvalidArgument(f"{path} are not the rows that this model takes.", field=path)
 
 
-def _from_row_objects(spec: InputSpec, rows: list[dict[str, Any]], path: str) -> Tensor:
-    values = []
-    by_column = _is_tabular(spec) and spec.name not in rows[0]
-    for index, row in enumerate(rows):
-        where = f"{path}[{index}]"
-        if by_column:
-            values.append([_element(spec, row, name, f"{where}.{name}") for name in spec.columns])
-        elif spec.name not in row:
-            raise InvalidArgument(f"{where}.{spec.name} is missing.", field=f"{where}.{spec.name}")
-        else:
-            value = row[spec.name]
-            if spec.scalar_rows and len(spec.shape) == 2 and not isinstance(value, list):
-                value = [_element(spec, row, spec.name, f"{where}.{spec.name}")]
-            values.append(value)
-    return tensor_from_value(spec, values, path)
-
-
-def _element(spec: InputSpec, row: dict[str, Any], name: str, path: str) -> Any:
+def _wrong_member(spec: InputSpec, row: dict[str, Any], name: str, *, by_column: bool) -> str | None:
     if name not in row:
-        raise InvalidArgument(f"{path} is missing.", field=path)
-    explain_element(spec.datatype, row[name], path)
-    return row[name]
+        return "is missing"
+    value = row[name]
+    if by_column or (spec.scalar_rows and len(spec.shape) == 2 and not isinstance(value, list)):
+        return wrong_element(spec.datatype, value)
+    return None
 
 
 def _from_named_tensors(signature: ModelSignature, raw: msgspec.Raw | bytes, path: str) -> list[Tensor]:
@@ -280,9 +332,8 @@ def _columns(signature: ModelSignature) -> tuple[str, ...]:
 def _unknown(signature: ModelSignature, name: str, path: str) -> InvalidArgument:
     names = _columns(signature) or tuple(signature.by_name)
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-    return InvalidArgument(
-        f"{path}.{name} is no input of this model, which takes {listed}.", field=f"{path}.{name}"
-    )
+    where = f"{path}.{name[:_MAX_NAME]}"
+    return InvalidArgument(f"{where} is no input of this model, which takes {listed}.", field=where)
 
 
 def _same_rows(signature: ModelSignature, tensors: list[Tensor], path: str) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument, MalformedBody
-from services.gateway.codecs.explain import explain, explain_flat
+from services.gateway.codecs.explain import explain, explain_flat, right_types
 from services.gateway.datatypes import BF16, BYTES, Datatype
 from services.gateway.signature import InputSpec
 
@@ -75,20 +75,55 @@ def tensor_from_json(spec: InputSpec, raw: bytes | msgspec.Raw, path: str) -> Te
     raise _misfit(spec, parse_any(raw, path), path)
 
 
-def tensor_from_value(spec: InputSpec, value: Any, path: str) -> Tensor:
-    """The same for lists that are parsed already; every element is checked."""
-    explain(spec, value, spec.shape, path)
-    flat, shape = _flatten(spec, value)
-    return Tensor(
-        name=spec.name, datatype=spec.datatype.number, shape=shape, data=pack_flat(spec.datatype, flat)
-    )
+def tensor_of(spec: InputSpec, value: Any) -> Tensor | None:
+    """Lists that are parsed already as the tensor `spec`; None where `value` does not fit."""
+    try:
+        flat, shape = _flatten(spec, value)
+        return _checked(spec, flat, shape)
+    except _Misfit:
+        return None
+
+
+def tensor_of_rows(spec: InputSpec, flat: list[Any], rows: int) -> Tensor | None:
+    """`flat` as a tensor of `rows` rows of `spec`'s columns; None where it does not fit."""
+    if spec.shape[0] not in (-1, rows):
+        return None
+    try:
+        return _checked(spec, flat, (rows, spec.shape[1]))
+    except _Misfit:
+        return None
+
+
+def _checked(spec: InputSpec, flat: list[Any], shape: tuple[int, ...]) -> Tensor:
+    if not right_types(spec.datatype, flat):
+        raise _Misfit
+    try:
+        data = pack_flat(spec.datatype, flat)
+    except (struct.error, OverflowError):
+        raise _Misfit from None
+    return Tensor(name=spec.name, datatype=spec.datatype.number, shape=shape, data=data)
+
+
+def tensor_from_column(spec: InputSpec, raw: bytes | msgspec.Raw, path: str) -> Tensor:
+    """The flat list `raw` as rows of one element each."""
+    return _from_flat(spec, raw, None, path)
 
 
 def tensor_from_flat(spec: InputSpec, raw: bytes | msgspec.Raw, shape: tuple[int, ...], path: str) -> Tensor:
     """The flat list `raw` as a tensor of `shape`, which the caller has checked against the signature."""
+    return _from_flat(spec, raw, shape, path)
+
+
+def _from_flat(spec: InputSpec, raw: bytes | msgspec.Raw, shape: tuple[int, ...] | None, path: str) -> Tensor:
     try:
         flat = spec.flat_decoder.decode(raw)
-        if len(flat) != prod(shape):
+        if shape is None:
+            shape = (len(flat), 1)
+            if spec.shape[0] not in (-1, len(flat)):
+                raise InvalidArgument(
+                    f"{path} has {len(flat)} elements where {spec.shape[0]} are expected.", field=path
+                )
+        elif len(flat) != prod(shape):
             raise InvalidArgument(
                 f"{path} has {len(flat)} elements where shape {list(shape)} asks for {prod(shape)}.",
                 field=path,
@@ -130,8 +165,11 @@ def _misfit(spec: InputSpec, value: Any, path: str) -> InvalidArgument:
     return InvalidArgument(f"{path} is not a tensor of {spec.datatype.name} {list(spec.shape)}.", field=path)
 
 
+_LISTS = frozenset({list})
+
+
 class _Misfit(Exception):
-    """Lists of unequal lengths, or of a length the signature does not allow."""
+    """Not lists, of unequal lengths, of a length the signature does not allow, or of the wrong elements."""
 
 
 def _flatten(spec: InputSpec, value: Any) -> tuple[list[Any], tuple[int, ...]]:
@@ -139,6 +177,8 @@ def _flatten(spec: InputSpec, value: Any) -> tuple[list[Any], tuple[int, ...]]:
     shape: list[int] = []
     level: list[Any] = [value]
     for wanted in spec.shape:
+        if not _LISTS.issuperset(map(type, level)):
+            raise _Misfit
         size = len(level[0])
         if (wanted not in (-1, size)) or size == 0 or any(len(item) != size for item in level):
             raise _Misfit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from typing import Any
 
 import msgspec
@@ -108,6 +109,44 @@ def test_the_wrong_element_is_named(signature: ModelSignature, text: str, field:
         tensors_of_inputs(signature, text.encode())
     assert raised.value.field == field
     assert field in raised.value.message
+
+
+MANY = 4000
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"age": [1.5] * MANY, "income": [2] * MANY},
+        [{"age": 1.5, "income": 2}] * MANY,
+        {"age": [1.5] * MANY, "income": [2] * (MANY - 1) + ["a"]},
+        {"age": [1.5] * MANY, "income": [2] * (MANY - 1) + [1e39]},
+    ],
+)
+def test_work_in_python_does_not_grow_with_columns_and_rows(inputs: Any) -> None:
+    """A loop per element would hold up every other request for as long as the body is large."""
+    raw, events, field = json.dumps(inputs).encode(), 0, None
+
+    def count(_frame: Any, _event: str, _argument: Any) -> None:
+        nonlocal events
+        events += 1
+
+    sys.setprofile(count)
+    try:
+        tensors_of_inputs(TABLE, raw)
+    except InvalidArgument as error:
+        field = error.field
+    finally:
+        sys.setprofile(None)
+    assert field in (None, f"inputs.income[{MANY - 1}]")
+    assert 0 < events < MANY / 4
+
+
+def test_errors_do_not_repeat_endless_names() -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        tensors_of_inputs(TABLE, json.dumps({"a" * 100_000: 1}).encode())
+    assert len(raised.value.message) < 1000
+    assert raised.value.field == "inputs." + "a" * 64
 
 
 def test_single_input_errors_have_no_row_index() -> None:
