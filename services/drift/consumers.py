@@ -5,26 +5,27 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import structlog
 from google.protobuf.message import DecodeError
 from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Signature
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.common.bus.port import Malformed, Record
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, transaction
-from services.common.errors import InvalidArgument
 from services.common.telemetry import Tracing, context_from_kafka
 from services.drift import repository
 from services.drift.alerting import Persistence
 from services.drift.evaluation import Thresholds
 from services.drift.metrics import Metrics
-from services.drift.observations import Observations, observe
+from services.drift.reading import Numbered, observe_all
 from services.drift.recording import record_window, tell
-from services.drift.signatures import Signatures
+from services.drift.signatures import Signatures, VersionKey
 from services.drift.stream import Cadence, Stream, Window
 from services.drift.tables import AlertRow
 
@@ -42,15 +43,6 @@ class Limits:
     cadence: Cadence
     thresholds: Thresholds
     persistence: Persistence
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    batch_id: bytes
-    model: str
-    version: str
-    at_us: int
-    observations: Observations
 
 
 class PredictionConsumer:
@@ -73,72 +65,79 @@ class PredictionConsumer:
         self._clock = clock
         self._tracing = tracing
         self._metrics = metrics
+        #: Streams as they were committed last, with the time in their row; a row changed elsewhere is read.
+        self._streams: dict[VersionKey, tuple[datetime, Stream]] = {}
 
     async def on_predictions(self, records: Sequence[Record]) -> None:
         """Count every record once. Raises Malformed for one that cannot be read; anything else is retried."""
         started = self._clock.unix_us()
-        until = asyncio.get_running_loop().time() + _SIGNATURE_WAIT_S
-        seen = [await self._read(index, record, until) for index, record in enumerate(records)]
-        counted = [item for item in seen if item is not None]
-        if counted:
-            changed = await self._count(counted)
-            if changed:
-                self._relay.wake()
+        by_version: dict[VersionKey, list[Numbered]] = defaultdict(list)
+        for index, record in enumerate(records):
+            batch = _parse(index, record)
+            if batch.inputs:
+                by_version[batch.model, batch.version].append(Numbered(index, batch))
+        signatures = await self._signatures_of(by_version)
+        known = {key: items for key, items in by_version.items() if key in signatures}
+        if known and await self._count(known, signatures):
+            self._relay.wake()
         self._metrics.records.inc(len(records))
         self._trace(records, started)
 
-    async def _read(self, index: int, record: Record, until: float) -> _Seen | None:
-        try:
-            batch = PredictionBatch.FromString(record.value or b"")
-        except DecodeError as error:
-            raise Malformed(index, "not a PredictionBatch") from error
-        if len(batch.batch_id) != 16:
-            raise Malformed(index, "batch_id is missing")
-        if not (_NAME.fullmatch(batch.model) and _NAME.fullmatch(batch.version)):
-            raise Malformed(index, "model or version is no name")
-        if not batch.inputs:
-            return None
-        signature = await self._signatures.wait_for(batch.model, batch.version, until)
-        if signature is None:
-            self._metrics.unknown_versions.inc()
-            log.warning("version_unknown", model=batch.model, version=batch.version)
-            return None
-        try:
-            observations = await asyncio.to_thread(observe, batch, signature)
-            if any("\0" in name for name in (*observations.numeric, *observations.categorical)):
-                raise Malformed(index, "a tensor's name holds a NUL")
-        except (InvalidArgument, ValueError, IndexError) as error:
-            raise Malformed(index, str(error)) from error
-        return _Seen(batch.batch_id, batch.model, batch.version, batch.answered_at_us, observations)
+    async def _signatures_of(
+        self, by_version: Mapping[VersionKey, Sequence[Numbered]]
+    ) -> dict[VersionKey, Signature]:
+        """Signatures of all versions, waited for together; those that stay unknown are missing."""
+        until = asyncio.get_running_loop().time() + _SIGNATURE_WAIT_S
+        found = {}
+        for (model, version), items in by_version.items():
+            signature = await self._signatures.wait_for(model, version, until)
+            if signature is None:
+                self._metrics.unknown_versions.inc(len(items))
+                log.warning("version_unknown", model=model, version=version, records=len(items))
+            else:
+                found[model, version] = signature
+        return found
 
-    async def _count(self, items: list[_Seen]) -> list[AlertRow]:
+    async def _count(
+        self, known: Mapping[VersionKey, Sequence[Numbered]], signatures: Mapping[VersionKey, Signature]
+    ) -> list[AlertRow]:
         changed: list[AlertRow] = []
+        advanced: dict[VersionKey, tuple[datetime, Stream]] = {}
         now = self._clock.now()
         async with transaction(self._engine) as session:
-            fresh = await repository.claim(session, [item.batch_id for item in items], now)
-            by_version: dict[tuple[str, str], list[tuple[Observations, int]]] = defaultdict(list)
-            for item in items:
-                if item.batch_id in fresh:
-                    fresh.discard(item.batch_id)  # the same record twice in one delivery
-                    by_version[item.model, item.version].append((item.observations, item.at_us))
+            ids = [item.batch.batch_id for items in known.values() for item in items]
+            fresh = await repository.claim(session, ids, now)
             # In a fixed order, so that two replicas never wait for each other's locks.
-            for (model, version), observations in sorted(by_version.items(), key=lambda entry: entry[0]):
-                changed += await self._feed(session, model, version, observations)
+            for key in sorted(known):
+                unseen = []
+                for item in known[key]:
+                    if item.batch.batch_id in fresh:
+                        fresh.discard(item.batch.batch_id)  # the same record twice in one delivery
+                        unseen.append(item)
+                if unseen:
+                    stream, alerts = await self._feed(session, key, unseen, signatures[key])
+                    advanced[key] = now, stream
+                    changed += alerts
             learned = dict(self._signatures.unsaved)
             await repository.store_signatures(session, learned)
             await tell(session, changed, now)
         for key in learned:
             self._signatures.unsaved.pop(key, None)
+        self._streams.update(advanced)
         return changed
 
     async def _feed(
-        self, session: AsyncSession, model: str, version: str, seen: list[tuple[Observations, int]]
-    ) -> list[AlertRow]:
+        self, session: AsyncSession, key: VersionKey, items: Sequence[Numbered], signature: Signature
+    ) -> tuple[Stream, list[AlertRow]]:
+        model, version = key
         now = self._clock.now()
         row = await repository.lock_stream(session, model, version, now)
+        # Taken out until the transaction has committed: what did not happen is read again from its row.
+        at, remembered = self._streams.pop(key, (None, None))
 
         def advance() -> tuple[Stream, list[Window]]:
-            stream = repository.to_stream(row)
+            stream = remembered if remembered and at == row.updated_at else repository.to_stream(row)
+            seen = observe_all(items, signature)
             return stream, stream.feed(seen, self._limits.cadence, self._limits.thresholds)
 
         stream, windows = await asyncio.to_thread(advance)
@@ -153,7 +152,7 @@ class PredictionConsumer:
             )
         for alert in changed:
             log.info("alert", model=model, version=version, feature=alert.feature, message=alert.message)
-        return changed
+        return stream, changed
 
     def _trace(self, records: Sequence[Record], started_us: int) -> None:
         """One span per record of a sampled trace, so that the trace reaches from request to here."""
@@ -169,3 +168,15 @@ class PredictionConsumer:
                     parent,
                     attributes={"messaging.destination.name": record.topic},
                 )
+
+
+def _parse(index: int, record: Record) -> PredictionBatch:
+    try:
+        batch = PredictionBatch.FromString(record.value or b"")
+    except DecodeError as error:
+        raise Malformed(index, "not a PredictionBatch") from error
+    if len(batch.batch_id) != 16:
+        raise Malformed(index, "batch_id is missing")
+    if not (_NAME.fullmatch(batch.model) and _NAME.fullmatch(batch.version)):
+        raise Malformed(index, "model or version is no name")
+    return batch

@@ -31,6 +31,17 @@ class Observations:
     numeric: dict[str, Numbers] = field(default_factory=dict)
     categorical: dict[str, list[str]] = field(default_factory=dict)
 
+    def part(self, first: int, rows: int) -> Observations:
+        """At most `rows` rows from `first`; all that are left where `rows` is not above zero."""
+        if first == 0 and not 0 < rows < self.rows:
+            return self
+        end = min(self.rows, first + rows) if rows > 0 else self.rows
+        return Observations(
+            end - first,
+            {name: values[first:end] for name, values in self.numeric.items()},
+            {name: labels[first:end] for name, labels in self.categorical.items()},
+        )
+
 
 def observe(batch: PredictionBatch, signature: Signature) -> Observations:
     """The online rows of `batch` that were answered.

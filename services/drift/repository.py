@@ -135,7 +135,9 @@ def store_stream(row: StreamRow, stream: Stream, now: datetime) -> None:
     elif row.reference is None:
         row.reference, row.reference_at = stream.reference.to_bytes(), now
     row.learning, row.pane = stream.learning.to_bytes(), stream.pane.to_bytes()
-    row.panes = [base64.b64encode(pane.to_bytes()).decode() for pane in stream.panes]
+    panes = [base64.b64encode(pane.to_bytes()).decode() for pane in stream.panes]
+    if panes != row.panes:
+        row.panes = panes
     row.updated_at = now
 
 

@@ -24,6 +24,7 @@ class Settings(ServiceSettings, DatabaseSettings):
     #: Rows between two comparisons, and how many such panes a window slides over.
     drift_pane_rows: Annotated[int, Field(ge=50)] = 250
     drift_window_panes: Count = 2
+    drift_pane_s: Annotated[float, Field(ge=0)] = 1.0
     drift_psi_warning: Annotated[float, Field(gt=0)] = 0.1
     drift_psi_critical: Annotated[float, Field(gt=0)] = 0.2
     #: Windows in a row before an alert opens, and calm ones before it ends. One pane lies in as many windows
@@ -34,7 +35,9 @@ class Settings(ServiceSettings, DatabaseSettings):
     def limits(self) -> Limits:
         """The same as the service's own terms."""
         return Limits(
-            Cadence(self.drift_reference_rows, self.drift_pane_rows, self.drift_window_panes),
+            Cadence(
+                self.drift_reference_rows, self.drift_pane_rows, self.drift_window_panes, self.drift_pane_s
+            ),
             Thresholds(psi_warning=self.drift_psi_warning, psi_critical=self.drift_psi_critical),
             Persistence(self.drift_alert_after, self.drift_resolve_after),
         )

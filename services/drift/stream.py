@@ -17,6 +17,8 @@ class Cadence:
     reference_rows: int = 500
     pane_rows: int = 250
     window_panes: int = 2
+    #: Shortest time between two comparisons, seconds: under load panes grow instead of following faster.
+    pane_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +50,24 @@ class Stream:
         """
         windows = []
         for observations, at_us in seen:
-            if self.reference is None:
-                self.learning.add(observations, at_us)
-                if self.learning.rows >= cadence.reference_rows:
-                    self.reference, self.learning = self.learning, Sample()
-                continue
-            self.pane.add(observations, at_us)
-            if self.pane.rows >= cadence.pane_rows:
-                windows.append(self.close_pane(self.reference, cadence, thresholds))
+            begun = 0
+            while begun < observations.rows:
+                if self.reference is None:
+                    part = observations.part(begun, cadence.reference_rows - self.learning.rows)
+                    self.learning.add(part, at_us)
+                    if self.learning.rows >= cadence.reference_rows:
+                        self.reference, self.learning = self.learning, Sample()
+                else:
+                    part = observations.part(begun, cadence.pane_rows - self.pane.rows)
+                    self.pane.add(part, at_us)
+                    if self._is_full(cadence):
+                        windows.append(self.close_pane(self.reference, cadence, thresholds))
+                begun += part.rows
         return windows
+
+    def _is_full(self, cadence: Cadence) -> bool:
+        lasted_us = self.pane.last_us - (self.panes[-1].last_us if self.panes else self.pane.first_us)
+        return self.pane.rows >= cadence.pane_rows and lasted_us >= cadence.pane_s * 1e6
 
     def close_pane(self, reference: Sample, cadence: Cadence, thresholds: Thresholds) -> Window:
         """End the open pane and compare the window that it completes."""

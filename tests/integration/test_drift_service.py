@@ -69,6 +69,7 @@ async def running(database_url: str, bootstrap: str) -> AsyncIterator[httpx.Asyn
         drift_reference_rows=200,
         drift_pane_rows=100,
         drift_window_panes=1,
+        drift_pane_s=0,
         drift_alert_after=2,
         drift_resolve_after=2,
     )

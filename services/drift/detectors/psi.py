@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from services.drift.detectors.binning import SHARE_FLOOR, count_bins, quantile_cuts
 
@@ -54,7 +54,7 @@ def critical_value(bins: int, n_reference: int, n_current: int, level: float = 0
     """PSI that chance alone stays below with probability `level`: (1/n + 1/m) chi2(level, bins - 1)."""
     if bins < 2:
         return 0.0
-    return float((1 / n_reference + 1 / n_current) * stats.chi2.ppf(level, bins - 1))
+    return float((1 / n_reference + 1 / n_current) * special.chdtri(bins - 1, 1 - level))
 
 
 def psi_from_shares(
@@ -71,7 +71,7 @@ def psi_from_shares(
         n_current=n_current,
         critical_95=critical_value(bins, n_reference, n_current, 0.95),
         critical_99=critical_value(bins, n_reference, n_current, 0.99),
-        p_value=float(stats.chi2.sf(value / scale, bins - 1)) if bins > 1 else 1.0,
+        p_value=float(special.chdtrc(bins - 1, value / scale)) if bins > 1 else 1.0,
         expected_under_null=(bins - 1) * scale,
     )
 

@@ -122,6 +122,15 @@ def test_more_categories_than_are_kept_is_no_drift_by_itself() -> None:
     assert report.psi_severity is Severity.NONE
 
 
+def test_under_load_panes_grow_instead_of_following_faster() -> None:
+    rng = np.random.default_rng(8)
+    stream = Stream(reference=sample(rows(rng, 200)))
+    cadence = Cadence(reference_rows=200, pane_rows=100, window_panes=1, pane_s=1.0)
+    seen = [(rows(rng, 100), round(tenth * 1e5)) for tenth in range(1, 31)]  # 1,000 rows a second, for 3 s
+    windows = stream.feed(seen, cadence, THRESHOLDS)
+    assert [window.rows for window in windows] == [1100, 1000]
+
+
 def finding(severity: Severity) -> Finding:
     return Finding("b", "psi", severity, 0.3, 0.2, 0.05, 0.0)
 
