@@ -62,8 +62,9 @@ def main() -> None:
     for rows in (1, 8, 32, 128):
         records = [record(rng, rows, n * rows * 100) for n in range(1, ROWS // rows // 8 + 1)]
         single, joined = rate(records, rows, 1), rate(records, rows, 500)
+        ratio = joined / single
         print(
-            f"{rows:4} rows a record: one by one {single:9,.0f} rows/s, joined {joined:9,.0f}, ratio {joined / single:.1f}"
+            f"{rows:4} rows a record: {single:9,.0f} rows/s alone, {joined:9,.0f} joined: {ratio:.1f} times"
         )
 
 
