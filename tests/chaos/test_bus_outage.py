@@ -125,6 +125,42 @@ async def test_a_broker_that_comes_back_empty_is_read_from_its_beginning(
         await eventually(lambda: reader.numbers >= set(range(5000, 5010)) and b"late" in known)
 
 
+@pytest.mark.parametrize("noticed", [False, True], ids=["ends at once", "ends after its group joined anew"])
+@pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
+async def test_a_handler_that_outlives_a_memory_only_broker_hides_nothing_of_the_next(
+    new_tansu: Callable[[], TansuServer], *, noticed: bool, fails: bool
+) -> None:
+    """Its offsets are those of a log that is gone: committed or returned to, they would skip new records."""
+    server = new_tansu()
+    await ensure_topics(server.url, [EVENTS])
+    old, new, again, late = asyncio.Event(), asyncio.Event(), asyncio.Event(), Reader()
+
+    async def slow(records: Sequence[Record]) -> None:
+        if old.is_set():
+            again.set()
+            raise ConnectionError("the process ends before it has handled any of the new records")
+        old.set()
+        await new.wait()
+        if fails:
+            raise ConnectionError("the database is away")
+
+    async with KafkaBus(server.url, "test", session_timeout=2.0) as bus:
+        await bus.publish(numbered(0, 60))
+        async with bus.consume(EVENTS, "g", slow):
+            await asyncio.wait_for(old.wait(), PATIENCE)
+            server.kill()
+            await restarted(server)
+            await ensure_topics(server.url, [EVENTS])
+            await bus.publish(numbered(1000, 1200))
+            if noticed:
+                await asyncio.sleep(4.0)  # two sessions
+            new.set()
+            await asyncio.wait_for(again.wait(), PATIENCE)
+        async with bus.consume(EVENTS, "g", late):
+            await eventually(lambda: late.numbers >= set(range(1000, 1200)))
+        assert await bus.lag(EVENTS, "g") == 0
+
+
 @pytest.mark.kafka
 async def test_a_durable_broker_killed_under_load_loses_no_logged_event(
     new_apache_kafka: Callable[[], ApacheKafkaServer], tmp_path: Path

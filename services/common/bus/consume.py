@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
@@ -29,6 +29,24 @@ Batch = tuple[ConsumerRecord, ...]
 
 CHECK_INTERVAL = 2.0
 COMMIT_TIMEOUT = 5.0
+
+
+class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka carries no types
+    """Counts the changes of what a member was given: `epoch` differs before and after each of them."""
+
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.epoch = 0
+        self._on_change = on_change
+
+    def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        self._changed()
+
+    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        self._changed()
+
+    def _changed(self) -> None:
+        self.epoch += 1
+        self._on_change()
 
 
 class Subscription:
@@ -54,6 +72,8 @@ class Subscription:
         self._busy = asyncio.Lock()
         self._buried: dict[TopicPartition, set[int]] = {}
         self._task: asyncio.Task[None] | None = None
+        # What was buried may be in another member's hands, or in a log that a memory-only broker has lost.
+        self._assignment = _Assignment(self._buried.clear)
         self._subscriber = broker.subscriber(
             topic.name,
             batch=True,
@@ -68,6 +88,7 @@ class Subscription:
             session_timeout_ms=int(session_timeout * 1000),
             heartbeat_interval_ms=int(session_timeout * 1000 / 4),
             rebalance_timeout_ms=int(session_timeout * 1000),
+            listener=self._assignment,
             parser=_parse,
             decoder=_decode,
             persistent=False,
@@ -114,17 +135,30 @@ class Subscription:
         if consumer is None or self._stopping.is_set():
             return
         async with self._busy:
+            epoch = self._assignment.epoch
             records = [_record(raw) for raw in batch if not self._is_buried(raw)]
+
+            async def bury(record: Record, reason: str) -> None:
+                await self._publish([dead_letter(record, self._topic, self._group, reason)])
+                log.error("%s/%d@%d is malformed: %s", record.topic, record.partition, record.offset, reason)
+                if epoch == self._assignment.epoch:
+                    at = TopicPartition(record.topic, record.partition)
+                    self._buried.setdefault(at, set()).add(record.offset)
+
             try:
-                await deliver(records, self._handler, self._bury)
+                await deliver(records, self._handler, bury)
             except Exception as error:
                 wait = self._backoff.next()
                 log.warning("handler of %s as %s failed, again in %.1f s: %r",
                             self._topic.name, self._group, wait, error)  # fmt: skip
-                _rewind(consumer, batch)
+                if epoch == self._assignment.epoch:
+                    _rewind(consumer, batch)
             else:
                 self._backoff.reset()
-                await self._commit(consumer, batch)
+                # Offsets from before the change may be those of a log that a memory-only broker has lost:
+                # in the next one they would hide records. What was handled comes again instead.
+                if epoch == self._assignment.epoch:
+                    await self._commit(consumer, batch)
                 return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), wait)
@@ -140,11 +174,6 @@ class Subscription:
         else:
             for partition in offsets:
                 self._buried.pop(partition, None)
-
-    async def _bury(self, record: Record, reason: str) -> None:
-        await self._publish([dead_letter(record, self._topic, self._group, reason)])
-        self._buried.setdefault(TopicPartition(record.topic, record.partition), set()).add(record.offset)
-        log.error("%s/%d@%d is malformed: %s", record.topic, record.partition, record.offset, reason)
 
     def _is_buried(self, raw: ConsumerRecord) -> bool:
         """True for a record already in the dead-letter queue that comes again because its batch failed."""
