@@ -64,7 +64,7 @@ def main() -> None:
         single, joined = rate(records, rows, 1), rate(records, rows, 500)
         ratio = joined / single
         print(
-            f"{rows:4} rows a record: {single:9,.0f} rows/s alone, {joined:9,.0f} joined: {ratio:.1f} times"
+            f"{rows:4} rows a record: {single:8,.0f} rows/s alone, {joined:8,.0f} joined, {ratio:.1f}x"
         )
 
 

@@ -122,6 +122,7 @@ def _services(
             ports=tuple(listening.values()),
             health_port=listening[health],
             environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
+            yields=name in {"analytics", "drift"},
         )
 
     gateway = {

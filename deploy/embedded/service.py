@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from deploy.embedded.server import LOOPBACK, Server
 
 class ServiceProcess(Server):
     """`health_port` answers /health/ready. `environment` is asked at each start: addresses and passwords of
-    the embedded servers exist only once those are prepared."""
+    the embedded servers exist only once those are prepared. With `yields` it takes the processor only when
+    nobody else wants it."""
 
     def __init__(
         self,
@@ -26,6 +28,7 @@ class ServiceProcess(Server):
         ports: tuple[int, ...],
         health_port: int,
         environment: Callable[[], Mapping[str, str]],
+        yields: bool = False,
     ) -> None:
         self.name = name
         super().__init__(directory, ports[0])
@@ -33,6 +36,8 @@ class ServiceProcess(Server):
         self._ports = ports
         self._health_port = health_port
         self._environment = environment
+        # On one machine the readers of events must not slow down those that answer.
+        self._yields = ("nice", "-n", "5") if yields and shutil.which("nice") else ()
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -47,7 +52,7 @@ class ServiceProcess(Server):
 
     def command(self) -> Command:
         return Command(
-            argv=[sys.executable, "-m", self._module],
+            argv=[*self._yields, sys.executable, "-m", self._module],
             env={**self._environment(), "PYTHONUNBUFFERED": "1"},
             cwd=REPOSITORY,
         )
