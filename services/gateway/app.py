@@ -58,7 +58,12 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
     health, registry = Health(), CollectorRegistry()
     catalogue, keys = Catalogue(), KeyRing(clock)
     metrics = GatewayMetrics(registry)
-    limits = PredictLimits(cfg.max_body_bytes, cfg.default_timeout_s, cfg.max_timeout_s)
+    limits = PredictLimits(
+        cfg.max_body_bytes,
+        cfg.default_timeout_s,
+        cfg.max_timeout_s,
+        max_unpacked_json_bytes=cfg.max_unpacked_json_bytes,
+    )
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         tracing = setup_tracing(
@@ -88,6 +93,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             clock=clock,
             limits=limits,
         )
+        stack.callback(service.close)
         services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
         parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services)
         front = HotFront(service, HttpLimits(), hot=cfg.hot_routes)

@@ -9,7 +9,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from opentelemetry.trace import SpanContext
 
 from services.gateway.catalogue import ServedModel
-from services.gateway.router_client import Channel
+from services.gateway.router_client import Cancellable
 from services.gateway.targets import Target
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class Call(ABC):
     deadline = 0.0
     started_ns = 0
     model: ServedModel | None = None
-    channel: Channel | None = None
+    #: Where the call is now, and so what cancels it by `ticket`.
+    channel: Cancellable | None = None
     ticket = 0
     retried = False
     single = False

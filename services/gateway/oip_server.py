@@ -142,7 +142,10 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             model=model.name,
             version=asked.model_version,
         )
-        oip.fill_request(request, version.signature, asked)
+        if asked.ByteSize() > self._limits.inline_bytes:
+            await asyncio.to_thread(oip.fill_request, request, version.signature, asked)
+        else:
+            oip.fill_request(request, version.signature, asked)
         parent = parse_traceparent(_metadata(context, "traceparent"))
         trace, started = self._tracing.start(parent), time.time_ns()
         request.trace = trace_bytes(trace)

@@ -1,7 +1,8 @@
 """The way of one hot request through the gateway: who calls, within limits, is it right, on to a router; and
 back.
 
-Nothing here waits. `begin` ends with the request on a channel or answered; the channel's callback ends it. So
+Nothing here waits. `begin` ends with the request on a channel, answered, or, where its body is large, in the
+hands of a thread that passes it on; the channel's callback ends it. So
 a request costs no task and no future, and the frames on both sides decide how much work is done at once.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
@@ -25,8 +27,9 @@ from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue
 from services.gateway.compression import decompressed
 from services.gateway.dialects import speakers
-from services.gateway.keys import KeyRing, Scope
+from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reading import BodyReaders
 from services.gateway.router_client import RouterClient
 
 log = structlog.get_logger(__name__)
@@ -42,6 +45,10 @@ class PredictLimits:
     max_body_bytes: int = 32 << 20
     default_timeout_s: float = 10.0
     max_timeout_s: float = 300.0
+    #: JSON that arrived compressed, unpacked: a small message must not become a large parse.
+    max_unpacked_json_bytes: int = 8 << 20
+    #: Larger bodies are read in a thread.
+    inline_bytes: int = 64 << 10
 
 
 class PredictService:
@@ -62,6 +69,7 @@ class PredictService:
         self._router = router
         self._tracing = tracing
         self._metrics = metrics
+        self._readers = BodyReaders()
         self._monotonic = clock.monotonic
         self._unix_us = clock.unix_us
         self.speakers = speakers(catalogue)
@@ -79,19 +87,52 @@ class PredictService:
             request = call.request = PredictRequest(
                 request_id=call.request_id, received_at_us=self._unix_us(), key_id=key.key_id
             )
-            if call.content_encoding is not None:
-                call.body = decompressed(call.body, call.content_encoding, self.limits.max_body_bytes)
+            if len(call.body) > self.limits.inline_bytes or call.content_encoding is not None:
+                call.channel = self._readers.read(
+                    partial(self._read, call, key), partial(self._was_read, call)
+                )
+                return
             call.speaker.read(call, key, request)
-            call.body = b""
-            self._trace(call, request)
-            call.deadline = now + self._timeout_s(call)
-            channel = call.channel = self._router.pick()
-            call.ticket = channel.submit(request, call.deadline, call.on_reply)
-        except HeadraceError as error:
-            self.refuse(call, error)
-        except Exception:
-            log.exception("predict_crashed", route=call.target.dialect)
-            self.refuse(call, Internal("The gateway failed to handle this request."))
+            self._send(call, request)
+        except Exception as error:
+            self._failed(call, error)
+
+    def close(self) -> None:
+        """Read no more large bodies."""
+        self._readers.close()
+
+    def _read(self, call: Call, key: Key) -> None:
+        """In a thread: unpack and read the body. Nobody else looks at `call` meanwhile."""
+        if call.content_encoding is not None:
+            limits = self.limits
+            json_only = call.json_length is None
+            limit = limits.max_unpacked_json_bytes if json_only else limits.max_body_bytes
+            call.body = decompressed(call.body, call.content_encoding, min(limit, limits.max_body_bytes))
+        call.speaker.read(call, key, call.request)
+
+    def _was_read(self, call: Call, failure: BaseException | None) -> None:
+        call.channel = None
+        if failure is not None:
+            self._failed(call, failure)
+            return
+        try:
+            self._send(call, call.request)
+        except Exception as error:
+            self._failed(call, error)
+
+    def _send(self, call: Call, request: PredictRequest) -> None:
+        """Pass on what was read."""
+        call.body = b""
+        self._trace(call, request)
+        call.deadline = call.began + self._timeout_s(call)
+        channel = call.channel = self._router.pick()
+        call.ticket = channel.submit(request, call.deadline, call.on_reply)
+
+    def _failed(self, call: Call, error: BaseException) -> None:
+        if not isinstance(error, HeadraceError):
+            log.error("predict_crashed", route=call.target.dialect, exc_info=error)
+            error = Internal("The gateway failed to handle this request.")
+        self.refuse(call, error)
 
     def finish(self, call: Call, reply: PredictReply) -> None:
         """Answer `call` with the router's reply."""

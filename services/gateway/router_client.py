@@ -13,6 +13,12 @@ from services.common.errors import Unavailable
 OnReply = Callable[[PredictReply], None]
 
 
+class Cancellable(Protocol):
+    """Where something waits that its client may give up."""
+
+    def cancel(self, local_id: int, /) -> None: ...
+
+
 class Channel(Protocol):
     """What `services.common.frames.FrameCalls` gives. `on_reply` is called exactly once, on the loop, never
     before `submit` returned; never after `cancel`."""
@@ -25,7 +31,7 @@ class Channel(Protocol):
 
     def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int: ...
 
-    def cancel(self, local_id: int) -> None: ...
+    def cancel(self, local_id: int, /) -> None: ...
 
 
 class RouterClient:
@@ -37,7 +43,7 @@ class RouterClient:
         self._channels = tuple(channels)
         self._only = self._channels[0] if len(self._channels) == 1 else None
 
-    def pick(self, tried: Channel | None = None) -> Channel:
+    def pick(self, tried: Cancellable | None = None) -> Channel:
         """The usable channel with the least in flight, other than `tried`. Raises Unavailable."""
         only = self._only
         if only is not None and tried is None and only.usable:

@@ -25,6 +25,8 @@ class Settings(ServiceSettings, RedisSettings):
     drift_url: str = "http://127.0.0.1:8050"
 
     max_body_bytes: Annotated[int, Field(gt=0)] = 32 << 20
+    #: The same for JSON that was sent compressed, unpacked.
+    max_unpacked_json_bytes: Annotated[int, Field(gt=0)] = 8 << 20
     default_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     max_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     #: Hot routes before ASGI; off, the same answers come through ASGI.

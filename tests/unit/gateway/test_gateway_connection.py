@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,14 +17,18 @@ from prometheus_client import CollectorRegistry
 from uvicorn.server import ServerState
 
 from services.common.clock import SystemClock
+from services.common.errors import Unavailable
 from services.common.telemetry import setup_tracing
+from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
-from services.gateway.keys import KeyRing
+from services.gateway.keys import Key, KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
+from services.gateway.reading import BodyReaders
 from services.gateway.router_client import OnReply, RouterClient
+from services.gateway.targets import Dialect
 from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
 
 BODY = json.dumps({"model": "cancer", "inputs": [[1, 2, 3]]}).encode()
@@ -100,7 +106,7 @@ class HeldChannel:
 class Connection:
     """One client's connection and everything behind it."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, *, inline_bytes: int = 64 << 10, **limits: int) -> None:
         clock = SystemClock()
         keys, catalogue = KeyRing(clock), Catalogue()
         key = api_key(PREDICT_ONLY, ["predict"])
@@ -115,7 +121,9 @@ class Connection:
             tracing=setup_tracing("gateway", None),
             metrics=GatewayMetrics(CollectorRegistry()),
             clock=clock,
-            limits=PredictLimits(max_body_bytes=10_000),
+            limits=PredictLimits(
+                max_body_bytes=10_000, max_unpacked_json_bytes=5_000, inline_bytes=inline_bytes
+            ),
         )
         self.front = HotFront(service, HttpLimits(**limits))
         self.asked: list[str] = []
@@ -316,6 +324,84 @@ async def test_shutdown_waits_for_the_pipeline(connection: Connection) -> None:
     idle = Connection()
     idle.protocol.shutdown()
     assert idle.transport.closed
+
+
+LARGE = json.dumps({"model": "cancer", "inputs": [[1, 2, 3]] * 20}).encode()
+
+
+def post(body: bytes, headers: bytes = b"") -> bytes:
+    return HEAD.replace(b"%d\r\n" % len(BODY), b"%d\r\n%s" % (len(body), headers)) + body
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - a thread has no event of this loop
+            await asyncio.sleep(0.001)
+
+
+async def test_a_large_body_is_read_beside_the_loop_and_keeps_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    connection = Connection(inline_bytes=200)
+    speaker = connection.front.service.speakers[Dialect.NATIVE]
+    read, threads = speaker.read, []
+
+    def noting(call: Call, key: Key, request: PredictRequest) -> None:
+        threads.append(threading.current_thread())
+        read(call, key, request)
+
+    monkeypatch.setattr(speaker, "read", noting)
+    connection.feed(post(LARGE) + post(BODY))
+    assert connection.channel.waiting == {}
+    await until(lambda: bool(connection.channel.waiting))
+    assert [request.inputs[0].shape[0] for request, _ in connection.channel.waiting.values()] == [20]
+    connection.channel.answer()
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"200", b"200"]
+    assert threads[0] is not threading.main_thread()
+    assert threads[1] is threading.main_thread()
+
+
+async def test_a_wrong_large_body_is_explained() -> None:
+    connection = Connection(inline_bytes=200)
+    connection.feed(post(LARGE.replace(b"3]]", b"null]]")) + post(BODY))
+    await until(lambda: bool(connection.transport.written))
+    assert connection.transport.statuses() == [b"422"]
+    assert b'"inputs[19][2]"' in connection.transport.written
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"422", b"200"]
+
+
+async def test_a_client_that_leaves_while_its_body_is_read_reaches_no_router() -> None:
+    connection = Connection(inline_bytes=200)
+    readers = connection.front.service._readers
+    connection.feed(post(LARGE))
+    connection.protocol.connection_lost(None)
+    await until(lambda: readers.room == 64)
+    assert connection.channel.waiting == {}
+
+
+async def test_json_that_unpacks_to_too_much_is_refused_unread(connection: Connection) -> None:
+    packed = gzip.compress(BODY + b" " * 5_000)
+    connection.feed(post(packed, b"Content-Encoding: gzip\r\n"))
+    await until(lambda: bool(connection.transport.written))
+    assert connection.transport.statuses() == [b"413"]
+
+
+async def test_bodies_that_wait_for_a_thread_are_bounded() -> None:
+    readers, blocked = BodyReaders(threads=1, waiting=2), threading.Event()
+    done: list[BaseException | None] = []
+
+    def work() -> None:
+        blocked.wait(5)
+
+    for _ in range(2):
+        readers.read(work, done.append)
+    with pytest.raises(Unavailable):
+        readers.read(blocked.clear, done.append)
+    blocked.set()
+    await until(lambda: done == [None, None])
+    readers.close()
 
 
 async def test_a_failed_answer_is_answered_once(connection: Connection) -> None:
