@@ -41,6 +41,11 @@ class PeakEwma:
         """Seconds, fading while nothing is observed: an endpoint that was slow is tried again."""
         return self._value * math.exp((self._at - now) / _TAU_S) if self._value else 0.0
 
+    @property
+    def last(self) -> float:
+        """Seconds as of the last observation, not faded; 0 where there was none."""
+        return self._value
+
     def observe(self, seconds: float, now: float) -> None:
         """An answer came after `seconds`."""
         if seconds >= self._value:
@@ -98,9 +103,12 @@ class LeastLatency:
 
 def score(candidate: Candidate, now: float) -> float:
     """Expected seconds until one more request would be answered; the smaller the better."""
-    latency = candidate.latency.value(now)
-    # Nothing known: worth one try at a time, until an answer says more.
-    return (latency or _FASTEST_S) * (candidate.in_flight + 1)
+    waiting = candidate.in_flight
+    if not waiting:
+        # Nothing known, or nothing heard for long: worth a try.
+        return candidate.latency.value(now) or _FASTEST_S
+    # While it holds requests, silence makes no endpoint faster, and an unknown one gets one try at a time.
+    return (candidate.latency.last or _PENALTY_S) * (waiting + 1)
 
 
 class RoundRobin:
