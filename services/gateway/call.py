@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HEADERS = {
     b"authorization": "authorization",
     b"x-api-key": "api_key",
-    b"x-request-id": "asked_id",
+    b"x-request-id": "caller_id",
     b"x-request-timeout-ms": "timeout",
     b"traceparent": "traceparent",
     b"inference-header-content-length": "json_length",
@@ -39,7 +39,7 @@ class Call(ABC):
 
     authorization: bytes | None = None
     api_key: bytes | None = None
-    asked_id: bytes | None = None
+    caller_id: bytes | None = None
     timeout: bytes | None = None
     traceparent: bytes | None = None
     json_length: bytes | None = None

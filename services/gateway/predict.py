@@ -9,7 +9,6 @@ a request costs no task and no future, and the frames on both sides decide how m
 from __future__ import annotations
 
 import time
-import uuid
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +34,7 @@ from services.gateway.router_client import RouterClient
 log = structlog.get_logger(__name__)
 
 _CLIENT_GONE = 499
+_MAX_CORRELATION = 128
 _OK = Code.CODE_OK
 
 
@@ -78,7 +78,7 @@ class PredictService:
     def begin(self, call: Call) -> None:
         """Start `call`, whose headers and body are complete."""
         now = call.began = self._monotonic()
-        call.request_id = request_id_of(call.asked_id)
+        call.request_id = new_id()
         try:
             key = self._keys.authenticate(call.authorization, call.api_key)
             key.require(Scope.PREDICT)
@@ -151,7 +151,7 @@ class PredictService:
             log.exception("answer_crashed", model=call.request.model, version=reply.version)
             self.refuse(call, Internal("The gateway failed to write the answer."))
             return
-        call.answer(200, b"%sx-request-id: %s\r\n" % (headers, call.request_id.hex().encode()), body)
+        call.answer(200, headers + _ids(call), body)
         self._over(call, 200, took)
 
     def refuse(self, call: Call, error: HeadraceError) -> None:
@@ -159,10 +159,9 @@ class PredictService:
         call.channel = None
         if not call.request_id:
             call.began = self._monotonic()
-            call.request_id = request_id_of(call.asked_id)
-        text = call.request_id.hex()
-        status, headers, body = call.speaker.refuse(error, text)
-        call.answer(status, b"%sx-request-id: %s\r\n" % (headers, text.encode()), body)
+            call.request_id = new_id()
+        status, headers, body = call.speaker.refuse(error, call.request_id.hex())
+        call.answer(status, headers + _ids(call), body)
         self._over(call, status, self._monotonic() - call.began)
         if status >= 500:
             self._metrics.log_failure(log, status, call, error)
@@ -230,15 +229,18 @@ class PredictService:
             )
 
 
-def request_id_of(header: bytes | None) -> bytes:
-    """The id that a caller asked for by X-Request-Id where it is one, so that its retries keep their id; else
-    a fresh one."""
-    if header is not None and len(header) in (32, 36):
-        try:
-            return uuid.UUID(header.decode("ascii")).bytes
-        except ValueError:
-            pass
-    return new_id()
+def correlation_of(header: bytes | None) -> bytes | None:
+    """What is echoed of a caller's X-Request-Id, as X-Correlation-Id. It is never the id of a request: meshes
+    send one for many requests, and the id decides what is counted once and who gets which version."""
+    return header if header is not None and 0 < len(header) <= _MAX_CORRELATION else None
+
+
+def _ids(call: Call) -> bytes:
+    """The lines of an answer that name its request."""
+    correlation = correlation_of(call.caller_id)
+    if correlation is None:
+        return b"x-request-id: %s\r\n" % call.request_id.hex().encode()
+    return b"x-request-id: %s\r\nx-correlation-id: %s\r\n" % (call.request_id.hex().encode(), correlation)
 
 
 def _error(reply: PredictReply) -> HeadraceError:

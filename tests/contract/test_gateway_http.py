@@ -151,6 +151,22 @@ def test_answers(gateway: GatewayThread, path: str, body: dict[str, Any], expect
     ]
 
 
+def test_requests_that_share_an_id_are_not_one(gateway: GatewayThread) -> None:
+    """Meshes give every request of one call tree the same id; each is counted and assigned by itself."""
+    shared, path = "0123456789abcdef0123456789abcdef", "/v1/predict"
+    answers = [
+        predict(gateway, {"model": "cancer", "inputs": [ROW]}, path, x_request_id=shared) for _ in range(2)
+    ]
+    sent = [one.request_id.hex() for one in gateway.running.router.requests[-2:]]
+    assert sent == [one.json()["request_id"] for one in answers]
+    assert len({shared, *sent}) == 3
+    refused = predict(gateway, {}, path, x_request_id="x" * 200)
+    assert refused.status_code == 422
+    assert "x-correlation-id" not in refused.headers
+    other = gateway.request("GET", "/v2", x_request_id=shared)
+    assert other.headers["x-correlation-id"] == shared != other.headers["x-request-id"]
+
+
 def test_request_reaches_the_router_whole(gateway: GatewayThread) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     asked = "0123456789abcdef0123456789abcdef"
@@ -161,9 +177,11 @@ def test_request_reaches_the_router_whole(gateway: GatewayThread) -> None:
         traceparent=trace,
         x_request_timeout_ms="2500",
     )
-    assert answer.headers["x-request-id"] == answer.json()["request_id"] == asked
+    assert answer.headers["x-correlation-id"] == asked
+    ours = answer.headers["x-request-id"]
+    assert ours == answer.json()["request_id"] != asked
     sent = gateway.running.router.requests[-1]
-    assert sent.request_id.hex() == asked
+    assert sent.request_id.hex() == ours
     assert sent.trace.hex() == "0af7651916cd43dd8448eb211c80319cb7ad6b716920333101"
     assert sent.unit == "17"
     assert sent.key_id == "adminadminad"

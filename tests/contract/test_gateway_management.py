@@ -83,7 +83,8 @@ def test_what_passes_on(gateway: GatewayThread) -> None:
     assert ADMIN not in json.dumps(told)
     assert headers["x-headrace-key-id"] == "adminadminad"
     assert headers["x-headrace-scopes"] == "admin,predict,read"
-    assert headers["x-request-id"] == answer.headers["x-request-id"] == "ab" * 16
+    assert headers["x-request-id"] == answer.headers["x-request-id"] != "ab" * 16
+    assert answer.headers["x-correlation-id"] == "ab" * 16
     assert headers["content-type"] == "application/x-thing"
     assert "cookie" not in headers
     assert (told["size"], answer.headers["x-answer"]) == (7, "1")

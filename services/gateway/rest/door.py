@@ -11,18 +11,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.common.errors import BodyTooLarge, HeadraceError
-from services.common.ids import id_text
+from services.common.ids import id_text, new_id
 from services.common.problems import install_problem_handlers, problem_headers
 from services.gateway.errors import as_oip
 from services.gateway.keys import Key, KeyRing
 from services.gateway.keys import Scope as KeyScope
-from services.gateway.predict import request_id_of
+from services.gateway.predict import correlation_of
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class RequestIds:
-    """ASGI middleware: every answer carries X-Request-Id, the one asked for where it is an id."""
+    """ASGI middleware: every answer carries X-Request-Id; a caller's own comes back as X-Correlation-Id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,8 +31,9 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
-        request_id = id_text(request_id_of(asked))
+        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
+        correlation = correlation_of(sent)
+        request_id = id_text(new_id())
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def marked(message: Message) -> None:
@@ -40,6 +41,8 @@ class RequestIds:
                 headers = list(message.get("headers", []))
                 if not any(name.lower() == b"x-request-id" for name, _value in headers):
                     headers.append((b"x-request-id", request_id.encode()))
+                    if correlation is not None:
+                        headers.append((b"x-correlation-id", correlation))
                 message["headers"] = headers
             await send(message)
 
