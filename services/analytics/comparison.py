@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from services.analytics.queries import Arms, Observations
-from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL, CountTest
+from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL, CountTest, contingency
 from services.analytics.statistics.effects import Arm, Effect, effect
 from services.analytics.statistics.fixed_horizon import Inference, t_test, z_test
 from services.analytics.statistics.moments import Moments, PairedMoments
 from services.analytics.statistics.proportions import two_proportion_z_test, wilson
 from services.analytics.statistics.sequential import asymptotic_sequence
+
+#: What a unit counts as that was exposed and has no value: nothing, or not at all.
+Missing = Literal["zero", "exclude"]
 
 #: Below so many units an arm, normal approximations are a courtesy.
 _FEW_UNITS = 100
@@ -22,9 +26,12 @@ _FEW_EVENTS = 10
 
 @dataclass(frozen=True, slots=True)
 class ArmEstimate:
-    """One arm: `observations` of `units`, their mean with its 95% interval."""
+    """One arm: the mean over `units` with its 95% interval. Of `exposed` units the share `measured` has
+    observations, `observations` of them together."""
 
     name: str
+    exposed: int
+    measured: float | None
     units: int
     observations: int
     mean: float | None
@@ -48,19 +55,33 @@ class Comparison:
     warnings: list[str]
 
 
-def compare(arms: Arms, metric: str, names: tuple[str, str], *, alpha: float = 0.05) -> Comparison:
-    """Two-proportion z-test or Welch's t-test where every unit has one observation, else the same question by
-    the delta method with the unit as what was randomised."""
+def compare(
+    everybody: Arms,
+    metric: str,
+    names: tuple[str, str],
+    *,
+    missing: Missing = "exclude",
+    alpha: float = 0.05,
+) -> Comparison:
+    """Two-proportion z-test or Welch's t-test where every unit has one value, else the same question by the
+    delta method with the unit as what was randomised.
+
+    `missing="zero"`: the value of a unit is the sum of its observations, 0 where there is none; "exclude":
+    units without one are left out, and the mean is over observations.
+    """
+    arms = replace(everybody, a=_counted(everybody.a, missing), b=_counted(everybody.b, missing))
     clustered = bool(np.any(arms.a.counts > 1) or np.any(arms.b.counts > 1))
     binary = arms.a.binary and arms.b.binary
     sides = [_summary(side, binary=binary, clustered=clustered) for side in (arms.a, arms.b)]
     estimates = [
-        _estimate(name, side, summary, binary=binary, clustered=clustered, alpha=alpha)
-        for name, side, summary in zip(names, (arms.a, arms.b), sides, strict=True)
+        _estimate(name, all_, side, summary, binary=binary, clustered=clustered, alpha=alpha)
+        for name, all_, side, summary in zip(
+            names, (everybody.a, everybody.b), (arms.a, arms.b), sides, strict=True
+        )
     ]
-    ratio = sample_ratio(arms)
-    warnings = _warnings(arms, ratio, binary=binary)
-    assumptions = _assumptions(metric, binary=binary, clustered=clustered)
+    ratio = sample_ratio(everybody) if everybody.randomised else None
+    warnings = _warnings(arms, ratio, binary=binary) + _population_warnings(everybody, missing)
+    assumptions = _assumptions(everybody, metric, missing, binary=binary, clustered=clustered)
     if min(estimates[0].units, estimates[1].units) < 2 or sides[0] is None or sides[1] is None:
         warnings.append("An arm has fewer than two units: nothing can be said yet.")
         return Comparison(estimates[0], estimates[1], None, None, None, ratio, assumptions, warnings)
@@ -79,8 +100,8 @@ def compare(arms: Arms, metric: str, names: tuple[str, str], *, alpha: float = 0
 
 
 def sample_ratio(arms: Arms) -> CountTest | None:
-    """Units per arm against what their logged propensities promised, revision by revision (weights may have
-    changed); None where propensities are missing or an arm was given no share."""
+    """Exposed units per arm against what their logged propensities promised, revision by revision (weights
+    may have changed); None where propensities are missing or an arm was given no share."""
     revisions = np.union1d(arms.a.revisions, arms.b.revisions)
     observed, expected = np.zeros(2), np.zeros(2)
     for revision in revisions:
@@ -99,6 +120,21 @@ def sample_ratio(arms: Arms) -> CountTest | None:
     return CountTest(statistic, 1, float(stats.chi2.sf(statistic, 1)))
 
 
+def _counted(side: Observations, missing: Missing) -> Observations:
+    if missing == "zero":
+        binary = bool(np.all((side.totals == 0) | (side.totals == 1)))
+        return replace(side, counts=np.ones(side.units.size), binary=binary)
+    seen = side.counts > 0
+    return Observations(
+        units=side.units[seen],
+        totals=side.totals[seen],
+        counts=side.counts[seen],
+        revisions=side.revisions[seen],
+        propensities=side.propensities[seen],
+        binary=side.binary,
+    )
+
+
 def _summary(side: Observations, *, binary: bool, clustered: bool) -> Arm | None:
     if side.units.size == 0:
         return None
@@ -110,17 +146,26 @@ def _summary(side: Observations, *, binary: bool, clustered: bool) -> Arm | None
 
 
 def _estimate(
-    name: str, side: Observations, summary: Arm | None, *, binary: bool, clustered: bool, alpha: float
+    name: str,
+    everybody: Observations,
+    side: Observations,
+    summary: Arm | None,
+    *,
+    binary: bool,
+    clustered: bool,
+    alpha: float,
 ) -> ArmEstimate:
-    observations = int(side.counts.sum())
+    exposed, observations = int(everybody.units.size), int(everybody.counts.sum())
+    measured = float(np.mean(everybody.counts > 0)) if exposed else None
     if summary is None:
-        return ArmEstimate(name, 0, 0, None, None)
+        return ArmEstimate(name, exposed, measured, 0, 0, None, None)
     if binary and not clustered:
         ci = wilson(float(side.totals.sum()), side.units.size, alpha=alpha)
     else:
         spread = float(stats.norm.isf(alpha / 2)) * summary.error_variance**0.5
         ci = (summary.mean - spread, summary.mean + spread)
-    return ArmEstimate(name, summary.n, observations, summary.mean, ci if summary.n > 1 else None)
+    shown = ci if summary.n > 1 else None
+    return ArmEstimate(name, exposed, measured, summary.n, observations, summary.mean, shown)
 
 
 def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha: float) -> Inference:
@@ -140,25 +185,64 @@ def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha
     )
 
 
-def _assumptions(metric: str, *, binary: bool, clustered: bool) -> list[str]:
+def _assumptions(
+    everybody: Arms, metric: str, missing: Missing, *, binary: bool, clustered: bool
+) -> list[str]:
     unit = (
         "The unit is the user or session: all its observations count together, units are independent."
         if clustered
-        else "Every unit has one observation; units are independent."
+        else "Every unit has one value; units are independent."
+    )
+    who = (
+        f"An arm is the units that the split sent there by chance; {everybody.left_out} requests that named "
+        "their version, or came while one version had all traffic, are left out."
+        if everybody.randomised
+        else "An arm is every unit that a version answered, whatever sent it there."
+    )
+    without = (
+        f"missing=zero: {metric} is summed per unit, and units without a value count as 0."
+        if missing == "zero"
+        else f"missing=exclude: units without a value of {metric} are left out of its mean."
     )
     kind = f"{metric} is {'a share of zeros and ones' if binary else 'a mean'}; its mean is about normal."
     return [
         unit,
+        who,
+        without,
         kind,
         "The fixed result holds at one look, at a size planned beforehand; the sequential one at every look.",
     ]
 
 
+def _population_warnings(everybody: Arms, missing: Missing) -> list[str]:
+    """What speaks against taking the arms for two samples of the same users."""
+    warnings = []
+    if not everybody.randomised:
+        warnings.append(
+            "No split sent users to both versions by chance: who asked for which may differ in more than the "
+            "version, so no difference here is an effect of it."
+        )
+    if everybody.unmapped:
+        warnings.append(
+            f"{everybody.unmapped} labels are left out: they name no class of the version that answered, or "
+            "what it predicted is not in the log."
+        )
+    measured = [[np.sum(side.counts > 0), np.sum(side.counts == 0)] for side in (everybody.a, everybody.b)]
+    if missing == "exclude" and np.all(np.sum(measured, axis=0) > 0) and np.all(np.sum(measured, axis=1) > 0):
+        found = contingency(measured)
+        if found.p_value < SAMPLE_RATIO_LEVEL:
+            warnings.append(
+                f"One arm lacks values more often than the other (p = {found.p_value:.2g}): those who have "
+                "one may be other users in either arm."
+            )
+    return warnings
+
+
 def _warnings(arms: Arms, ratio: CountTest | None, *, binary: bool) -> list[str]:
     warnings = ["Peeking: looking at `fixed` again and again makes false positives; decide by `sequential`."]
-    if ratio is None:
+    if ratio is None and arms.randomised:
         warnings.append("The split was not checked: the log holds no propensities of both arms.")
-    elif ratio.p_value < SAMPLE_RATIO_LEVEL:
+    elif ratio is not None and ratio.p_value < SAMPLE_RATIO_LEVEL:
         warnings.append(
             f"Sample ratio mismatch (p = {ratio.p_value:.2g}): the arms do not hold the shares that the "
             "split promised, so the comparison may be biased. Look for the cause first."

@@ -10,7 +10,7 @@ import duckdb
 from fastapi import APIRouter, Query
 
 from services.analytics import queries, schemas
-from services.analytics.comparison import compare
+from services.analytics.comparison import Missing, compare
 from services.analytics.reading import Reader
 from services.analytics.schemas import Json
 from services.common.errors import InvalidArgument, NotFound
@@ -57,13 +57,19 @@ def routes(reader: Reader) -> APIRouter:
         b: Name,
         metric: Name = "error_rate",
         alpha: Annotated[float, Query(gt=0, lt=0.5)] = 0.05,
+        missing: Missing | None = None,
         since: Instant = None,
         until: Instant = None,
     ) -> Json:
         """b against a (versions or variants) on error_rate, latency_ms, accuracy or the name of an outcome,
-        per user or session where requests name them."""
+        per user or session where requests name them. `missing` says what a user without an outcome counts as:
+        `zero` (its values are summed per user; what is meant where none is not for nothing, as of revenue) or
+        `exclude`, as built-in metrics and labels do."""
         if a == b:
             raise InvalidArgument("a and b are the same version.", field="b")
+        if metric in _BUILT_IN and missing == "zero":
+            raise InvalidArgument(f"What has no {metric} is not zero.", field="missing")
+        without: Missing = missing or ("exclude" if metric in (*_BUILT_IN, "label") else "zero")
 
         def question(connection: duckdb.DuckDBPyConnection) -> tuple[queries.Arms, list[Json]]:
             return queries.arms(connection, metric, a, b), queries.summary(connection)
@@ -80,9 +86,9 @@ def routes(reader: Reader) -> APIRouter:
         for field, name in (("a", a), ("b", b)):
             if name not in seen:
                 raise NotFound(f"No prediction of {model} by {name} has been seen.", field=field)
-        if metric not in _BUILT_IN and not arms.a.units.size and not arms.b.units.size:
+        if metric not in _BUILT_IN and not arms.a.counts.any() and not arms.b.counts.any():
             raise NotFound(f"There is no outcome named {metric} of these versions yet.", field="metric")
-        found = await asyncio.to_thread(compare, arms, metric, (a, b), alpha=alpha)
+        found = await asyncio.to_thread(compare, arms, metric, (a, b), missing=without, alpha=alpha)
         return schemas.comparison_json(model, metric, found)
 
     @router.get("/predictions/{request_id}")

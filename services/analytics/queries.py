@@ -118,25 +118,48 @@ SELECT *, number AS value FROM online JOIN outcomes USING (request_id)
 WHERE metric = getvariable('metric') AND number IS NOT NULL
 """
 
+_SPLIT = """
+CREATE TEMP MACRO arm_of(version, variant) AS CASE
+    WHEN version = getvariable('a') THEN 'a'
+    WHEN version = getvariable('b') THEN 'b'
+    WHEN variant = getvariable('a') THEN 'a'
+    WHEN variant = getvariable('b') THEN 'b' END;
+
+-- Whoever names a version gets it with propensity 1, as does everybody while it has all traffic.
+CREATE TEMP MACRO by_chance(propensity) AS propensity > 0 AND propensity < 1;
+
+SELECT count(DISTINCT arm_of(version, variant)) FILTER (by_chance(propensity)),
+       count(*) FILTER (NOT by_chance(propensity))
+FROM online WHERE arm_of(version, variant) IS NOT NULL
+"""
+
 _ARMS = """
-CREATE TEMP TABLE observations AS
-SELECT CASE WHEN version = getvariable('a') OR (variant = getvariable('a') AND version <> getvariable('b'))
-            THEN 'a' ELSE 'b' END AS arm, unit_hash, revision, propensity, answered_at_us, value
-FROM measured
-WHERE version IN (getvariable('a'), getvariable('b')) OR variant IN (getvariable('a'), getvariable('b'));
+CREATE TEMP TABLE exposures AS
+SELECT arm_of(version, variant) AS arm, unit_hash, revision, propensity, answered_at_us FROM online
+WHERE arm_of(version, variant) IS NOT NULL AND (by_chance(propensity) OR NOT getvariable('randomised'));
 
 CREATE TEMP TABLE firsts AS
 SELECT unit_hash, arg_min(arm, (answered_at_us, arm)) AS arm, count(DISTINCT arm) > 1 AS crossed
-FROM observations GROUP BY unit_hash;
+FROM exposures GROUP BY unit_hash;
+
+CREATE TEMP TABLE observations AS
+SELECT arm_of(version, variant) AS arm, unit_hash, value FROM measured
+WHERE arm_of(version, variant) IS NOT NULL AND (by_chance(propensity) OR NOT getvariable('randomised'));
 """
 
 _ARM = """
-SELECT unit_hash, sum(value) AS total, count(*)::DOUBLE AS n,
-       arg_min(revision, answered_at_us) AS revision,
-       arg_min(propensity, answered_at_us)::DOUBLE AS propensity,
-       coalesce(bool_and(value IN (0, 1)), true) AS zero_or_one
-FROM observations JOIN firsts USING (unit_hash, arm) WHERE arm = $arm
-GROUP BY unit_hash ORDER BY unit_hash
+SELECT unit_hash, coalesce(total, 0) AS total, coalesce(n, 0)::DOUBLE AS n, revision, propensity,
+       coalesce(zero_or_one, true) AS zero_or_one
+FROM (
+    SELECT unit_hash, arg_min(revision, answered_at_us) AS revision,
+           arg_min(propensity, answered_at_us)::DOUBLE AS propensity
+    FROM exposures JOIN firsts USING (unit_hash, arm) WHERE arm = $arm GROUP BY unit_hash
+)
+LEFT JOIN (
+    SELECT unit_hash, sum(value) AS total, count(*) AS n, bool_and(value IN (0, 1)) AS zero_or_one
+    FROM observations WHERE arm = $arm AND value IS NOT NULL GROUP BY unit_hash
+) USING (unit_hash)
+ORDER BY unit_hash
 """
 
 
@@ -155,8 +178,9 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Observations:
-    """What one arm measured per unit: the sum of the values and how many there were. `revisions` and
-    `propensities` are of the unit's first request. `binary`: every value is 0 or 1."""
+    """What one arm measured, per unit that was exposed to it: the sum of the values and how many there were,
+    maybe none. `revisions` and `propensities` are of the unit's first request. `binary`: every value is 0 or
+    1."""
 
     units: NDArray[np.uint64]
     totals: NDArray[np.float64]
@@ -168,11 +192,19 @@ class Observations:
 
 @dataclass(frozen=True, slots=True)
 class Arms:
-    """Both arms, and how many units were seen in both (they count for the one they met first)."""
+    """Both arms, and how many units were seen in both (they count for the one they met first).
+
+    `randomised`: only requests that the split assigned by chance are in them, and `left_out` were not; else
+    there are none of an arm, and everything is in them. `unmapped` labels of these versions could not be held
+    against an answer.
+    """
 
     a: Observations
     b: Observations
     crossed: int
+    randomised: bool = True
+    left_out: int = 0
+    unmapped: int = 0
 
 
 def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnection:
@@ -234,17 +266,30 @@ def accuracies(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
 
 
 def arms(connection: duckdb.DuckDBPyConnection, metric: str, a: str, b: str) -> Arms:
-    """Observations of two versions (or variants) per unit. A unit that met both counts with the one that it
-    met first, by its requests there. Once per connection.
+    """Observations of two versions (or variants) per unit that the split sent there. A unit that met both
+    counts with the one that it met first, by its requests there. Once per connection.
 
     `metric`: error_rate, latency_ms, accuracy, or the name of an outcome with numbers.
     """
     _set(connection, a=a, b=b, metric=metric)
     measured = _MEASURED.get(metric, _MEASURED_OUTCOME)
     connection.execute(f"CREATE TEMP VIEW measured AS {measured}")
+    ((split, others),) = connection.execute(_SPLIT).fetchall()
+    randomised = split == 2
+    _set(connection, randomised=randomised)
     connection.execute(_ARMS)
-    crossed = connection.execute("SELECT count(*) FROM firsts WHERE crossed").fetchone()
-    return Arms(_arm(connection, "a"), _arm(connection, "b"), int(crossed[0]) if crossed else 0)
+    ((crossed, unmapped),) = connection.execute(
+        "SELECT (SELECT count(*) FROM firsts WHERE crossed), "
+        "(SELECT count(*) FROM observations WHERE value IS NULL)"
+    ).fetchall()
+    return Arms(
+        a=_arm(connection, "a"),
+        b=_arm(connection, "b"),
+        crossed=crossed,
+        randomised=randomised,
+        left_out=others if randomised else 0,
+        unmapped=unmapped,
+    )
 
 
 def recent(connection: duckdb.DuckDBPyConnection, limit: int) -> list[dict[str, Any]]:

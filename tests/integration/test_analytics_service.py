@@ -238,13 +238,17 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
     assert errors["sample_ratio"]["p_value"] > 0.5
     revenue = (await client.get(path, params={"a": "1", "b": "2", "metric": "revenue"})).json()
     assert revenue["method"] == "Welch's t-test"
-    assert revenue["a"]["observations"] == 450
+    assert (revenue["a"]["observations"], revenue["a"]["units"], revenue["a"]["measured"]) == (450, 900, 0.5)
+    params = {"a": "1", "b": "2", "metric": "revenue", "missing": "exclude"}
+    given = (await client.get(path, params=params)).json()
+    assert given["a"]["mean"] == pytest.approx(2 * revenue["a"]["mean"])
     accuracy = (await client.get(path, params={"a": "1", "b": "2", "metric": "accuracy"})).json()
     assert accuracy["a"]["mean"] == 899 / 900
     for params, status, field in (
         ({"a": "1", "b": "9"}, 404, "b"),
         ({"a": "1", "b": "2", "metric": "mood"}, 404, "metric"),
         ({"a": "1", "b": "1"}, 422, "b"),
+        ({"a": "1", "b": "2", "metric": "accuracy", "missing": "zero"}, 422, "missing"),
         ({"a": "1"}, 422, "b"),
         ({"a": "1", "b": "2", "since": "2026-01-01T00:00:00"}, 422, "since"),
     ):

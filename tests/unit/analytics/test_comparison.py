@@ -24,6 +24,37 @@ def observed(
     )
 
 
+def test_users_without_an_outcome_count_as_zero_or_not_at_all() -> None:
+    """50 of 200 bought for 10 in one arm, 100 of 200 in the other, some of them twice."""
+    a = observed(np.repeat([10.0, 0.0], [50, 150]), np.repeat([1, 0], [50, 150]))
+    b = observed(np.repeat([20.0, 10.0, 0.0], [20, 80, 100]), np.repeat([2, 1, 0], [20, 80, 100]))
+    zero = compare(Arms(a, b, 0), "revenue", ("1", "2"), missing="zero")
+    assert (zero.a.mean, zero.b.mean) == (2.5, 6.0)
+    assert (zero.a.exposed, zero.a.units, zero.a.observations, zero.a.measured) == (200, 200, 50, 0.25)
+    assert zero.fixed is not None
+    assert zero.fixed.method == "Welch's t-test"
+    assert "missing=zero" in " ".join(zero.assumptions)
+    exclude = compare(Arms(a, b, 0), "revenue", ("1", "2"), missing="exclude")
+    assert (exclude.a.mean, exclude.b.mean) == (10.0, 10.0)
+    assert (exclude.b.exposed, exclude.b.units, exclude.b.observations) == (200, 100, 120)
+    assert "lacks values more often" in " ".join(exclude.warnings)
+    assert exclude.sample_ratio == zero.sample_ratio
+
+
+def test_without_a_split_nothing_is_called_an_effect() -> None:
+    arms = Arms(observed(ones(5, 100)), observed(ones(9, 900)), 0, randomised=False)
+    found = compare(arms, "error_rate", ("1", "2"))
+    assert found.sample_ratio is None
+    assert "No split sent users to both versions by chance" in " ".join(found.warnings)
+
+
+def test_labels_that_were_left_out_are_told() -> None:
+    arms = Arms(observed(ones(5, 100)), observed(ones(9, 100)), 0, unmapped=7)
+    assert any(
+        warning.startswith("7 labels are left out") for warning in compare(arms, "m", ("1", "2")).warnings
+    )
+
+
 def ones(successes: int, n: int) -> np.ndarray:
     return np.repeat([1.0, 0.0], [successes, n - successes])
 

@@ -255,6 +255,27 @@ def test_units_that_met_both_versions_count_for_the_first() -> None:
     assert found.b.binary
 
 
+def test_requests_that_named_their_version_are_in_no_arm() -> None:
+    """Users 1 to 4 are split 50/50; 3 also pins version 1; 9 asks for version 2 by name, again and again."""
+    batches = [
+        prediction_batch([1, 2], unit_hashes=[1, 2]),
+        prediction_batch([3, 4], unit_hashes=[3, 4], version="2"),
+        prediction_batch([5], unit_hashes=[3], propensities=1.0, answered_at_us=START_US - 5),
+        prediction_batch([6, 7, 8], unit_hashes=9, version="2", propensities=1.0, codes=Code.CODE_INTERNAL),
+    ]
+    revenue = said((2, 5.0, None, 0, 1), (6, 9.0, None, 0, 1), metric="revenue")
+    with queries.open_snapshot(Snapshot(inbox=core(*batches), outcomes=revenue)) as connection:
+        found = queries.arms(connection, "revenue", "1", "2")
+    assert (found.a.units.tolist(), found.b.units.tolist()) == ([1, 2], [3, 4])
+    assert (found.a.totals.tolist(), found.a.counts.tolist()) == ([0.0, 5.0], [0.0, 1.0])
+    assert found.b.counts.tolist() == [0.0, 0.0]
+    assert (found.randomised, found.left_out, found.crossed) == (True, 4, 0)
+    with queries.open_snapshot(Snapshot(inbox=core(*batches[:1], *batches[3:]))) as connection:
+        found = queries.arms(connection, "error_rate", "1", "2")
+    assert (found.randomised, found.left_out) == (False, 0)
+    assert found.b.units.tolist() == [9]
+
+
 def test_a_request_is_found_with_its_payload_in_objects_and_inbox(tmp_path: Path) -> None:
     first, second = prediction_batch([1, 2]), prediction_batch([2], attempts=1, labels=[7])
     _, data = encode(to_table([first]), "1", layout(first), [first.batch_id])
