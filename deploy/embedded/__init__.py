@@ -1,8 +1,8 @@
 """The embedded stack: real servers and the six services as processes on loopback.
 
-Read in call order: `__main__` and `commands` (the verbs), `stack` (start, ask, stop: what the command line and
-the tests use), `supervise` and `supervisor` (the process in the background), `keeper` (one part: start, watch,
-start again), `guard` (ends everything when the supervisor is killed). What is decided without touching
+Read in call order: `__main__` and `commands` (the verbs), `stack` (start, ask, stop: what the command line
+and the tests use), `supervise` and `supervisor` (the process in the background), `keeper` (one part: start,
+watch, start again), `guard` (ends everything when the supervisor is killed). What is decided without touching
 anything: `configuration` (environment), `blueprint` (the parts), `preflight` (what must hold before).
 
 The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,

@@ -80,7 +80,7 @@ class ApacheKafkaServer(Server):
                 f"KAFKA_HOME {self._libs.parent} is no unpacked Apache Kafka: no kafka_*.jar in libs."
             )
         self._java = find_java()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.directory / "log4j2.properties").write_text(_LOGGING)
         self._properties.write_text("".join(f"{name}={value}\n" for name, value in self._settings().items()))
         if not (self._log_dir / "meta.properties").exists():

@@ -17,7 +17,8 @@ from deploy.embedded.tansu import TansuServer
 from deploy.embedded.valkey import ValkeyServer
 
 NOT_DURABLE = (
-    "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops. "
+    "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "
+    "every event stays in memory while it runs, so it grows with traffic. "
     "Set KAFKA_HOME (an unpacked Apache Kafka, Java 17+) or KAFKA_BOOTSTRAP_SERVERS for a durable one."
 )
 
@@ -173,6 +174,11 @@ def python_path() -> str:
     return os.pathsep.join([*folders, inherited] if inherited else folders)
 
 
-def state_directories(home: Path) -> list[Path]:
-    """Folders that must be there before anything starts."""
-    return [home, home / "logs", home / "state", home / "artifacts"]
+def make_directories(home: Path) -> None:
+    """The folders that must be there before anything starts. What holds data is closed to other users; `home`
+    itself is not, since PostgreSQL, started by root, runs as one of them in a folder of its own."""
+    home.mkdir(parents=True, exist_ok=True)
+    for name in ("logs", "state", "artifacts"):
+        folder = home / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)  # one of an earlier version, too

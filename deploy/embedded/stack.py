@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deploy.embedded import lock
-from deploy.embedded.blueprint import draw, python_path, state_directories
+from deploy.embedded.blueprint import draw, make_directories, python_path
 from deploy.embedded.configuration import REPOSITORY, Configuration, free_ports
 from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.preflight import check_disk, check_ports, check_python
@@ -25,6 +25,7 @@ ALREADY_RUNS = 3
 #: Argument of a supervisor that stops when its standard input ends.
 WHILE_STDIN = "--while-stdin"
 START_TIMEOUT_S = 240.0
+#: Longer than the supervisor gives itself (its STOP_S), with the time to reap what it killed.
 STOP_TIMEOUT_S = 90.0
 KILLED_TIMEOUT_S = 20.0
 POLL_S = 0.1
@@ -149,8 +150,7 @@ class Stack:
         check_python()
         self._wait_for_leftovers()
         check_disk(self.home)
-        for folder in state_directories(self.home):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_directories(self.home)
         check_ports(draw(self.configuration, load_or_create(self.home)))
         (self.home / "status.json").unlink(missing_ok=True)
         self._supervisor = self._launch()
@@ -239,7 +239,6 @@ class Stack:
             time.sleep(POLL_S)
 
     def _launch(self) -> subprocess.Popen[bytes]:
-        self.configuration.logs.mkdir(parents=True, exist_ok=True)
         environment = self.environment | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
         with (self.configuration.logs / "supervisor.log").open("ab") as output:
             return subprocess.Popen(  # noqa: S603 - our own module

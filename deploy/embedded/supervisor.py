@@ -9,12 +9,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from deploy.embedded import guard
-from deploy.embedded.blueprint import Blueprint, draw, state_directories
+from deploy.embedded.blueprint import Blueprint, draw, make_directories
 from deploy.embedded.configuration import Configuration
 from deploy.embedded.keeper import Keeper
 from deploy.embedded.log_files import trim_logs
@@ -33,10 +36,19 @@ log = logging.getLogger("headrace.supervisor")
 
 #: Longer than a service gives itself to drain (DRAIN_S of platform.env).
 DRAIN_S = 35.0
+#: After a start that failed there is nothing to drain.
+FAILED_GRACE_S = 3.0
+#: All groups together: a stop that takes longer is ended by force (STOP_TIMEOUT_S of `Stack.stop`).
+STOP_S = 75.0
+#: Kept for each group that is still to be stopped: the last is the database, with a checkpoint to write.
+LEAST_GRACE_S = 5.0
 #: How long a killed supervisor's PostgreSQL may take to write its checkpoint; the others need none.
 DATABASE_GRACE_S = 5.0
-TRIM_EVERY_S = 30.0
+LOOK_EVERY_S = 30.0
 TOPICS_DEADLINE_S = 20.0
+#: Beyond this a broker that keeps everything in memory is warned of, bytes.
+BROKER_MEMORY_LIMIT = 2 << 30
+MEMORY_WARNING = "The embedded event broker uses"
 
 
 class Supervisor:
@@ -76,8 +88,7 @@ class Supervisor:
         return 0
 
     def _lay_out(self) -> Blueprint:
-        for folder in state_directories(self._configuration.home):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_directories(self._configuration.home)
         self._holds.mkdir(exist_ok=True)
         for leftover in self._holds.iterdir():
             leftover.unlink()
@@ -109,10 +120,10 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 story = group.create_task(self._bring_up(blueprint, group))
-                trimming = group.create_task(self._trim_logs())
+                looking = group.create_task(self._look_after(blueprint.broker))
                 await stopping.wait()
                 # Nothing may be started any more: end every keeper before anything is stopped.
-                for task in (story, trimming, *self._tasks):
+                for task in (story, looking, *self._tasks):
                     task.cancel()
         except* EmbeddedError as errors:
             failure = _first_sentence(errors)
@@ -146,8 +157,12 @@ class Supervisor:
     async def _stop(self, blueprint: Blueprint, *, failed: bool) -> None:
         self._status.phase = Phase.STOPPING
         self.changed()
-        grace = 3.0 if failed else DRAIN_S
-        for servers in (*blueprint.drain_order, blueprint.servers):
+        deadline = time.monotonic() + STOP_S
+        groups = [*blueprint.drain_order, blueprint.servers]
+        for position, servers in enumerate(groups, start=1):
+            grace = grace_s(deadline - time.monotonic(), behind=len(groups) - position)
+            if failed:
+                grace = min(grace, FAILED_GRACE_S)
             async with asyncio.TaskGroup() as group:
                 for server in servers:
                     group.create_task(self._keepers[server.name].stop(grace))
@@ -162,10 +177,26 @@ class Supervisor:
         self.changed()
         return 1
 
-    async def _trim_logs(self) -> None:
+    async def _look_after(self, broker: Server | None) -> None:
         while True:
-            await asyncio.sleep(TRIM_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)
             await asyncio.to_thread(trim_logs, self._configuration.logs)
+            self._watch_memory(broker)
+
+    def _watch_memory(self, broker: Server | None) -> None:
+        if broker is None or broker.durable or broker.pid is None:
+            return
+        try:
+            warning = memory_warning(psutil.Process(broker.pid).memory_info().rss)
+        except psutil.Error:  # it ended just now; its keeper sees that too
+            return
+        others = [told for told in self._status.warnings if not told.startswith(MEMORY_WARNING)]
+        if warning is not None and others == self._status.warnings:
+            log.warning(warning)
+        warnings = others if warning is None else [*others, warning]
+        if warnings != self._status.warnings:
+            self._status.warnings = warnings
+            self.changed()
 
     # What keepers ask for (see keeper.Surroundings).
 
@@ -205,6 +236,21 @@ class Supervisor:
             except BrokenPipeError:  # killed by somebody; the kernel's own rope is still there
                 log.warning("the guard process is gone")
                 self._guard = None
+
+
+def grace_s(left: float, *, behind: int) -> float:
+    """Seconds that one group may take to stop, of `left` for it and the `behind` groups after it."""
+    return max(LEAST_GRACE_S, min(DRAIN_S, left - LEAST_GRACE_S * behind))
+
+
+def memory_warning(resident: int) -> str | None:
+    """What to say of a memory-only broker that holds `resident` bytes, None while that is few."""
+    if resident <= BROKER_MEMORY_LIMIT:
+        return None
+    return (
+        f"{MEMORY_WARNING} {resident / (1 << 30):.1f} GB, since it keeps every event until it ends. "
+        "Restart the stack to empty it, or set KAFKA_HOME for a broker that keeps events on disk."
+    )
 
 
 def _stop_at_end(stopping: asyncio.Event) -> None:

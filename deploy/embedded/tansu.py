@@ -44,7 +44,7 @@ class TansuServer(Server):
         return f"{LOOPBACK}:{self.port}"
 
     def prepare(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def command(self) -> Command:
         here = f"tcp://{self.url}"

@@ -47,7 +47,7 @@ class ValkeyServer(Server):
         return f"redis://{LOOPBACK}:{self.port}/0"
 
     def prepare(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def command(self) -> Command:
         options = {

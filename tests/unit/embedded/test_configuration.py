@@ -80,6 +80,7 @@ def test_the_memory_only_broker_is_announced(tmp_path: Path) -> None:
     assert [server.name for server in blueprint.servers] == ["postgres", "valkey", "tansu"]
     assert len(blueprint.warnings) == 1
     assert "memory only" in blueprint.warnings[0]
+    assert "stays in memory while it runs" in blueprint.warnings[0]
     durable = draw(read(tmp_path, KAFKA_HOME=str(tmp_path)), SECRETS)
     assert [server.name for server in durable.servers] == ["postgres", "valkey", "kafka"]
     assert durable.warnings == []

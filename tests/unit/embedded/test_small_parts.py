@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 import socket
@@ -14,12 +15,15 @@ from pathlib import Path
 import pytest
 
 from deploy.embedded import guard, lock
+from deploy.embedded.blueprint import make_directories
 from deploy.embedded.kafka_probe import answers_kafka
 from deploy.embedded.log_files import choose, follow, tail, trim_logs
 from deploy.embedded.preflight import LEAST_FREE_BYTES, check_disk, check_python
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.server import FREE_PORTS, free_port
+from deploy.embedded.stack import STOP_TIMEOUT_S
 from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
+from deploy.embedded.supervisor import DATABASE_GRACE_S, DRAIN_S, STOP_S, grace_s, memory_warning
 from deploy.embedded.view import duration
 
 
@@ -60,6 +64,46 @@ def test_the_lock_has_one_holder(tmp_path: Path) -> None:
     with open(descriptor, closefd=True):
         pass
     assert not lock.held(path)
+
+
+def test_asking_for_the_lock_never_keeps_a_supervisor_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)  # as `status` has it for an instant
+        assert not lock.held(path)
+        letting_go = threading.Timer(0.1, fcntl.flock, (asking, fcntl.LOCK_UN))
+        letting_go.start()
+        descriptor = lock.acquire(path)
+        letting_go.join(5)
+    assert descriptor is not None
+    assert lock.held(path)
+    with open(descriptor, closefd=True):
+        pass
+
+
+def test_groups_that_hang_share_one_deadline_and_leave_some_for_the_database() -> None:
+    left, graces = STOP_S, []
+    for behind in reversed(range(5)):
+        graces.append(grace_s(left, behind=behind))
+        left -= graces[-1]
+    assert sum(graces) <= STOP_S < STOP_TIMEOUT_S
+    assert graces[0] == DRAIN_S
+    assert min(graces) >= DATABASE_GRACE_S
+    assert grace_s(STOP_S - 1.0, behind=3) == DRAIN_S  # one that ended in time took nothing from the next
+
+
+def test_a_broker_that_fills_the_memory_is_warned_of() -> None:
+    assert memory_warning(2 << 30) is None
+    assert "uses 3.5 GB" in (memory_warning(7 << 29) or "")
+
+
+def test_what_holds_data_is_closed_to_other_users(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "logs").mkdir(parents=True)  # of an earlier version
+    make_directories(home)
+    modes = {folder.name: folder.stat().st_mode & 0o777 for folder in home.iterdir()}
+    assert modes == {"logs": 0o700, "state": 0o700, "artifacts": 0o700}
 
 
 def test_logs_are_chosen_tailed_and_kept_bounded(tmp_path: Path) -> None:
