@@ -16,6 +16,8 @@ from services.common.errors import PermissionDenied, Unauthenticated
 from services.gateway.limiter import Bucket
 
 _REMEMBERED = 10_000
+#: Headers may be padded; longer ones are digested each time.
+_MAX_REMEMBERED_BYTES = 200
 
 
 class Scope(enum.StrEnum):
@@ -108,9 +110,10 @@ class KeyRing:
         found = self._by_digest.get(sha256(text).digest())
         if found is None:
             raise Unauthenticated("This API key is not known.")
-        if len(remembered) >= _REMEMBERED:
-            remembered.clear()
-        remembered[header] = found
+        if len(header) <= _MAX_REMEMBERED_BYTES:
+            if len(remembered) >= _REMEMBERED:
+                remembered.clear()
+            remembered[header] = found
         return found
 
 

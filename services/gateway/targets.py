@@ -31,7 +31,9 @@ _FIXED = {
 }
 _NATIVE = re.compile(rb"/(?:api/)?v1/models/([A-Za-z0-9._-]{1,128})/predict")
 _V2 = re.compile(rb"/v2/models/([A-Za-z0-9._-]{1,128})(?:/versions/([A-Za-z0-9._-]{1,128}))?/infer")
+#: Paths are the clients', authenticated or not, so what is remembered is bounded in number and length.
 _REMEMBERED = 4096
+_MAX_REMEMBERED_BYTES = 300
 _known: dict[bytes, Target | None] = {}
 
 
@@ -42,9 +44,11 @@ def target_of(path: bytes) -> Target | None:
         return _known[path]
     except KeyError:
         pass
-    if len(_known) >= _REMEMBERED:
-        _known.clear()
-    found = _known[path] = _parsed(path)
+    found = _parsed(path)
+    if len(path) <= _MAX_REMEMBERED_BYTES:
+        if len(_known) >= _REMEMBERED:
+            _known.clear()
+        _known[path] = found
     return found
 
 

@@ -13,6 +13,7 @@ from services.gateway.targets import Target, target_of
 
 #: Names as clients wrote them, and what we do with them; bounded, for names are theirs.
 _LEARNED_NAMES = 2048
+_MAX_LEARNED_BYTES = 40
 
 _FRAMING = {b"host": "host", b"content-length": "length", b"connection": "connection", b"expect": "expect"}
 
@@ -70,6 +71,6 @@ class HotProtocol(HardenedProtocol):
     def _learn(cls, name: bytes) -> str:
         lower = name.lower()
         meaning = HEADERS.get(lower) or _FRAMING.get(lower, "")
-        if len(cls._names) < _LEARNED_NAMES:
+        if len(cls._names) < _LEARNED_NAMES and len(name) <= _MAX_LEARNED_BYTES:
             cls._names[name] = meaning
         return meaning

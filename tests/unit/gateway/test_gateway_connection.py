@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 from services.common.clock import SystemClock
 from services.common.errors import Unavailable
 from services.common.telemetry import setup_tracing
+from services.gateway import targets
 from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue
 from services.gateway.hot.front import HotFront, HttpLimits
@@ -205,6 +206,16 @@ async def test_endless_heads(connection: Connection, head: bytes) -> None:
         connection.feed(b"a" * 1024)
     assert connection.transport.statuses() == [b"431"]
     assert connection.transport.closed
+
+
+async def test_what_strangers_send_is_not_remembered_at_length(connection: Connection) -> None:
+    path, name = b"/v1/models/" + b"m" * 20_000, b"X-" + b"n" * 20_000
+    connection.feed(b"POST " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert path not in targets._known
+    other = Connection()
+    other.feed(b"POST /v1/predict HTTP/1.1\r\nHost: a\r\nX-Short: 1\r\n" + name + b": 1\r\n\r\n")
+    assert b"X-Short" in HotProtocol._names
+    assert name not in HotProtocol._names
 
 
 @pytest.mark.parametrize("path", [b"/v1/predict", b"/health/live"])

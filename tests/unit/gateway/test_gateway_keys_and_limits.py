@@ -53,6 +53,14 @@ def test_a_key_opens_by_either_header(ring: KeyRing) -> None:
         ring.authenticate(PREDICT_ONLY.encode(), None)
 
 
+def test_padded_headers_are_not_remembered(ring: KeyRing) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"]))
+    for padding in (b"", b" " * 10_000):
+        assert ring.authenticate(b"Bearer " + padding + PREDICT_ONLY.encode(), None)
+        assert ring.authenticate(None, PREDICT_ONLY.encode() + padding)
+    assert [len(remembered) for remembered in (ring._by_authorization, ring._by_api_key)] == [1, 1]
+
+
 def test_revocation_removal_and_expiry_shut_out_at_once(ring: KeyRing, clock: ManualClock) -> None:
     put(ring, api_key(PREDICT_ONLY, ["predict"]))
     caller(ring)
