@@ -307,13 +307,18 @@ class Endpoints:
         for key in keys:
             group = self._groups.get(key)
             if group is not None:
+                # Where nobody has it in memory, whoever loads it on demand.
                 group.fill(
-                    tuple(
-                        endpoint
-                        for endpoint in self._endpoints.values()
-                        if endpoint.reachable and endpoint.versions.get(key) == LoadedVersion.STATE_READY
-                    )
+                    self._having(key, LoadedVersion.STATE_READY)
+                    or self._having(key, LoadedVersion.STATE_EVICTED)
                 )
+
+    def _having(self, key: VersionKey, state: LoadedVersion.State) -> tuple[Endpoint, ...]:
+        return tuple(
+            endpoint
+            for endpoint in self._endpoints.values()
+            if endpoint.reachable and endpoint.versions.get(key) == state
+        )
 
     # Time
 

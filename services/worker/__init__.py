@@ -6,6 +6,6 @@ at a time), input_layout.py (checks), loaded_model.py (a version that serves), b
 take), execution.py (joining, running, cutting, isolating), backends/ (what runs), tensors.py,
 prediction_log.py (what is logged), replies.py.
 
-What is loaded: desired.py (deployments of the pool), model_host.py (keeping up with them), loading.py,
-artifacts.py, warm_up.py. What others see: status.py, heartbeat.py, stats.py, metrics.py. Start: settings.py,
-__main__.py."""
+What is loaded: desired.py (deployments of the pool), model_host.py (keeping up with them), eviction.py (who
+makes room), parked.py (requests for who did), loading.py, artifacts.py, warm_up.py. What others see:
+status.py, heartbeat.py, stats.py, metrics.py. Start: settings.py, __main__.py."""

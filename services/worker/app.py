@@ -92,7 +92,9 @@ async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             VersionLoader(artifacts, serving, options),
             artifacts,
             heartbeat.changed,
+            clock,
             linger=cfg.linger_s,
+            long_idle=cfg.evict_idle_s,
         )
         stack.push_async_callback(host.close)
         servicer = Servicer(host, events, clock)

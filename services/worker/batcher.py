@@ -144,11 +144,18 @@ class Batcher:
     def close(self, reason: HeadraceError | None = None) -> None:
         """Refuse what waits and whatever is submitted from now on."""
         self._closed = reason or Unavailable("the model version is being unloaded")
-        for item in list(self._queue):
-            self._queue.remove(item)
+        for item in self.withdraw_all():
             self._refuse(item, self._closed)
+
+    def withdraw_all(self) -> list[Item]:
+        """Take out what waits, those of one priority class and merge key in order of arrival. To settle them
+        is the caller's from now on."""
+        waiting = list(self._queue)
+        for item in waiting:
+            self._queue.remove(item)
         self._disarm_timer()
         self._signal_idle()
+        return waiting
 
     def _refuse(self, item: Item, error: HeadraceError) -> None:
         if not item.done:

@@ -44,7 +44,9 @@ class Log(Protocol):
     @property
     def usable(self) -> bool: ...
 
-    def append(self, key: bytes, value: bytes, headers: tuple[tuple[str, bytes], ...] = ()) -> None: ...
+    def append_many(
+        self, key: bytes, values: Sequence[bytes], headers: tuple[tuple[str, bytes], ...] = ()
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class LoadedModel:
         self.run_time = run_time
         self.version = version
         self.running_rows = 0
-        self.last_used = serving.clock.monotonic()
+        self._last_used = serving.clock.monotonic()
         self._runner = runner
         self._records = records
         self._policy = policy
@@ -116,6 +118,11 @@ class LoadedModel:
     def pending(self) -> int:
         """Requests that wait."""
         return self._batcher.queued
+
+    @property
+    def unused(self) -> float:
+        """Seconds since it last ran, or was loaded."""
+        return self._serving.clock.monotonic() - self._last_used
 
     @property
     def idle(self) -> bool:
@@ -157,7 +164,7 @@ class LoadedModel:
     def _run(self, batch: Batch) -> None:
         serving = self._serving
         started = serving.clock.monotonic()
-        self.last_used = started
+        self._last_used = started
         self.running_rows += batch.rows
         for item in batch.items:
             item.queue_us = waiting_us(item, started)
@@ -247,10 +254,15 @@ class LoadedModel:
             self._fail(item, error, times.compute_us)
 
     def _append(self, records: Iterable[PredictionBatch], headers: tuple[tuple[str, bytes], ...]) -> None:
-        for record in records:
-            self._serving.log.append(self._records.key, record.SerializeToString(), headers)
-            if self._policy.payloads.enabled and not record.inputs:
-                self.stats.payloads_omitted += sum(code == _OK for code in record.codes)
+        # All or none: a batch of which a part were logged would be run, and logged, again elsewhere.
+        written = list(records)
+        self._serving.log.append_many(
+            self._records.key, [record.SerializeToString() for record in written], headers
+        )
+        if self._policy.payloads.enabled:
+            for record in written:
+                if not record.inputs:
+                    self.stats.payloads_omitted += sum(code == _OK for code in record.codes)
 
     def _settle_all(self, items: Sequence[Item], error: HeadraceError) -> None:
         for item in items:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from services.worker.artifacts import ArtifactCache
 from services.worker.backends.port import Backend, BackendOptions, LoadFailed
 from services.worker.backends.registry import loader
 from services.worker.desired import Desired
+from services.worker.eviction import NoRoom
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.loaded_model import LoadedModel, Serving
@@ -23,6 +26,8 @@ from services.worker.run_time import RunTime
 from services.worker.warm_up import WarmUp, warm_up
 
 log = structlog.get_logger(__name__)
+
+_NO_ROOM_MS = 1000
 
 OnState = Callable[[LoadedVersion.State], None]
 
@@ -56,9 +61,13 @@ class VersionLoader:
         self._options = options
         self._one_at_a_time = asyncio.Lock()
 
-    async def load(self, desired: Desired, on_state: OnState) -> Loaded:
-        """Bring `desired` up. Raises LoadFailed with the reason, Unavailable when the artifact store is
-        away."""
+    async def load(
+        self, desired: Desired, on_state: OnState, free: Callable[[int], bool], known_bytes: int = 0
+    ) -> Loaded:
+        """Bring `desired` up; `known_bytes` is what it took the last time. `free` is asked to give up so many
+        bytes of other versions where memory is short; False: it has none to give.
+
+        Raises LoadFailed with the reason, NoRoom, Unavailable when the artifact store is away."""
         key, served = desired.key, desired.served
         try:
             layout = InputLayout(served.signature)
@@ -66,7 +75,7 @@ class VersionLoader:
             raise LoadFailed(f"the signature cannot be served: {error}") from error
         directory = await self._artifacts.fetch(served.artifact_digest)
         async with self._one_at_a_time:
-            self._check_memory(served.artifact_bytes)
+            await self._make_room(max(served.artifact_bytes, known_bytes), free)
             before = resident_bytes()
             backend = await asyncio.to_thread(self._open, desired, directory)
             on_state(LoadedVersion.STATE_WARMING)
@@ -93,13 +102,20 @@ class VersionLoader:
         served = desired.served
         return loader(served.backend)(directory, served.signature, self._options.backend)
 
-    def _check_memory(self, artifact_bytes: int) -> None:
+    async def _make_room(self, needed: int, free: Callable[[int], bool]) -> None:
         limit = self._options.memory_limit
-        used = resident_bytes()
-        if limit and used + artifact_bytes > limit:
-            raise LoadFailed(
-                f"no memory for {artifact_bytes >> 20} MiB: {used >> 20} of {limit >> 20} MiB are in use"
-            )
+        if not limit or resident_bytes() + needed <= limit:
+            return
+        while True:
+            await asyncio.to_thread(return_freed_memory)
+            used = resident_bytes()
+            if used + needed <= limit:
+                return
+            if not free(used + needed - limit):
+                raise NoRoom(
+                    f"no memory for {needed >> 20} MiB: {used >> 20} of {limit >> 20} MiB are in use",
+                    retry_after_ms=_NO_ROOM_MS,
+                )
 
     def _tell(self, desired: Desired, warm: WarmUp, run_time: RunTime, max_rows: int) -> None:
         key = desired.key
@@ -114,6 +130,13 @@ class VersionLoader:
             full_batch_us=round(run_time.estimate(max_rows) * 1e6),
             max_rows=max_rows,
         )
+
+
+def return_freed_memory() -> None:
+    """Give the system what the C library keeps for later, so that the next measurement is of what is in use.
+    Does nothing where the library cannot."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -72,6 +72,12 @@ class WorkerMetrics(Collector):
             state = LoadedVersion.State.Name(status.state).removeprefix("STATE_").lower()
             states.add_metric((status.model, status.version, state), 1)
         yield states
+        evicted = CounterMetricFamily(
+            "headrace_worker_evictions", "Times a version left memory to make room", labels=_VERSION
+        )
+        for version, times in self._host.evictions.items():
+            evicted.add_metric(version, times)
+        yield evicted
         refused = CounterMetricFamily(
             "headrace_worker_refused", "Requests refused before they were queued", labels=("code",)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,16 +11,23 @@ from dataclasses import dataclass, field
 import structlog
 from headrace.v1.control_pb2 import LoadedVersion
 
-from services.common.errors import HeadraceError
+from services.common.clock import Clock
+from services.common.errors import HeadraceError, Unavailable
 from services.worker.artifacts import ArtifactCache
 from services.worker.desired import Deployments, Desired, VersionKey
+from services.worker.eviction import NoRoom, Resident, victims
+from services.worker.input_layout import InputLayout
 from services.worker.loaded_model import LoadedModel
 from services.worker.loading import Loaded, VersionLoader
+from services.worker.parked import Parked
+from services.worker.stats import ModelStats
 
 log = structlog.get_logger(__name__)
 
 _BACKOFF_FIRST_S = 1.0
 _BACKOFF_MAX_S = 60.0
+# After a version found no room, nobody asks again for this long.
+_NO_ROOM_S = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -31,12 +39,35 @@ class Slot:
     error: str = ""
     attempts: int = 0
     loaded: Loaded | None = None
-    unwanted: asyncio.Event = field(default_factory=asyncio.Event)
+    # Set while it is not loaded and may be asked for.
+    parked: Parked | None = None
+    # On its first way up, for which the worker's readiness waits.
+    first: bool = True
+    # Kept over an eviction.
+    known_bytes: int = 0
+    stats: ModelStats | None = None
+    unwanted: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
     @property
     def key(self) -> VersionKey:
         return self.desired.key
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.key.model, self.key.version
+
+    @property
+    def demanded(self) -> bool:
+        """Whether requests wait for it."""
+        return self.parked is not None and self.parked.queued_rows > 0
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        """Return once `reached()`; asked again after every `changed`."""
+        while not reached():
+            self.changed.clear()
+            await self.changed.wait()
 
 
 class ModelHost:
@@ -44,7 +75,10 @@ class ModelHost:
 
     A version that is no longer deployed serves for `linger` seconds more (routers learn of it at their own
     pace), then finishes what it has, for `drain` seconds at most. A version that cannot be loaded is tried
-    again, ever more rarely, and stands in nobody's way."""
+    again, ever more rarely, and stands in nobody's way.
+
+    Where memory is short, `eviction.py` says who makes room. An evicted version is parked: requests for it
+    wait, bounded like the version's own queue, and make it load again."""
 
     def __init__(
         self,
@@ -52,27 +86,33 @@ class ModelHost:
         loader: VersionLoader,
         artifacts: ArtifactCache,
         on_change: Callable[[], None],
+        clock: Clock,
         *,
         linger: float = 2.0,
         drain: float = 30.0,
+        long_idle: float = 300.0,
     ) -> None:
         self._deployments = deployments
         self._loader = loader
         self._artifacts = artifacts
         self._on_change = on_change
+        self._clock = clock
         self._linger = linger
         self._drain = drain
+        self._long_idle = long_idle
         self._slots: list[Slot] = []
-        self._serving: dict[tuple[str, str], LoadedModel] = {}
+        self._serving: dict[tuple[str, str], LoadedModel | Parked] = {}
         self._stopping = False
+        #: Evictions by model and version.
+        self.evictions: Counter[tuple[str, str]] = Counter()
 
     def apply(self, key: bytes, value: bytes | None) -> None:
         """Take in one record of control.deployments.v1."""
         self._deployments.apply(key, value)
         self.reconcile()
 
-    def find(self, model: str, version: str) -> LoadedModel | None:
-        """The version, if it can answer now."""
+    def find(self, model: str, version: str) -> LoadedModel | Parked | None:
+        """The version, if it can answer now or when it has been loaded again."""
         return self._serving.get((model, version))
 
     def serving(self) -> Iterator[tuple[VersionKey, LoadedModel]]:
@@ -83,10 +123,8 @@ class ModelHost:
 
     def states(self) -> list[LoadedVersion]:
         """Every version for the heartbeat; of two with one name only the one that is wanted."""
-        slots = {(slot.key.model, slot.key.version): slot for slot in self._slots if slot.unwanted.is_set()}
-        slots |= {
-            (slot.key.model, slot.key.version): slot for slot in self._slots if not slot.unwanted.is_set()
-        }
+        slots = {slot.name: slot for slot in self._slots if slot.unwanted}
+        slots |= {slot.name: slot for slot in self._slots if not slot.unwanted}
         return [
             LoadedVersion(
                 model=slot.key.model,
@@ -102,12 +140,11 @@ class ModelHost:
     def unready(self) -> str | None:
         """Why the worker should not be counted on yet: a version still on its first way up, or none that
         could be loaded. A failed version beside working ones does not hold the worker back."""
-        wanted = [slot for slot in self._slots if not slot.unwanted.is_set()]
-        coming = [slot for slot in wanted if slot.loaded is None and slot.state != LoadedVersion.STATE_FAILED]
-        coming = [slot for slot in coming if not slot.attempts]
+        wanted = [slot for slot in self._slots if not slot.unwanted]
+        coming = [slot for slot in wanted if slot.first]
         if coming:
             return "loading " + ", ".join(f"{slot.key.model}/{slot.key.version}" for slot in coming)
-        if wanted and all(slot.loaded is None for slot in wanted):
+        if wanted and all(slot.loaded is None and slot.error for slot in wanted):
             return "; ".join(f"{slot.key.model}/{slot.key.version}: {slot.error}" for slot in wanted)
         return None
 
@@ -119,15 +156,18 @@ class ModelHost:
         present: set[VersionKey] = set()
         for slot in self._slots:
             wanted = desired.get(slot.key)
-            if slot.unwanted.is_set():
+            if slot.unwanted:
                 continue
             if wanted is None:
-                slot.unwanted.set()
+                slot.unwanted = True
+                slot.changed.set()
                 continue
             present.add(slot.key)
             slot.desired = wanted
             if slot.loaded is not None:
                 slot.loaded.model.configure(wanted.policy)
+            elif slot.parked is not None:
+                slot.parked.configure(wanted.policy)
         for key, wanted in desired.items():
             if key not in present:
                 slot = Slot(wanted)
@@ -157,45 +197,124 @@ class ModelHost:
 
     async def _live(self, slot: Slot) -> None:
         try:
-            loaded = await self._bring_up(slot)
-            if loaded is not None:
-                await slot.unwanted.wait()
-                await self._take_down(slot, loaded.model)
+            while not slot.unwanted:
+                await self._bring_up(slot)
+                if slot.loaded is not None:
+                    await slot.until(lambda: slot.unwanted or slot.loaded is None)
+                await slot.until(lambda: slot.unwanted or slot.demanded)
+            if slot.loaded is not None:
+                await self._take_down(slot, slot.loaded.model)
         finally:
+            self._unpark(slot, Unavailable("the version is not loaded here any more"))
             if not self._stopping:
                 self._slots.remove(slot)
                 self._on_change()
         await self._forget_artifacts()
 
-    async def _bring_up(self, slot: Slot) -> Loaded | None:
-        """Load until it works or is no longer wanted."""
-        while not slot.unwanted.is_set():
+    async def _bring_up(self, slot: Slot) -> None:
+        """Load until it works, there is no room for it or it is no longer wanted."""
+        while not slot.unwanted:
+            if slot.state == LoadedVersion.STATE_EVICTED:
+                self._enter(slot, LoadedVersion.STATE_LOADING)
             try:
-                loaded = await self._loader.load(slot.desired, lambda state: self._enter(slot, state))
+                loaded = await self._loader.load(
+                    slot.desired,
+                    lambda state: self._enter(slot, state),
+                    lambda missing: self._free(slot, missing),
+                    slot.known_bytes,
+                )
+            except NoRoom as error:
+                await self._found_no_room(slot, error)
+                return
             except HeadraceError as error:
                 self._failed(slot, error.message)
             except Exception:
                 log.exception("load_crashed", model=slot.key.model, version=slot.key.version)
                 self._failed(slot, "the version could not be loaded; the worker's log says why")
             else:
-                slot.loaded, slot.error = loaded, ""
-                loaded.model.configure(slot.desired.policy)
-                self._serving[slot.key.model, slot.key.version] = loaded.model
-                self._enter(slot, LoadedVersion.STATE_READY)
-                return loaded
+                self._serve(slot, loaded)
+                return
             wait = min(_BACKOFF_FIRST_S * 2**slot.attempts, _BACKOFF_MAX_S)
             slot.attempts += 1
-            with suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await slot.unwanted.wait()
-        return None
+            await self._pause(slot, wait)
+
+    def _serve(self, slot: Slot, loaded: Loaded) -> None:
+        slot.loaded, slot.error, slot.attempts, slot.first = loaded, "", 0, False
+        model = loaded.model
+        if slot.stats is not None:
+            model.stats = slot.stats
+        model.configure(slot.desired.policy)
+        self._serving[slot.name] = model
+        parked, slot.parked = slot.parked, None
+        if parked is not None:
+            parked.hand_over(model)
+        self._enter(slot, LoadedVersion.STATE_READY)
+
+    async def _found_no_room(self, slot: Slot, error: NoRoom) -> None:
+        """Refuse who waits, so that routers can ask another worker, and be open to demand a little later."""
+        log.warning("no_room", model=slot.key.model, version=slot.key.version, reason=error.message)
+        slot.error, slot.first = error.message, False
+        demanded = slot.demanded
+        self._unpark(slot, error)
+        self._enter(slot, LoadedVersion.STATE_EVICTED)
+        if demanded:
+            await self._pause(slot, _NO_ROOM_S)
+        if not slot.unwanted:
+            self._park(slot, InputLayout(slot.desired.served.signature))
+
+    async def _pause(self, slot: Slot, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await slot.until(lambda: slot.unwanted)
+
+    def _free(self, slot: Slot, missing: int) -> bool:
+        """Evict others so that `missing` bytes become free for `slot`; False where they cannot."""
+        loaded = [
+            (other, other.loaded) for other in self._slots if other.loaded is not None and not other.unwanted
+        ]
+        residents = [
+            Resident(
+                other.key,
+                held.memory_bytes,
+                other.desired.served.weight,
+                held.model.unused,
+                busy=not held.model.idle,
+            )
+            for other, held in loaded
+        ]
+        chosen = victims(residents, missing, demanded=slot.demanded, long_idle=self._long_idle)
+        for key in chosen:
+            self._evict(next(other for other, _ in loaded if other.key == key))
+        return bool(chosen)
+
+    def _evict(self, slot: Slot) -> None:
+        loaded, slot.loaded = slot.loaded, None
+        if loaded is None:
+            return
+        slot.known_bytes, slot.stats = loaded.memory_bytes, loaded.model.stats
+        self._park(slot, loaded.model.layout)
+        loaded.model.close()
+        self.evictions[slot.name] += 1
+        self._enter(slot, LoadedVersion.STATE_EVICTED)
+        slot.changed.set()
+        log.info("evicted", model=slot.key.model, version=slot.key.version, bytes=loaded.memory_bytes)
+
+    def _park(self, slot: Slot, layout: InputLayout) -> None:
+        parked = Parked(layout, slot.desired.policy, self._clock, slot.changed.set)
+        slot.parked = self._serving[slot.name] = parked
+
+    def _unpark(self, slot: Slot, reason: HeadraceError) -> None:
+        parked, slot.parked = slot.parked, None
+        if parked is not None:
+            if self._serving.get(slot.name) is parked:
+                del self._serving[slot.name]
+            parked.close(reason)
 
     async def _take_down(self, slot: Slot, model: LoadedModel) -> None:
         self._enter(slot, LoadedVersion.STATE_UNLOADING)
         await asyncio.sleep(self._linger)
-        name = (slot.key.model, slot.key.version)
-        if self._serving.get(name) is model:
-            del self._serving[name]
+        if self._serving.get(slot.name) is model:
+            del self._serving[slot.name]
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain):
                 await model.drain()
@@ -204,7 +323,8 @@ class ModelHost:
 
     def _failed(self, slot: Slot, reason: str) -> None:
         log.error("load_failed", model=slot.key.model, version=slot.key.version, reason=reason)
-        slot.error = reason
+        slot.error, slot.first = reason, False
+        self._unpark(slot, Unavailable(f"the version could not be loaded: {reason}"))
         self._enter(slot, LoadedVersion.STATE_FAILED)
 
     def _enter(self, slot: Slot, state: LoadedVersion.State) -> None:

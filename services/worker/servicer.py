@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
@@ -12,17 +12,37 @@ from services.common.clock import Clock
 from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
 from services.common.frames import Peer
 from services.worker.batch_queue import Answer, Item
-from services.worker.loaded_model import LoadedModel, Log
+from services.worker.input_layout import InputLayout
+from services.worker.loaded_model import Log
 from services.worker.replies import error_reply
 
 Settle = Callable[[PredictRequest, Answer], None]
 
 
+class Version(Protocol):
+    """A version that takes requests: `LoadedModel`, or `Parked` until it is loaded again."""
+
+    layout: InputLayout
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a request has whose caller set no deadline."""
+        ...
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Queue requests that arrived together; each is settled exactly once."""
+        ...
+
+    def cancel(self, item: Item) -> None:
+        """Nobody waits for `item` any more."""
+        ...
+
+
 class Versions(Protocol):
     """What is loaded."""
 
-    def find(self, model: str, version: str) -> LoadedModel | None:
-        """The version, if it can answer now."""
+    def find(self, model: str, version: str) -> Version | None:
+        """The version, if it can answer now or when it has been loaded again."""
         ...
 
 
@@ -37,17 +57,17 @@ class Servicer:
         self.closed = False
         self.refused: dict[str, int] = {}
 
-    def accept(self, requests: Iterable[PredictRequest], settle: Settle) -> list[tuple[LoadedModel, Item]]:
+    def accept(self, requests: Iterable[PredictRequest], settle: Settle) -> list[tuple[Version, Item]]:
         """Queue `requests`, which arrived together; `settle` is called once for each, now or later.
 
         Returns those that wait. A version that is not loaded is UNAVAILABLE, so that the router tries another
         endpoint; a request that its version cannot take is INVALID_ARGUMENT with the field."""
         now = self._clock.monotonic()
-        groups: dict[LoadedModel, list[Item]] = {}
-        waiting: list[tuple[LoadedModel, Item]] = []
+        groups: dict[Version, list[Item]] = {}
+        waiting: list[tuple[Version, Item]] = []
         closed = self._closed()
         model = version = ""
-        loaded: LoadedModel | None = None
+        loaded: Version | None = None
         for request in requests:
             if request.model != model or request.version != version:
                 model, version = request.model, request.version
@@ -99,7 +119,7 @@ class FrameConnection:
     def __init__(self, servicer: Servicer, peer: Peer) -> None:
         self._servicer = servicer
         self._peer = peer
-        self._waiting: dict[int, tuple[LoadedModel, Item]] = {}
+        self._waiting: dict[int, tuple[Version, Item]] = {}
 
     def on_request_frame(self, frame: RequestFrame) -> None:
         """Queue the frame's requests at once, and take out those that nobody waits for."""

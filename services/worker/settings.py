@@ -36,8 +36,10 @@ class Settings(ServiceSettings, ArtifactSettings):
     backend_threads: Annotated[int, Field(ge=1)] = 1
     #: Batches expected to be faster than this run on the event loop: handing them over would take longer.
     inline_below_us: Annotated[int, Field(ge=0)] = 500
-    #: Versions that would take the process beyond this fail to load; 0: no limit.
+    #: Before the process grows beyond this, idle versions leave memory until they are asked for; 0: no limit.
     memory_limit_bytes: Annotated[int, Field(ge=0)] = 0
+    #: A version unused for this long makes room as if it had no share of the traffic.
+    evict_idle_s: Annotated[float, Field(ge=0)] = 300.0
 
     #: The prediction log on disk, while Kafka is away; full: requests are refused.
     log_max_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30

@@ -18,7 +18,7 @@ from headrace.v1.control_pb2 import LoadedVersion, WorkerStatus
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.dataplane_pb2_grpc import DataPlaneStub
 from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, DataType, Tensor
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, Tensor
 from numpy.typing import NDArray
 
 from services.common.bus import MemoryBus, Record
@@ -27,7 +27,9 @@ from services.common.frames import FrameCalls, Limits
 from services.common.grpc_auth import metadata
 from services.common.ids import new_id
 from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
+from services.worker import loading
 from services.worker.app import Worker, worker_app
+from services.worker.backends.onnx import OnnxBackend
 from services.worker.settings import Settings
 from tests.fixtures.deployments import blob_file, config, put_artifact, record, served
 from tests.fixtures.onnx_models import heavy, lookup, mlp, not_row_wise, text_lengths, two_inputs
@@ -411,3 +413,77 @@ async def test_operators_see_health_and_metrics(rig: Rig) -> None:
     assert 'headrace_worker_batches_total{model="net",reason="turn",version="1"} 3.0' in text
     assert 'headrace_worker_refused_total{code="CODE_UNAVAILABLE"} 1.0' in text
     assert 'headrace_worker_batch_rows_bucket{le="2",model="net",version="1"} 3.0' in text
+
+
+class Memory:
+    """As if the process took 1,000 bytes, and each open model 100 more."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.models = 0
+        opened, closed = OnnxBackend.__init__, OnnxBackend.close
+
+        def init(backend: OnnxBackend, session: ort.InferenceSession, signature: Signature) -> None:
+            self.models += 1
+            opened(backend, session, signature)
+
+        def close(backend: OnnxBackend) -> None:
+            self.models -= 1
+            closed(backend)
+
+        patch.setattr(OnnxBackend, "__init__", init)
+        patch.setattr(OnnxBackend, "close", close)
+        patch.setattr(loading, "resident_bytes", lambda: 1000 + 100 * self.models)
+
+
+async def test_idle_versions_make_room_and_come_back_when_asked_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for one of several: whoever is asked for is loaded, the other leaves once it is idle."""
+    memory = Memory(monkeypatch)
+    built = {name: mlp(seed=seed) for seed, name in enumerate("abcd")}
+    digests = {name: put_artifact(rig.store, {"model.onnx": data})[0] for name, (data, _) in built.items()}
+    x = np.ones((1, 30), np.float32)
+
+    async def deploy(name: str, weight: int = 10_000, nbytes: int = 100) -> None:
+        version = served("1", digests[name], built[name][1], weight=weight)
+        version.artifact_bytes = nbytes
+        await rig.bus.publish([record(config(name, 1, version))])
+
+    async with rig.worker(memory_limit_bytes=1150) as worker, rig.calls(worker) as calls:
+        await deploy("a")
+        await rig.until_state("a", LoadedVersion.STATE_READY)
+        await deploy("b")
+        await deploy("c", weight=0)
+        for name in "bc":
+            told = await rig.until_state(name, LoadedVersion.STATE_EVICTED)
+            assert "no memory" in told.error
+        # Nobody asked for them, so the version with traffic stays.
+        await rig.until_state("a", LoadedVersion.STATE_READY)
+        assert worker.health.ready, worker.health.reasons()
+        reply = await ask(calls, request("b", x=x))
+        assert reply.code == Code.CODE_OK, reply.message
+        told = await rig.until_state("a", LoadedVersion.STATE_EVICTED)
+        assert (told.error, told.memory_bytes) == ("", 0)
+        await rig.until_state("b", LoadedVersion.STATE_READY)
+        assert worker.health.ready, worker.health.reasons()
+        assert memory.models == 1
+        first = reply.outputs[0].data
+        replies = await asyncio.gather(*(ask(calls, request("a", x=x)) for _ in range(20)))
+        assert {reply.code for reply in replies} == {Code.CODE_OK}
+        assert (await ask(calls, request("b", x=x))).outputs[0].data == first
+        # Shorter than any load takes: told at its deadline, and the version comes up all the same.
+        late = await ask(calls, request("c", x=x), 0.001)
+        assert late.code == Code.CODE_DEADLINE_EXCEEDED
+        assert (await ask(calls, request("c", x=x))).code == Code.CODE_OK
+        assert (worker.host.evictions["b", "1"], memory.models) == (2, 1)
+        # What would not fit even alone evicts nobody.
+        await deploy("d", nbytes=200)
+        await rig.until_state("d", LoadedVersion.STATE_EVICTED)
+        refused = await ask(calls, request("d", x=x))
+        assert (refused.code, refused.retry_after_ms) == (Code.CODE_UNAVAILABLE, 1000)
+        assert "no memory" in refused.message
+        await rig.until_state("c", LoadedVersion.STATE_READY)
+        await rig.bus.publish([Record(DEPLOYMENTS.name, b"a", None)])
+        await eventually(lambda: {state.model for state in worker.host.states()} == {"b", "c", "d"})
+        assert (await ask(calls, request("a", x=x))).code == Code.CODE_UNAVAILABLE
+    assert memory.models == 0

@@ -22,7 +22,7 @@ BALANCING_WEIGHTED: Balancing
 BALANCING_CONSISTENT_HASH: Balancing
 
 class ServingConfig(_message.Message):
-    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback")
+    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class ServingConfig(_message.Message):
     DEFAULT_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_AT_US_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: int
     versions: _containers.RepeatedCompositeFieldContainer[ServedVersion]
@@ -56,7 +57,16 @@ class ServingConfig(_message.Message):
     default_timeout_ms: int
     published_at_us: int
     fallback: Fallback
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ...) -> None: ...
+    cache: Cache
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ...) -> None: ...
+
+class Cache(_message.Message):
+    __slots__ = ("ttl_ms", "max_entry_bytes")
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ENTRY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ttl_ms: int
+    max_entry_bytes: int
+    def __init__(self, ttl_ms: _Optional[int] = ..., max_entry_bytes: _Optional[int] = ...) -> None: ...
 
 class Fallback(_message.Message):
     __slots__ = ("version", "on")
@@ -186,12 +196,14 @@ class LoadedVersion(_message.Message):
         STATE_READY: _ClassVar[LoadedVersion.State]
         STATE_FAILED: _ClassVar[LoadedVersion.State]
         STATE_UNLOADING: _ClassVar[LoadedVersion.State]
+        STATE_EVICTED: _ClassVar[LoadedVersion.State]
     STATE_UNSPECIFIED: LoadedVersion.State
     STATE_LOADING: LoadedVersion.State
     STATE_WARMING: LoadedVersion.State
     STATE_READY: LoadedVersion.State
     STATE_FAILED: LoadedVersion.State
     STATE_UNLOADING: LoadedVersion.State
+    STATE_EVICTED: LoadedVersion.State
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]

@@ -93,6 +93,17 @@ async def test_ready_is_loaded_and_connected(room: Room) -> None:
     assert room.endpoints.coming(KEY)  # it may be back in a moment
 
 
+async def test_a_worker_that_loads_on_demand_is_asked_only_where_nobody_is_ready(room: Room) -> None:
+    room.beat(versions={KEY: LoadedVersion.STATE_EVICTED})
+    room.calls[0].set(usable=True)
+    assert room.ready == ["w1"]
+    room.beat("w2", "h:2")
+    room.calls[1].set(usable=True)
+    assert room.ready == ["w2"]
+    room.calls[1].set(usable=False)
+    assert room.ready == ["w1"]
+
+
 async def test_older_heartbeats_are_ignored_and_equal_ones_change_nothing(room: Room) -> None:
     room.beat(sequence=5)
     room.calls[0].set(usable=True)

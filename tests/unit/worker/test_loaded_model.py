@@ -3,118 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from headrace.v1.dataplane_pb2 import PredictReply
+from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanContext, TraceFlags
 
-from services.common.clock import SystemClock
-from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
-from services.common.telemetry import Tracing, context_from_kafka, setup_tracing, trace_bytes
-from services.worker.batch_queue import Answer, BatchPolicy, Item
-from services.worker.execution import Runner
-from services.worker.input_layout import InputLayout
-from services.worker.loaded_model import LoadedModel, Serving, ServingPolicy
-from services.worker.prediction_log import PayloadPolicy, PredictionRecords
-from services.worker.run_time import RunTime
-from services.worker.tensors import Array
+from services.common.errors import HeadraceError, Unavailable
+from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
+from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import eventually
-
-FP32 = DataType.DATA_TYPE_FP32
-SIGNATURE = Signature(
-    inputs=[TensorSpec(name="x", datatype=FP32, shape=[-1])],
-    outputs=[TensorSpec(name="y", datatype=FP32, shape=[-1])],
-    batched=True,
-)
-
-
-class Gated:
-    """y = 2 x, once the gate is open."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.closed = False
-
-    def run(self, inputs: Mapping[str, Array], _outputs: Sequence[str]) -> dict[str, Array]:
-        assert self.gate.wait(10)
-        return {"y": 2 * inputs["x"]}
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class MemoryLog:
-    """Remembers, and may be full."""
-
-    def __init__(self) -> None:
-        self.usable = True
-        self.full = False
-        self.records: list[tuple[bytes, PredictionBatch, tuple[tuple[str, bytes], ...]]] = []
-
-    def append(self, key: bytes, value: bytes, headers: tuple[tuple[str, bytes], ...] = ()) -> None:
-        if self.full:
-            raise ResourceExhausted("full", retry_after_ms=1000)
-        self.records.append((key, PredictionBatch.FromString(value), headers))
-
-
-class Rig:
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self.backend = Gated()
-        self.log = MemoryLog()
-        self.spans = InMemorySpanExporter()
-        self.tracing: Tracing = setup_tracing("worker", None)
-        self.answers: dict[int, Answer] = {}
-        self.logged_before: dict[int, int] = {}
-        self.pool = pool
-        self.inline_below = 0.0
-
-    def start(self, max_rows: int = 8) -> LoadedModel:
-        layout = InputLayout(SIGNATURE)
-        run_time = RunTime()
-        run_time.observe(1, 1e-5, 0.0)
-        return LoadedModel(
-            Runner(self.backend, SIGNATURE, layout),
-            run_time,
-            PredictionRecords("w", "net", "1", "sha256:1", layout),
-            ServingPolicy(BatchPolicy(max_rows=max_rows), PayloadPolicy(), 1.0),
-            Serving(SystemClock(), self.log, self.tracing, self.pool, self.inline_below),
-            version="1",
-            slots=1,
-        )
-
-    def item(self, number: int, seconds: float = 10.0, trace: bytes = b"") -> Item:
-        request = PredictRequest(id=number, request_id=bytes([number]) * 16, trace=trace)
-        data = np.array([number], np.float32).tobytes()
-        return Item(request, 1, ((), ((),)), (data,), SystemClock().monotonic() + seconds, self.settle)
-
-    def settle(self, request: PredictRequest, answer: Answer) -> None:
-        assert request.id not in self.answers
-        kept = answer
-        if isinstance(answer, PredictReply):
-            kept = PredictReply()
-            kept.CopyFrom(answer)
-        self.answers[request.id] = kept
-        self.logged_before[request.id] = sum(len(record.rows) for _, record, _ in self.log.records)
-
-    def codes(self) -> dict[int, Code]:
-        return {number: answer.code for number, answer in self.answers.items()}
-
-    def logged_codes(self) -> dict[int, Code]:
-        return {
-            record.request_ids[16 * i]: record.codes[i]
-            for _, record, _ in self.log.records
-            for i in range(len(record.rows))
-        }
 
 
 @pytest.fixture
