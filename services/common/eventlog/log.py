@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from services.common.bus.admin import MAX_RECORD_BYTES
 from services.common.bus.delivery import Backoff
-from services.common.bus.port import Bus, Record
+from services.common.bus.port import MAX_RECORD_BYTES, Bus, Record
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
-from services.common.eventlog.framing import Headers, frame
+from services.common.eventlog.framing import Event, Headers, frame
 from services.common.eventlog.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ class EventLog:
     may hold `segment_bytes` more. `linger` is how long, in seconds, events are collected for one publish.
 
     All methods belong to one event loop. Counters for metrics: `appended`, `refused`, `published`, `replayed`
-    (of those left by an earlier process), `publish_failures`, `dropped_bytes` (torn by a crash).
+    (of those left by an earlier process), `publish_failures`, `set_aside` (refused by the broker for good),
+    `dropped_bytes` (torn by a crash).
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class EventLog:
         self.published = 0
         self.replayed = 0
         self.publish_failures = 0
+        self.set_aside = 0
 
     @property
     def pending_bytes(self) -> int:
@@ -98,23 +100,34 @@ class EventLog:
     def append(self, key: bytes, value: bytes, headers: Headers = ()) -> None:
         """Write one event; no await, one system call.
 
-        Raises ResourceExhausted when `max_bytes` wait already or the disk is full, InvalidArgument when no
-        broker would take so large an event, Unavailable outside of start and close. Then nothing was written.
+        Raises ResourceExhausted when `max_bytes` wait already or the disk does not take it, InvalidArgument
+        when no broker would take so large an event, Unavailable outside of start and close. Then nothing was
+        written.
         """
+        self.append_many(key, (value,), headers)
+
+    def append_many(self, key: bytes, values: Sequence[bytes], headers: Headers = ()) -> None:
+        """The same for several events at once: all of them are written, or, where it raises, none."""
         if not self._open:
             raise Unavailable("the event log is closed")
-        buffers, size = frame(key, value, headers, self._clock.unix_us() // 1000)
-        if size > MAX_EVENT_BYTES:
-            raise InvalidArgument(f"an event of {size} bytes is larger than {MAX_EVENT_BYTES}")
-        if self._spool.pending_bytes + size > self._max_bytes:
-            self.refused += 1
+        now_ms = self._clock.unix_us() // 1000
+        buffers: list[bytes] = []
+        total = 0
+        for value in values:
+            parts, size = frame(key, value, headers, now_ms)
+            if size > MAX_EVENT_BYTES:
+                raise InvalidArgument(f"an event of {size} bytes is larger than {MAX_EVENT_BYTES}")
+            buffers += parts
+            total += size
+        if self._spool.pending_bytes + total > self._max_bytes:
+            self.refused += len(values)
             raise ResourceExhausted("too many events wait for the broker", retry_after_ms=1000)
         try:
-            self._spool.append(buffers, size)
+            self._spool.append(buffers, total, len(values))
         except ResourceExhausted:
-            self.refused += 1
+            self.refused += len(values)
             raise
-        self.appended += 1
+        self.appended += len(values)
         if not self._wake.is_set():
             self._wake.set()
 
@@ -168,15 +181,35 @@ class EventLog:
 
     async def _publish_some(self) -> None:
         """Publish the oldest events, then move the cursor: a crash in between repeats, never loses them."""
-        events = await asyncio.to_thread(self._spool.read, PUBLISH_BYTES, PUBLISH_EVENTS)
+        events: Sequence[Event] = await asyncio.to_thread(self._spool.read, PUBLISH_BYTES, PUBLISH_EVENTS)
         if not events:
             raise OSError("the spool's files do not hold what was written to them")
-        await self._bus.publish(
-            [
-                Record(self._topic, event.key, event.value, event.headers, timestamp_ms=event.timestamp_ms)
-                for event in events
-            ]
-        )
+        try:
+            await self._bus.publish([self._record(event) for event in events])
+        except InvalidArgument:
+            events = await self._publish_what_is_taken(events)
         # On the loop, since a thread left behind by a cancelled close must not move the cursor afterwards.
         self._spool.advance(events)
         self.published += len(events)
+
+    async def _publish_what_is_taken(self, events: Sequence[Event]) -> Sequence[Event]:
+        """One by one, after the broker refused something in `events` for good; gives those that are done.
+
+        What it refuses is kept in the file `refused` of the directory: waiting for it would hold up all that
+        is behind it until the log is full and nothing can be served.
+        """
+        for place, event in enumerate(events):
+            try:
+                await self._bus.publish([self._record(event)])
+            except InvalidArgument as error:
+                self.set_aside += 1
+                log.warning("the broker never takes an event of %d bytes: kept aside: %s", event.size, error)
+                await asyncio.to_thread(self._spool.set_aside, event)
+            except Exception:
+                if not place:
+                    raise
+                return events[:place]
+        return events
+
+    def _record(self, event: Event) -> Record:
+        return Record(self._topic, event.key, event.value, event.headers, timestamp_ms=event.timestamp_ms)

@@ -8,13 +8,17 @@ import logging
 import os
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.errors import FailedPrecondition, ResourceExhausted
-from services.common.eventlog.framing import Event, frames, size_of_first
+from services.common.eventlog.framing import Event, frame, frames, size_of_first
 
 log = logging.getLogger(__name__)
+
+#: What one system call takes at least, everywhere.
+_MAX_BUFFERS = 1000
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -72,30 +76,40 @@ class Spool:
             self._offset = min(offset, self._segments[0].size)
         self._begin(last + 1)
 
-    def append(self, buffers: Sequence[bytes], size: int) -> None:
-        """Write one event of `size` bytes by one system call. Raises ResourceExhausted when the disk is full.
+    def append(self, buffers: Sequence[bytes], size: int, events: int = 1) -> None:
+        """Write `events` whole events of `size` bytes together: all of them, or, where it raises, none.
 
-        Afterwards the event survives the death of the process; a loss of power only with fsync.
+        Afterwards they survive the death of the process; a loss of power only with fsync. Raises
+        ResourceExhausted when the disk is full or does not take them.
         """
+        if len(buffers) > _MAX_BUFFERS:
+            buffers = [b"".join(buffers)]
         segment = self._segments[-1]
-        if segment.size >= self._segment_bytes:
-            self._begin(segment.number + 1)
-            segment = self._segments[-1]
         try:
+            if segment.size >= self._segment_bytes:
+                self._begin(segment.number + 1)
+                segment = self._segments[-1]
             written = os.writev(self._fd, buffers)
             if self._fsync:
                 os.fdatasync(self._fd)
         except OSError as error:
-            self._cut(segment)
-            if error.errno in _NO_SPACE:
-                raise ResourceExhausted("the disk of the event log is full", retry_after_ms=1000) from error
-            raise
+            with suppress(OSError):
+                self._cut(segment)
+            full = error.errno in _NO_SPACE
+            reason = "is full" if full else f"does not take anything: {error.strerror}"
+            raise ResourceExhausted(f"the disk of the event log {reason}", retry_after_ms=1000) from error
         if written != size:
             self._cut(segment)
             raise ResourceExhausted("the disk of the event log is full", retry_after_ms=1000)
         segment.size += size
         self.pending_bytes += size
-        self.pending_events += 1
+        self.pending_events += events
+
+    def set_aside(self, event: Event) -> None:
+        """Keep `event` in the file `refused`, in the same framing, for a person to look at. Blocking."""
+        buffers, _ = frame(event.key, event.value, event.headers, event.timestamp_ms)
+        with (self._directory / "refused").open("ab") as file:
+            file.write(b"".join(buffers))
 
     def read(self, most_bytes: int, most_events: int) -> list[Event]:
         """The next events at the cursor, at least one where any is pending. The cursor stays. Blocking."""

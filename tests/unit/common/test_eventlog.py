@@ -297,3 +297,58 @@ async def test_a_killed_process_loses_no_event(tmp_path: Path, bus: MemoryBus) -
     async with opened(tmp_path, bus) as log:
         assert log.replayed == 250
     assert arrived(bus) == [b"%d" % i for i in range(250)]
+
+
+async def test_many_events_are_written_together_or_not_at_all(tmp_path: Path, bus: MemoryBus) -> None:
+    async with opened(tmp_path, bus, max_bytes=10_000) as log:
+        bus.away = True
+        log.append_many(b"k", [b"a" * 3000, b"b" * 3000])
+        with pytest.raises(ResourceExhausted):
+            log.append_many(b"k", [b"c" * 3000, b"d" * 3000])
+        log.append_many(b"k", [b"e"])
+        assert (log.pending_records, log.appended, log.refused) == (3, 3, 2)
+        bus.away = False
+        await eventually(lambda: len(arrived(bus)) == 3)
+    assert arrived(bus) == [b"a" * 3000, b"b" * 3000, b"e"]
+
+
+async def test_more_events_than_one_system_call_has_room_for(tmp_path: Path, bus: MemoryBus) -> None:
+    async with opened(tmp_path, bus) as log:
+        log.append_many(b"k", [str(n).encode() for n in range(1500)])
+        await eventually(lambda: len(arrived(bus)) == 1500)
+    assert arrived(bus) == [str(n).encode() for n in range(1500)]
+
+
+class ParticularBus(MemoryBus):
+    """A broker whose limit is lower than ours."""
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        if any(len(record.value or b"") > 1000 for record in records):
+            raise InvalidArgument("a record is too large")
+        await super().publish(records)
+
+
+async def test_what_the_broker_never_takes_holds_up_nothing(tmp_path: Path) -> None:
+    bus = ParticularBus([TOPIC])
+    async with opened(tmp_path, bus) as log:
+        log.append_many(b"k", [b"first", b"x" * 2000, b"last"])
+        await eventually(lambda: arrived(bus) == [b"first", b"last"])
+        await eventually(lambda: log.pending_records == 0)
+        assert log.set_aside == 1
+    assert b"x" * 2000 in (tmp_path / "refused").read_bytes()
+
+
+async def test_a_disk_that_fails_is_a_refusal(
+    tmp_path: Path, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, bus) as log:
+
+        def broken(_fd: int, _buffers: Sequence[bytes]) -> int:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "writev", broken)
+            with pytest.raises(ResourceExhausted, match="Input/output"):
+                log.append(b"k", b"v")
+        log.append(b"k", b"w")
+        await eventually(lambda: arrived(bus) == [b"w"])
