@@ -12,6 +12,7 @@ from headrace.v1.control_pb2 import (
     Balancing,
     Batching,
     BucketRange,
+    Cache,
     Fallback,
     ServedVersion,
     ServingConfig,
@@ -24,7 +25,7 @@ from services.common.errors import Aborted, InvalidArgument, NotFound
 from services.common.topics import DEPLOYMENTS
 from services.registry.buckets import BUCKETS, Range, allocate
 from services.registry.repository import Repository
-from services.registry.schemas import DeployIn, FallbackIn, utc_us
+from services.registry.schemas import CacheIn, DeployIn, FallbackIn, utc_us
 from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
 
 
@@ -65,6 +66,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         log_payloads=wanted.log_payloads,
         default_timeout_ms=wanted.default_timeout_ms,
         fallback=_fallback(wanted.fallback, aliases, served),
+        cache=_cache(wanted.cache),
     )
     if row is not None and _same_state(old, config):
         return _deployment(row)
@@ -190,6 +192,12 @@ def _fallback(
     version = _another_version(wanted.version, aliases, served, "fallback.version")
     codes = {Code.Value(f"CODE_{name}") for name in wanted.on}
     return Fallback(version=version, on=[cast(Code, code) for code in sorted(codes)])
+
+
+def _cache(wanted: CacheIn | None) -> Cache | None:
+    if wanted is None:
+        return None
+    return Cache(ttl_ms=round(wanted.ttl_s * 1000), max_entry_bytes=wanted.max_entry_bytes)
 
 
 def _another_version(

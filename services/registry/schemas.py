@@ -158,6 +158,13 @@ class FallbackIn(_Input):
     on: Annotated[list[FailureName], Field(max_length=4)] = []
 
 
+class CacheIn(_Input):
+    """Answers are kept for equal inputs. The owner states with it that they depend on nothing else."""
+
+    ttl_s: Annotated[FiniteFloat, Field(ge=0.001, le=30 * 86_400)]
+    max_entry_bytes: Annotated[int, Field(ge=1, le=1 << 24)] = 1 << 16
+
+
 class DeployIn(_Input):
     """The whole wanted state of a model's serving; what is absent takes its default."""
 
@@ -168,6 +175,7 @@ class DeployIn(_Input):
     log_payloads: bool = True
     default_timeout_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
     fallback: FallbackIn | None = None
+    cache: CacheIn | None = None
     #: The deployment changes only if this is still its revision.
     expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
 

@@ -182,6 +182,10 @@ def _deploy_values(request: pb.DeployRequest) -> dict[str, Any]:
         known = Code.DESCRIPTOR.values_by_number
         codes = [known[c].name.removeprefix("CODE_") if c in known else c for c in request.fallback.on]
         values["fallback"] = {"version": request.fallback.version, "on": codes}
+    if request.HasField("cache"):
+        values["cache"] = {"ttl_s": request.cache.ttl_ms / 1000}
+        if request.cache.max_entry_bytes:
+            values["cache"]["max_entry_bytes"] = request.cache.max_entry_bytes
     if request.pool:
         values["pool"] = request.pool
     if request.balancing:

@@ -140,6 +140,11 @@ class FallbackView(BaseModel):
     on: list[str]
 
 
+class CacheView(BaseModel):
+    ttl_s: float
+    max_entry_bytes: int
+
+
 class DeploymentView(BaseModel):
     model: str
     revision: int
@@ -153,6 +158,7 @@ class DeploymentView(BaseModel):
     log_payloads: bool
     default_timeout_ms: int
     fallback: FallbackView | None
+    cache: CacheView | None
     updated_at: datetime
 
     @classmethod
@@ -177,6 +183,7 @@ class DeploymentView(BaseModel):
             log_payloads=config.log_payloads,
             default_timeout_ms=config.default_timeout_ms,
             fallback=_fallback(config),
+            cache=_cache(config),
             updated_at=moment(message.updated_at_us),
         )
 
@@ -293,6 +300,12 @@ def _fallback(config: control_pb2.ServingConfig) -> FallbackView | None:
         return None
     codes = [tensor_pb2.Code.Name(code).removeprefix("CODE_") for code in config.fallback.on]
     return FallbackView(version=config.fallback.version, on=codes)
+
+
+def _cache(config: control_pb2.ServingConfig) -> CacheView | None:
+    if not config.HasField("cache"):
+        return None
+    return CacheView(ttl_s=config.cache.ttl_ms / 1000, max_entry_bytes=config.cache.max_entry_bytes)
 
 
 def _name(enumerator: str, prefix: str) -> str | None:

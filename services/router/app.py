@@ -22,7 +22,9 @@ from services.router.dispatch import Dispatcher, GatewayConnection
 from services.router.endpoints import Endpoints
 from services.router.grpc_server import serve_grpc
 from services.router.metrics import RouterMetrics
-from services.router.prediction_log import RefusalLog
+from services.router.prediction_log import HitLog, RefusalLog
+from services.router.result_cache import ResultCache
+from services.router.result_store import result_store
 from services.router.retry_budget import RetryBudget
 from services.router.routing_table import RoutingTable
 from services.router.settings import Settings
@@ -93,16 +95,22 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             cfg.directory / "routing.json", {"deployments": table.records, "workers": endpoints.records}
         )
         stack.push_async_callback(endpoints.close)
+        stats = Stats()
+        store = cache = None
+        if cfg.redis_url:
+            store = await stack.enter_async_context(result_store(cfg.redis_url, cfg.cache_budget_ms / 1e3))
+            cache = ResultCache(store, HitLog(events, cfg.router_id, clock), stats)
         dispatcher = Dispatcher(
             table,
             endpoints,
             RefusalLog(events, cfg.router_id, clock),
-            Stats(),
+            stats,
             tracing,
             RetryBudget(cfg.retry_share, cfg.retry_floor),
             max_attempts=cfg.max_attempts,
             endpoint_wait_s=cfg.endpoint_wait_s,
             max_waiting=cfg.max_waiting,
+            cache=cache,
         )
         health = Health("routing table")
         await _own(stack, endpoints.expire(), "expire workers")
@@ -128,7 +136,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             serve_grpc(dispatcher, clock, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
         )
         registry = CollectorRegistry()
-        registry.register(RouterMetrics(dispatcher, server, events))
+        registry.register(RouterMetrics(dispatcher, server, events, store))
         ops_port = await stack.enter_async_context(
             serve_asgi(ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0)
         )

@@ -23,15 +23,17 @@ from services.router.routing_table import Fallback, Route, Target
 
 if TYPE_CHECKING:
     from services.router.dispatch import Dispatcher
+    from services.router.result_cache import Flight
 
 _OK: Final = Code.CODE_OK
 _RETRYABLE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED})
-#: What a worker answers after it ran the request, and has logged.
-_RAN: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL, Code.CODE_CANCELLED})
 #: What a worker answers without being to blame: the request is at fault, or its caller's patience.
 _BLAMELESS: Final = frozenset(
     {Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED}
 )
+
+#: Whoever asked counts from its own receipt, so its patience ends a moment before our deadline.
+_TIE_S: Final = 0.005
 
 _monotonic = time.monotonic
 
@@ -52,6 +54,7 @@ class Call:
         "_fallback",
         "_last_attempt",
         "_local_id",
+        "_lost",
         "_retrying",
         "_span",
         "attempt",
@@ -60,6 +63,7 @@ class Call:
         "done",
         "endpoint",
         "fell_back",
+        "flight",
         "group",
         "owner",
         "owner_id",
@@ -90,9 +94,12 @@ class Call:
         self.done = False
         #: Whether another version answers than was routed.
         self.fell_back = False
+        #: Where it is with others that want the same of the result cache.
+        self.flight: Flight | None = None
         self._fallback: Fallback | None = None
         self._last_attempt = dispatcher.max_attempts - 1
         self._retrying = False
+        self._lost = False
         self._span: tuple[SpanContext | None, SpanContext] | None = None
 
     def begin(self) -> None:
@@ -127,7 +134,10 @@ class Call:
         request.revision = route.revision
         if request.trace:
             self._start_span()
-        self.send(self.began_at)
+        if route.cache is not None and dispatcher.cache is not None:
+            dispatcher.cache.enter(self, route.cache)
+        else:
+            self.send(self.began_at)
 
     def send(self, now: float) -> None:
         """Give the request to an endpoint that was not tried, or wait for one, or refuse."""
@@ -152,14 +162,34 @@ class Call:
         if self.done:
             return
         endpoint = self.endpoint
+        now = _monotonic()
+        # Without a deadline of its own a request that was never routed cannot be late.
+        late = self.route is not None and now >= self.deadline - _TIE_S
         if endpoint is not None:
             endpoint.in_flight -= 1
             endpoint.calls.cancel(self._local_id)
-            if self.group.outliers.breakers:
+            if late:
+                self._held_too_long(endpoint, now)
+                self._judge(endpoint, PredictReply(code=Code.CODE_DEADLINE_EXCEEDED), now)
+            elif self.group.outliers.breakers:
                 self.group.judge(endpoint, Verdict.NOTHING, self.sent_at, self.sent_at)
         else:
             self._dispatcher.waiting.withdraw(self)
-        self._end(Code.CODE_CANCELLED)
+        if late:
+            # The caller saw a timeout; a worker that drops what is cancelled logs nothing of it.
+            self._dispatcher.log.note(self, Code.CODE_DEADLINE_EXCEEDED)
+        self._end(Code.CODE_DEADLINE_EXCEEDED if late else Code.CODE_CANCELLED)
+        if self.flight is not None and self._dispatcher.cache is not None:
+            self._dispatcher.cache.leave(self)
+
+    def answer_cached(self, reply: PredictReply) -> None:
+        """Answer with what an equal request got; it is in the log already."""
+        target = self.target
+        if target is None:
+            raise RuntimeError("a cached answer to a call that was not routed")
+        reply.cached = True
+        reply.version, reply.variant = target.version, target.variant
+        self._finish(reply, ran=True)
 
     def give_up(self, error: HeadraceError) -> None:
         """No endpoint was there: the fallback answers, or `error` is the answer."""
@@ -241,6 +271,8 @@ class Call:
         self._judge(endpoint, reply, now)
         if code == _OK:
             endpoint.latency.observe(now - self.sent_at, now)
+        elif code == Code.CODE_DEADLINE_EXCEEDED:
+            self._held_too_long(endpoint, now)
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
@@ -249,8 +281,14 @@ class Call:
             self.tried = (*self.tried, endpoint)
             if self._fall_back(code, Code.Name(code).removeprefix("CODE_").lower(), now):
                 return
-        # A bad row or a late answer has run, too: the worker says so by the time it took.
-        self._finish(reply, ran=code in _RAN or reply.compute_us > 0)
+        # What ran is in the worker's log, failures too: the worker says so by the time it took.
+        self._finish(reply, ran=code == _OK or reply.compute_us > 0)
+
+    def _held_too_long(self, endpoint: Endpoint, now: float) -> None:
+        """An endpoint that keeps requests until they are late is at least as slow as that."""
+        held = now - self.sent_at
+        if held > endpoint.latency.value(now):
+            endpoint.latency.observe(held, now)
 
     def _judge(self, endpoint: Endpoint, reply: PredictReply, now: float) -> None:
         """Tell the version's endpoints how this one did."""
@@ -276,6 +314,10 @@ class Call:
         if self.attempt >= self._last_attempt or now >= self.deadline:
             return False
         gone = lost(reply)
+        if gone and self._lost:
+            # Two endpoints died holding it. Perhaps it is what kills them.
+            return False
+        self._lost = self._lost or gone
         others = any(member not in self.tried for member in dispatcher.endpoints.group(target.key).members)
         if not others and not (gone and dispatcher.endpoints.coming(target.key)):
             return False
@@ -297,6 +339,8 @@ class Call:
         if not ran:
             self._dispatcher.log.note(self, code)
         self._end(code)
+        if self.flight is not None and self._dispatcher.cache is not None:
+            self._dispatcher.cache.settle(self, reply)
         if self.fell_back:
             reply.fallback = True
         reply.id = self.owner_id

@@ -13,6 +13,7 @@ from services.common.telemetry import Tracing
 from services.router.call import Call
 from services.router.endpoints import Endpoints
 from services.router.prediction_log import RefusalLog
+from services.router.result_cache import ResultCache
 from services.router.retry_budget import RetryBudget
 from services.router.routing_table import RoutingTable
 from services.router.stats import Stats
@@ -38,6 +39,7 @@ class Dispatcher:
         max_attempts: int,
         endpoint_wait_s: float,
         max_waiting: int,
+        cache: ResultCache | None = None,
     ) -> None:
         self.table = table
         self.endpoints = endpoints
@@ -46,6 +48,7 @@ class Dispatcher:
         self.tracing = tracing
         self.budget = budget
         self.max_attempts = max_attempts
+        self.cache = cache
         self.waiting = Waiting(self, endpoints, wait_s=endpoint_wait_s, limit=max_waiting)
 
     def unknown_model(self, model: str) -> HeadraceError:

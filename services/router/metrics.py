@@ -12,6 +12,7 @@ from services.common.eventlog import EventLog
 from services.common.frames import FrameServer
 from services.router.dispatch import Dispatcher
 from services.router.outliers import State
+from services.router.result_store import ResultStore
 from services.router.stats import LATENCY_S
 
 _VERSION = ("model", "version")
@@ -21,16 +22,20 @@ _OPEN = {State.CLOSED: 0.0, State.HALF_OPEN: 0.5, State.OPEN: 1.0}
 class RouterMetrics(Collector):
     """Reads the totals of the dispatcher, the workers and the logs."""
 
-    def __init__(self, dispatcher: Dispatcher, server: FrameServer, log: EventLog) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, server: FrameServer, log: EventLog, store: ResultStore | None = None
+    ) -> None:
         self._dispatcher = dispatcher
         self._server = server
         self._log = log
+        self._store = store
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now."""
         yield from self._requests()
         yield from self._workers()
         yield from self._breakers()
+        yield from self._cache()
         yield from self._table()
         dispatcher, log = self._dispatcher, self._log
         for name, text, value in (
@@ -62,6 +67,11 @@ class RouterMetrics(Collector):
             "Requests that the fallback answered instead of the version",
             labels=(*_VERSION, "reason"),
         )
+        cache = CounterMetricFamily(
+            "headrace_router_cache_requests",
+            "Requests that the result cache took",
+            labels=(*_VERSION, "result"),
+        )
         latency = HistogramMetricFamily(
             "headrace_router_latency_seconds", "From the frame's arrival to the answer", labels=_VERSION
         )
@@ -70,6 +80,8 @@ class RouterMetrics(Collector):
                 requests.add_metric((*key, Code.Name(Code.ValueType(code)).removeprefix("CODE_")), count)
             for reason, count in stats.retries.items():
                 retries.add_metric((*key, reason), count)
+            for result, count in stats.cache.items():
+                cache.add_metric((*key, result), count)
             for reason, count in stats.fallbacks.items():
                 fallbacks.add_metric((*key, reason), count)
             buckets, total = [], 0
@@ -77,7 +89,7 @@ class RouterMetrics(Collector):
                 total += count
                 buckets.append((bound, float(total)))
             latency.add_metric(key, buckets, stats.latency_sum_s)
-        yield from (requests, retries, fallbacks, latency)
+        yield from (requests, retries, fallbacks, cache, latency)
 
     def _workers(self) -> Iterator[Metric]:
         labels = ("worker",)
@@ -117,6 +129,19 @@ class RouterMetrics(Collector):
             for endpoint, breaker in group.outliers.breakers.items():
                 states.add_metric((*key, endpoint.worker_id), _OPEN[breaker.state])
         yield from (ejections, spared, states)
+
+    def _cache(self) -> Iterator[Metric]:
+        store = self._store
+        if store is None:
+            return
+        up = "Whether the result cache is asked at all"
+        yield GaugeMetricFamily("headrace_router_cache_up", up, value=float(store.usable))
+        for name, text, value in (
+            ("round_trips", "Reads of the result cache", store.round_trips),
+            ("failures", "Round trips to the result cache that failed or took too long", store.failures),
+            ("dropped", "Answers that were not kept, since the result cache was away or slow", store.dropped),
+        ):
+            yield CounterMetricFamily(f"headrace_router_cache_{name}", text, value=float(value))
 
     def _table(self) -> Iterator[Metric]:
         revision = GaugeMetricFamily(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
-from headrace.v1.control_pb2 import Balancing, ServingConfig
+from headrace.v1.control_pb2 import Balancing, ServedVersion, ServingConfig
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import NotFound
@@ -21,19 +21,28 @@ VersionKey = tuple[str, str]
 class Target:
     """One version that can be routed to."""
 
-    __slots__ = ("digest", "key", "propensity", "variant", "version")
+    __slots__ = ("batched", "digest", "key", "propensity", "variant", "version")
 
-    def __init__(self, model: str, version: str, variant: str, digest: str, propensity: float) -> None:
-        self.key: VersionKey = (model, version)
-        self.version = version
-        self.variant = variant
-        self.digest = digest
+    def __init__(self, model: str, served: ServedVersion, propensity: float) -> None:
+        self.key: VersionKey = (model, served.version)
+        self.version = served.version
+        self.variant = served.variant or served.version
+        self.digest = served.artifact_digest
+        #: Whether the first dimension of every tensor counts rows.
+        self.batched = served.signature.batched
         #: Share of the units that its buckets get, 0 … 1.
         self.propensity = propensity
 
 
 #: Answers that call for the fallback where the deployment does not name them.
 FAILURES: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_INTERNAL, Code.CODE_DEADLINE_EXCEEDED})
+
+
+class CachePolicy(NamedTuple):
+    """How long answers are kept, and up to what size."""
+
+    ttl_ms: int
+    max_entry_bytes: int
 
 
 class Fallback:
@@ -56,7 +65,9 @@ class Route:
         "_sole",
         "_targets",
         "balancing",
+        "cache",
         "fallback",
+        "log_payloads",
         "model",
         "revision",
         "timeout_s",
@@ -76,13 +87,7 @@ class Route:
         self.timeout_s = config.default_timeout_ms / 1e3 or default_timeout_s
         self._salt = salt_key(config.salt)
         self._targets = tuple(
-            Target(
-                config.model,
-                served.version,
-                served.variant or served.version,
-                served.artifact_digest,
-                filled.count(index) / BUCKETS,
-            )
+            Target(config.model, served, filled.count(index) / BUCKETS)
             for index, served in enumerate(config.versions)
         )
         self._buckets = array("H", filled)
@@ -92,6 +97,10 @@ class Route:
             if version in self._by_name:
                 self._by_name.setdefault(alias, self._by_name[version])
 
+        self.log_payloads = config.log_payloads
+        self.cache: CachePolicy | None = None
+        if config.cache.ttl_ms:
+            self.cache = CachePolicy(config.cache.ttl_ms, config.cache.max_entry_bytes)
         self.fallback: Fallback | None = None
         if config.HasField("fallback"):
             self.fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)

@@ -39,6 +39,10 @@ class Settings(ServiceSettings):
     outlier_ejection_s: Annotated[float, Field(gt=0)] = 30.0
     outlier_ejection_max_s: Annotated[float, Field(gt=0)] = 300.0
     outlier_max_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    #: Redis or Valkey for the result cache, `redis://[:password@]host:port/db`; empty: nothing is cached.
+    redis_url: Annotated[str, Field(repr=False, pattern=r"^((rediss?|unix)://.*)?$")] = ""
+    #: What a look-up may take; longer is a miss.
+    cache_budget_ms: Annotated[float, Field(gt=0, le=1000)] = 5.0
     #: How long the start waits for Kafka before it serves with the routing table on disk.
     table_wait_s: Annotated[float, Field(ge=0)] = 5.0
     #: The prediction log on disk, while Kafka is away.

@@ -25,6 +25,7 @@ class VersionStats:
     codes: dict[int, int] = field(default_factory=dict)
     retries: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
     latency: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
     latency_sum_s: float = 0.0
 
@@ -52,6 +53,11 @@ class Stats:
         answered with the code that `reason` names."""
         fallbacks = self._of(key).fallbacks
         fallbacks[reason] = fallbacks.get(reason, 0) + 1
+
+    def cache(self, key: VersionKey, how: str) -> None:
+        """The result cache was asked: a "hit", a "miss", or "joined" to an equal request under way."""
+        asked = self._of(key).cache
+        asked[how] = asked.get(how, 0) + 1
 
     def _of(self, key: VersionKey) -> VersionStats:
         stats = self.versions.get(key)

@@ -142,6 +142,8 @@ BOTH = [{"version": "1", "weight": 0}, {"version": "2", "weight": 100}]
             {"versions": BOTH, "fallback": {"version": "1", "on": ["CANCELLED"]}},
             "fallback.on[0]",
         ),
+        ({"versions": BOTH, "cache": {"ttl_s": 0}}, "cache.ttl_s"),
+        ({"versions": BOTH, "cache": {"ttl_s": 1, "max_entry_bytes": 0}}, "cache.max_entry_bytes"),
     ],
 )
 async def test_a_wrong_deployment_names_its_field(running: Running, body: dict[str, Any], field: str) -> None:
@@ -162,6 +164,13 @@ async def test_a_fallback_is_published_and_shown(running: Running) -> None:
     without = await running.deploy("churn", {"1": 0, "2": 100})
     assert without.json()["fallback"] is None
     assert without.json()["revision"] == answer.json()["revision"] + 1
+
+
+async def test_a_cache_is_published_and_shown(running: Running) -> None:
+    await running.make("churn", linear(weight=1))
+    answer = await running.deploy("churn", {"1": 100}, cache={"ttl_s": 1.5})
+    assert answer.json()["cache"] == {"ttl_s": 1.5, "max_entry_bytes": 65_536}
+    assert (await running.deploy("churn", {"1": 100})).json()["cache"] is None
 
 
 async def test_of_concurrent_deploys_from_one_revision_one_wins(running: Running) -> None:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.dataplane_pb2_grpc import DataPlaneStub
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
@@ -20,11 +20,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from services.common.bus import MemoryBus, Record
-from services.common.frames import FrameCalls, Peer
+from services.common.frames import Peer
 from services.common.telemetry import from_trace_bytes, setup_tracing, trace_bytes
-from services.common.topics import PREDICTIONS, WORKERS
+from services.common.topics import WORKERS
 from services.router import app as app_module
-from services.router.app import Router
 from tests.fixtures.router import (
     TOKEN,
     AwayBus,
@@ -39,68 +38,7 @@ from tests.fixtures.router import (
     status,
     until,
 )
-
-READY = LoadedVersion.STATE_READY
-LOADING = LoadedVersion.STATE_LOADING
-BOTH = {("cancer", "1"): READY, ("cancer", "2"): READY}
-
-
-def soon(seconds: float = 5) -> float:
-    return asyncio.get_running_loop().time() + seconds
-
-
-class Platform:
-    """Bus, router, workers and one gateway."""
-
-    def __init__(self, bus: MemoryBus, router: Router, calls: FrameCalls, stack: AsyncExitStack) -> None:
-        self.bus = bus
-        self.router = router
-        self.calls = calls
-        self._stack = stack
-
-    async def worker(
-        self, name: str, versions: dict[tuple[str, str], LoadedVersion.State] = BOTH
-    ) -> FakeWorker:
-        made = FakeWorker(name)
-        await made.start()
-        self._stack.push_async_callback(made.server.close)
-        await beat(self.bus, status(name, made.address, versions))
-        await until(
-            lambda: any(e.worker_id == name and e.reachable for e in self.router.dispatcher.endpoints.all())
-        )
-        return made
-
-    async def ask(self, n: int = 0, **fields: str) -> PredictReply:
-        return await self.calls.predict(request(n, **fields), soon())
-
-    async def metrics(self) -> str:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.router.ops_port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        text = (await reader.read()).decode()
-        writer.close()
-        return text
-
-    async def records(self) -> list[PredictionBatch]:
-        got: list[PredictionBatch] = []
-
-        async def take(records: list[Record] | tuple[Record, ...]) -> None:
-            got.extend(PredictionBatch.FromString(record.value or b"") for record in records)
-
-        async with self.bus.consume(PREDICTIONS, "test", take):  # type: ignore[arg-type]
-            await until(lambda: not self.router.log.pending_records)
-            await asyncio.sleep(0.1)
-        return got
-
-
-@asynccontextmanager
-async def platform(directory: Path, **settings: object) -> AsyncIterator[Platform]:
-    async with AsyncExitStack() as stack:
-        bus = MemoryBus()
-        await deploy(bus, config())
-        router = await stack.enter_async_context(routing(directory, bus, **settings))
-        await until(lambda: router.health.ready)
-        calls = await stack.enter_async_context(gateway(router))
-        yield Platform(bus, router, calls, stack)
+from tests.fixtures.router_platform import BOTH, LOADING, READY, Platform, platform, refuse, soon
 
 
 class TestRouting:
@@ -254,13 +192,6 @@ class TestRetries:
                 worker.behave = refuse(Code.CODE_INVALID_ARGUMENT)
             assert (await p.ask()).code == Code.CODE_INVALID_ARGUMENT
             assert sum(len(worker.seen) for worker in workers) == 1
-
-
-def refuse(code: Code):  # type: ignore[no-untyped-def]
-    def behave(_: FakeWorker, peer: Peer, item: PredictRequest) -> None:
-        peer.reply(PredictReply(id=item.id, code=code, message="no"))
-
-    return behave
 
 
 class TestOutliers:
