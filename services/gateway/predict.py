@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 _CLIENT_GONE = 499
 _MAX_CORRELATION = 128
+_MAX_DIGITS = 9
 _OK = Code.CODE_OK
 
 
@@ -186,12 +187,13 @@ class PredictService:
     def _timeout_s(self, call: Call) -> float:
         limits = self.limits
         if call.timeout is not None:
-            if not call.timeout.isdigit() or not 0 < int(call.timeout[:12]) <= limits.max_timeout_s * 1000:
+            told = int(call.timeout) if call.timeout.isdigit() and len(call.timeout) <= _MAX_DIGITS else 0
+            if not 0 < told <= limits.max_timeout_s * 1000:
                 raise InvalidArgument(
                     f"X-Request-Timeout-Ms must be 1 … {limits.max_timeout_s * 1000:.0f}.",
                     field="X-Request-Timeout-Ms",
                 )
-            return int(call.timeout) / 1000
+            return told / 1000
         model = call.model
         return (model.timeout_s if model is not None else 0.0) or limits.default_timeout_s
 

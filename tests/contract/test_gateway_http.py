@@ -350,8 +350,9 @@ def test_deadline(gateway: GatewayThread) -> None:
     gateway.running.router.answer = lambda _request: None
     answer = predict(gateway, GOOD, x_request_timeout_ms="50")
     assert answer.status_code == 504
-    answer = predict(gateway, GOOD, x_request_timeout_ms="soon")
-    assert (answer.status_code, answer.json()["field"]) == (422, "X-Request-Timeout-Ms")
+    for wrong in ("soon", "0", "-1", "1.5", "300001", "1" + "0" * 12, "0" * 11 + "12", "9" * 5000):
+        answer = predict(gateway, GOOD, x_request_timeout_ms=wrong)
+        assert (answer.status_code, answer.json()["field"]) == (422, "X-Request-Timeout-Ms"), wrong
 
 
 def test_a_fallback_is_visible_in_both_dialects(gateway: GatewayThread) -> None:
@@ -629,6 +630,20 @@ def test_outcomes_are_acknowledged_by_the_bus(gateway: GatewayThread) -> None:
 def test_bad_outcomes(gateway: GatewayThread, body: bytes, status: int, field: str | None) -> None:
     answer = gateway.request("POST", "/v1/outcomes", body)
     assert (answer.status_code, answer.json().get("field")) == (status, field), answer.text
+
+
+def test_an_event_id_is_one_among_the_outcomes_of_a_request(gateway: GatewayThread) -> None:
+    """The same name, or the same id, for another request, metric or row is another outcome."""
+    for event_id in ("purchase", "ab" * 16):
+        about = [("0" * 32, "a", 0), ("0" * 32, "a", 1), ("0" * 32, "b", 0), ("1" * 32, "a", 0)]
+        listed = [
+            {"request_id": request_id, "metric": metric, "row": row, "value": 1, "event_id": event_id}
+            for request_id, metric, row in about
+        ]
+        listed.append({**listed[0], "value": 2})
+        ids = gateway.request("POST", "/v1/outcomes", json.dumps(listed).encode()).json()["event_ids"]
+        assert len(set(ids[:4])) == 4
+        assert ids[4] == ids[0]
 
 
 @pytest.mark.parametrize(("model", "status"), [("digits", 202), ("cancer", 403), (None, 403)])
