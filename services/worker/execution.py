@@ -4,13 +4,13 @@ runs inline or in a thread."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from headrace.v1.tensor_pb2 import Signature
 
-from services.common.errors import HeadraceError, Internal
+from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.worker.backends.port import Backend
 from services.worker.batch_queue import Batch, Item
 from services.worker.input_layout import InputLayout, MergeKey
@@ -52,33 +52,45 @@ class Runner:
 
     def execute(self, batch: Batch, max_rows: int) -> Execution:
         """Run `batch`. Never raises: what fails stands in the result. A member fails only by its own doing:
-        when the run of several fails, each is run alone."""
-        execution = self._attempt(batch.items, batch.rows, max_rows)
-        if not execution.failures or len(batch.items) == 1:
-            return execution
-        alone = [self._attempt((item,), item.rows, max_rows) for item in batch.items]
+        when the run of several fails, its halves are run, until who fails is alone."""
+        return self._isolated(batch.items, max_rows)
+
+    def _isolated(self, items: Sequence[Item], max_rows: int) -> Execution:
+        whole = self._attempt(items, sum(item.rows for item in items), max_rows)
+        if not whole.failures or len(items) == 1:
+            return whole
+        middle = len(items) // 2
+        halves = [self._isolated(items[:middle], max_rows), self._isolated(items[middle:], max_rows)]
         return Execution(
-            parts=[part for one in alone for part in one.parts],
-            failures=[failure for one in alone for failure in one.failures],
-            prepare=execution.prepare + sum(one.prepare for one in alone),
-            infer=execution.infer + sum(one.infer for one in alone),
-            cut=execution.cut + sum(one.cut for one in alone),
-            reruns=len(alone),
-            fault=next((one.fault for one in alone if one.fault is not None), None),
+            parts=[part for half in halves for part in half.parts],
+            failures=[failure for half in halves for failure in half.failures],
+            prepare=whole.prepare + sum(half.prepare for half in halves),
+            infer=whole.infer + sum(half.infer for half in halves),
+            cut=whole.cut + sum(half.cut for half in halves),
+            reruns=sum(1 + half.reruns for half in halves),
+            fault=next((half.fault for half in halves if half.fault is not None), None),
         )
 
     def run(
-        self, key: MergeKey, data: list[bytes], rows: int, max_rows: int
+        self,
+        key: MergeKey,
+        data: list[bytes],
+        rows: int,
+        max_rows: int,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> tuple[list[OutputColumn], float, float]:
-        """Outputs for joined input bytes, and the seconds that the arrays and the backend took. Raises
-        whatever the backend raises."""
+        """Outputs for joined input bytes, and the seconds that the arrays and the backend took.
+
+        More rows than `max_rows` run in slices for as long as they are `wanted`. Raises DeadlineExceeded once
+        they are not, and whatever the backend raises.
+        """
         started = time.perf_counter()
         arrays = self.layout.arrays(key, data, rows)
         prepared = time.perf_counter()
         if not self.layout.batched or rows <= max_rows:
             outputs = self.backend.run(arrays, key[0])
         else:
-            outputs = self._in_slices(arrays, key[0], rows, max_rows)
+            outputs = self._in_slices(arrays, key[0], rows, max_rows, wanted)
         ran = time.perf_counter()
         batched = self.layout.batched
         columns = [
@@ -88,11 +100,16 @@ class Runner:
         return columns, prepared - started, ran - prepared
 
     def _attempt(self, items: Sequence[Item], rows: int, max_rows: int) -> Execution:
+        def wanted() -> bool:
+            now = time.monotonic()
+            return any(not item.done and item.deadline > now for item in items)
+
         started = time.perf_counter()
-        data = [b"".join(parts) for parts in zip(*[item.data for item in items], strict=True)]
-        joined = time.perf_counter() - started
+        joined = 0.0
         try:
-            columns, prepare, infer = self.run(items[0].key, data, rows, max_rows)
+            data = [b"".join(parts) for parts in zip(*[item.data for item in items], strict=True)]
+            joined = time.perf_counter() - started
+            columns, prepare, infer = self.run(items[0].key, data, rows, max_rows, wanted)
         except HeadraceError as error:
             failures = [(item, error) for item in items]
             return Execution([], failures, joined, time.perf_counter() - started - joined, 0.0)
@@ -104,12 +121,19 @@ class Runner:
         return Execution([Part(tuple(items), rows, data, columns)], [], joined + prepare, infer, cut)
 
     def _in_slices(
-        self, arrays: dict[str, Array], wanted: tuple[str, ...], rows: int, max_rows: int
+        self,
+        arrays: dict[str, Array],
+        outputs: tuple[str, ...],
+        rows: int,
+        max_rows: int,
+        wanted: Callable[[], bool],
     ) -> dict[str, Array]:
         pieces: list[dict[str, Array]] = []
         for first in range(0, rows, max_rows):
+            if first and not wanted():
+                raise DeadlineExceeded(f"nobody waited any more after {first} of {rows} rows")
             part = {name: array[first : first + max_rows] for name, array in arrays.items()}
-            piece = self.backend.run(part, wanted)
+            piece = self.backend.run(part, outputs)
             count = min(max_rows, rows - first)
             for name, array in piece.items():
                 if array.ndim == 0 or array.shape[0] != count:

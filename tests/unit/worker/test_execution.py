@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -44,7 +45,9 @@ class Doubling:
     def close(self) -> None: ...
 
 
-def executed(*rows: list[float], max_rows: int = 64) -> tuple[Execution, list[Item], Doubling]:
+def executed(
+    *rows: list[float], max_rows: int = 64, deadline: float = math.inf
+) -> tuple[Execution, list[Item], Doubling]:
     layout = InputLayout(SIGNATURE)
     backend = Doubling()
 
@@ -56,7 +59,7 @@ def executed(*rows: list[float], max_rows: int = 64) -> tuple[Execution, list[It
             len(values),
             ((), ((),)),
             (np.array(values, np.float32).tobytes(),),
-            1.0,
+            deadline,
             ignore,
         )
         for i, values in enumerate(rows)
@@ -86,10 +89,10 @@ def test_one_run_answers_all_with_their_own_rows() -> None:
 @pytest.mark.parametrize(("bad", "code"), [(-1, Code.CODE_INVALID_ARGUMENT), (13, Code.CODE_INTERNAL)])
 def test_only_the_bad_member_fails(bad: float, code: Code) -> None:
     execution, items, backend = executed([1], [2, bad], [4])
-    assert backend.sizes == [4, 1, 2, 1]
+    assert backend.sizes == [4, 1, 3, 2, 1]
     assert answers(execution) == {0: [2], 2: [8]}
     ((item, error),) = execution.failures
-    assert (item, error.code, execution.reruns) == (items[1], code, 3)
+    assert (item, error.code, execution.reruns) == (items[1], code, 4)
     assert (execution.fault is not None) == (code == Code.CODE_INTERNAL)
 
 
@@ -103,6 +106,20 @@ def test_a_large_request_runs_in_slices() -> None:
     execution, _, backend = executed([float(i) for i in range(10)], max_rows=4)
     assert backend.sizes == [4, 4, 2]
     assert answers(execution) == {0: [2.0 * i for i in range(10)]}
+
+
+def test_one_bad_member_of_many_is_found_by_halves() -> None:
+    execution, items, backend = executed(*([float(i)] for i in range(14, 46)), [13.0], *([1.0],) * 31)
+    assert [item for item, _ in execution.failures] == [items[32]]
+    assert len(answers(execution)) == 63
+    assert len(backend.sizes) == 13  # of 64 members: two runs a level, and the first
+
+
+def test_slices_end_when_nobody_waits_any_more() -> None:
+    execution, items, backend = executed([float(i) for i in range(10)], max_rows=4, deadline=0.0)
+    assert backend.sizes == [4]
+    ((item, error),) = execution.failures
+    assert (item, error.code) == (items[0], Code.CODE_DEADLINE_EXCEEDED)
 
 
 def test_a_slice_with_too_few_rows_is_a_failure() -> None:
