@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import asyncpg
 from headrace.v1.events_pb2 import Outcome
-from sqlalchemy import CursorResult, and_, delete, func, select, text, update
+from sqlalchemy import and_, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -28,7 +28,10 @@ _ADD_OUTCOMES = text(
     FROM unnest(CAST(:events AS bytea[]), CAST(:requests AS bytea[]), CAST(:models AS text[]),
                 CAST(:metrics AS text[]), CAST(:numbers AS double precision[]), CAST(:texts AS text[]),
                 CAST(:rows AS bigint[]), CAST(:times AS bigint[])) AS given (e, r, m, k, n, t, w, o)
-    ON CONFLICT DO NOTHING
+    ON CONFLICT (event_id) DO UPDATE
+        SET number = excluded.number, text = excluded.text, observed_at_us = excluded.observed_at_us
+        WHERE excluded.observed_at_us > outcomes.observed_at_us
+    RETURNING xmax = 0
     """
 )
 _OUTCOMES = """
@@ -218,8 +221,15 @@ async def keep_signature(session: AsyncSession, model: str, version: str, signat
 
 
 async def add_outcomes(session: AsyncSession, outcomes: Sequence[Outcome], now: datetime) -> int:
-    """Keep outcomes that were not seen before; how many those were."""
-    ordered = sorted(outcomes, key=lambda outcome: outcome.event_id)
+    """Keep outcomes; how many were not seen before. One that is said again was observed when it was said
+    last, so 1, then 0, then 1 again ends as 1, in whatever order they come."""
+    last: dict[bytes, Outcome] = {}
+    for outcome in outcomes:
+        known = last.get(outcome.event_id)
+        if known is None or outcome.observed_at_us > known.observed_at_us:
+            last[outcome.event_id] = outcome
+    # Sorted, so that two replicas never wait for each other's rows.
+    ordered = sorted(last.values(), key=lambda outcome: outcome.event_id)
     kinds = [outcome.WhichOneof("value") for outcome in ordered]
     result = await session.execute(
         _ADD_OUTCOMES,
@@ -237,7 +247,7 @@ async def add_outcomes(session: AsyncSession, outcomes: Sequence[Outcome], now: 
             "now": now,
         },
     )
-    return result.rowcount if isinstance(result, CursorResult) else 0
+    return sum(result.scalars())
 
 
 async def outcomes_csv(session: AsyncSession, model: str, metric: str | None = None) -> bytes:

@@ -366,6 +366,26 @@ async def test_what_the_database_refuses_is_buried_alone(database_url: str, tmp_
         assert [row["n"] for row in means] == [7]
 
 
+async def test_what_was_said_last_counts_also_where_it_was_said_before(
+    database_url: str, tmp_path: Path
+) -> None:
+    """1, then 0, then 1 again, each known by what it says; redelivered in any order."""
+    said = [
+        outcome(1, value, event=f"said {value}", observed_at_us=10 * place)
+        for place, value in enumerate([1.0, 0.0, 1.0], 1)
+    ]
+    orders = [said, said[::-1], [said[1], said[0], said[2]], said[:2]]
+    async with wired(database_url, tmp_path) as (consumers, reader, _, _, _):
+        await consumers.on_predictions(records([prediction_batch([1])]))
+        for order in orders:
+            batches = [outcome_batch(one) for one in order] + [outcome_batch(*order)]
+            await consumers.on_outcomes(
+                [Record(OUTCOMES.name, bytes(16), batch.SerializeToString()) for batch in batches]
+            )
+            (mean,) = await reader.ask("cancer", queries.outcome_means)
+            assert (mean["n"], mean["mean"]) == (1, 1.0)
+
+
 async def test_records_wait_for_the_signature_that_says_which_output_is_the_answer(
     database_url: str, tmp_path: Path
 ) -> None:

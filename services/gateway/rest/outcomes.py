@@ -126,13 +126,13 @@ def _number(value: bool | float, where: str) -> float:
 
 
 def _event_id(body: OutcomeBody, outcome: Outcome) -> bytes:
-    """16 bytes: the id given where it is one, else a digest of the name given, else of what is said."""
+    """16 bytes: a digest of what the outcome is about, and of its `event_id` or, without one, of its value.
+    So an event id need be unique only among the outcomes of one request, metric and row."""
     if body.event_id is not None:
-        try:
-            return parse_id(body.event_id)
-        except InvalidArgument:
-            named = b"name\0" + body.event_id.encode()
-            return blake2b(named, digest_size=16).digest()
-    value = outcome.text if outcome.HasField("text") else repr(outcome.number)
-    said = "\0".join((outcome.metric, str(outcome.row), outcome.WhichOneof("value") or "", value))
+        named = "named", body.event_id
+    elif outcome.HasField("text"):
+        named = "text", outcome.text
+    else:
+        named = "number", repr(outcome.number)
+    said = "\0".join((outcome.metric, str(outcome.row), *named))
     return blake2b(outcome.request_id + said.encode(), digest_size=16).digest()
