@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -126,9 +127,12 @@ def _complete(directory: Path, files: list[ManifestFile]) -> bool:
 
 def _publish(partial: Path, final: Path, manifest: bytes) -> None:
     (partial / ".manifest.json").write_bytes(manifest)
-    # A rename onto a full directory fails; whoever was first fetched the same bytes.
-    if not final.exists():
+    try:
         os.replace(partial, final)
+    except OSError as error:
+        # A rename onto a full directory fails: another load of the artifact was first, with the same bytes.
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
 
 
 def _clear_partial(root: Path) -> None:

@@ -61,6 +61,16 @@ async def test_files_arrive_once_and_few_at_a_time(tmp_path: Path, folder: Path)
     assert store.fetched == len(files)
 
 
+async def test_versions_of_one_artifact_that_load_at_once_share_it(tmp_path: Path, folder: Path) -> None:
+    files = {f"{i}.bin": bytes([i]) * 1000 for i in range(3)}
+    digest, _ = put_artifact(folder, files)
+    cache, _ = cache_of(tmp_path, folder)
+    directories = await asyncio.gather(*(cache.fetch(digest) for _ in range(8)))
+    assert len(set(directories)) == 1
+    assert {path: (directories[0] / path).read_bytes() for path in files} == files
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [directories[0].name]
+
+
 async def test_what_lost_bytes_on_disk_is_fetched_again(tmp_path: Path, folder: Path) -> None:
     digest, _ = put_artifact(folder, {"model.onnx": b"abcdef"})
     cache, _ = cache_of(tmp_path, folder)
