@@ -181,7 +181,15 @@ class LoadedModel:
         )
 
     def _ran(self, batch: Batch, done: Future[Execution], started: float) -> None:
-        self._finish(batch, done.result(), started)
+        try:
+            execution = done.result()
+        except (
+            Exception
+        ) as error:  # without this the slot would stay taken and the version answer nothing more
+            log.exception("execution_failed", model=self._records.key.decode())
+            failures = [(item, Internal("the model could not be run")) for item in batch.items]
+            execution = Execution([], [*failures], 0.0, 0.0, 0.0, fault=error)
+        self._finish(batch, execution, started)
 
     def _finish(self, batch: Batch, execution: Execution, started: float) -> None:
         try:
