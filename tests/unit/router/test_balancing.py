@@ -159,3 +159,22 @@ def test_every_picker_picks_a_candidate_whatever_the_loads(
         assert worker in crowd
         worker.in_flight += 1
         worker.latency.observe(seconds / 100, now)
+
+
+def test_an_endpoint_that_holds_requests_does_not_look_faster_by_its_silence() -> None:
+    hung, well = workers(2)
+    for worker in (hung, well):
+        worker.latency.observe(0.002, 0.0)
+    hung.in_flight = well.in_flight = 1
+    for second in range(1, 61):
+        well.latency.observe(0.002, float(second))
+    hung.in_flight = 3
+    assert score(hung, 60.0) > score(well, 60.0)
+
+
+def test_an_unknown_endpoint_gets_one_try_at_a_time() -> None:
+    unknown, known = workers(2)
+    known.latency.observe(0.002, 0.0)
+    assert score(unknown, 0.0) < score(known, 0.0)
+    unknown.in_flight = 1
+    assert score(unknown, 0.0) > score(known, 0.0)
