@@ -13,7 +13,7 @@ import pytest
 
 from deploy.embedded.stack import Stack
 from examples import cancer
-from tests.e2e.rest import caller, counted, total, until
+from tests.e2e.rest import caller, settled, total, until
 from tests.fixtures.platform import register_examples
 from tests.fixtures.servers import kafka_home
 
@@ -46,15 +46,14 @@ async def test_a_killed_worker_costs_no_request(new_platform: Callable[..., Stac
     await asyncio.to_thread(register_examples, stack)
     async with caller(stack, at_once=64) as client:
         await until(client, "/v2/models/cancer/ready", lambda _: True)
-        before = await counted(client, "cancer")
+        before = await settled(client, "cancer")
         running = asyncio.create_task(load(client, 8.0))
         await asyncio.sleep(2.5)
         await asyncio.to_thread(stack.kill, "worker-0")
         codes = np.array(await running)
         assert (codes == 200).all(), np.unique(codes, return_counts=True)
         await until(client, "/v1/analytics/models/cancer", lambda shown: total(shown) >= before + len(codes))
-        await asyncio.sleep(2.0)
-        assert await counted(client, "cancer") == before + len(codes)
+        assert await settled(client, "cancer") == before + len(codes)
 
 
 @pytest.mark.kafka
@@ -65,7 +64,7 @@ async def test_a_broker_away_for_ten_seconds_loses_nothing(new_platform: Callabl
     stack = await asyncio.to_thread(new_platform, workers=1, kafka_home=Path(home))
     await asyncio.to_thread(register_examples, stack)
     async with caller(stack, at_once=64) as client:
-        before = await counted(client, "cancer")
+        before = await settled(client, "cancer")
         running = asyncio.create_task(load(client, 15.0))
         await asyncio.sleep(2.0)
         await asyncio.to_thread(stack.kill, "kafka", hold=True)
@@ -79,5 +78,4 @@ async def test_a_broker_away_for_ten_seconds_loses_nothing(new_platform: Callabl
             lambda shown: total(shown) >= before + len(codes),
             within_s=60,
         )
-        await asyncio.sleep(2.0)
-        assert await counted(client, "cancer") == before + len(codes)
+        assert await settled(client, "cancer") == before + len(codes)

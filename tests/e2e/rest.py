@@ -68,6 +68,17 @@ async def counted(client: httpx.AsyncClient, model: str) -> int:
     return total(answer.json())
 
 
+async def settled(client: httpx.AsyncClient, model: str, quiet_s: float = 2.0) -> int:
+    """The count once it has stood still for `quiet_s`: nothing late, nothing twice is on its way any more."""
+    last, since = await counted(client, model), time.monotonic()
+    while time.monotonic() - since < quiet_s:
+        await asyncio.sleep(0.2)
+        now = await counted(client, model)
+        if now != last:
+            last, since = now, time.monotonic()
+    return last
+
+
 def total(shown: Json) -> int:
     """Requests over all versions of what analytics shows of a model."""
     return sum(int(version["requests"]) for version in shown["versions"])

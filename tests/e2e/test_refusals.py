@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from deploy.embedded.stack import Stack
-from tests.e2e.rest import caller, counted
+from tests.e2e.rest import caller, settled, total, until
 
 ROW = [1.0] * 30
 STRAY = {"name": "y", "shape": [1], "datatype": "FP32", "data": [1]}
@@ -109,14 +109,10 @@ async def test_open_inference_errors_have_their_own_shape(platform: Stack) -> No
 
 async def test_nothing_refused_is_counted_as_served(platform: Stack) -> None:
     async with caller(platform) as client:
-        before = await counted(client, "cancer")
+        before = await settled(client, "cancer")
         for sent, _, _ in BAD.values():
             await client.post("/v1/predict", json=sent)
         answer = await client.post("/v1/predict", json=body())
         assert answer.status_code == 200, answer.text
-        for _ in range(150):
-            if await counted(client, "cancer") > before:
-                break
-            await asyncio.sleep(0.2)
-        await asyncio.sleep(2.0)  # what should not come would have come by now
-        assert await counted(client, "cancer") == before + 1
+        await until(client, "/v1/analytics/models/cancer", lambda shown: total(shown) > before)
+        assert await settled(client, "cancer") == before + 1
