@@ -103,7 +103,7 @@ def _services(
 ) -> list[list[Server]]:
     ports = configuration.ports
     common = {
-        **inherited_environment(),
+        **inherited_environment(configuration.home),
         **configuration.shared,
         "PYTHONPATH": python_path(),
         "HOST": LOOPBACK,

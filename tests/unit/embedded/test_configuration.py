@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.embedded.blueprint import draw
-from deploy.embedded.configuration import Configuration, free_ports, read_platform_env
+from deploy.embedded.configuration import Configuration, free_ports, inherited_environment, read_platform_env
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.secret_files import Secrets, load_or_create
 from deploy.embedded.service import ServiceProcess
@@ -84,6 +84,18 @@ def test_the_memory_only_broker_is_announced(tmp_path: Path) -> None:
     durable = draw(read(tmp_path, KAFKA_HOME=str(tmp_path)), SECRETS)
     assert [server.name for server in durable.servers] == ["postgres", "valkey", "kafka"]
     assert durable.warnings == []
+
+
+def test_bytecode_that_may_not_lie_beside_its_source_is_kept_in_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    kept = inherited_environment(tmp_path)
+    assert "PYTHONDONTWRITEBYTECODE" not in kept
+    assert kept["PYTHONPYCACHEPREFIX"] == str(tmp_path / "bytecode")
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
+    assert "PYTHONPYCACHEPREFIX" not in inherited_environment(tmp_path)
 
 
 def test_free_ports_hold_a_whole_stack(tmp_path: Path) -> None:
