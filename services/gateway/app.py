@@ -63,6 +63,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         cfg.default_timeout_s,
         cfg.max_timeout_s,
         max_unpacked_json_bytes=cfg.max_unpacked_json_bytes,
+        max_held_bytes=cfg.max_held_bytes,
     )
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -96,7 +97,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         stack.callback(service.close)
         services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
         parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services)
-        front = HotFront(service, HttpLimits(), hot=cfg.hot_routes)
+        front = HotFront(service, HttpLimits(max_connections=cfg.max_connections), hot=cfg.hot_routes)
         health.add_check("control", lambda: _unknown(tables, keys))
         health.add_check("router", lambda: None if router.usable else "no router can be reached")
         gauge = metrics.gauge

@@ -49,6 +49,11 @@ _SERVICE = "inference.GRPCInferenceService"
 #: Protobuf around the tensors.
 _MESSAGE_SLACK = 1 << 20
 
+#: Calls at once; gRPC refuses those beyond with RESOURCE_EXHAUSTED.
+_MAX_CALLS = 4096
+_OPEN = frozenset({f"/{_SERVICE}/ServerLive", f"/{_SERVICE}/ServerReady"})
+_CREDENTIALS = ("authorization", "x-api-key")
+
 _STATUS: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -68,7 +73,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         limits: PredictLimits,
     ) -> None:
         self._catalogue = catalogue
-        self._keys = keys
+        self.keys = keys
         self._router = router
         self._health = health
         self._tracing = tracing
@@ -198,10 +203,35 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     def _caller(self, context: Context, *any_of: Scope) -> Key:
         authorization, api_key = _metadata(context, "authorization"), _metadata(context, "x-api-key")
-        key = self._keys.authenticate(authorization, api_key)
+        key = self.keys.authenticate(authorization, api_key)
         if not any(scope in key.scopes for scope in any_of):
             key.require(any_of[0])
         return key
+
+
+class _Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Refuses callers without a key before their message is read: it may be as large as a body."""
+
+    def __init__(self, keys: KeyRing) -> None:
+        self._keys = keys
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        method: str = details.method
+        if handler is None or method in _OPEN or not method.startswith(f"/{_SERVICE}/"):
+            return handler
+        sent = {name: value for name, value in details.invocation_metadata or () if name in _CREDENTIALS}
+        try:
+            self._keys.authenticate(*(_bytes(sent.get(name)) for name in _CREDENTIALS))
+        except HeadraceError as error:
+            status, message = _STATUS[error.code], error.message
+
+            async def refuse(_requests: Any, context: Context) -> None:
+                await context.abort(status, message)
+
+            # As a method that takes a stream: those are called before anything of it was read.
+            return grpc.stream_unary_rpc_method_handler(refuse)
+        return handler
 
 
 @asynccontextmanager
@@ -212,11 +242,13 @@ async def serve_oip(
     where the port is taken."""
     bound = max_body_bytes + _MESSAGE_SLACK
     server = grpc.aio.server(
+        interceptors=[_Door(servicer.keys)],
+        maximum_concurrent_rpcs=_MAX_CALLS,
         options=[
             ("grpc.max_receive_message_length", bound),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
-        ]
+        ],
     )
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     serving = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
@@ -246,5 +278,9 @@ def _code(context: Context) -> int:
 def _metadata(context: Context, name: str) -> bytes | None:
     for key, value in context.invocation_metadata() or ():
         if key == name:
-            return value if isinstance(value, bytes) else value.encode("latin-1", "replace")
+            return _bytes(value)
     return None
+
+
+def _bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode("latin-1", "replace") if isinstance(value, str) else value

@@ -28,7 +28,7 @@ from services.gateway.compression import decompressed
 from services.gateway.dialects import speakers
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.reading import BodyReaders
+from services.gateway.reading import BodyBudget, BodyReaders
 from services.gateway.router_client import RouterClient
 
 log = structlog.get_logger(__name__)
@@ -48,6 +48,8 @@ class PredictLimits:
     max_timeout_s: float = 300.0
     #: JSON that arrived compressed, unpacked: a small message must not become a large parse.
     max_unpacked_json_bytes: int = 8 << 20
+    #: Bodies that have not arrived completely, of all clients together.
+    max_held_bytes: int = 256 << 20
     #: Larger bodies are read in a thread.
     inline_bytes: int = 64 << 10
 
@@ -71,10 +73,16 @@ class PredictService:
         self._tracing = tracing
         self._metrics = metrics
         self._readers = BodyReaders()
+        self.bodies = BodyBudget(limits.max_held_bytes)
         self._monotonic = clock.monotonic
         self._unix_us = clock.unix_us
         self.speakers = speakers(catalogue)
         self.limits = limits
+
+    def admit(self, call: Call) -> None:
+        """Say whether the body of `call` is worth waiting for: `begin` checks again, for a key may be revoked
+        meanwhile. Raises Unauthenticated or PermissionDenied."""
+        self._keys.authenticate(call.authorization, call.api_key).require(Scope.PREDICT)
 
     def begin(self, call: Call) -> None:
         """Start `call`, whose headers and body are complete."""

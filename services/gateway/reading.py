@@ -1,4 +1,5 @@
-"""Large bodies are read in threads, so that one of them does not hold up every other request."""
+"""How many bytes of bodies the process holds, and large bodies read in threads, so that one of them does not
+hold up every other request."""
 
 from __future__ import annotations
 
@@ -13,6 +14,24 @@ _WAITING = 64
 _RETRY_MS = 1000
 
 Done = Callable[[BaseException | None], None]
+
+
+class BodyBudget:
+    """Bytes of unfinished and large bodies, of all connections together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Count `size` bytes more. Raises Unavailable where that is too many; then nothing is counted."""
+        if self.held + size > self._limit:
+            raise Unavailable("The gateway holds too many unfinished bodies.", retry_after_ms=_RETRY_MS)
+        self.held += size
+
+    def give(self, size: int) -> None:
+        """The bytes are gone."""
+        self.held -= size
 
 
 class Reading:

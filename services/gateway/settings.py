@@ -27,6 +27,10 @@ class Settings(ServiceSettings, RedisSettings):
     max_body_bytes: Annotated[int, Field(gt=0)] = 32 << 20
     #: The same for JSON that was sent compressed, unpacked.
     max_unpacked_json_bytes: Annotated[int, Field(gt=0)] = 8 << 20
+    #: Bodies that have not arrived completely, of all clients together.
+    max_held_bytes: Annotated[int, Field(gt=0)] = 256 << 20
+    #: HTTP connections; clients beyond are answered 503.
+    max_connections: Annotated[int, Field(gt=0)] = 10_000
     default_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     max_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     #: Hot routes before ASGI; off, the same answers come through ASGI.

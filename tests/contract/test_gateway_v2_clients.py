@@ -165,6 +165,20 @@ def mixed_request() -> oip.ModelInferRequest:
     return request
 
 
+def test_strangers_are_refused_before_their_message_is_read(
+    stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
+) -> None:
+    request = mixed_request()
+    request.parameters["padding"].string_param = "x" * (40 << 20)  # larger than is ever read
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request, metadata=(("x-api-key", "hr_nobody"),), timeout=5)
+    assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request, metadata=KEY, timeout=5)
+    assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert stub.ServerLive(oip.ServerLiveRequest(), timeout=5).live
+
+
 def test_typed_contents_and_the_deadline(
     stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
 ) -> None:

@@ -40,7 +40,10 @@ class HotExchange(Call):
     #: Its message was read to the end.
     complete = False
     size = 0
-    expects_continue = False
+    expects_continue = continued = False
+    #: Its caller has a key, so its body is waited for; how much of the body is counted as held.
+    admitted = False
+    held = 0
     refusal: HeadraceError | None = None
 
     def __init__(self, service: PredictService, target: Target, protocol: HardenedProtocol) -> None:
@@ -61,6 +64,21 @@ class HotExchange(Call):
             self.body = bytearray(self.body) + chunk
         return True
 
+    def hold(self) -> None:
+        """The body goes on after this turn of the loop. Raises where its caller has no key, or where too much
+        is held already."""
+        if not self.admitted:
+            self.service.admit(self)
+            self.admitted = True
+        self.service.bodies.take(self.size - self.held)
+        self.held = self.size
+
+    def release(self) -> None:
+        """The body is gone."""
+        if self.held:
+            self.service.bodies.give(self.held)
+            self.held = 0
+
     def run(self) -> None:
         """Its turn has come and it is complete, or refused already."""
         if self.refusal is not None:
@@ -72,6 +90,7 @@ class HotExchange(Call):
         protocol = self.protocol
         self.response_complete = True
         self.body = b""
+        self.release()
         if self.disconnected or protocol.transport.is_closing():
             return
         keep_alive = self.keep_alive and not protocol.front.draining

@@ -29,6 +29,8 @@ class HttpLimits:
     linger_s: int = 5
     max_head_bytes: int = 64 << 10
     max_headers: int = 128
+    #: Connections beyond are answered 503 and closed; a tenth more, and they are closed unanswered.
+    max_connections: int = 10_000
 
 
 class HotFront:

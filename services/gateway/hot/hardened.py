@@ -16,13 +16,14 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody
+from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody, Unavailable
 from services.gateway.errors import HeadTooLarge, RequestTimeout
 from services.gateway.hot.exchange import HotExchange, no_app, refused
 from services.gateway.hot.front import HotFront
 from services.gateway.targets import Dialect, Target
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_RETRY_MS = 1000
 _ANY = Target(Dialect.NATIVE)
 
 
@@ -58,6 +59,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self._upgrade_ignored = False
         self._advancing = False
         self._stalled = False
+        self._crowded = False
         # Whose answer is next, and whose message is being read; the same most of the time.
         self._running: HotExchange | RequestResponseCycle | None = None
         self._reading: HotExchange | RequestResponseCycle | None = None
@@ -68,15 +70,24 @@ class HardenedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self.front.connections.add(self)
+        connections = self.front.connections
+        connections.add(self)
+        excess = len(connections) - self.front.limits.max_connections
+        if excess > 0:
+            self._crowded = True
+            if excess > self.front.limits.max_connections // 10:
+                transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.front.connections.discard(self)
         running, self._running = self._running, None
-        self.pipeline.clear()
+        if isinstance(self.cycle, HotExchange):
+            self.cycle.release()
+        self._drop_pipeline()
         if running is not None and not running.response_complete:
             running.disconnected = True
             if isinstance(running, HotExchange):
+                running.release()
                 running.service.abandon(running)
             else:
                 running.message_event.set()
@@ -105,6 +116,8 @@ class HardenedProtocol(HttpToolsProtocol):
                 self._head_bytes += len(data)
                 if self._head_bytes > self.front.limits.max_head_bytes:
                     self._refuse_rest(HeadTooLarge("The request's headers are too long."))
+            elif self._in_body:
+                self._hold(self._reading)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -141,6 +154,9 @@ class HardenedProtocol(HttpToolsProtocol):
         self._in_body = True
         self._ticks = 0
         if self._last:
+            return
+        if self._crowded:
+            self._refuse_rest(Unavailable("There are too many connections.", retry_after_ms=_RETRY_MS))
             return
         if len(self.headers) > self.front.limits.max_headers:
             self._refuse_rest(HeadTooLarge("The request has too many headers."))
@@ -233,11 +249,28 @@ class HardenedProtocol(HttpToolsProtocol):
         elif exchange.complete:
             exchange.run()
         elif exchange.expects_continue:
-            self.transport.write(_CONTINUE)
+            self._hold(exchange)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
+
+    def _hold(self, exchange: HotExchange | RequestResponseCycle | None) -> None:
+        """Wait for the rest of a hot body, or refuse it."""
+        if not isinstance(exchange, HotExchange) or exchange.refusal is not None:
+            return
+        try:
+            exchange.hold()
+        except HeadraceError as error:
+            exchange.refusal = error
+            exchange.body = b""
+        if not exchange.started:
+            return
+        if exchange.refusal is not None:
+            self._start(exchange)
+        elif exchange.expects_continue and not exchange.continued:
+            exchange.continued = True
+            self.transport.write(_CONTINUE)
 
     def _too_large(self, exchange: HotExchange) -> None:
         exchange.refusal = self._body_too_large()
@@ -302,13 +335,19 @@ class HardenedProtocol(HttpToolsProtocol):
                 self._advance()
             return
         self._last = True
-        self.pipeline.clear()
+        self._drop_pipeline()
         if exchange.complete or exchange.expects_continue:
             self.transport.close()
         else:
             # Closing with unread bytes would reset the connection before the client has read why.
             self._lingering = True
             self.flow.resume_reading()
+
+    def _drop_pipeline(self) -> None:
+        for cycle, _app in self.pipeline:
+            if isinstance(cycle, HotExchange):
+                cycle.release()
+        self.pipeline.clear()
 
     def on_response_complete(self) -> None:
         """An ASGI request was answered."""

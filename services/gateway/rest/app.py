@@ -54,13 +54,15 @@ def rest_app(parts: Parts) -> ASGIApp:
     )
     app.include_router(hot_routes(parts.service))
     app.include_router(v2_health_routes(parts.health))
-    app.include_router(v2_routes(parts.catalogue, parts.keys, parts.health, parts.metrics, parts.clock))
+    app.include_router(
+        v2_routes(parts.catalogue, parts.keys, parts.health, parts.metrics, parts.clock, parts.service.bodies)
+    )
     app.include_router(management_routes(parts.client, parts.upstreams, parts.keys, parts.clock))
 
     @app.post("/v1/outcomes", status_code=202, tags=["outcomes"], summary="Say what became of predictions")
     async def outcomes(request: Request) -> Response:
         caller = authenticated(request, parts.keys, KeyScope.PREDICT, parts.clock.monotonic())
-        body = await bounded_body(request, parts.service.limits.max_body_bytes)
+        body = await bounded_body(request, parts.service.limits.max_body_bytes, parts.service.bodies)
         given = parse_outcomes(body, parts.clock.unix_us(), caller)
         await publish_outcomes(parts.bus, given)
         answer = {"accepted": len(given), "event_ids": [one.event_id.hex() for one in given]}

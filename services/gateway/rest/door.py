@@ -17,6 +17,7 @@ from services.gateway.errors import as_oip
 from services.gateway.keys import Key, KeyRing
 from services.gateway.keys import Scope as KeyScope
 from services.gateway.predict import correlation_of
+from services.gateway.reading import BodyBudget
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -59,19 +60,24 @@ def authenticated(request: Request, keys: KeyRing, scope: KeyScope, now: float) 
     return key
 
 
-async def bounded_body(request: Request, limit: int) -> bytes:
+async def bounded_body(request: Request, limit: int, budget: BodyBudget) -> bytes:
     """The whole body. Raises BodyTooLarge beyond `limit` bytes, after reading (and dropping) as much again,
-    so that most senders see the answer before the connection ends."""
+    so that most senders see the answer before the connection ends; Unavailable where `budget` is used up."""
     chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            chunks.append(chunk)
-        else:
-            chunks.clear()
-            if size > 2 * limit:
-                break
+    size = held = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= limit:
+                budget.take(len(chunk))
+                held += len(chunk)
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+                if size > 2 * limit:
+                    break
+    finally:
+        budget.give(held)
     if size > limit:
         raise BodyTooLarge(f"The body is longer than {limit} bytes.")
     return b"".join(chunks)

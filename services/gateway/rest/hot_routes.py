@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from services.common.errors import BodyTooLarge
+from services.common.errors import HeadraceError
 from services.gateway.call import HEADERS, Call
 from services.gateway.predict import PredictService
 from services.gateway.rest.documents import EMBED, PREDICT, PREDICT_MODEL, V2_INFER
@@ -74,8 +74,9 @@ async def _answered(service: PredictService, target: Target, request: Request) -
         if attribute is not None:
             setattr(call, attribute, value)
     try:
-        call.body = await bounded_body(request, service.limits.max_body_bytes)
-    except BodyTooLarge as error:
+        service.admit(call)
+        call.body = await bounded_body(request, service.limits.max_body_bytes, service.bodies)
+    except HeadraceError as error:
         service.refuse(call, error)
         return call.answered.result()
     except ClientDisconnect:

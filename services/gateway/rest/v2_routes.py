@@ -15,6 +15,7 @@ from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.reading import BodyBudget
 from services.gateway.rest.door import authenticated, bounded_body
 
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
@@ -76,7 +77,12 @@ def v2_health_routes(health: Health) -> APIRouter:
 
 
 def v2_routes(
-    catalogue: Catalogue, keys: KeyRing, health: Health, metrics: GatewayMetrics, clock: Clock
+    catalogue: Catalogue,
+    keys: KeyRing,
+    health: Health,
+    metrics: GatewayMetrics,
+    clock: Clock,
+    bodies: BodyBudget,
 ) -> APIRouter:
     """All other routes below /v2, infer aside."""
     router = APIRouter(tags=["open inference protocol"])
@@ -107,7 +113,7 @@ def v2_routes(
 
     async def index(request: Request) -> Response:
         authenticated(request, keys, _reading(request, keys), clock.monotonic())
-        await _index_request(request)
+        await _index_request(request, bodies)
         return _json(repository_index(catalogue))
 
     async def load(request: Request, model: str) -> Response:
@@ -136,9 +142,9 @@ def v2_routes(
     return router
 
 
-async def _index_request(request: Request) -> None:
+async def _index_request(request: Request, bodies: BodyBudget) -> None:
     """Check the body of an index request; all that is in service is ready, so its `ready` decides nothing."""
-    body = await bounded_body(request, _MAX_INDEX_BODY)
+    body = await bounded_body(request, _MAX_INDEX_BODY, bodies)
     try:
         asked = orjson.loads(body) if body.strip() else {}
     except orjson.JSONDecodeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gzip
 import json
 import threading
@@ -107,7 +108,7 @@ class HeldChannel:
 class Connection:
     """One client's connection and everything behind it."""
 
-    def __init__(self, *, inline_bytes: int = 64 << 10, **limits: int) -> None:
+    def __init__(self, *, inline_bytes: int = 64 << 10, max_held_bytes: int = 1 << 20, **limits: int) -> None:
         clock = SystemClock()
         keys, catalogue = KeyRing(clock), Catalogue()
         key = api_key(PREDICT_ONLY, ["predict"])
@@ -123,10 +124,23 @@ class Connection:
             metrics=GatewayMetrics(CollectorRegistry()),
             clock=clock,
             limits=PredictLimits(
-                max_body_bytes=10_000, max_unpacked_json_bytes=5_000, inline_bytes=inline_bytes
+                max_body_bytes=10_000,
+                max_unpacked_json_bytes=5_000,
+                inline_bytes=inline_bytes,
+                max_held_bytes=max_held_bytes,
             ),
         )
+        self.keys = keys
         self.front = HotFront(service, HttpLimits(**limits))
+        self._connect()
+
+    def sibling(self) -> Connection:
+        """Another connection to the same front."""
+        other = copy.copy(self)
+        other._connect()
+        return other
+
+    def _connect(self) -> None:
         self.asked: list[str] = []
         config_ = uvicorn.Config(
             self._app, interface="asgi3", lifespan="off", log_config=None, access_log=False
@@ -303,6 +317,78 @@ async def test_the_rest_of_a_refused_body_is_read_for_a_while(connection: Connec
     late.feed(HEAD.replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 99999"))
     late.ticks(6)
     assert late.transport.closed
+
+
+STRANGER = HEAD.replace(PREDICT_ONLY.encode(), b"hr_nobody")
+
+
+async def test_bodies_of_strangers_are_not_collected(connection: Connection) -> None:
+    connection.feed(STRANGER + BODY[:10])
+    assert connection.transport.statuses() == [b"401"]
+    assert b"connection: close\r\n" in connection.transport.written
+    assert not connection.transport.closed  # the rest is read, so that the client sees why
+    connection.feed(BODY[10:])
+    assert connection.transport.closed
+    assert connection.front.service.bodies.held == 0
+    whole = Connection()
+    whole.feed((STRANGER + BODY) * 2)
+    assert whole.transport.statuses() == [b"401"] * 2
+    assert not whole.transport.closed
+
+
+async def test_strangers_are_not_asked_to_go_on(connection: Connection) -> None:
+    expecting = b"Expect: 100-continue\r\n\r\n"
+    connection.feed(STRANGER[:-2] + expecting)
+    assert connection.transport.statuses() == [b"401"]
+    assert connection.transport.closed
+    known = Connection()
+    known.feed(HEAD[:-2] + expecting)
+    assert known.transport.written == b"HTTP/1.1 100 Continue\r\n\r\n"
+    known.feed(BODY[:5])
+    known.feed(BODY[5:])
+    known.channel.answer()
+    assert known.transport.statuses() == [b"100", b"200"]
+
+
+async def test_a_key_revoked_while_the_body_arrives_opens_nothing(connection: Connection) -> None:
+    connection.feed(HEAD + BODY[:10])
+    connection.keys.apply(PREDICT_ONLY.split("_")[1].encode(), None)
+    connection.feed(BODY[10:])
+    assert connection.transport.statuses() == [b"401"]
+
+
+@pytest.mark.parametrize("end", ["answer", "leave", "bad"])
+async def test_unfinished_bodies_are_bounded_together(end: str) -> None:
+    connection = Connection(max_held_bytes=100)
+    budget = connection.front.service.bodies
+    connection.feed(post(b" " * 200)[:-150])
+    assert budget.held == 50
+    other = connection.sibling()
+    other.feed(post(b" " * 200)[:-140])
+    assert other.transport.statuses() == [b"503"]
+    assert b"retry-after: 1\r\n" in other.transport.written
+    assert budget.held == 50
+    if end == "answer":
+        connection.feed(b" " * 150)
+        assert connection.transport.statuses() == [b"400"]
+    elif end == "leave":
+        connection.protocol.connection_lost(None)
+    else:
+        connection.ticks(31)
+        assert connection.transport.statuses() == [b"408"]
+    assert budget.held == 0
+
+
+async def test_connections_are_bounded() -> None:
+    first = Connection(max_connections=10)
+    others = [first.sibling() for _ in range(10)]
+    assert not any(other.transport.closed for other in others)
+    others[8].feed(HEAD + BODY)
+    others[9].feed(HEAD + BODY)
+    assert (others[8].transport.statuses(), others[9].transport.statuses()) == ([], [b"503"])
+    assert b"retry-after: 1\r\n" in others[9].transport.written
+    assert others[9].transport.closed
+    assert first.sibling().transport.aborted
 
 
 async def test_a_refused_expectation_closes_at_once(connection: Connection) -> None:
