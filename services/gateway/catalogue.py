@@ -52,18 +52,19 @@ class Catalogue:
     def __init__(self) -> None:
         self._models: dict[str, ServedModel] = {}
 
-    def apply(self, key: bytes, value: bytes | None) -> None:
-        """Take one record of the topic. Older revisions are ignored. Raises ValueError for a record that no
-        model can be made of; what was served before stays."""
+    def apply(self, key: bytes, value: bytes | None) -> bool:
+        """Take one record of the topic. Older revisions are ignored, which the answer False says. Raises
+        ValueError for a record that no model can be made of; what was served before stays."""
         name = key.decode()
         if value is None:
             self._models.pop(name, None)
-            return
+            return True
         config = ServingConfig.FromString(value)
         known = self._models.get(name)
         if known is not None and config.revision < known.revision:
-            return
+            return False
         self._models[name] = served_model(config)
+        return True
 
     def model(self, name: str) -> ServedModel:
         """Raises NotFound with field `model`."""

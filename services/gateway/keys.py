@@ -61,14 +61,14 @@ class KeyRing:
         self._by_authorization: dict[bytes, Key] = {}
         self._by_api_key: dict[bytes, Key] = {}
 
-    def apply(self, key: bytes, value: bytes | None) -> None:
-        """Take one record of the topic; older revisions are ignored. Revoked and removed keys are shut out at
-        once. Raises ValueError for a record that is no key."""
+    def apply(self, key: bytes, value: bytes | None) -> bool:
+        """Take one record of the topic; older revisions are ignored, which the answer False says. Revoked and
+        removed keys are shut out at once. Raises ValueError for a record that is no key."""
         key_id = key.decode()
         record = ApiKey.FromString(value) if value is not None else None
         if record is not None:
             if record.revision < self._revisions.get(key_id, 0):
-                return
+                return False
             if not record.revoked and len(record.key_sha256) != 32:
                 raise ValueError(f"key {key_id} has no SHA-256")
             self._revisions[key_id] = record.revision
@@ -78,10 +78,11 @@ class KeyRing:
         if known is not None:
             self._by_digest.pop(known.digest, None)
         if record is None or record.revoked:
-            return
+            return True
         made = _key(key_id, record, known.bucket if known else None)
         self._by_id[key_id] = made
         self._by_digest[made.digest] = made
+        return True
 
     def authenticate(self, authorization: bytes | None, api_key: bytes | None) -> Key:
         """The key of a request's `Authorization: Bearer …` or `X-API-Key` header. Raises Unauthenticated."""

@@ -209,3 +209,58 @@ async def test_a_snapshot_of_nonsense_is_ignored(tmp_path: Path) -> None:
     async with followed(MemoryBus(), DEPLOYMENTS, catalogue.apply, tmp_path / "d.table"):
         await asyncio.sleep(0)
     assert len(catalogue) == 0
+
+
+async def test_what_the_topic_no_longer_holds_is_forgotten(tmp_path: Path) -> None:
+    kept, gone, path = api_key(ADMIN, ["admin"]), api_key(PREDICT_ONLY, ["predict"]), tmp_path / "keys.table"
+    save_snapshot(path, {key.key_id.encode(): key.SerializeToString() for key in (kept, gone)})
+    ring, bus = KeyRing(ManualClock()), MemoryBus()
+    await bus.publish([Record(KEYS.name, kept.key_id.encode(), kept.SerializeToString())])
+    async with followed(bus, KEYS, ring.apply, path) as table:
+        assert len(ring) == 2
+        await table.ready(5)
+        async with asyncio.timeout(5):
+            while len(ring) == 2:
+                await asyncio.sleep(0)
+        assert caller(ring, ADMIN).key_id == kept.key_id
+        with pytest.raises(Unauthenticated):
+            caller(ring, PREDICT_ONLY)
+    assert list(load_snapshot(path)) == [kept.key_id.encode()]
+
+
+async def test_an_empty_topic_forgets_nothing(tmp_path: Path) -> None:
+    key, path = api_key(PREDICT_ONLY, ["predict"]), tmp_path / "keys.table"
+    save_snapshot(path, {key.key_id.encode(): key.SerializeToString()})
+    ring = KeyRing(ManualClock())
+    async with followed(MemoryBus(), KEYS, ring.apply, path) as table:
+        await table.ready(5)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert caller(ring).key_id == key.key_id
+    assert list(load_snapshot(path)) == [key.key_id.encode()]
+
+
+async def test_an_older_record_brings_no_revoked_key_back(tmp_path: Path) -> None:
+    path, bus = tmp_path / "keys.table", MemoryBus()
+    revoked = api_key(PREDICT_ONLY, ["predict"], revoked=True, revision=5)
+    older = api_key(PREDICT_ONLY, ["predict"], revision=4)
+    save_snapshot(path, {revoked.key_id.encode(): revoked.SerializeToString()})
+    ring = KeyRing(ManualClock())
+    async with followed(bus, KEYS, ring.apply, path) as table:
+        await table.ready(5)
+        await bus.publish([Record(KEYS.name, older.key_id.encode(), older.SerializeToString())])
+        for _ in range(10):
+            await asyncio.sleep(0)
+    saved = load_snapshot(path)[revoked.key_id.encode()]
+    assert ApiKey.FromString(saved) == revoked
+    later = KeyRing(ManualClock())
+    async with followed(MemoryBus(), KEYS, later.apply, path):
+        with pytest.raises(Unauthenticated):
+            caller(later)
+
+
+def test_the_catalogue_says_whether_a_record_was_newer() -> None:
+    catalogue, cancer = Catalogue(), configs()[0]
+    assert catalogue.apply(b"cancer", cancer.SerializeToString())
+    cancer.revision -= 1
+    assert not catalogue.apply(b"cancer", cancer.SerializeToString())
