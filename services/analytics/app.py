@@ -79,7 +79,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         await asyncio.to_thread(spill.mkdir, parents=True, exist_ok=True)
         reader = Reader(database, files, signatures, metrics, spill)
         app = FastAPI(title="Headrace analytics", version="1")
-        app.include_router(routes(reader))
+        app.include_router(routes(reader, clock))
         install_problem_handlers(app)
         app.add_middleware(InternalAuth, token=cfg.internal_token)
         app.add_middleware(TraceRequests, tracing=tracing)

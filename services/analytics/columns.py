@@ -100,6 +100,19 @@ def parse(value: bytes | None) -> PredictionBatch:
     return batch
 
 
+def without_payload(batch: PredictionBatch, prediction_output: str | None) -> PredictionBatch:
+    """The record as statistics need it: of its tensors only the answer (see `to_table`) is left."""
+    slim = PredictionBatch()
+    slim.CopyFrom(batch)
+    del slim.inputs[:]
+    kept = [tensor for tensor in batch.outputs if tensor.name == prediction_output]
+    if prediction_output == "":
+        kept = list(batch.outputs[:1])
+    del slim.outputs[:]
+    slim.outputs.extend(kept)
+    return slim
+
+
 def layout(batch: PredictionBatch) -> str:
     """Names and types of the record's payload: records of one layout share a file."""
     parts = [

@@ -83,6 +83,7 @@ class Consumers:
                         received_at=now,
                         request_ids=batch.request_ids,
                         value=record.value,
+                        core=self._writer.core(batch),
                     )
                     for batch, record in new
                     if not (large and self._writer.knows(batch.model, batch.version))

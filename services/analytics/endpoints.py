@@ -13,6 +13,7 @@ from services.analytics import queries, schemas
 from services.analytics.comparison import Missing, compare
 from services.analytics.reading import Reader
 from services.analytics.schemas import Json
+from services.common.clock import Clock
 from services.common.errors import InvalidArgument, NotFound
 from services.common.ids import parse_id
 
@@ -21,18 +22,20 @@ Instant = Annotated[datetime | None, Query()]
 
 _BUILT_IN = {"error_rate": None, "latency_ms": None, "accuracy": "label"}
 _MAX_RECENT = 1000
+_USUAL_US = 30 * 86_400 * 1_000_000
 
 
-def routes(reader: Reader) -> APIRouter:
-    """All routes under /v1/analytics."""
+def routes(reader: Reader, clock: Clock) -> APIRouter:
+    """All routes under /v1/analytics. Without `since` they are about the last 30 days before `until`."""
     router = APIRouter(prefix="/v1/analytics", tags=["analytics"])
 
     @router.get("/models/{model}")
     async def show_model(model: str, since: Instant = None, until: Instant = None) -> Json:
         """Per version and variant of the requests that callers sent: counts, error rate with its Wilson
         interval, latency quantiles, outcome means. Shadow and batch requests are counted apart."""
+        since_us, until_us = _period(since, until, clock)
         rows, means, accuracies, others = await reader.ask(
-            model, _overview, since_us=_us(since, "since"), until_us=_us(until, "until")
+            model, _overview, since_us=since_us, until_us=until_us
         )
         versions = [
             schemas.version_json(
@@ -44,6 +47,7 @@ def routes(reader: Reader) -> APIRouter:
         ]
         return {
             "model": model,
+            **schemas.period_json(since_us, until_us),
             "requests": sum(row["requests"] for row in rows),
             "other_origins": others,
             "versions": versions,
@@ -69,6 +73,7 @@ def routes(reader: Reader) -> APIRouter:
             raise InvalidArgument("a and b are the same version.", field="b")
         if metric in _BUILT_IN and missing == "zero":
             raise InvalidArgument(f"What has no {metric} is not zero.", field="missing")
+        since_us, until_us = _period(since, until, clock)
         without: Missing = missing or ("exclude" if metric in (*_BUILT_IN, "label") else "zero")
 
         def question(connection: duckdb.DuckDBPyConnection) -> tuple[queries.Arms, list[Json]]:
@@ -79,17 +84,17 @@ def routes(reader: Reader) -> APIRouter:
             question,
             metric=_BUILT_IN.get(metric, metric),
             outcomes=metric not in ("error_rate", "latency_ms"),
-            since_us=_us(since, "since"),
-            until_us=_us(until, "until"),
+            since_us=since_us,
+            until_us=until_us,
         )
         seen = {name for row in rows for name in _arm_of(row)}
         for field, name in (("a", a), ("b", b)):
             if name not in seen:
-                raise NotFound(f"No prediction of {model} by {name} has been seen.", field=field)
+                raise NotFound(f"No prediction of {model} by {name} has been seen in this time.", field=field)
         if metric not in _BUILT_IN and not arms.a.counts.any() and not arms.b.counts.any():
             raise NotFound(f"There is no outcome named {metric} of these versions yet.", field="metric")
         found = await asyncio.to_thread(compare, arms, metric, (a, b), missing=without, alpha=alpha)
-        return schemas.comparison_json(model, metric, found)
+        return schemas.comparison_json(model, metric, found) | schemas.period_json(since_us, until_us)
 
     @router.get("/predictions/{request_id}")
     async def show_prediction(request_id: str, model: Name | None = None) -> Json:
@@ -123,9 +128,15 @@ def _arm_of(row: dict[str, Any]) -> tuple[str, str]:
     return row["version"], row["variant"]
 
 
-def _us(moment: datetime | None, field: str) -> int | None:
-    if moment is None:
-        return None
+def _period(since: datetime | None, until: datetime | None, clock: Clock) -> tuple[int, int | None]:
+    """Bounds in Unix microseconds; no upper one where none is given, so that what comes in now counts."""
+    until_us = None if until is None else _us(until, "until")
+    if since is not None:
+        return _us(since, "since"), until_us
+    return (clock.unix_us() if until_us is None else until_us) - _USUAL_US, until_us
+
+
+def _us(moment: datetime, field: str) -> int:
     if moment.tzinfo is None:
         raise InvalidArgument("A time needs its zone, as in 2026-01-31T12:00:00Z.", field=field)
     return round(moment.timestamp() * 1e6)

@@ -18,7 +18,7 @@ from headrace.v1.events_pb2 import PredictionBatch
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.analytics import repository
-from services.analytics.columns import CORE, layout, to_table
+from services.analytics.columns import CORE, layout, to_table, without_payload
 from services.analytics.metrics import Metrics
 from services.analytics.segments import Segment, SegmentFiles, encode
 from services.analytics.signatures import Signatures
@@ -37,17 +37,18 @@ _TAKEN_AT_ONCE = 5_000
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """When records become Parquet, and which objects are joined. `*_rows` are requests, `*_bytes` those of
-    records: what is flushed at once is held in memory."""
+    records and of the objects joined into one: what is written at once is held in memory."""
 
     direct_rows: int = 2_000
     direct_bytes: int = 8 << 20
     flush_rows: int = 5_000
-    flush_bytes: int = 32 << 20
+    flush_bytes: int = 64 << 20
     flush_after_s: float = 10.0
     #: So long the records of a version wait for its signature, which says where the answer stands.
     signature_wait_s: float = 600.0
     segment_rows: int = 200_000
     join_segments: int = 8
+    join_bytes: int = 256 << 20
 
 
 class SegmentWriter:
@@ -64,6 +65,12 @@ class SegmentWriter:
         """Whether it is known which output of the version is the answer. Objects are never written again, so
         records of another version had better wait."""
         return self._signatures.knows(model, version)
+
+    def core(self, batch: PredictionBatch) -> bytes:
+        """The record without inputs, and without outputs other than the answer."""
+        answer = self._signatures.prediction_output(batch.model, batch.version)
+        slim = without_payload(batch, answer)
+        return slim.SerializeToString()
 
     async def write(self, session: AsyncSession, batches: Sequence[PredictionBatch], why: str) -> None:
         """One object for each model version and layout among the records; without answers where it is not
@@ -156,16 +163,16 @@ class Flusher:
                 log.warning("answers_left_out", model=item.model, version=item.version, rows=item.rows)
             full = item.rows >= self._sizes.flush_rows or item.size >= self._sizes.flush_bytes
             if full or item.oldest <= due:
-                at_once = max(1, item.records * self._sizes.flush_bytes // max(1, item.size))
-                flushed += await self._flush(item.model, item.version, min(at_once, _TAKEN_AT_ONCE))
+                flushed += await self._flush(item.model, item.version)
         return flushed
 
-    async def _flush(self, model: str, version: str, records: int) -> int:
+    async def _flush(self, model: str, version: str) -> int:
         async with transaction(self._engine) as session:
-            rows = await repository.take_from_inbox(session, model, version, records)
-            if not rows:
+            values = await repository.take_from_inbox(
+                session, model, version, _TAKEN_AT_ONCE, self._sizes.flush_bytes
+            )
+            if not values:
                 return 0
-            values = [row.value for row in rows]
             batches = await asyncio.to_thread(lambda: [PredictionBatch.FromString(value) for value in values])
             await self._writer.write(session, batches, "flushed")
         return 1
@@ -175,10 +182,13 @@ class Flusher:
         joined = 0
         async with transaction(self._engine) as session:
             groups = await repository.small_segments(
-                session, self._sizes.segment_rows // 2, self._sizes.join_segments
+                session,
+                self._sizes.segment_rows // 2,
+                self._sizes.join_bytes // 2,
+                self._sizes.join_segments,
             )
             for group in groups:
-                chosen = _up_to(group, self._sizes.segment_rows)
+                chosen = _up_to(group, self._sizes.segment_rows, self._sizes.join_bytes)
                 if len(chosen) > 1:
                     files = await self._files.paths([row.object for row in chosen])
                     await self._writer.write_joined(session, chosen, files)
@@ -196,14 +206,13 @@ class Flusher:
                 await repository.forget_segments(session, [row.id for row in gone])
 
 
-def _up_to(rows: Sequence[SegmentRow], limit: int) -> list[SegmentRow]:
+def _up_to(segments: Sequence[SegmentRow], rows: int, size: int) -> list[SegmentRow]:
     chosen: list[SegmentRow] = []
-    held = 0
-    for row in rows:
-        if chosen and held + row.rows > limit:
+    for segment in segments:
+        rows, size = rows - segment.rows, size - segment.size
+        if chosen and (rows < 0 or size < 0):
             break
-        chosen.append(row)
-        held += row.rows
+        chosen.append(segment)
     return chosen
 
 

@@ -78,63 +78,68 @@ class Reader:
     ) -> T:
         """Put `question` to what was logged of `model` in that time; with `metric`, only that one's outcomes
         are joined. Raises NotFound for a model never seen, DeadlineExceeded after 30 s."""
-        async with self._one_moment() as session:
-            segments = await repository.segments(session, model, since_us, until_us)
-            values = await repository.inbox(session, model)
-            if not segments and not values and not await repository.segments(session, model):
-                raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
-            said = await repository.outcomes_csv(session, model, metric) if outcomes else b""
-        paths = await self._files.paths([segment.object for segment in segments])
-        classes = [dict(zip(CLASSES.names, row, strict=True)) for row in self._signatures.classes(model)]
+        async with self._slot():
+            async with self._one_moment() as session:
+                segments = await repository.segments(session, model, since_us, until_us)
+                values = await repository.inbox(session, model)
+                if not segments and not values and not await repository.segments(session, model):
+                    raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
+                said = (
+                    await repository.outcomes_csv(session, model, metric, since_us or 0) if outcomes else b""
+                )
+            paths = await self._files.paths([segment.object for segment in segments])
+            classes = [dict(zip(CLASSES.names, row, strict=True)) for row in self._signatures.classes(model)]
 
-        def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> T:
-            tables = self._tables(values)
-            inbox = None
-            if tables:
-                core = [table.select(CORE.names) for table in tables]
-                inbox = pa.concat_tables(core).unify_dictionaries()
-            snapshot = Snapshot(
-                files=paths,
-                inbox=inbox,
-                outcomes=outcomes_table(said),
-                classes=pa.Table.from_pylist(classes, CLASSES),
-                since_us=since_us or 0,
-                until_us=until_us if until_us is not None else (1 << 63) - 1,
-            )
-            with queries.open_snapshot(snapshot, self._spill) as connection:
-                hold(connection)
-                return question(connection)
+            def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> T:
+                tables = self._tables(values)
+                inbox = None
+                if tables:
+                    core = [table.select(CORE.names) for table in tables]
+                    inbox = pa.concat_tables(core).unify_dictionaries()
+                snapshot = Snapshot(
+                    files=paths,
+                    inbox=inbox,
+                    outcomes=outcomes_table(said),
+                    classes=pa.Table.from_pylist(classes, CLASSES),
+                    since_us=since_us or 0,
+                    until_us=until_us if until_us is not None else (1 << 63) - 1,
+                )
+                with queries.open_snapshot(snapshot, self._spill) as connection:
+                    hold(connection)
+                    return question(connection)
 
-        return await self._within_deadline(run)
+            return await self._run(run)
 
     async def recent(self, model: str, limit: int) -> list[dict[str, Any]]:
         """The newest requests of a model, of every origin, without payloads."""
-        async with self._one_moment() as session:
-            segments = await repository.newest_segments(session, model, limit)
-            values = await repository.inbox(session, model)
-        if not segments and not values:
-            raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
-        paths = await self._files.paths([segment.object for segment in segments])
+        async with self._slot():
+            async with self._one_moment() as session:
+                segments = await repository.newest_segments(session, model, limit)
+                values = await repository.inbox(session, model)
+            if not segments and not values:
+                raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
+            paths = await self._files.paths([segment.object for segment in segments])
 
-        def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> list[dict[str, Any]]:
-            core = [table.select(CORE.names) for table in self._tables(values)]
-            inbox = pa.concat_tables(core).unify_dictionaries() if core else None
-            with queries.open_snapshot(Snapshot(files=paths, inbox=inbox), self._spill) as connection:
-                hold(connection)
-                return queries.recent(connection, limit)
+            def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> list[dict[str, Any]]:
+                core = [table.select(CORE.names) for table in self._tables(values)]
+                inbox = pa.concat_tables(core).unify_dictionaries() if core else None
+                with queries.open_snapshot(Snapshot(files=paths, inbox=inbox), self._spill) as connection:
+                    hold(connection)
+                    return queries.recent(connection, limit)
 
-        return await self._within_deadline(run)
+            return await self._run(run)
 
     async def find(self, request_id: bytes, model: str | None = None) -> Found:
         """Everything about one request, of one model where it is given. Raises NotFound."""
-        async with self._one_moment() as session:
-            segments = await repository.segments_of_request(session, request_id)
-            values = await repository.inbox_of_request(session, request_id)
-            outcomes = await repository.outcomes_of_request(session, request_id)
-        paths = await self._files.paths([segment.object for segment in segments])
-        rows = await self._within_deadline(
-            lambda _hold: queries.rows_of_request(paths, self._tables(values), request_id)
-        )
+        async with self._slot():
+            async with self._one_moment() as session:
+                segments = await repository.segments_of_request(session, request_id)
+                values = await repository.inbox_of_request(session, request_id)
+                outcomes = await repository.outcomes_of_request(session, request_id)
+            paths = await self._files.paths([segment.object for segment in segments])
+            rows = await self._run(
+                lambda _hold: queries.rows_of_request(paths, self._tables(values), request_id)
+            )
         if model is not None:
             rows = [row for row in rows if row["model"] == model]
             outcomes = [outcome for outcome in outcomes if outcome.model in (model, "")]
@@ -159,13 +164,15 @@ class Reader:
             for (model, version, _), batches in groups.items()
         ]
 
-    async def _within_deadline(self, run: Callable[[Callable[[duckdb.DuckDBPyConnection], None]], T]) -> T:
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """Leave to ask. It is taken before anything is fetched, so what is held in memory is bounded, too."""
         if self._asking >= _AT_MOST:
             raise ResourceExhausted("Too many questions at once; ask again soon.", retry_after_ms=1000)
         self._asking += 1
         try:
             async with self._slots:
-                return await self._run(run)
+                yield
         finally:
             self._asking -= 1
 

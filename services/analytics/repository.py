@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from itertools import accumulate
 
 import asyncpg
 from headrace.v1.events_pb2 import Outcome
@@ -19,6 +20,9 @@ from services.analytics.tables import ClaimRow, InboxRow, OutcomeRow, SegmentRow
 KEPT_CLAIMS = timedelta(days=14)
 #: Longer than any query reads objects that were joined meanwhile.
 KEPT_DROPPED = timedelta(minutes=10)
+
+#: No outcome is observed before its request was answered, but for clocks that differ.
+_EARLY_US = 600_000_000
 
 _ADD_OUTCOMES = text(
     """
@@ -36,7 +40,8 @@ _ADD_OUTCOMES = text(
 )
 _OUTCOMES = """
     SELECT encode(event_id, 'hex'), encode(request_id, 'hex'), metric, number, text, "row", observed_at_us
-    FROM outcomes WHERE model IN ($1, '') AND ($2::text IS NULL OR metric = $2::text)
+    FROM outcomes
+    WHERE model IN ($1, '') AND ($2::text IS NULL OR metric = $2::text) AND observed_at_us >= $3
 """
 _CLAIM = text(
     """
@@ -87,25 +92,33 @@ async def waiting(session: AsyncSession) -> list[Waiting]:
     ]
 
 
-async def take_from_inbox(session: AsyncSession, model: str, version: str, limit: int) -> list[InboxRow]:
-    """The oldest records of a version, removed when the transaction commits. Records that another replica is
-    taking are passed over."""
+async def take_from_inbox(
+    session: AsyncSession, model: str, version: str, records: int, size: int
+) -> list[bytes]:
+    """The oldest records of a version, removed when the transaction commits: at most so many, of at most
+    `size` bytes together unless one alone is larger. Records that another replica is taking are passed
+    over."""
     statement = (
-        select(InboxRow)
+        select(InboxRow.batch_id, func.octet_length(InboxRow.value))
         .where(InboxRow.model == model, InboxRow.version == version)
         .order_by(InboxRow.received_at, InboxRow.batch_id)
-        .limit(limit)
+        .limit(records)
         .with_for_update(skip_locked=True)
     )
-    rows = list((await session.scalars(statement)).all())
-    if rows:
-        await session.execute(delete(InboxRow).where(InboxRow.batch_id.in_([row.batch_id for row in rows])))
-    return rows
+    found = (await session.execute(statement)).all()
+    held = list(accumulate(int(row[1]) for row in found))
+    taken = [row[0] for row, bytes_ in zip(found, held, strict=True) if bytes_ <= size]
+    taken = taken or [row[0] for row in found[:1]]
+    if not taken:
+        return []
+    removed = delete(InboxRow).where(InboxRow.batch_id.in_(taken)).returning(InboxRow.value)
+    return list((await session.scalars(removed)).all())
 
 
 async def inbox(session: AsyncSession, model: str) -> list[bytes]:
-    """Every record of a model that is not in Parquet yet."""
-    return list((await session.scalars(select(InboxRow.value).where(InboxRow.model == model))).all())
+    """Every record of a model that is not in Parquet yet, without the tensors that no statistic needs."""
+    statement = select(func.coalesce(InboxRow.core, InboxRow.value)).where(InboxRow.model == model)
+    return list((await session.scalars(statement)).all())
 
 
 async def inbox_of_request(session: AsyncSession, request_id: bytes) -> list[bytes]:
@@ -161,11 +174,13 @@ async def newest_segments(session: AsyncSession, model: str, rows: int) -> list[
     return found
 
 
-async def small_segments(session: AsyncSession, below_rows: int, at_least: int) -> list[list[SegmentRow]]:
-    """Groups of at least `at_least` objects of one version and layout, each below that size, locked until the
-    transaction ends; those that another replica is joining are passed over."""
+async def small_segments(
+    session: AsyncSession, below_rows: int, below_bytes: int, at_least: int
+) -> list[list[SegmentRow]]:
+    """Groups of at least `at_least` objects of one version and layout, each below these sizes, locked until
+    the transaction ends; those that another replica is joining are passed over."""
     kind = (SegmentRow.model, SegmentRow.version, SegmentRow.layout)
-    small = and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below_rows)
+    small = and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below_rows, SegmentRow.size < below_bytes)
     crowded = select(*kind).where(small).group_by(*kind).having(func.count() >= at_least)
     groups = []
     for model, version, layout in (await session.execute(crowded)).all():
@@ -250,9 +265,12 @@ async def add_outcomes(session: AsyncSession, outcomes: Sequence[Outcome], now: 
     return sum(result.scalars())
 
 
-async def outcomes_csv(session: AsyncSession, model: str, metric: str | None = None) -> bytes:
-    """A model's outcomes, of one metric or of all: event id and request id in hex, metric, number, text, row,
-    observed at. As CSV, which the server makes and a thread reads: a million rows would stop the loop."""
+async def outcomes_csv(
+    session: AsyncSession, model: str, metric: str | None = None, since_us: int = 0
+) -> bytes:
+    """A model's outcomes, of one metric or of all, about requests answered since then: event id and request
+    id in hex, metric, number, text, row, observed at. As CSV, which the server makes and a thread reads: a
+    million rows would stop the loop."""
     connection = await (await session.connection()).get_raw_connection()
     driver: asyncpg.Connection = connection.driver_connection
     collected = bytearray()
@@ -260,7 +278,7 @@ async def outcomes_csv(session: AsyncSession, model: str, metric: str | None = N
     async def collect(data: bytes) -> None:
         collected.extend(data)
 
-    await driver.copy_from_query(_OUTCOMES, model, metric, output=collect, format="csv")
+    await driver.copy_from_query(_OUTCOMES, model, metric, since_us - _EARLY_US, output=collect, format="csv")
     return bytes(collected)
 
 

@@ -28,6 +28,11 @@ def instant(unix_us: int) -> str:
     return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat()
 
 
+def period_json(since_us: int, until_us: int | None) -> Json:
+    """What the answer is about; `until` null: up to now."""
+    return {"since": instant(since_us), "until": None if until_us is None else instant(until_us)}
+
+
 def code_name(code: int) -> str:
     """`INTERNAL`; the number where it has no name."""
     return Code.Name(code).removeprefix("CODE_") if code in Code.values() else str(code)

@@ -22,7 +22,8 @@ class ClaimRow(TableBase):
 
 
 class InboxRow(TableBase):
-    """A record that is not in Parquet yet, as it came; `request_ids` are 16 bytes each."""
+    """A record that is not in Parquet yet, as it came; `core` is the same without the tensors that no
+    statistic needs. `request_ids` are 16 bytes each."""
 
     __tablename__ = "inbox"
 
@@ -33,6 +34,7 @@ class InboxRow(TableBase):
     received_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     request_ids: Mapped[bytes] = mapped_column(LargeBinary)
     value: Mapped[bytes] = mapped_column(LargeBinary)
+    core: Mapped[bytes | None] = mapped_column(LargeBinary)
 
 
 class SegmentRow(TableBase):

@@ -20,10 +20,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, TraceFlags
 from prometheus_client import CollectorRegistry
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from deploy.embedded.tansu import TansuServer
 from services import analytics
-from services.analytics import queries, reading
+from services.analytics import queries, reading, repository
 from services.analytics.app import analytics_app
 from services.analytics.consumers import Consumers
 from services.analytics.flushing import Flusher, SegmentWriter, Sizes
@@ -74,7 +75,8 @@ async def running(
     )
     async with analytics_app(cfg, SystemClock()) as service:
         base = f"http://127.0.0.1:{service.port}"
-        async with httpx.AsyncClient(base_url=base, headers=HEADERS, timeout=20) as client:
+        params = {"since": "2025-01-01T00:00:00Z"}
+        async with httpx.AsyncClient(base_url=base, headers=HEADERS, params=params, timeout=20) as client:
             yield client
 
 
@@ -232,6 +234,17 @@ async def check_prediction(client: httpx.AsyncClient) -> None:
 async def check_comparison(client: httpx.AsyncClient) -> None:
     path = "/v1/analytics/models/cancer/compare"
     errors = (await client.get(path, params={"a": "1", "b": "2"})).json()
+    assert (errors["since"], errors["until"]) == ("2025-01-01T00:00:00+00:00", None)
+    usual = httpx.AsyncClient(base_url=client.base_url, headers=HEADERS)
+    async with usual:
+        month = (
+            await usual.get("/v1/analytics/models/cancer", params={"until": "2025-07-31T00:00:00Z"})
+        ).json()
+        assert (month["since"], month["requests"]) == ("2025-07-01T00:00:00+00:00", 0)
+        month = (
+            await usual.get("/v1/analytics/models/cancer", params={"until": "2025-07-01T00:00:00Z"})
+        ).json()
+        assert (month["until"], month["requests"]) == ("2025-07-01T00:00:00+00:00", 1000)
     assert errors["method"].startswith("two-proportion z-test")
     assert (errors["a"]["units"], errors["b"]["units"]) == (900, 100)
     assert errors["absolute"]["estimate"] == 0.01
@@ -263,7 +276,7 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
 
 @asynccontextmanager
 async def wired(
-    database_url: str, folder: Path, direct_rows: int = 1
+    database_url: str, folder: Path, direct_rows: int = 1, **more: int
 ) -> AsyncIterator[tuple[Consumers, Reader, Flusher, ArtifactStore, InMemorySpanExporter]]:
     """The parts behind the broker, on a real database."""
     await migrate(database_url, "analytics", Path(analytics.__path__[0]) / "migrations")
@@ -273,7 +286,7 @@ async def wired(
     tracing = Tracing("analytics", 1.0, SimpleSpanProcessor(spans))
     files = SegmentFiles(store, folder / "cache")
     writer = SegmentWriter(store, signatures, clock, metrics)
-    sizes = Sizes(direct_rows=direct_rows, flush_rows=1, join_segments=2)
+    sizes = Sizes(direct_rows=direct_rows, flush_rows=1, join_segments=2, **more)
     signature = Signature(prediction_output="label", classes=["benign", "malignant"])
     served = [ServedVersion(version=version, signature=signature) for version in "12"]
     signatures.apply(b"cancer", ServingConfig(model="cancer", versions=served).SerializeToString())
@@ -449,6 +462,52 @@ async def test_flushing_and_joining_keep_every_row(database_url: str, tmp_path: 
         lookup = await reader.find(request_id(20))
         assert [(row["version"], row["attempt"]) for row in lookup.rows] == [("2", 1), ("1", 0)]
         assert lookup.rows[1]["output:label"][0] == [0]
+
+
+async def test_what_is_written_at_once_is_bounded_in_bytes(database_url: str, tmp_path: Path) -> None:
+    batches = [prediction_batch(range(start, start + 10)) for start in range(0, 50, 10)]
+    sizes = [len(batch.SerializeToString()) for batch in batches]
+    async with wired(
+        database_url, tmp_path, direct_rows=10_000, flush_bytes=2 * max(sizes), join_bytes=4 * 8_000
+    ) as (consumers, reader, flusher, _, _):
+        await consumers.on_predictions(records(batches))
+        written = [await flusher.flush_due() for _ in range(4)]
+        assert written == [1, 1, 1, 0]
+        connection = await asyncpg.connect(database_url)
+        try:
+            sizes = [row["size"] for row in await connection.fetch("SELECT size FROM analytics.segments")]
+            assert len(sizes) == 3
+            await connection.execute("UPDATE analytics.segments SET size = 15000")
+            await flusher.join_small()
+            live = "SELECT count(*) FROM analytics.segments WHERE dropped_at IS NULL"
+            assert await connection.fetchval(live) == 2
+        finally:
+            await connection.close()
+        assert await count(reader) == 50
+
+
+async def test_questions_fetch_nothing_before_it_is_their_turn(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching, most, go = 0, 0, asyncio.Event()
+    read = repository.inbox
+
+    async def counted(session: AsyncSession, model: str) -> list[bytes]:
+        nonlocal fetching, most
+        fetching += 1
+        most = max(most, fetching)
+        await go.wait()
+        fetching -= 1
+        return await read(session, model)
+
+    monkeypatch.setattr(repository, "inbox", counted)
+    async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, _, _, _):
+        await consumers.on_predictions(records([prediction_batch([1])]))
+        asked = [asyncio.ensure_future(count(reader)) for _ in range(8)]
+        await asyncio.sleep(0.3)
+        go.set()
+        assert await asyncio.gather(*asked) == [1] * 8
+        assert most == 2
 
 
 async def test_two_replicas_count_together(

@@ -11,7 +11,7 @@ from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
 from services.analytics import queries
-from services.analytics.columns import CORE, layout, parse, to_table
+from services.analytics.columns import CORE, layout, parse, to_table, without_payload
 from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
 from services.analytics.schemas import unmapped_warnings
 from services.analytics.segments import encode, object_name
@@ -222,6 +222,17 @@ def test_answers_that_are_texts_are_held_against_names_and_numbers(
     )
     with queries.open_snapshot(snapshot) as connection:
         assert queries.accuracies(connection)[0]["correct"] == correct
+
+
+def test_statistics_are_the_same_without_the_tensors_that_they_do_not_need() -> None:
+    batch = prediction_batch([1, 2], codes=[Code.CODE_OK, Code.CODE_INTERNAL], labels=[1])
+    batch.outputs.append(Tensor(name="p", datatype=DataType.DATA_TYPE_FP32, shape=[1, 2], data=bytes(8)))
+    for answer in ("label", "", None):
+        slim = without_payload(batch, answer)
+        assert [tensor.name for tensor in slim.outputs] == ([] if answer is None else ["label"])
+        assert not slim.inputs
+        assert to_table([slim], answer).select(CORE.names) == to_table([batch], answer).select(CORE.names)
+    assert len(batch.outputs) == 2
 
 
 def test_no_answer_is_taken_from_a_version_whose_outputs_are_not_known() -> None:
