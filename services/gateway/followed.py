@@ -33,49 +33,64 @@ async def followed(bus: Bus, topic: Topic, apply: Apply, path: Path) -> AsyncIte
     records = await asyncio.to_thread(load_snapshot, path)
     for key, value in records.items():
         _applied(apply, topic, key, value)
-    changed = asyncio.Event()
-    unconfirmed, empty = set(records), True
-
-    def take(key: bytes, value: bytes | None) -> None:
-        nonlocal empty
-        empty = False
-        unconfirmed.discard(key)
-        if not apply(key, value):  # nor is what it raises on saved
-            return
-        if value is None:
-            records.pop(key, None)
-        else:
-            records[key] = value
-        changed.set()
-
-    async def saving() -> None:
-        while True:
-            await changed.wait()
-            await asyncio.sleep(_SAVE_AFTER_S)
-            changed.clear()
-            await _save(path, dict(records))
-
-    async def confirming(table: Table) -> None:
-        while not table.caught_up:
-            with suppress(Unavailable):
-                await table.ready(_READ_WAIT_S)
-        if empty or not unconfirmed:
-            return
-        log.info("snapshot_records_forgotten", topic=topic.name, count=len(unconfirmed))
-        for key in list(unconfirmed):
-            take(key, None)
-
-    tasks = {asyncio.create_task(saving(), name=f"snapshot:{topic.name}")}
+    known = _Known(records, apply, path)
+    tasks = {asyncio.create_task(known.saving(), name=f"snapshot:{topic.name}")}
     try:
-        async with bus.table(topic, take) as table:
-            tasks.add(asyncio.create_task(confirming(table), name=f"confirm:{topic.name}"))
+        async with bus.table(topic, known.take) as table:
+            tasks.add(asyncio.create_task(known.confirming(table, topic), name=f"confirm:{topic.name}"))
             yield table
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        if changed.is_set():
-            await _save(path, dict(records))
+        await known.save()
+
+
+class _Known:
+    """The records as the snapshot will hold them."""
+
+    def __init__(self, records: dict[bytes, bytes], apply: Apply, path: Path) -> None:
+        self._records = records
+        self._apply = apply
+        self._path = path
+        self._changed = asyncio.Event()
+        self._unconfirmed = set(records)
+        self._told = False
+
+    def take(self, key: bytes, value: bytes | None) -> None:
+        """One record of the topic; what is older or refused is not kept."""
+        self._told = True
+        self._unconfirmed.discard(key)
+        if not self._apply(key, value):
+            return
+        if value is None:
+            self._records.pop(key, None)
+        else:
+            self._records[key] = value
+        self._changed.set()
+
+    async def confirming(self, table: Table, topic: Topic) -> None:
+        """Wait until the topic was read, and forget what it does not hold."""
+        while not table.caught_up:
+            with suppress(Unavailable):
+                await table.ready(_READ_WAIT_S)
+        if self._told and self._unconfirmed:
+            log.info("snapshot_records_forgotten", topic=topic.name, count=len(self._unconfirmed))
+            for key in list(self._unconfirmed):
+                self.take(key, None)
+
+    async def saving(self) -> None:
+        """Save changes as they come, for ever."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_SAVE_AFTER_S)
+            await self.save()
+
+    async def save(self) -> None:
+        """Save what has changed."""
+        if self._changed.is_set():
+            self._changed.clear()
+            await _save(self._path, dict(self._records))
 
 
 def _applied(apply: Apply, topic: Topic, key: bytes, value: bytes) -> None:
