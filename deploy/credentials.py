@@ -1,4 +1,7 @@
-"""Writes the secrets of an installation into a folder, once: the shared token and the first admin key."""
+"""Writes the secrets of an installation, once: what every service reads, and what only the registry may.
+
+python credentials.py <folder of all services> <folder of the registry>
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,26 @@ def admin_key() -> str:
     return f"hr_{key_id}_{secrets.token_urlsafe(32)}"
 
 
-def write(folder: Path) -> None:
-    """Make what is missing; what is there stays, so that a restart changes nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, value in {
-        "internal_token": secrets.token_urlsafe(32),
-        "bootstrap_admin_key": admin_key(),
-    }.items():
-        path = folder / name
-        if not path.exists():
-            path.write_text(value)
-        # The services run as one user of their own, inside containers that share this volume.
-        path.chmod(0o444)
+def write(shared: Path, registry: Path) -> None:
+    """Make what is missing; what is there stays, so that a restart changes nothing.
+
+    `registry` holds all that the registry reads. The admin key is nowhere else: a worker, which loads models
+    that others wrote, must not be able to become an administrator.
+    """
+    for folder in (shared, registry):
+        folder.mkdir(parents=True, exist_ok=True)
+    token = _keep(shared / "internal_token", secrets.token_urlsafe(32))
+    _keep(registry / "internal_token", token)
+    _keep(registry / "bootstrap_admin_key", admin_key())
+
+
+def _keep(path: Path, fresh: str) -> str:
+    if not path.exists():
+        path.write_text(fresh)
+    # The services run as one user of their own, inside containers that share a volume.
+    path.chmod(0o444)
+    return path.read_text()
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -81,7 +81,7 @@ def settings(
     project: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], ServiceSettings]:
     """The settings that a service finds in its container."""
-    credentials.write(tmp_path)
+    folders = written_secrets(tmp_path)
 
     def of(service: str) -> ServiceSettings:
         composed = project["services"][service]
@@ -89,7 +89,7 @@ def settings(
             monkeypatch.delenv(name)
         for name, value in (image_environment(composed["build"]) | composed["environment"]).items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setenv("SECRETS_DIR", str(tmp_path))
+        monkeypatch.setenv("SECRETS_DIR", str(folders[mounted_secrets(composed)]))
         return load(settings_kind(service))
 
     return of
@@ -106,13 +106,13 @@ def test_a_container_gives_its_service_every_setting(
 ) -> None:
     cfg = settings(service)
     assert cfg.host == "0.0.0.0"
-    assert cfg.internal_token == (tmp_path / "internal_token").read_text()
+    assert cfg.internal_token == (tmp_path / "secrets" / "internal_token").read_text()
     assert cfg.otel_exporter_otlp_endpoint == "http://jaeger:4317"
     assert cfg.log_level == PLATFORM["LOG_LEVEL"]
     assert cfg.log_format == "json"
     assert cfg.drain_s == float(PLATFORM["DRAIN_S"])
     if service == "registry":
-        assert cfg.bootstrap_admin_key == (tmp_path / "bootstrap_admin_key").read_text()  # type: ignore[attr-defined]  # the registry's own
+        assert cfg.bootstrap_admin_key == (tmp_path / "registry-secrets" / "bootstrap_admin_key").read_text()  # type: ignore[attr-defined]  # the registry's own
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -195,7 +195,7 @@ def test_a_container_is_told_what_the_embedded_stack_tells(
     in_container = {
         *composed["environment"],
         *image_environment(composed["build"]),
-        *{file.name.upper() for file in written_secrets(tmp_path / "secrets")},
+        *{file.name.upper() for file in written_secrets(tmp_path)[mounted_secrets(composed)].iterdir()},
         *({"WORKER_ID", "ADVERTISE_HOST"} if service == "worker" else ()),  # entrypoint.py
     }
     # Ports are the defaults, which are held against platform.env above.
@@ -203,9 +203,52 @@ def test_a_container_is_told_what_the_embedded_stack_tells(
     assert told >= {"KAFKA_BOOTSTRAP_SERVERS", "INTERNAL_TOKEN", "STATE_DIR", "HOST"}
 
 
-def written_secrets(folder: Path) -> list[Path]:
-    credentials.write(folder)
-    return list(folder.iterdir())
+def written_secrets(folder: Path) -> dict[str, Path]:
+    """What the job `secrets` writes, by volume."""
+    volumes = {name: folder / name for name in ("secrets", "registry-secrets")}
+    credentials.write(*volumes.values())
+    return volumes
+
+
+def mounted_secrets(composed: Composed) -> str:
+    """The volume that a service reads its secrets from."""
+    (source,) = (mount["source"] for mount in composed["volumes"] if mount["target"] == "/run/headrace")
+    return str(source)
+
+
+def test_only_the_registry_can_read_the_admin_key(project: Composed, tmp_path: Path) -> None:
+    job = project["services"]["secrets"]
+    targets = {mount["source"]: mount["target"] for mount in job["volumes"] if mount["type"] == "volume"}
+    # The job writes into the volumes in the order in which the test does.
+    assert job["command"][2:] == [targets["secrets"], targets["registry-secrets"]]
+    volumes = written_secrets(tmp_path)
+    written = {name: (folder / "internal_token").read_text() for name, folder in volumes.items()}
+    assert len(set(written.values())) == 1
+    assert [file.name for file in volumes["secrets"].iterdir()] == ["internal_token"]
+    assert written_secrets(tmp_path) == volumes
+    assert written == {name: (folder / "internal_token").read_text() for name, folder in volumes.items()}
+    readers = {
+        name
+        for name, service in project["services"].items()
+        for mount in service.get("volumes", ())
+        if mount["source"] == "registry-secrets"
+    }
+    assert readers == {"registry", "secrets"}
+
+
+def test_no_image_changes_by_itself(project: Composed) -> None:
+    """A tag of a minor version, or none, is another program after the next pull."""
+    python = re.search(r"^ARG PYTHON=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert python is not None
+    images = {service["image"] for service in project["services"].values() if "image" in service}
+    assert f"python:{python[1]}-slim" in images
+    for image in images:
+        digits = 2 if image.startswith(("postgres:", "chrislusf/")) else 3  # all that these have
+        assert re.fullmatch(rf"[^:]+:v?\d+(\.\d+){{{digits - 1}}}(-slim)?", image), image
+
+
+def test_traces_are_taken_from_other_containers(project: Composed) -> None:
+    assert project["services"]["jaeger"]["environment"]["JAEGER_LISTEN_HOST"] == "0.0.0.0"
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -241,10 +284,9 @@ def test_state_and_secrets_are_mounted_where_the_image_looks(service: str, proje
     assert mounts[image["STATE_DIR"]]["source"] == service
     assert not mounts[image["STATE_DIR"]].get("read_only")
     assert mounts[image["SECRETS_DIR"]]["read_only"] is True
-    writers = {
-        mount["target"] for mount in project["services"]["secrets"]["volumes"] if mount["type"] == "volume"
-    }
-    assert writers == {image["SECRETS_DIR"]}
+    assert mounts[image["SECRETS_DIR"]]["source"] == (
+        "registry-secrets" if service == "registry" else "secrets"
+    )
 
 
 def test_a_service_may_drain_before_it_is_killed(project: Composed) -> None:
