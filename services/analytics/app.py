@@ -126,6 +126,9 @@ async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
                 metrics.dead_letters.labels(topic.name).set(aside)
             except HeadraceError as error:
                 log.info("lag_unknown", topic=topic.name, reason=error.message)
+            except Exception:
+                # The broker's client raises of its own, too; without lag the service goes on.
+                log.exception("lag_failed", topic=topic.name)
         await asyncio.sleep(_LAG_PERIOD_S)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +33,8 @@ log = structlog.get_logger(__name__)
 
 _PERIOD_S = 2.0
 _TAKEN_AT_ONCE = 5_000
+#: How often in a period claims are pruned.
+_TIMES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +139,13 @@ class Flusher:
 
     async def _run(self) -> None:
         while True:
-            try:
-                await self._signatures.save(self._engine)
-                await self.flush_due()
-                await self.join_small()
-                await self.forget()
-            except HeadraceError as error:
-                log.info("flush_later", reason=error.message)
-            except Exception:
-                # The inbox keeps what is not flushed; a bug here must not end the service.
-                log.exception("flush_failed")
+            for step in (self._save, self.flush_due, self.join_small, self.forget_claims, self.forget):
+                await _tried(step)
             await asyncio.sleep(_PERIOD_S)
+
+    async def _save(self) -> int:
+        await self._signatures.save(self._engine)
+        return 0
 
     async def flush_due(self) -> int:
         """Write what the inbox has held for long enough or enough of; how many objects' worth."""
@@ -163,7 +162,7 @@ class Flusher:
                 log.warning("answers_left_out", model=item.model, version=item.version, rows=item.rows)
             full = item.rows >= self._sizes.flush_rows or item.size >= self._sizes.flush_bytes
             if full or item.oldest <= due:
-                flushed += await self._flush(item.model, item.version)
+                flushed += await _tried(partial(self._flush, item.model, item.version))
         return flushed
 
     async def _flush(self, model: str, version: str) -> int:
@@ -179,31 +178,51 @@ class Flusher:
 
     async def join_small(self) -> int:
         """Join crowds of small objects; how many crowds."""
-        joined = 0
+        small = repository.Small(self._sizes.segment_rows // 2, self._sizes.join_bytes // 2)
         async with transaction(self._engine) as session:
-            groups = await repository.small_segments(
-                session,
-                self._sizes.segment_rows // 2,
-                self._sizes.join_bytes // 2,
-                self._sizes.join_segments,
-            )
-            for group in groups:
-                chosen = _up_to(group, self._sizes.segment_rows, self._sizes.join_bytes)
-                if len(chosen) > 1:
-                    files = await self._files.paths([row.object for row in chosen])
-                    await self._writer.write_joined(session, chosen, files)
-                    joined += 1
-        return joined
+            crowds = await repository.crowds(session, small, self._sizes.join_segments)
+        return sum([await _tried(partial(self._join, *crowd, small)) for crowd in crowds])
 
-    async def forget(self) -> None:
-        """Delete objects that were joined into others, and claims that no redelivery can reach."""
+    async def _join(self, model: str, version: str, layout: str, small: repository.Small) -> int:
         async with transaction(self._engine) as session:
-            await repository.forget_old_claims(session, self._clock.now())
+            rows = await repository.small_segments(session, model, version, layout, small)
+            chosen = _up_to(rows, self._sizes.segment_rows, self._sizes.join_bytes)
+            if len(chosen) < 2:
+                return 0
+            files = await self._files.paths([row.object for row in chosen])
+            await self._writer.write_joined(session, chosen, files)
+        return 1
+
+    async def forget_claims(self) -> int:
+        """Drop claims that no redelivery can reach, some at a time; how many times."""
+        for times in range(1, _TIMES + 1):
+            async with transaction(self._engine) as session:
+                if not await repository.forget_old_claims(session, self._clock.now()):
+                    return times
+        return _TIMES
+
+    async def forget(self) -> int:
+        """Delete some of the objects that were joined into others; how many. What is deleted and not
+        forgotten, since the transaction failed, is deleted again."""
+        async with transaction(self._engine) as session:
             gone = await repository.forgotten_segments(session, self._clock.now())
             for row in gone:
                 await self._store.delete(row.object)
             if gone:
                 await repository.forget_segments(session, [row.id for row in gone])
+        return len(gone)
+
+
+async def _tried(step: Callable[[], Awaitable[int]]) -> int:
+    """What `step` returns, 0 where it fails: one that fails again and again must stop neither the others nor
+    the service. Nothing is lost by it, the next period tries again."""
+    try:
+        return await step()
+    except HeadraceError as error:
+        log.info("flush_later", reason=error.message)
+    except Exception:
+        log.exception("flush_failed")
+    return 0
 
 
 def _up_to(segments: Sequence[SegmentRow], rows: int, size: int) -> list[SegmentRow]:

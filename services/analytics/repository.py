@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import asyncpg
 from headrace.v1.events_pb2 import Outcome
-from sqlalchemy import and_, delete, func, select, text, update
+from sqlalchemy import ColumnElement, and_, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -20,6 +20,10 @@ from services.analytics.tables import ClaimRow, InboxRow, OutcomeRow, SegmentRow
 KEPT_CLAIMS = timedelta(days=14)
 #: Longer than any query reads objects that were joined meanwhile.
 KEPT_DROPPED = timedelta(minutes=10)
+
+#: What one transaction deletes, and what one object is joined of: each is bounded in time.
+AT_ONCE = 100
+MAX_JOINED = 1000
 
 #: No outcome is observed before its request was answered, but for clocks that differ.
 _EARLY_US = 600_000_000
@@ -61,6 +65,14 @@ class Waiting:
     rows: int
     size: int
     oldest: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Small:
+    """An object below both is worth joining; `size` is in bytes."""
+
+    rows: int
+    size: int
 
 
 async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: datetime) -> set[bytes]:
@@ -174,29 +186,35 @@ async def newest_segments(session: AsyncSession, model: str, rows: int) -> list[
     return found
 
 
-async def small_segments(
-    session: AsyncSession, below_rows: int, below_bytes: int, at_least: int
-) -> list[list[SegmentRow]]:
-    """Groups of at least `at_least` objects of one version and layout, each below these sizes, locked until
-    the transaction ends; those that another replica is joining are passed over."""
+async def crowds(session: AsyncSession, below: Small, at_least: int) -> list[tuple[str, str, str]]:
+    """Model, version and layout of which there are at least `at_least` small objects."""
     kind = (SegmentRow.model, SegmentRow.version, SegmentRow.layout)
-    small = and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below_rows, SegmentRow.size < below_bytes)
-    crowded = select(*kind).where(small).group_by(*kind).having(func.count() >= at_least)
-    groups = []
-    for model, version, layout in (await session.execute(crowded)).all():
-        statement = (
-            select(SegmentRow)
-            .where(
-                small,
-                SegmentRow.model == model,
-                SegmentRow.version == version,
-                SegmentRow.layout == layout,
-            )
-            .order_by(SegmentRow.id)
-            .with_for_update(skip_locked=True)
+    statement = select(*kind).where(_is_small(below)).group_by(*kind).having(func.count() >= at_least)
+    return [(model, version, layout) for model, version, layout in await session.execute(statement)]
+
+
+async def small_segments(
+    session: AsyncSession, model: str, version: str, layout: str, below: Small
+) -> list[SegmentRow]:
+    """The small objects of one kind, oldest first, locked until the transaction ends; those that another
+    replica is joining are passed over."""
+    statement = (
+        select(SegmentRow)
+        .where(
+            _is_small(below),
+            SegmentRow.model == model,
+            SegmentRow.version == version,
+            SegmentRow.layout == layout,
         )
-        groups.append(list((await session.scalars(statement)).all()))
-    return groups
+        .order_by(SegmentRow.id)
+        .limit(MAX_JOINED)
+        .with_for_update(skip_locked=True)
+    )
+    return list((await session.scalars(statement)).all())
+
+
+def _is_small(below: Small) -> ColumnElement[bool]:
+    return and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below.rows, SegmentRow.size < below.size)
 
 
 async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime) -> None:
@@ -205,8 +223,14 @@ async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime
 
 
 async def forgotten_segments(session: AsyncSession, now: datetime) -> list[SegmentRow]:
-    """Dropped objects that no query reads any more."""
-    statement = select(SegmentRow).where(SegmentRow.dropped_at < now - KEPT_DROPPED).limit(1000)
+    """Some dropped objects that no query reads any more, locked until the transaction ends; those that
+    another replica is deleting are passed over."""
+    statement = (
+        select(SegmentRow)
+        .where(SegmentRow.dropped_at < now - KEPT_DROPPED)
+        .limit(AT_ONCE)
+        .with_for_update(skip_locked=True)
+    )
     return list((await session.scalars(statement)).all())
 
 
@@ -215,9 +239,11 @@ async def forget_segments(session: AsyncSession, ids: Sequence[int]) -> None:
     await session.execute(delete(SegmentRow).where(SegmentRow.id.in_(ids)))
 
 
-async def forget_old_claims(session: AsyncSession, now: datetime) -> None:
-    """Drop claims that no redelivery can reach any more."""
-    await session.execute(delete(ClaimRow).where(ClaimRow.claimed_at < now - KEPT_CLAIMS))
+async def forget_old_claims(session: AsyncSession, now: datetime) -> bool:
+    """Drop some claims that no redelivery can reach any more; whether there may be more of them."""
+    old = select(ClaimRow.batch_id).where(ClaimRow.claimed_at < now - KEPT_CLAIMS).limit(10 * AT_ONCE)
+    dropped = delete(ClaimRow).where(ClaimRow.batch_id.in_(old)).returning(ClaimRow.batch_id)
+    return len((await session.scalars(dropped)).all()) == 10 * AT_ONCE
 
 
 async def signatures(session: AsyncSession) -> list[SignatureRow]:

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, TraceFlags
 from prometheus_client import CollectorRegistry
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from deploy.embedded.tansu import TansuServer
@@ -39,7 +40,7 @@ from services.common.bus.delivery import deliver
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Record
 from services.common.clock import SystemClock
-from services.common.db import engine, migrate
+from services.common.db import engine, migrate, transaction
 from services.common.errors import DeadlineExceeded, NotFound, Unavailable
 from services.common.ids import id_text
 from services.common.objects import ArtifactStore
@@ -508,6 +509,54 @@ async def test_questions_fetch_nothing_before_it_is_their_turn(
         go.set()
         assert await asyncio.gather(*asked) == [1] * 8
         assert most == 2
+
+
+async def test_one_version_that_cannot_be_written_stops_no_other(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, flusher, store, _):
+        put = store.put
+
+        async def refusing(path: str, data: bytes | Path) -> None:
+            if "/1/" in path:
+                raise OSError("no space left")
+            await put(path, data)
+
+        monkeypatch.setattr(store, "put", refusing)
+        batches = [prediction_batch(range(n, n + 5), version=str(1 + n % 2)) for n in range(0, 80, 5)]
+        await consumers.on_predictions(records(batches))
+        assert await flusher.flush_due() == 1
+        monkeypatch.setattr(store, "put", put)
+        assert await flusher.flush_due() == 1
+        assert await count(reader) == 80
+
+
+async def test_old_claims_are_forgotten_in_pieces(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "AT_ONCE", 1)
+    async with wired(database_url, tmp_path) as (_, _, flusher, _, _):
+        await execute(
+            database_url,
+            "INSERT INTO analytics.claims SELECT decode(md5(n::text), 'hex'), now() - interval '1 day' * n "
+            "FROM generate_series(1, 45) AS n",
+        )
+        assert await flusher.forget_claims() == 4
+        connection = await asyncpg.connect(database_url)
+        try:
+            assert await connection.fetchval("SELECT count(*) FROM analytics.claims") in (13, 14)
+        finally:
+            await connection.close()
+
+
+async def test_a_statement_that_takes_too_long_says_try_again(database_url: str) -> None:
+    database = engine(database_url, "public", statement_timeout_s=0.05)
+    try:
+        with pytest.raises(Unavailable, match="too long"):
+            async with transaction(database) as session:
+                await session.execute(text("SELECT pg_sleep(5)"))
+    finally:
+        await database.dispose()
 
 
 async def test_two_replicas_count_together(

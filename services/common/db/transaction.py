@@ -15,14 +15,17 @@ from services.common.errors import Aborted
 #: After these SQLSTATEs the same transaction may succeed: serialization, deadlock, lock not available.
 _RETRYABLE = {"40001", "40P01", "55P03"}
 
+#: The statement timeout of the connection.
+_TOO_LONG = "57014"
+
 
 @asynccontextmanager
 async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
     """Commit when the block ends, roll back when it raises.
 
-    Objects stay readable after the commit. Raises DatabaseUnavailable where the connection is lost or none
-    is to be had, Aborted where a concurrent transaction won; integrity errors come as SQLAlchemy raises
-    them.
+    Objects stay readable after the commit. Raises DatabaseUnavailable where the connection is lost, none is
+    to be had or a statement took too long, Aborted where a concurrent transaction won; integrity errors come
+    as SQLAlchemy raises them.
     """
     try:
         async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
@@ -32,6 +35,8 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
     except DBAPIError as error:
         if getattr(error.orig, "sqlstate", None) in _RETRYABLE:
             raise Aborted("Somebody else changed the same data at the same time; try again.") from error
+        if getattr(error.orig, "sqlstate", None) == _TOO_LONG:
+            raise DatabaseUnavailable("The database took too long to answer.", retry_after_ms=1000) from error
         if error.connection_invalidated or _is_connection_error(error):
             raise DatabaseUnavailable("The database does not answer.", retry_after_ms=1000) from error
         raise
