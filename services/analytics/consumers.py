@@ -19,7 +19,7 @@ from services.analytics.tables import InboxRow
 from services.common.bus.port import Handler, Malformed, Record
 from services.common.clock import Clock
 from services.common.db import is_refused, transaction
-from services.common.errors import InvalidArgument
+from services.common.errors import Aborted, InvalidArgument
 from services.common.telemetry import Tracing, context_from_kafka
 
 _MAX_METRIC = 128
@@ -59,36 +59,15 @@ class Consumers:
     async def _take_predictions(self, records: Sequence[Record]) -> None:
         started = self._clock.unix_us()
         batches = await asyncio.to_thread(_parse_all, records)
-        now = self._clock.now()
         async with transaction(self._engine) as session:
-            fresh = await repository.claim(session, [batch.batch_id for batch in batches], now)
-            new: list[tuple[PredictionBatch, Record]] = []
-            for batch, record in zip(batches, records, strict=True):
-                if batch.batch_id in fresh:
-                    fresh.discard(batch.batch_id)  # the same record twice in one delivery
-                    new.append((batch, record))
-            rows = sum(len(batch.request_ids) // 16 for batch, _ in new)
-            size = sum(len(record.value or b"") for _, record in new)
-            large = rows >= self._sizes.direct_rows or size >= self._sizes.direct_bytes
-            direct = [batch for batch, _ in new if large and self._writer.knows(batch.model, batch.version)]
-            if direct:
-                await self._writer.write(session, direct, "direct")
-            if len(direct) < len(new):
-                waiting = [
-                    InboxRow(
-                        batch_id=batch.batch_id,
-                        model=batch.model,
-                        version=batch.version,
-                        rows=len(batch.request_ids) // 16,
-                        received_at=now,
-                        request_ids=batch.request_ids,
-                        value=record.value,
-                        core=self._writer.core(batch),
-                    )
-                    for batch, record in new
-                    if not (large and self._writer.knows(batch.model, batch.version))
-                ]
-                await repository.add_to_inbox(session, waiting)
+            seen = await repository.claimed(session, [batch.batch_id for batch in batches])
+        new: list[tuple[PredictionBatch, Record]] = []
+        for batch, record in zip(batches, records, strict=True):
+            if batch.batch_id not in seen:
+                seen.add(batch.batch_id)  # it may come twice in one delivery
+                new.append((batch, record))
+        if new:
+            await self._keep(new)
         self._count("predictions", len(records), len(records) - len(new))
         for batch, _ in new:
             self._metrics.requests.labels(batch.model).inc(len(batch.request_ids) // 16)
@@ -106,6 +85,37 @@ class Consumers:
         self._metrics.outcomes.inc(added)
         self._count("outcomes", len(records), 0)
         self._trace("analytics.outcomes", records, started)
+
+    async def _keep(self, new: Sequence[tuple[PredictionBatch, Record]]) -> None:
+        """Write large deliveries as objects and only then claim and name what was written, so that no
+        transaction waits for the object store. Raises Aborted where another replica was faster: the next
+        delivery finds what it claimed, and an object that nothing names is never read."""
+        rows = sum(len(batch.request_ids) // 16 for batch, _ in new)
+        size = sum(len(record.value or b"") for _, record in new)
+        large = rows >= self._sizes.direct_rows or size >= self._sizes.direct_bytes
+        direct = [batch for batch, _ in new if large and self._writer.knows(batch.model, batch.version)]
+        written = await self._writer.put(direct)
+        now, held = self._clock.now(), {batch.batch_id for batch in direct}
+        waiting = [
+            InboxRow(
+                batch_id=batch.batch_id,
+                model=batch.model,
+                version=batch.version,
+                rows=len(batch.request_ids) // 16,
+                received_at=now,
+                request_ids=batch.request_ids,
+                value=record.value,
+                core=self._writer.core(batch),
+            )
+            for batch, record in new
+            if batch.batch_id not in held
+        ]
+        async with transaction(self._engine) as session:
+            fresh = await repository.claim(session, [batch.batch_id for batch, _ in new], now)
+            if len(fresh) < len(new):
+                raise Aborted("Another replica has taken some of these records in meanwhile.")
+            await self._writer.name(session, written, "direct")
+            await repository.add_to_inbox(session, waiting)
 
     def _count(self, topic: str, records: int, repeated: int) -> None:
         self._metrics.records.labels(topic).inc(records)

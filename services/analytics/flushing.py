@@ -75,29 +75,34 @@ class SegmentWriter:
         slim = without_payload(batch, answer)
         return slim.SerializeToString()
 
-    async def write(self, session: AsyncSession, batches: Sequence[PredictionBatch], why: str) -> None:
-        """One object for each model version and layout among the records; without answers where it is not
-        known which output they are."""
+    async def put(self, batches: Sequence[PredictionBatch]) -> list[Segment]:
+        """Write one object for each model version and layout among the records, without answers where it is
+        not known which output they are. None of them counts before it is named."""
         groups: dict[tuple[str, str, str], list[PredictionBatch]] = defaultdict(list)
         for batch in batches:
             groups[batch.model, batch.version, layout(batch)].append(batch)
+        segments = []
         for (model, version, kind), members in groups.items():
             output = self._signatures.prediction_output(model, version)
             segment, data = await asyncio.to_thread(_encode_batches, members, version, kind, output)
-            await self._put(session, segment, data, why)
+            await self._store.put(segment.object, data)
+            segments.append(segment)
+        return segments
+
+    async def name(self, session: AsyncSession, segments: Sequence[Segment], why: str) -> None:
+        """From the commit on the objects count."""
+        for segment in segments:
+            await repository.add_segment(session, segment, self._clock.now())
+            self._metrics.segments.labels(why).inc()
 
     async def write_joined(
         self, session: AsyncSession, rows: Sequence[SegmentRow], files: Sequence[str]
     ) -> None:
         """One object instead of several of the same version and layout."""
         segment, data = await asyncio.to_thread(_encode_joined, rows, files)
-        await self._put(session, segment, data, "joined")
-        await repository.drop_segments(session, [row.id for row in rows], self._clock.now())
-
-    async def _put(self, session: AsyncSession, segment: Segment, data: bytes, why: str) -> None:
         await self._store.put(segment.object, data)
-        await repository.add_segment(session, segment, self._clock.now())
-        self._metrics.segments.labels(why).inc()
+        await self.name(session, [segment], "joined")
+        await repository.drop_segments(session, [row.id for row in rows], self._clock.now())
 
 
 class Flusher:
@@ -173,7 +178,7 @@ class Flusher:
             if not values:
                 return 0
             batches = await asyncio.to_thread(lambda: [PredictionBatch.FromString(value) for value in values])
-            await self._writer.write(session, batches, "flushed")
+            await self._writer.name(session, await self._writer.put(batches), "flushed")
         return 1
 
     async def join_small(self) -> int:

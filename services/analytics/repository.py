@@ -75,6 +75,12 @@ class Small:
     size: int
 
 
+async def claimed(session: AsyncSession, batch_ids: Collection[bytes]) -> set[bytes]:
+    """Those of `batch_ids` that were claimed before."""
+    wanted = select(ClaimRow.batch_id).where(ClaimRow.batch_id.in_(set(batch_ids)))
+    return set((await session.scalars(wanted)).all())
+
+
 async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: datetime) -> set[bytes]:
     """Those of `batch_ids` that were never claimed before; they are from now on."""
     # Sorted, so that two replicas never wait for each other's rows.

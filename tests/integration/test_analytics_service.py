@@ -41,7 +41,7 @@ from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Record
 from services.common.clock import SystemClock
 from services.common.db import engine, migrate, transaction
-from services.common.errors import DeadlineExceeded, NotFound, Unavailable
+from services.common.errors import Aborted, DeadlineExceeded, NotFound, Unavailable
 from services.common.ids import id_text
 from services.common.objects import ArtifactStore
 from services.common.telemetry import Tracing, kafka_headers
@@ -352,6 +352,40 @@ async def execute(database_url: str, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close()
+
+
+async def test_no_transaction_waits_for_the_object_store(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two replicas get the same records at the same time: both write, one counts, the other tries again."""
+    async with (
+        wired(database_url, tmp_path) as (one, reader, _, store, _),
+        wired(database_url, tmp_path) as (other, _, _, _, _),
+    ):
+        put = store.put
+        open_transactions = []
+
+        async def slow(path: str, data: bytes | Path) -> None:
+            connection = await asyncpg.connect(database_url)
+            try:
+                open_transactions.append(
+                    await connection.fetchval(
+                        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                        "AND state LIKE 'idle in transaction%'"
+                    )
+                )
+            finally:
+                await connection.close()
+            await other.on_predictions(sent)
+            await put(path, data)
+
+        sent = records([prediction_batch(range(5)), prediction_batch(range(5, 9))])
+        monkeypatch.setattr(store, "put", slow)
+        with pytest.raises(Aborted):
+            await one.on_predictions(sent)
+        await one.on_predictions(sent)
+        assert open_transactions == [0]
+        assert await count(reader) == 9
 
 
 async def test_what_the_database_refuses_is_buried_alone(database_url: str, tmp_path: Path) -> None:
