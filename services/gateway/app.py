@@ -31,7 +31,7 @@ from services.gateway.oip_server import InferenceServicer, serve_oip
 from services.gateway.predict import PredictLimits, PredictService
 from services.gateway.rest.app import Parts, rest_app
 from services.gateway.rest.management import management_client, upstreams
-from services.gateway.router_client import RouterClient
+from services.gateway.router_client import RouterClient, WaitingRoom
 from services.gateway.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -81,8 +81,8 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             await enter(followed(events, DEPLOYMENTS, catalogue.apply, folder / "deployments.table")),
         )
         await enter(leased(cfg.redis_url, clock, process, keys.buckets))
-        channels = await _channels(stack, cfg, process)
-        router = RouterClient(channels)
+        waiting = WaitingRoom()
+        router = RouterClient(await _channels(stack, cfg, process, waiting), waiting)
         client = await enter(management_client(cfg.internal_token))
 
         service = PredictService(
@@ -146,10 +146,18 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             await asyncio.sleep(cfg.drain_notice_s)
 
 
-async def _channels(stack: AsyncExitStack, cfg: Settings, process: str) -> list[FrameCalls]:
+async def _channels(
+    stack: AsyncExitStack, cfg: Settings, process: str, waiting: WaitingRoom
+) -> list[FrameCalls]:
     channels = []
     for address in cfg.routers:
-        calls = FrameCalls(address, credential=cfg.internal_token, role="gateway", instance=process)
+        calls = FrameCalls(
+            address,
+            credential=cfg.internal_token,
+            role="gateway",
+            instance=process,
+            on_state=waiting.changed,
+        )
         stack.push_async_callback(calls.close)
         calls.start()
         channels.append(calls)

@@ -21,9 +21,10 @@ from open_inference import open_inference_pb2_grpc as oip_grpc
 from opentelemetry.trace import SpanKind
 
 from services.common.clock import Clock
-from services.common.errors import Fatal, HeadraceError, Internal, error_of
+from services.common.errors import Fatal, HeadraceError, Internal
 from services.common.ids import id_text, new_id
 from services.common.lifecycle import Health
+from services.common.problems import HTTP_STATUS
 from services.common.telemetry import Tracing, parse_traceparent, trace_bytes
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.codecs import oip
@@ -37,7 +38,7 @@ from services.gateway.rest.v2_routes import (
     repository_index,
     server_version,
 )
-from services.gateway.router_client import RouterClient
+from services.gateway.router_client import RouterClient, failure
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +55,7 @@ _MAX_CALLS = 4096
 _OPEN = frozenset({f"/{_SERVICE}/ServerLive", f"/{_SERVICE}/ServerReady"})
 _CREDENTIALS = ("authorization", "x-api-key")
 
+_HTTP_STATUS: dict[int, int] = {int(code): status for code, status in HTTP_STATUS.items()}
 _STATUS: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -129,15 +131,15 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             raise
         finally:
             took = self._clock.monotonic() - began
-            self._metrics.observe(_ROUTE, served[0] if served else "", code, took)
+            # Under HTTP's numbers, so that one rule counts failures whatever brought them.
+            status = 200 if code == Code.CODE_OK else _HTTP_STATUS.get(code, 500)
+            self._metrics.observe(_ROUTE, served[0] if served else "", status, took)
         return answer
 
     async def _infer(
         self, asked: oip_pb2.ModelInferRequest, context: Context, served: list[str], began: float
     ) -> oip_pb2.ModelInferResponse:
         key = self._caller(context, Scope.PREDICT)
-        if key.bucket is not None:
-            key.bucket.admit(began)
         model, version = self._found(key, asked.model_name, asked.model_version)
         served.append(model.name)
         request = PredictRequest(
@@ -170,7 +172,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
                 error=None if reply.code == Code.CODE_OK else Code.Name(reply.code),
             )
         if reply.code != Code.CODE_OK:
-            raise error_of(reply.code, reply.message, field=reply.field, retry_after_ms=reply.retry_after_ms)
+            raise failure(reply)
         return oip.to_response(asked, id_text(request.request_id), reply)
 
     async def _answered(self, context: Context, answer: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -206,6 +208,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         key = self.keys.authenticate(authorization, api_key)
         if not any(scope in key.scopes for scope in any_of):
             key.require(any_of[0])
+        if key.bucket is not None:
+            key.bucket.admit(self._clock.monotonic())
         return key
 
 

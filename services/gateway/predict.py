@@ -18,7 +18,7 @@ from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanKind
 
 from services.common.clock import Clock
-from services.common.errors import HeadraceError, Internal, InvalidArgument, Unavailable, error_of
+from services.common.errors import HeadraceError, Internal, InvalidArgument, Unavailable
 from services.common.frames import lost
 from services.common.ids import new_id
 from services.common.telemetry import Tracing, parse_traceparent, trace_bytes
@@ -29,7 +29,7 @@ from services.gateway.dialects import speakers
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget, BodyReaders
-from services.gateway.router_client import RouterClient
+from services.gateway.router_client import Cancellable, RouterClient, failure
 
 log = structlog.get_logger(__name__)
 
@@ -134,8 +134,26 @@ class PredictService:
         call.body = b""
         self._trace(call, request)
         call.deadline = call.began + self._timeout_s(call)
-        channel = call.channel = self._router.pick()
-        call.ticket = channel.submit(request, call.deadline, call.on_reply)
+        self._submit(call)
+
+    def _submit(self, call: Call, tried: Cancellable | None = None) -> None:
+        """On to a router, or to wait for one. Raises Unavailable."""
+        router = self._router
+        try:
+            channel = router.pick(tried)
+        except Unavailable:
+            call.ticket = router.waiting.hold(partial(self._resume, call), call.deadline)
+            call.channel = router.waiting
+            return
+        call.channel = channel
+        call.ticket = channel.submit(call.request, call.deadline, call.on_reply)
+
+    def _resume(self, call: Call) -> None:
+        call.channel = None
+        try:
+            self._submit(call)
+        except Exception as error:
+            self._failed(call, error)
 
     def _failed(self, call: Call, error: BaseException) -> None:
         if not isinstance(error, HeadraceError):
@@ -147,7 +165,7 @@ class PredictService:
         """Answer `call` with the router's reply."""
         if reply.code != _OK:
             if not self._retried(call, reply):
-                self.refuse(call, _error(reply))
+                self.refuse(call, failure(reply))
             return
         call.channel = None
         took = self._monotonic() - call.began
@@ -206,16 +224,15 @@ class PredictService:
         return (model.timeout_s if model is not None else 0.0) or limits.default_timeout_s
 
     def _retried(self, call: Call, reply: PredictReply) -> bool:
-        """Whether the call went to another router, since the connection to the first was lost."""
+        """Whether the call goes on, since the connection to its router was lost: to another, or to the same
+        once it is back."""
         if call.retried or not lost(reply):
             return False
         call.retried = True
         try:
-            channel = self._router.pick(call.channel)
+            self._submit(call, call.channel)
         except Unavailable:
             return False
-        call.channel = channel
-        call.ticket = channel.submit(call.request, call.deadline, call.on_reply)
         return True
 
     def _over(self, call: Call, status: int, took: float) -> None:
@@ -251,13 +268,3 @@ def _ids(call: Call) -> bytes:
     if correlation is None:
         return b"x-request-id: %s\r\n" % call.request_id.hex().encode()
     return b"x-request-id: %s\r\nx-correlation-id: %s\r\n" % (call.request_id.hex().encode(), correlation)
-
-
-def _error(reply: PredictReply) -> HeadraceError:
-    retry_ms = reply.retry_after_ms
-    if not retry_ms and reply.code in (Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED):
-        retry_ms = 1000
-    if lost(reply):
-        return Unavailable("The router cannot be reached.", retry_after_ms=retry_ms)
-    message = reply.message or "The request failed."
-    return error_of(reply.code, message, field=reply.field, retry_after_ms=retry_ms)

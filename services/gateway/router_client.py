@@ -1,4 +1,8 @@
-"""The way to the routers: one frame stream to each, the request on the one with the least in flight."""
+"""The way to the routers: one frame stream to each, the request on the one with the least in flight.
+
+While a router restarts and there is no other, requests wait for it for a moment (`WaitingRoom`); where a
+connection is lost with requests on it, they are sent once more.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Code
 
-from services.common.errors import Unavailable
+from services.common.errors import HeadraceError, Unavailable, error_of
+from services.common.frames import lost
 
 OnReply = Callable[[PredictReply], None]
 
@@ -34,12 +40,57 @@ class Channel(Protocol):
     def cancel(self, local_id: int, /) -> None: ...
 
 
+class WaitingRoom:
+    """Requests that no router can take just now. They may wait for `hold_s` seconds after a connection was
+    lost; in a longer outage they fail at once."""
+
+    def __init__(self, hold_s: float = 2.0, room: int = 1000) -> None:
+        self._hold_s = hold_s
+        self._room = room
+        self._until = 0.0
+        self._waiting: dict[int, tuple[Callable[[], None], asyncio.TimerHandle]] = {}
+        self._last = 0
+
+    def changed(self, usable: bool) -> None:
+        """A channel became usable, or ceased to be."""
+        if not usable:
+            self._until = asyncio.get_running_loop().time() + self._hold_s
+            return
+        for ticket in list(self._waiting):
+            self._resume(ticket)
+
+    def hold(self, resume: Callable[[], None], deadline: float) -> int:
+        """Call `resume` once, when a channel becomes usable or when waiting makes no sense any more; returns
+        the ticket for `cancel`. Raises Unavailable where it makes none now."""
+        # Without a loop no channel was ever connected.
+        loop = asyncio.get_running_loop() if self._until else None
+        if loop is None or loop.time() >= min(self._until, deadline) or len(self._waiting) >= self._room:
+            raise Unavailable("No router can be reached.", retry_after_ms=1000)
+        self._last = ticket = self._last + 1
+        timer = loop.call_at(min(self._until, deadline), self._resume, ticket)
+        self._waiting[ticket] = (resume, timer)
+        return ticket
+
+    def cancel(self, ticket: int, /) -> None:
+        """`resume` is not called any more."""
+        _resume, timer = self._waiting.pop(ticket, (None, None))
+        if timer is not None:
+            timer.cancel()
+
+    def _resume(self, ticket: int) -> None:
+        if ticket in self._waiting:
+            resume, timer = self._waiting.pop(ticket)
+            timer.cancel()
+            resume()
+
+
 class RouterClient:
     """Picks a channel per request."""
 
-    def __init__(self, channels: Sequence[Channel]) -> None:
+    def __init__(self, channels: Sequence[Channel], waiting: WaitingRoom | None = None) -> None:
         if not channels:
             raise ValueError("at least one router is needed")
+        self.waiting = waiting or WaitingRoom()
         self._channels = tuple(channels)
         self._only = self._channels[0] if len(self._channels) == 1 else None
 
@@ -64,20 +115,54 @@ class RouterClient:
         return sum(channel.in_flight for channel in self._channels)
 
     async def predict(self, request: PredictRequest, deadline: float) -> PredictReply:
-        """For callers that have one request and can wait. Cancelling the await cancels the item."""
+        """For callers that have one request and can wait: held and sent again as the others are. Cancelling
+        the await cancels the item."""
+        channel = await self._picked(deadline)
+        reply = await self._asked(channel, request, deadline)
+        if not lost(reply):
+            return reply
+        try:
+            channel = await self._picked(deadline, channel)
+        except Unavailable:
+            return reply
+        return await self._asked(channel, request, deadline)
+
+    async def _picked(self, deadline: float, tried: Channel | None = None) -> Channel:
+        try:
+            return self.pick(tried)
+        except Unavailable:
+            resumed = asyncio.Event()
+            ticket = self.waiting.hold(resumed.set, deadline)
+        try:
+            await resumed.wait()
+        finally:
+            self.waiting.cancel(ticket)
+        return self.pick()
+
+    async def _asked(self, channel: Channel, request: PredictRequest, deadline: float) -> PredictReply:
         answered: asyncio.Future[PredictReply] = asyncio.get_running_loop().create_future()
 
         def settle(reply: PredictReply) -> None:
             if not answered.done():
                 answered.set_result(reply)
 
-        channel = self.pick()
         local_id = channel.submit(request, deadline, settle)
         try:
             return await answered
         except asyncio.CancelledError:
             channel.cancel(local_id)
             raise
+
+
+def failure(reply: PredictReply) -> HeadraceError:
+    """What a reply without an answer means to a client."""
+    retry_ms = reply.retry_after_ms
+    if not retry_ms and reply.code in (Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED):
+        retry_ms = 1000
+    if lost(reply):
+        return Unavailable("The router cannot be reached.", retry_after_ms=retry_ms)
+    message = reply.message or "The request failed."
+    return error_of(reply.code, message, field=reply.field, retry_after_ms=retry_ms)
 
 
 def _in_flight(channel: Channel) -> int:

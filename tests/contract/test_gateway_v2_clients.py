@@ -179,6 +179,34 @@ def test_strangers_are_refused_before_their_message_is_read(
     assert stub.ServerLive(oip.ServerLiveRequest(), timeout=5).live
 
 
+def test_metadata_counts_against_the_limit(stub: oip_grpc.GRPCInferenceServiceStub) -> None:
+    slow = (("x-api-key", SLOW),)
+    codes = []
+    for _ in range(3):
+        try:
+            stub.ModelMetadata(oip.ModelMetadataRequest(name="cancer"), metadata=slow, timeout=5)
+            codes.append(grpc.StatusCode.OK)
+        except grpc.RpcError as error:
+            codes.append(error.code())
+    assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_calls_are_counted_as_what_they_were(
+    stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
+) -> None:
+    def counts() -> tuple[int, int]:
+        stats = gateway.request("GET", "/v2/models/mixed/stats").json()["model_stats"][0]["inference_stats"]
+        return stats["success"]["count"], stats["fail"]["count"]
+
+    good, bad = counts()
+    stub.ModelInfer(mixed_request(), metadata=KEY, timeout=5)
+    wrong = mixed_request()
+    wrong.inputs[0].shape[0] = 3
+    with pytest.raises(grpc.RpcError):
+        stub.ModelInfer(wrong, metadata=KEY, timeout=5)
+    assert counts() == (good + 1, bad + 1)
+
+
 def test_typed_contents_and_the_deadline(
     stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
 ) -> None:
@@ -241,7 +269,6 @@ def test_grpc_limits_and_router_errors(
     stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
 ) -> None:
     limited = (("x-api-key", SLOW),)
-    stub.ServerMetadata(oip.ServerMetadataRequest(), metadata=limited, timeout=5)  # free of the limit
     with suppress(grpc.RpcError):  # the other way's run may have used it up
         stub.ModelInfer(mixed_request(), metadata=limited, timeout=5)
     with pytest.raises(grpc.RpcError) as raised:

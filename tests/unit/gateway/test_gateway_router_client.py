@@ -17,7 +17,7 @@ from services.gateway.catalogue import Catalogue
 from services.gateway.keys import KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
-from services.gateway.router_client import OnReply, RouterClient
+from services.gateway.router_client import OnReply, RouterClient, WaitingRoom, failure
 from services.gateway.targets import Dialect, Target, target_of
 from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
 
@@ -57,7 +57,7 @@ class Answered(Call):
 LOST = PredictReply(code=Code.CODE_UNAVAILABLE, message="connection lost")
 
 
-def begun(*channels: Channel) -> Answered:
+def begun(*channels: Channel, waiting: WaitingRoom | None = None) -> Answered:
     clock = SystemClock()
     keys, catalogue = KeyRing(clock), Catalogue()
     key = api_key(PREDICT_ONLY, ["predict"])
@@ -67,7 +67,7 @@ def begun(*channels: Channel) -> Answered:
     service = PredictService(
         catalogue=catalogue,
         keys=keys,
-        router=RouterClient(channels),
+        router=RouterClient(channels, waiting),
         tracing=setup_tracing("gateway", None),
         metrics=GatewayMetrics(CollectorRegistry()),
         clock=clock,
@@ -117,6 +117,70 @@ def test_without_another_router_it_is_503_without_internals() -> None:
     assert call.got[0] == 503
     assert b"connection lost" not in call.got[1]
     assert begun(Channel(usable=False)).got is not None
+
+
+async def test_a_restarting_router_is_waited_for() -> None:
+    only, waiting = Channel(), WaitingRoom()
+    call = begun(only, waiting=waiting)
+    only.usable = False
+    waiting.changed(False)
+    only.answer(LOST)
+    other = begun(only, waiting=waiting)
+    assert (call.got, other.got) == (None, None)
+    given_up = begun(only, waiting=waiting)
+    given_up.service.abandon(given_up)
+    only.usable = True
+    waiting.changed(True)
+    assert len(only.requests) == 3
+    for one in (call, other):
+        only.answer(answer_like_a_worker(only.requests[0]))
+        assert one.got is None or one.got[0] == 200
+    assert call.got is not None
+    assert other.got is not None
+    assert given_up.got is None
+
+
+async def test_waiting_for_a_router_is_bounded_in_time_and_number() -> None:
+    only, waiting = Channel(usable=False), WaitingRoom(hold_s=0.02, room=1)
+    waiting.changed(False)
+    held, refused = begun(only, waiting=waiting), begun(only, waiting=waiting)
+    assert held.got is None
+    assert refused.got is not None
+    async with asyncio.timeout(5):
+        while held.got is None:  # noqa: ASYNC110 - the call tells nobody
+            await asyncio.sleep(0.005)
+    assert held.got[0] == refused.got[0] == 503
+    late = begun(only, waiting=waiting)
+    assert late.got is not None
+
+
+async def test_a_wait_survives_a_lost_connection_too() -> None:
+    deadline = asyncio.get_running_loop().time() + 5
+    first, second = Channel(), Channel(1)
+    waiting = WaitingRoom()
+    client = RouterClient([first, second], waiting)
+    asked = asyncio.create_task(client.predict(PredictRequest(model="cancer"), deadline))
+    await asyncio.sleep(0)
+    first.answer(LOST)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.usable = second.usable = False
+    waiting.changed(False)
+    second.answer(PredictReply(version="1"))
+    assert (await asked).version == "1"
+    held = asyncio.create_task(client.predict(PredictRequest(), deadline))
+    await asyncio.sleep(0)
+    second.usable = True
+    waiting.changed(True)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    second.answer(PredictReply(version="2"))
+    assert (await held).version == "2"
+
+
+def test_a_lost_connection_is_told_without_internals() -> None:
+    told = failure(LOST)
+    assert (told.message, told.retry_after_ms) == ("The router cannot be reached.", 1000)
 
 
 async def test_cancelling_a_wait_cancels_the_item() -> None:
