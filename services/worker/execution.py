@@ -14,17 +14,19 @@ from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.worker.backends.port import Backend
 from services.worker.batch_queue import Batch, Item
 from services.worker.input_layout import InputLayout, MergeKey
-from services.worker.tensors import Array, OutputColumn, to_column
+from services.worker.tensors import Array, OutputColumn, to_array, to_column
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Members of a batch whose run succeeded together. `inputs` is per input the joined bytes."""
+    """Members of a batch whose run succeeded together. `inputs` is per input the joined bytes. `key` stands
+    in for the members' own where that leaves the length of their rows open."""
 
     items: tuple[Item, ...]
     rows: int
     inputs: list[bytes]
     columns: list[OutputColumn]
+    key: MergeKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,12 @@ class Runner:
         started = time.perf_counter()
         joined = 0.0
         try:
-            data = [b"".join(parts) for parts in zip(*[item.data for item in items], strict=True)]
+            key = items[0].key
+            if self.layout.is_ragged(key):
+                return self._attempt_ragged(items, rows, max_rows, wanted)
+            data = _joined(items)
             joined = time.perf_counter() - started
-            columns, prepare, infer = self.run(items[0].key, data, rows, max_rows, wanted)
+            columns, prepare, infer = self.run(key, data, rows, max_rows, wanted)
         except HeadraceError as error:
             failures = [(item, error) for item in items]
             return Execution([], failures, joined, time.perf_counter() - started - joined, 0.0)
@@ -119,6 +124,62 @@ class Runner:
             return Execution([], failures, joined, time.perf_counter() - started - joined, 0.0, fault=error)
         cut = time.perf_counter() - started - joined - prepare - infer
         return Execution([Part(tuple(items), rows, data, columns)], [], joined + prepare, infer, cut)
+
+    def _attempt_ragged(
+        self, items: Sequence[Item], rows: int, max_rows: int, wanted: Callable[[], bool]
+    ) -> Execution:
+        """Pad to the longest, run once, and give a part for each length. Raises whatever `run` raises."""
+        started = time.perf_counter()
+        layout, key = self.layout, items[0].key
+        by_length: dict[int, list[tuple[int, Item]]] = {}
+        first = 0
+        for item in items:
+            by_length.setdefault(layout.length(item.rows, item.data), []).append((first, item))
+            first += item.rows
+        longest = max(by_length)
+        if len(by_length) == 1:
+            data = _joined(items)
+        else:
+            padded = [
+                layout.filled_up(item.data, item.rows, layout.length(item.rows, item.data), longest)
+                for item in items
+            ]
+            data = [b"".join(parts) for parts in zip(*padded, strict=True)]
+        joined = time.perf_counter() - started
+        columns, prepare, infer = self.run(layout.with_length(key, longest), data, rows, max_rows, wanted)
+        if len(by_length) == 1:
+            parts = [Part(tuple(items), rows, data, columns, layout.with_length(key, longest))]
+        else:
+            parts = [
+                self._cut_back(columns, rows, members, longest, length)
+                for length, members in by_length.items()
+            ]
+        cut = time.perf_counter() - started - joined - prepare - infer
+        return Execution(parts, [], joined + prepare, infer, cut)
+
+    def _cut_back(
+        self,
+        columns: Sequence[OutputColumn],
+        rows: int,
+        members: Sequence[tuple[int, Item]],
+        longest: int,
+        length: int,
+    ) -> Part:
+        """The members whose rows are `length` long, each with the row it begins at, out of a run of rows that
+        were `longest` long."""
+        padding = self.backend.padding
+        taken = np.concatenate([np.arange(first, first + item.rows) for first, item in members])
+        own: list[OutputColumn] = []
+        for column in columns:
+            array = to_array(column.data, column.datatype, (rows, *column.shape))[taken]
+            for axis in padding.outputs[column.name] if padding is not None else ():
+                if column.shape[axis] != longest:
+                    shape = list(column.shape)
+                    raise ValueError(f"output {column.name} has rows of shape {shape} for {longest} of input")
+                array = array[(slice(None),) * (axis + 1) + (slice(length),)]
+            own.append(to_column(column.name, column.datatype, array, len(taken), batched=True))
+        items = tuple(item for _, item in members)
+        return Part(items, len(taken), _joined(items), own, self.layout.with_length(items[0].key, length))
 
     def _in_slices(
         self,
@@ -140,3 +201,8 @@ class Runner:
                     raise ValueError(f"output {name} has shape {list(array.shape)} for {count} rows of input")
             pieces.append(piece)
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _joined(items: Sequence[Item]) -> list[bytes]:
+    """Per input the bytes of all `items`."""
+    return [b"".join(parts) for parts in zip(*[item.data for item in items], strict=True)]

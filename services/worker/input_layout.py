@@ -3,16 +3,22 @@ comparisons."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import DataType, Signature, Tensor
 
 from services.common.errors import InvalidArgument
+from services.worker.backends.port import Padding
 from services.worker.tensors import NUMPY_TYPES, Array, datatype_name, decode_bytes, to_array
 
 Shape = tuple[int, ...]
+
+#: In a merge key: rows are padded to the longest of their batch along this dimension.
+OPEN = -1
 
 #: Requests with equal keys may run in one batch: outputs wanted, and per input the shape of one row (the
 #: whole shape where the model is not batched). Model version and datatypes are fixed by the layout itself.
@@ -36,7 +42,7 @@ class InputLayout:
 
     Raises ValueError for a signature that cannot be served."""
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, padding: Padding | None = None) -> None:
         self.batched = signature.batched
         self._inputs = tuple(
             _input(spec.name, spec.datatype, tuple(spec.shape), self.batched) for spec in signature.inputs
@@ -47,6 +53,11 @@ class InputLayout:
         self._outputs = {spec.name for spec in signature.outputs}
         #: No dimension but the rows varies, and no element has a length of its own.
         self.fixed = all(spec.row_bytes is not None for spec in self._inputs)
+        # Position, dimension within a row and filling of the inputs whose rows may differ in length.
+        self._ragged = tuple(
+            (self._order[name], axis, filling)
+            for name, (axis, filling) in (padding.inputs.items() if padding is not None else ())
+        )
         self._plain_key: MergeKey = ((), tuple(spec.shape for spec in self._inputs))
 
     def take(self, request: PredictRequest) -> tuple[int, MergeKey, tuple[bytes, ...]]:
@@ -66,10 +77,39 @@ class InputLayout:
             data, shapes = (tensor.data,), (shape,)
         else:
             rows, shapes, data = self._take_many(request)
+        if self._ragged:
+            shapes = self._open_length(shapes)
         outputs = request.outputs
         if not outputs:
             return rows, self._plain_key if self.fixed else ((), shapes), data
         return rows, (self._wanted(tuple(outputs)), shapes), data
+
+    def is_ragged(self, key: MergeKey) -> bool:
+        """Whether requests of that key may differ in length."""
+        return any(OPEN in key[1][position] for position, _, _ in self._ragged)
+
+    def length(self, rows: int, data: Sequence[bytes]) -> int:
+        """How long the rows of a request with a ragged key are."""
+        position, _, _ = self._ragged[0]
+        spec = self._inputs[position]
+        fixed = prod(size for size in spec.shape if size >= 0)
+        return len(data[position]) // (rows * fixed * spec.itemsize)
+
+    def with_length(self, key: MergeKey, length: int) -> MergeKey:
+        """The key of requests whose rows are all `length` long."""
+        return key[0], tuple(tuple(length if d == OPEN else d for d in shape) for shape in key[1])
+
+    def filled_up(self, data: Sequence[bytes], rows: int, length: int, to: int) -> list[bytes]:
+        """The inputs of one request with its rows filled up from `length` to `to`."""
+        filled = list(data)
+        for position, axis, filling in self._ragged:
+            spec = self._inputs[position]
+            array = to_array(data[position], spec.datatype, (rows, *_sized(spec.shape, length)))
+            wide = np.empty((rows, *_sized(spec.shape, to)), array.dtype)
+            wide[...] = np.frombuffer(filling, array.dtype)[0]
+            wide[(slice(None),) * (axis + 1) + (slice(length),)] = array
+            filled[position] = wide.tobytes()
+        return filled
 
     def arrays(self, key: MergeKey, data: list[bytes], rows: int) -> dict[str, Array]:
         """The inputs of a batch: `data` holds per input the joined bytes of all its requests."""
@@ -107,6 +147,25 @@ class InputLayout:
     def variable(self) -> bool:
         """Whether a dimension other than the rows is left open."""
         return any(d < 0 for spec in self._inputs for d in spec.shape)
+
+    def _open_length(self, shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        """`shapes` without the length that requests may differ in. Empty tensors are left as they are."""
+        position, axis, _ = self._ragged[0]
+        length, named = shapes[position][axis], self._inputs[position].name
+        for other, along, _ in self._ragged[1:]:
+            if shapes[other][along] != length:
+                name = self._inputs[other].name
+                raise InvalidArgument(
+                    f"rows of {name} are {shapes[other][along]} long, those of {named} {length}",
+                    field=f"inputs.{name}",
+                )
+        if any(0 in shapes[ragged] for ragged, _, _ in self._ragged):
+            return shapes
+        opened = list(shapes)
+        for ragged, along, _ in self._ragged:
+            shape = shapes[ragged]
+            opened[ragged] = (*shape[:along], OPEN, *shape[along + 1 :])
+        return tuple(opened)
 
     def _take_many(self, request: PredictRequest) -> tuple[int, tuple[Shape, ...], tuple[bytes, ...]]:
         count = len(self._inputs)
@@ -198,6 +257,10 @@ def _input(name: str, datatype: DataType, shape: Shape, batched: bool) -> _Input
     itemsize = 0 if datatype == DataType.DATA_TYPE_BYTES else NUMPY_TYPES[datatype].itemsize
     fixed = itemsize > 0 and all(d >= 0 for d in row_shape)
     return _Input(name, datatype, row_shape, itemsize, prod(row_shape) * itemsize if fixed else None)
+
+
+def _sized(shape: Shape, length: int) -> Shape:
+    return tuple(length if d < 0 else d for d in shape)
 
 
 def _check_length(data: bytes, elements: int, spec: _Input) -> None:

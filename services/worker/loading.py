@@ -78,6 +78,7 @@ class VersionLoader:
             await self._make_room(max(served.artifact_bytes, known_bytes), free)
             before = resident_bytes()
             backend = await asyncio.to_thread(self._open, desired, directory)
+            layout = InputLayout(served.signature, backend.padding)
             on_state(LoadedVersion.STATE_WARMING)
             run_time = RunTime()
             runner = Runner(backend, served.signature, layout)

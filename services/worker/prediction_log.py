@@ -101,7 +101,9 @@ class PredictionRecords:
         for entry in entries:
             if id(entry) in without:
                 continue
-            if chunk and size + entry.nbytes > policy.record_bytes:
+            if chunk and (
+                size + entry.nbytes > policy.record_bytes or not _alike(entry.part, chunk[-1].part)
+            ):
                 yield self._with_tensors(chunk, times)
                 chunk, size = [], 0
             chunk.append(entry)
@@ -120,7 +122,7 @@ class PredictionRecords:
     def _add_tensors(
         self, record: PredictionBatch, part: Part, rows: int, inputs: list[bytes], outputs: list[bytes]
     ) -> None:
-        record.inputs.extend(self._layout.tensors(part.items[0].key, inputs, rows))
+        record.inputs.extend(self._layout.tensors(part.key or part.items[0].key, inputs, rows))
         for column, data in zip(part.columns, outputs, strict=True):
             shape = (rows, *column.shape) if self._layout.batched else column.shape
             record.outputs.append(Tensor(name=column.name, datatype=column.datatype, shape=shape, data=data))
@@ -160,6 +162,14 @@ def entries_of(part: Part, code: Callable[[Item], Code] | None = None) -> Iterat
         answered = _OK if code is None else code(item)
         yield Entry(item, answered, part if answered == _OK else None, first)
         first += item.rows
+
+
+def _alike(one: Part | None, other: Part | None) -> bool:
+    """Whether the tensors of both fit into one record."""
+    if one is other or one is None or other is None:
+        return one is other
+    shapes = [[column.shape for column in part.columns] for part in (one, other)]
+    return one.key == other.key and shapes[0] == shapes[1]
 
 
 def _latency_us(item: Item, times: Answered) -> int:

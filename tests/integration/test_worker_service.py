@@ -30,9 +30,18 @@ from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
 from services.worker import loading
 from services.worker.app import Worker, worker_app
 from services.worker.backends.onnx import OnnxBackend
+from services.worker.backends.port import Padding
 from services.worker.settings import Settings
 from tests.fixtures.deployments import blob_file, config, put_artifact, record, served
-from tests.fixtures.onnx_models import heavy, lookup, mlp, not_row_wise, text_lengths, two_inputs
+from tests.fixtures.onnx_models import (
+    heavy,
+    lookup,
+    mlp,
+    not_row_wise,
+    text_lengths,
+    two_inputs,
+    with_metadata,
+)
 from tests.fixtures.waiting import eventually
 
 TOKEN = "a-token-for-tests-only"
@@ -352,6 +361,39 @@ async def test_several_inputs_of_varying_width_and_chosen_outputs(rig: Rig) -> N
         assert (reply.code, reply.field) == (Code.CODE_INVALID_ARGUMENT, "inputs.b")
 
 
+async def test_rows_of_different_lengths_share_runs_where_the_model_says_how(rig: Rig) -> None:
+    pads = {"headrace.pad.a": "0", "headrace.pad.b": "-1"}
+    await rig.deploy("pair", with_metadata(two_inputs(), **pads))
+    async with rig.worker() as worker, rig.calls(worker) as calls:
+        await rig.until_state("pair", LoadedVersion.STATE_READY)
+        arrays = [np.full((1 + n % 3, 1 + n % 7), n, np.float32) for n in range(60)]
+        asked = [request("pair", a=a, b=a * 10) for a in arrays]
+        replies = await asyncio.gather(*(ask(calls, one) for one in asked))
+        for a, reply in zip(arrays, replies, strict=True):
+            assert reply.code == Code.CODE_OK, reply.message
+            for output, factor in zip(reply.outputs, (11, 2), strict=True):
+                assert tuple(output.shape) == a.shape
+                np.testing.assert_array_equal(
+                    np.frombuffer(output.data, np.float32).reshape(a.shape), a * factor
+                )
+        ((_, model),) = worker.host.serving()
+        assert model.stats.runs < 7 < len(asked)
+        assert model.stats.reruns == 0
+        uneven = request("pair", a=np.ones((1, 2), np.float32), b=np.ones((1, 3), np.float32))
+        reply = await ask(calls, uneven)
+        assert (reply.code, reply.field) == (Code.CODE_INVALID_ARGUMENT, "inputs.b")
+        records = await rig.logged_requests(len(asked))
+    logged: dict[bytes, NDArray[np.float32]] = {}
+    for batch in records:
+        values = np.frombuffer(batch.inputs[0].data, np.float32).reshape(batch.inputs[0].shape)
+        first = 0
+        for number, rows in enumerate(batch.rows):
+            logged[batch.request_ids[16 * number : 16 * number + 16]] = values[first : first + rows]
+            first += rows
+    for wanted, a in zip(asked, arrays, strict=True):
+        np.testing.assert_array_equal(logged[wanted.request_id], a)
+
+
 async def test_text_travels_through_a_model(rig: Rig) -> None:
     await rig.deploy("echo", text_lengths())
     async with rig.worker() as worker, rig.calls(worker) as calls:
@@ -422,9 +464,11 @@ class Memory:
         self.models = 0
         opened, closed = OnnxBackend.__init__, OnnxBackend.close
 
-        def init(backend: OnnxBackend, session: ort.InferenceSession, signature: Signature) -> None:
+        def init(
+            backend: OnnxBackend, session: ort.InferenceSession, signature: Signature, padding: Padding | None
+        ) -> None:
             self.models += 1
-            opened(backend, session, signature)
+            opened(backend, session, signature, padding)
 
         def close(backend: OnnxBackend) -> None:
             self.models -= 1

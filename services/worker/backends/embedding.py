@@ -29,6 +29,8 @@ class EmbeddingBackend:
     and padded to the longest of their batch."""
 
     device = "cpu"
+    # Texts are padded here, after the tokenizer.
+    padding = None
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as OrtInvalidArgument
 
 from services.common.errors import InvalidArgument
-from services.worker.backends.port import BackendOptions, LoadFailed
+from services.worker.backends.port import BackendOptions, LoadFailed, Padding
+from services.worker.padding import declared_padding
 from services.worker.tensors import Array, datatype_name
 
 _DATATYPES = {
@@ -36,7 +37,10 @@ class OnnxBackend:
 
     device = "cpu"
 
-    def __init__(self, session: ort.InferenceSession, signature: Signature) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, signature: Signature, padding: Padding | None = None
+    ) -> None:
+        self.padding = padding
         self._session = session
         self._outputs = [spec.name for spec in signature.outputs]
         self._texts = [spec.name for spec in signature.inputs if spec.datatype == DataType.DATA_TYPE_BYTES]
@@ -94,7 +98,13 @@ def load(directory: Path, signature: Signature, options: BackendOptions) -> Onnx
     _check(
         "output", {node.name: node.type for node in session.get_outputs()}, signature.outputs, complete=False
     )
-    return OnnxBackend(session, signature)
+    padding = declared_padding(
+        session.get_modelmeta().custom_metadata_map,
+        {node.name: node.shape for node in session.get_inputs()},
+        {node.name: node.shape for node in session.get_outputs()},
+        signature,
+    )
+    return OnnxBackend(session, signature, padding)
 
 
 def _check(kind: str, graph: Mapping[str, str], specs: Sequence[TensorSpec], *, complete: bool) -> None:

@@ -24,6 +24,17 @@ class BackendOptions:
     threads: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """How rows of different lengths run together. Dimensions are those of one row.
+
+    `inputs`: per input of open length which dimension that is, and the element it is filled up with.
+    `outputs`: per output the dimensions that are as long as the inputs, and are cut back."""
+
+    inputs: Mapping[str, tuple[int, bytes]]
+    outputs: Mapping[str, tuple[int, ...]]
+
+
 class Backend(Protocol):
     """One loaded model version. `run` is called from one thread at a time per slot of the batcher, and from
     several threads at once where the version has several slots."""
@@ -31,6 +42,11 @@ class Backend(Protocol):
     @property
     def device(self) -> str:
         """Where it runs: "cpu", "cuda:0", …"""
+        ...
+
+    @property
+    def padding(self) -> Padding | None:
+        """How rows of different lengths may run together; None: they may not."""
         ...
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
