@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import gc
+import sys
+
+import structlog
 
 from services.common.clock import SystemClock
 from services.common.lifecycle import run, until_stopped
-from services.common.settings import load
-from services.common.telemetry import setup_logging
+from services.common.settings import ConfigurationError, load
+from services.common.telemetry import flush_logs, setup_logging
 from services.gateway.app import gateway_app
 from services.gateway.settings import Settings
 
+#: What ending takes beside the drain: snapshots, spans, connections to Kafka and Redis.
+_SLACK_S = 5.0
 
-async def main() -> None:
-    """Serve until the first signal."""
-    cfg = load(Settings)
+
+def main() -> None:
+    """Run the service; ends the process."""
+    setup_logging("gateway")
+    try:
+        cfg = load(Settings)
+    except ConfigurationError as error:
+        structlog.get_logger(__name__).critical("fatal", reason=str(error))
+        flush_logs()
+        sys.exit(error.exit_code)
     setup_logging("gateway", cfg.log_level, json=cfg.log_format == "json")
-    async with gateway_app(cfg, SystemClock()):
-        # What the start left lives as long as the process; collections need not walk it again and again.
-        gc.collect()
-        gc.freeze()
-        await until_stopped()
+
+    async def service() -> None:
+        async with gateway_app(cfg, SystemClock()):
+            # What the start left lives as long as the process; collections need not walk it again and again.
+            gc.collect()
+            gc.freeze()
+            await until_stopped()
+
+    run(service, drain_s=cfg.drain_notice_s + cfg.drain_s + _SLACK_S)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -107,7 +107,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
 
         await _control_known(tables, cfg.control_wait_s, bool(len(keys)))
-        grpc_port = await enter(
+        oip = await enter(
             serve_oip(
                 InferenceServicer(
                     catalogue=catalogue,
@@ -136,13 +136,14 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
                 reuse_port=cfg.reuse_port,
             )
         )
-        ports = Gateway(http_port, grpc_port, ops_port, health)
-        log.info("serving", http=http_port, grpc=grpc_port, ops=ops_port, models=len(catalogue))
+        ports = Gateway(http_port, oip.port, ops_port, health)
+        log.info("serving", http=http_port, grpc=oip.port, ops=ops_port, models=len(catalogue))
         try:
             yield ports
         finally:
             health.start_draining()
             front.draining = True
+            await oip.announce_end()
             await asyncio.sleep(cfg.drain_notice_s)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -238,11 +239,20 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in
         return handler
 
 
+@dataclass(frozen=True, slots=True)
+class OipServer:
+    """A running server and the port that it got."""
+
+    port: int
+    announce_end: Callable[[], Awaitable[None]]
+    """Say by gRPC's own health service that the end is near; calls go on."""
+
+
 @asynccontextmanager
 async def serve_oip(
     servicer: InferenceServicer, host: str, port: int, *, max_body_bytes: int, drain_s: float
-) -> AsyncIterator[int]:
-    """Serve while the block runs; gives the bound port. At the end calls have `drain_s` seconds. Raises Fatal
+) -> AsyncIterator[OipServer]:
+    """Serve while the block runs. At the end calls have `drain_s` seconds. Raises Fatal
     where the port is taken."""
     bound = max_body_bytes + _MESSAGE_SLACK
     server = grpc.aio.server(
@@ -267,7 +277,7 @@ async def serve_oip(
         raise Fatal(f"Cannot listen on {host}:{port} for gRPC: the port is taken.") from error
     await server.start()
     try:
-        yield chosen
+        yield OipServer(chosen, serving.enter_graceful_shutdown)
     finally:
         await serving.enter_graceful_shutdown()
         await server.stop(drain_s)

@@ -554,6 +554,13 @@ def test_keep_alive(gateway: GatewayThread, raw: bytes, closes: bool) -> None:
     assert received.endswith(b"<open>") != closes
 
 
+@pytest.mark.parametrize("path", [b"/v1/predict", b"/v1/predict?"])
+def test_a_client_that_only_stops_sending_gets_its_answer(gateway: GatewayThread, path: bytes) -> None:
+    received = gateway.raw(message(GOOD).replace(b"/v1/predict", path), shut=True)
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert not received.endswith((b"<open>", b"<reset>"))
+
+
 def test_a_client_that_leaves_cancels_its_item(gateway: GatewayThread) -> None:
     arrived = threading.Event()
 

@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
 import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.embedded.server import free_port
 from services.common.frames import FrameServer
@@ -87,6 +89,11 @@ async def test_serves_its_snapshot_and_drains(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         await asyncio.sleep(0.1)
         assert (await client.get("/health/ready")).status_code == 503
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['GRPC_PORT']}") as channel:
+            said = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService"), timeout=5
+            )
+        assert said.status == health_pb2.HealthCheckResponse.NOT_SERVING
         reply = answer_like_a_worker(router.requests[-1])
         router.peers[-1].reply(reply)
         late = await waiting

@@ -19,7 +19,7 @@ from uvicorn.server import ServerState
 from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody, Unavailable
 from services.gateway.errors import HeadTooLarge, RequestTimeout
 from services.gateway.hot.exchange import HotExchange, no_app, refused
-from services.gateway.hot.front import HotFront
+from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.targets import Dialect, Target
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -60,6 +60,7 @@ class HardenedProtocol(HttpToolsProtocol):
         self._advancing = False
         self._stalled = False
         self._crowded = False
+        self._half_closed = False
         # Whose answer is next, and whose message is being read; the same most of the time.
         self._running: HotExchange | RequestResponseCycle | None = None
         self._reading: HotExchange | RequestResponseCycle | None = None
@@ -119,6 +120,15 @@ class HardenedProtocol(HttpToolsProtocol):
             elif self._in_body:
                 self._hold(self._reading)
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn closes whatever runs
+        """The client sends nothing more; what it has asked for is still answered."""
+        if self._phase() is not _Phase.BUSY:
+            return False
+        self.cycle.keep_alive = False
+        self._half_closed = True
+        self._ticks = 0
+        return True
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._stalled:
@@ -126,8 +136,9 @@ class HardenedProtocol(HttpToolsProtocol):
             self._advance()
 
     def shutdown(self) -> None:
-        """Called by uvicorn when the process ends: finish what runs, close what is idle."""
-        if self._phase() in (_Phase.IDLE, _Phase.HEAD):
+        """Called by uvicorn when the process ends: finish what runs or arrives, close what is idle."""
+        self.front.draining = True
+        if self._phase() is _Phase.IDLE:
             self.transport.close()
             return
         for cycle in (self._running, self.cycle, *(queued for queued, _app in self.pipeline)):
@@ -400,15 +411,22 @@ class HardenedProtocol(HttpToolsProtocol):
                 self.transport.abort()
             return
         self._ticks += 1
-        limits, phase = self.front.limits, self._phase()
+        limits = self.front.limits
         if self._lingering:
             if self._ticks > limits.linger_s:
                 self.transport.close()
+        elif self._half_closed:
+            if self._ticks > limits.half_closed_s:
+                self.transport.abort()
         elif self.flow.write_paused:
             if self._ticks > limits.unread_s:
                 self.transport.abort()
-        elif phase is _Phase.IDLE:
-            if self._ticks > limits.keep_alive_s or self.front.draining:
+        else:
+            self._tick_phase(self._phase(), limits)
+
+    def _tick_phase(self, phase: _Phase, limits: HttpLimits) -> None:
+        if phase is _Phase.IDLE:
+            if self._ticks > (limits.drain_idle_s if self.front.draining else limits.keep_alive_s):
                 self.transport.close()
         elif phase is _Phase.HEAD:
             if self._ticks > limits.head_s:

@@ -408,6 +408,8 @@ async def test_draining_closes_idle_connections_and_finishes_running_ones(connec
     assert connection.transport.closed
     idle = Connection()
     idle.front.draining = True
+    idle.ticks(2)
+    assert not idle.transport.closed  # a request may be on its way
     idle.ticks(1)
     assert idle.transport.closed
 
@@ -499,6 +501,44 @@ async def test_bodies_that_wait_for_a_thread_are_bounded() -> None:
     blocked.set()
     await until(lambda: done == [None, None])
     readers.close()
+
+
+async def test_shutdown_answers_a_request_that_is_arriving(connection: Connection) -> None:
+    connection.feed(HEAD[:20])
+    connection.protocol.shutdown()
+    assert not connection.transport.closed
+    connection.feed(HEAD[20:] + BODY)
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"200"]
+    assert b"connection: close\r\n" in connection.transport.written
+    assert connection.transport.closed
+
+
+async def test_a_half_closed_client_gets_its_answers(connection: Connection) -> None:
+    connection.feed((HEAD + BODY) * 2)
+    assert connection.protocol.eof_received()
+    connection.channel.answer()
+    assert not connection.transport.closed
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"200"] * 2
+    assert connection.transport.closed
+
+
+async def test_a_half_closed_client_is_not_waited_on_for_long(connection: Connection) -> None:
+    connection.feed(HEAD + BODY)
+    assert connection.protocol.eof_received()
+    connection.ticks(2)
+    assert not connection.transport.closed
+    connection.ticks(1)
+    assert connection.transport.aborted
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD[:20], HEAD + BODY[:5]])
+async def test_a_client_that_ends_before_its_request_does_is_let_go(
+    connection: Connection, sent: bytes
+) -> None:
+    connection.feed(sent)
+    assert not connection.protocol.eof_received()
 
 
 async def test_a_failed_answer_is_answered_once(connection: Connection) -> None:
