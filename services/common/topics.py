@@ -52,6 +52,7 @@ WORKERS = Topic(
 )
 PREDICTIONS = Topic("inference.predictions.v1")
 OUTCOMES = Topic("inference.outcomes.v1")
+SHADOWS = Topic("inference.shadows.v1")
 ALERTS = Topic("drift.alerts.v1", partitions=1)
 
 #: Consumer groups that read with a dead-letter queue; the queue is `<topic>.<group>.dlq`.
@@ -68,5 +69,5 @@ def dead_letters(topic: Topic, group: str) -> Topic:
 
 def all_topics() -> list[Topic]:
     """Every topic of the platform, dead-letter queues included."""
-    sources = [DEPLOYMENTS, KEYS, WORKERS, PREDICTIONS, OUTCOMES, ALERTS]
+    sources = [DEPLOYMENTS, KEYS, WORKERS, PREDICTIONS, OUTCOMES, SHADOWS, ALERTS]
     return sources + [dead_letters(topic, group) for topic, groups in GROUPS.items() for group in groups]

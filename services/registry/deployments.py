@@ -16,6 +16,7 @@ from headrace.v1.control_pb2 import (
     Fallback,
     ServedVersion,
     ServingConfig,
+    Shadow,
 )
 from headrace.v1.registry_pb2 import Deployment
 from headrace.v1.tensor_pb2 import Code, Signature
@@ -25,7 +26,7 @@ from services.common.errors import Aborted, InvalidArgument, NotFound
 from services.common.topics import DEPLOYMENTS
 from services.registry.buckets import BUCKETS, Range, allocate
 from services.registry.repository import Repository
-from services.registry.schemas import CacheIn, DeployIn, FallbackIn, utc_us
+from services.registry.schemas import CacheIn, DeployIn, FallbackIn, ShadowIn, utc_us
 from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
 
 
@@ -67,6 +68,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         default_timeout_ms=wanted.default_timeout_ms,
         fallback=_fallback(wanted.fallback, aliases, served),
         cache=_cache(wanted.cache),
+        shadow=_shadow(wanted.shadow, aliases, served),
     )
     if row is not None and _same_state(old, config):
         return _deployment(row)
@@ -192,6 +194,15 @@ def _fallback(
     version = _another_version(wanted.version, aliases, served, "fallback.version")
     codes = {Code.Value(f"CODE_{name}") for name in wanted.on}
     return Fallback(version=version, on=[cast(Code, code) for code in sorted(codes)])
+
+
+def _shadow(
+    wanted: ShadowIn | None, aliases: Mapping[str, str], served: Sequence[ServedVersion]
+) -> Shadow | None:
+    if wanted is None:
+        return None
+    version = _another_version(wanted.version, aliases, served, "shadow.version")
+    return Shadow(version=version, share=int(wanted.share * 100), tolerance=wanted.tolerance)
 
 
 def _cache(wanted: CacheIn | None) -> Cache | None:

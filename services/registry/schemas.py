@@ -133,6 +133,15 @@ class Share(_Input):
         return int(self.weight * 100)
 
 
+class ShadowIn(_Input):
+    """A version that gets a copy of `share` percent of the requests, after they were answered. Numbers a and
+    b are the same where |a - b| <= tolerance * max(1, |a|)."""
+
+    version: VersionText
+    share: Annotated[Decimal, Field(gt=0, le=100, decimal_places=2)]
+    tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.001
+
+
 def _ascending(rows: list[int]) -> list[int]:
     if rows != sorted(set(rows)):
         raise ValueError("preferred_rows grow from entry to entry")
@@ -176,6 +185,7 @@ class DeployIn(_Input):
     default_timeout_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
     fallback: FallbackIn | None = None
     cache: CacheIn | None = None
+    shadow: ShadowIn | None = None
     #: The deployment changes only if this is still its revision.
     expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
 

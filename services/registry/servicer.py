@@ -186,6 +186,11 @@ def _deploy_values(request: pb.DeployRequest) -> dict[str, Any]:
         values["cache"] = {"ttl_s": request.cache.ttl_ms / 1000}
         if request.cache.max_entry_bytes:
             values["cache"]["max_entry_bytes"] = request.cache.max_entry_bytes
+    if request.HasField("shadow"):
+        shadow = request.shadow
+        values["shadow"] = {"version": shadow.version, "share": Decimal(shadow.share) / 100}
+        if shadow.tolerance:
+            values["shadow"]["tolerance"] = shadow.tolerance
     if request.pool:
         values["pool"] = request.pool
     if request.balancing:

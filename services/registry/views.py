@@ -145,6 +145,13 @@ class CacheView(BaseModel):
     max_entry_bytes: int
 
 
+class ShadowView(BaseModel):
+    version: str
+    #: Percent.
+    share: float
+    tolerance: float
+
+
 class DeploymentView(BaseModel):
     model: str
     revision: int
@@ -159,6 +166,7 @@ class DeploymentView(BaseModel):
     default_timeout_ms: int
     fallback: FallbackView | None
     cache: CacheView | None
+    shadow: ShadowView | None
     updated_at: datetime
 
     @classmethod
@@ -184,6 +192,7 @@ class DeploymentView(BaseModel):
             default_timeout_ms=config.default_timeout_ms,
             fallback=_fallback(config),
             cache=_cache(config),
+            shadow=_shadow(config),
             updated_at=moment(message.updated_at_us),
         )
 
@@ -306,6 +315,13 @@ def _cache(config: control_pb2.ServingConfig) -> CacheView | None:
     if not config.HasField("cache"):
         return None
     return CacheView(ttl_s=config.cache.ttl_ms / 1000, max_entry_bytes=config.cache.max_entry_bytes)
+
+
+def _shadow(config: control_pb2.ServingConfig) -> ShadowView | None:
+    if not config.HasField("shadow"):
+        return None
+    shadow = config.shadow
+    return ShadowView(version=shadow.version, share=shadow.share / 100, tolerance=shadow.tolerance)
 
 
 def _name(enumerator: str, prefix: str) -> str | None:

@@ -28,6 +28,7 @@ from services.router.result_store import result_store
 from services.router.retry_budget import RetryBudget
 from services.router.routing_table import RoutingTable
 from services.router.settings import Settings
+from services.router.shadow import Mirror
 from services.router.snapshot import Snapshot
 from services.router.stats import Stats
 
@@ -100,6 +101,8 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         if cfg.redis_url:
             store = await stack.enter_async_context(result_store(cfg.redis_url, cfg.cache_budget_ms / 1e3))
             cache = ResultCache(store, HitLog(events, cfg.router_id, clock), stats)
+        mirror = Mirror(endpoints, bus, stats, clock, cfg.router_id, limit=cfg.shadow_limit)
+        await _own(stack, mirror.run(), "compare shadows")
         dispatcher = Dispatcher(
             table,
             endpoints,
@@ -111,6 +114,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             endpoint_wait_s=cfg.endpoint_wait_s,
             max_waiting=cfg.max_waiting,
             cache=cache,
+            mirror=mirror,
         )
         health = Health("routing table")
         await _own(stack, endpoints.expire(), "expire workers")

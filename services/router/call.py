@@ -20,6 +20,7 @@ from services.router.assignment import unit_hash, unit_of
 from services.router.endpoints import Endpoint, Group
 from services.router.outliers import Verdict, verdict
 from services.router.routing_table import Fallback, Route, Target
+from services.router.shadow import Mirror
 
 if TYPE_CHECKING:
     from services.router.dispatch import Dispatcher
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _OK: Final = Code.CODE_OK
 _RETRYABLE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED})
+#: Answers of versions that a shadow's are compared with.
+_COMPARED: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL})
 #: What a worker answers without being to blame: the request is at fault, or its caller's patience.
 _BLAMELESS: Final = frozenset(
     {Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED}
@@ -65,6 +68,7 @@ class Call:
         "fell_back",
         "flight",
         "group",
+        "mirrored",
         "owner",
         "owner_id",
         "request",
@@ -82,7 +86,7 @@ class Call:
         self.request = request
         self.owner = owner
         self.owner_id: int = request.id
-        self.began_at = now
+        self.began_at = self.sent_at = now
         self.deadline = now
         self.route: Route | None = None
         self.target: Target | None = None
@@ -94,6 +98,8 @@ class Call:
         self.done = False
         #: Whether another version answers than was routed.
         self.fell_back = False
+        #: Whether a shadow gets a copy once it is answered.
+        self.mirrored = False
         #: Where it is with others that want the same of the result cache.
         self.flight: Flight | None = None
         self._fallback: Fallback | None = None
@@ -127,6 +133,9 @@ class Call:
             fallback = route.fallback
             if fallback is not None and fallback.target is not target:
                 self._fallback = fallback
+            shadow = route.shadow
+            if shadow is not None and shadow.target is not target and not request.origin:
+                self.mirrored = Mirror.chosen(shadow, request)
         self.target = target
         request.version = target.version
         request.variant = target.variant
@@ -345,6 +354,14 @@ class Call:
             reply.fallback = True
         reply.id = self.owner_id
         self.owner.answer(self, reply)
+        if self.mirrored and code in _COMPARED and not (self.fell_back or reply.cached):
+            self._mirror(reply)
+
+    def _mirror(self, reply: PredictReply) -> None:
+        """Leave request and reply to the mirror; nobody changes them any more."""
+        mirror, route, target = self._dispatcher.mirror, self.route, self.target
+        if mirror is not None and route is not None and target is not None:
+            mirror.offer(self.request, route, target, reply, _monotonic() - self.sent_at)
 
     def _explain(self, reply: PredictReply) -> None:
         """Complete a reply that no worker made: its words are about our connection, not the caller's."""

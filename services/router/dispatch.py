@@ -16,6 +16,7 @@ from services.router.prediction_log import RefusalLog
 from services.router.result_cache import ResultCache
 from services.router.retry_budget import RetryBudget
 from services.router.routing_table import RoutingTable
+from services.router.shadow import Mirror
 from services.router.stats import Stats
 from services.router.waiting import Waiting
 
@@ -40,6 +41,7 @@ class Dispatcher:
         endpoint_wait_s: float,
         max_waiting: int,
         cache: ResultCache | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.table = table
         self.endpoints = endpoints
@@ -49,6 +51,7 @@ class Dispatcher:
         self.budget = budget
         self.max_attempts = max_attempts
         self.cache = cache
+        self.mirror = mirror
         self.waiting = Waiting(self, endpoints, wait_s=endpoint_wait_s, limit=max_waiting)
 
     def unknown_model(self, model: str) -> HeadraceError:

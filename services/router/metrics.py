@@ -42,6 +42,11 @@ class RouterMetrics(Collector):
             ("in_flight", "Requests being answered", dispatcher.budget.active),
             ("retries_in_flight", "Retries that count against the budget", dispatcher.budget.retrying),
             ("waiting", "Requests waiting for a version to be loaded", len(dispatcher.waiting)),
+            (
+                "shadows_under_way",
+                "Copies for shadows that are not compared yet",
+                dispatcher.mirror.under_way if dispatcher.mirror else 0,
+            ),
             ("gateway_connections", "Frame streams of gateways", self._server.connections),
             ("log_pending_bytes", "Refusals not yet in Kafka", log.pending_bytes),
             ("log_pending_records", "Records not yet in Kafka", log.pending_records),
@@ -49,6 +54,11 @@ class RouterMetrics(Collector):
             yield GaugeMetricFamily(f"headrace_router_{name}", text, value=float(value))
         for name, text, value in (
             ("retries_over_budget", "Retries that the budget did not allow", dispatcher.budget.refused),
+            (
+                "shadows_not_published",
+                "Comparisons with shadows that were lost",
+                dispatcher.stats.unpublished_shadows,
+            ),
             ("refusals_not_logged", "Refusals that found the log full", dispatcher.log.dropped),
             ("log_published", "Records that Kafka acknowledged", log.published),
             ("log_publish_failures", "Publishes that failed and were tried again", log.publish_failures),
@@ -72,6 +82,9 @@ class RouterMetrics(Collector):
             "Requests that the result cache took",
             labels=(*_VERSION, "result"),
         )
+        shadows = CounterMetricFamily(
+            "headrace_router_shadows", "Copies for the shadow version", labels=(*_VERSION, "result")
+        )
         latency = HistogramMetricFamily(
             "headrace_router_latency_seconds", "From the frame's arrival to the answer", labels=_VERSION
         )
@@ -80,6 +93,8 @@ class RouterMetrics(Collector):
                 requests.add_metric((*key, Code.Name(Code.ValueType(code)).removeprefix("CODE_")), count)
             for reason, count in stats.retries.items():
                 retries.add_metric((*key, reason), count)
+            for result, count in stats.shadows.items():
+                shadows.add_metric((*key, result), count)
             for result, count in stats.cache.items():
                 cache.add_metric((*key, result), count)
             for reason, count in stats.fallbacks.items():
@@ -89,7 +104,7 @@ class RouterMetrics(Collector):
                 total += count
                 buckets.append((bound, float(total)))
             latency.add_metric(key, buckets, stats.latency_sum_s)
-        yield from (requests, retries, fallbacks, cache, latency)
+        yield from (requests, retries, fallbacks, cache, shadows, latency)
 
     def _workers(self) -> Iterator[Metric]:
         labels = ("worker",)

@@ -34,6 +34,7 @@ class Target:
         self.propensity = propensity
 
 
+_TOLERANCE: Final = 0.001
 #: Answers that call for the fallback where the deployment does not name them.
 FAILURES: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_INTERNAL, Code.CODE_DEADLINE_EXCEEDED})
 
@@ -43,6 +44,14 @@ class CachePolicy(NamedTuple):
 
     ttl_ms: int
     max_entry_bytes: int
+
+
+class Shadow(NamedTuple):
+    """Who gets a copy of answered requests, of how many in 10,000, and when two numbers are the same."""
+
+    target: Target
+    share: int
+    tolerance: float
 
 
 class Fallback:
@@ -70,6 +79,7 @@ class Route:
         "log_payloads",
         "model",
         "revision",
+        "shadow",
         "timeout_s",
     )
 
@@ -101,6 +111,11 @@ class Route:
         self.cache: CachePolicy | None = None
         if config.cache.ttl_ms:
             self.cache = CachePolicy(config.cache.ttl_ms, config.cache.max_entry_bytes)
+        self.shadow: Shadow | None = None
+        if config.shadow.share:
+            shadow = config.shadow
+            target = self._served(shadow.version, "shadow")
+            self.shadow = Shadow(target, shadow.share, shadow.tolerance or _TOLERANCE)
         self.fallback: Fallback | None = None
         if config.HasField("fallback"):
             self.fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)

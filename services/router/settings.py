@@ -39,6 +39,8 @@ class Settings(ServiceSettings):
     outlier_ejection_s: Annotated[float, Field(gt=0)] = 30.0
     outlier_ejection_max_s: Annotated[float, Field(gt=0)] = 300.0
     outlier_max_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    #: Copies for shadow versions under way at once; what is above is dropped.
+    shadow_limit: Annotated[int, Field(ge=0)] = 256
     #: Redis or Valkey for the result cache, `redis://[:password@]host:port/db`; empty: nothing is cached.
     redis_url: Annotated[str, Field(repr=False, pattern=r"^((rediss?|unix)://.*)?$")] = ""
     #: What a look-up may take; longer is a miss.

@@ -26,6 +26,7 @@ class VersionStats:
     retries: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     cache: dict[str, int] = field(default_factory=dict)
+    shadows: dict[str, int] = field(default_factory=dict)
     latency: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
     latency_sum_s: float = 0.0
 
@@ -35,6 +36,8 @@ class Stats:
 
     def __init__(self) -> None:
         self.versions: dict[VersionKey, VersionStats] = {}
+        #: Comparisons with shadows that never reached Kafka.
+        self.unpublished_shadows = 0
 
     def answered(self, key: VersionKey | None, code: Code, seconds: float) -> None:
         """A request ended with `code`, `seconds` after it came."""
@@ -58,6 +61,11 @@ class Stats:
         """The result cache was asked: a "hit", a "miss", or "joined" to an equal request under way."""
         asked = self._of(key).cache
         asked[how] = asked.get(how, 0) + 1
+
+    def shadowed(self, key: VersionKey, how: str) -> None:
+        """A copy for the shadow `key` was "dropped" or compared: the verdict's name."""
+        shadows = self._of(key).shadows
+        shadows[how] = shadows.get(how, 0) + 1
 
     def _of(self, key: VersionKey) -> VersionStats:
         stats = self.versions.get(key)

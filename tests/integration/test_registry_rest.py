@@ -143,6 +143,8 @@ BOTH = [{"version": "1", "weight": 0}, {"version": "2", "weight": 100}]
             "fallback.on[0]",
         ),
         ({"versions": BOTH, "cache": {"ttl_s": 0}}, "cache.ttl_s"),
+        ({"versions": BOTH, "shadow": {"version": "3", "share": 1}}, "shadow.version"),
+        ({"versions": BOTH, "shadow": {"version": "1", "share": 0}}, "shadow.share"),
         ({"versions": BOTH, "cache": {"ttl_s": 1, "max_entry_bytes": 0}}, "cache.max_entry_bytes"),
     ],
 )
@@ -164,6 +166,13 @@ async def test_a_fallback_is_published_and_shown(running: Running) -> None:
     without = await running.deploy("churn", {"1": 0, "2": 100})
     assert without.json()["fallback"] is None
     assert without.json()["revision"] == answer.json()["revision"] + 1
+
+
+async def test_a_shadow_is_published_and_shown(running: Running) -> None:
+    await running.make("churn", linear(weight=1), linear(weight=2))
+    answer = await running.deploy("churn", {"1": 100, "2": 0}, shadow={"version": "2", "share": 12.5})
+    assert answer.json()["shadow"] == {"version": "2", "share": 12.5, "tolerance": 0.001}
+    assert (await running.deploy("churn", {"1": 100, "2": 0})).json()["shadow"] is None
 
 
 async def test_a_cache_is_published_and_shown(running: Running) -> None:

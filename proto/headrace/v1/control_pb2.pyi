@@ -22,7 +22,7 @@ BALANCING_WEIGHTED: Balancing
 BALANCING_CONSISTENT_HASH: Balancing
 
 class ServingConfig(_message.Message):
-    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache")
+    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache", "shadow")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +44,7 @@ class ServingConfig(_message.Message):
     PUBLISHED_AT_US_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: int
     versions: _containers.RepeatedCompositeFieldContainer[ServedVersion]
@@ -58,7 +59,18 @@ class ServingConfig(_message.Message):
     published_at_us: int
     fallback: Fallback
     cache: Cache
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ...) -> None: ...
+    shadow: Shadow
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ...) -> None: ...
+
+class Shadow(_message.Message):
+    __slots__ = ("version", "share", "tolerance")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    share: int
+    tolerance: float
+    def __init__(self, version: _Optional[str] = ..., share: _Optional[int] = ..., tolerance: _Optional[float] = ...) -> None: ...
 
 class Cache(_message.Message):
     __slots__ = ("ttl_ms", "max_entry_bytes")

@@ -9,6 +9,19 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ShadowVerdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SHADOW_VERDICT_UNSPECIFIED: _ClassVar[ShadowVerdict]
+    SHADOW_VERDICT_EQUAL: _ClassVar[ShadowVerdict]
+    SHADOW_VERDICT_DIFFERENT: _ClassVar[ShadowVerdict]
+    SHADOW_VERDICT_FAILED: _ClassVar[ShadowVerdict]
+    SHADOW_VERDICT_INCOMPARABLE: _ClassVar[ShadowVerdict]
+SHADOW_VERDICT_UNSPECIFIED: ShadowVerdict
+SHADOW_VERDICT_EQUAL: ShadowVerdict
+SHADOW_VERDICT_DIFFERENT: ShadowVerdict
+SHADOW_VERDICT_FAILED: ShadowVerdict
+SHADOW_VERDICT_INCOMPARABLE: ShadowVerdict
+
 class PredictionBatch(_message.Message):
     __slots__ = ("batch_id", "source", "writer", "model", "version", "artifact_digest", "answered_at_us", "request_ids", "unit_hashes", "variants", "variant_names", "propensities", "revisions", "codes", "origins", "attempts", "cached", "latency_us", "queue_us", "compute_us", "rows", "inputs", "outputs")
     class Writer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -134,3 +147,73 @@ class DriftAlert(_message.Message):
     window_rows: int
     message: str
     def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ShadowComparison(_message.Message):
+    __slots__ = ("batch_id", "source", "model", "version", "shadow_version", "artifact_digest", "shadow_artifact_digest", "compared_at_us", "tolerance", "request_ids", "unit_hashes", "revisions", "codes", "shadow_codes", "latency_us", "shadow_latency_us", "verdicts", "rows", "rows_equal", "outputs")
+    BATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    COMPARED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_HASHES_FIELD_NUMBER: _ClassVar[int]
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    CODES_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_CODES_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    VERDICTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_EQUAL_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    batch_id: bytes
+    source: str
+    model: str
+    version: str
+    shadow_version: str
+    artifact_digest: str
+    shadow_artifact_digest: str
+    compared_at_us: int
+    tolerance: float
+    request_ids: bytes
+    unit_hashes: _containers.RepeatedScalarFieldContainer[int]
+    revisions: _containers.RepeatedScalarFieldContainer[int]
+    codes: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Code]
+    shadow_codes: _containers.RepeatedScalarFieldContainer[_tensor_pb2.Code]
+    latency_us: _containers.RepeatedScalarFieldContainer[int]
+    shadow_latency_us: _containers.RepeatedScalarFieldContainer[int]
+    verdicts: _containers.RepeatedScalarFieldContainer[ShadowVerdict]
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    rows_equal: _containers.RepeatedScalarFieldContainer[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[OutputComparison]
+    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., shadow_version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., shadow_artifact_digest: _Optional[str] = ..., compared_at_us: _Optional[int] = ..., tolerance: _Optional[float] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., shadow_codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., latency_us: _Optional[_Iterable[int]] = ..., shadow_latency_us: _Optional[_Iterable[int]] = ..., verdicts: _Optional[_Iterable[_Union[ShadowVerdict, str]]] = ..., rows: _Optional[_Iterable[int]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[OutputComparison, _Mapping]]] = ...) -> None: ...
+
+class OutputComparison(_message.Message):
+    __slots__ = ("name", "kind", "rows_equal", "largest_difference", "mean_difference", "rows_same_top")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[OutputComparison.Kind]
+        KIND_NUMBER: _ClassVar[OutputComparison.Kind]
+        KIND_LABEL: _ClassVar[OutputComparison.Kind]
+        KIND_TEXT: _ClassVar[OutputComparison.Kind]
+    KIND_UNSPECIFIED: OutputComparison.Kind
+    KIND_NUMBER: OutputComparison.Kind
+    KIND_LABEL: OutputComparison.Kind
+    KIND_TEXT: OutputComparison.Kind
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ROWS_EQUAL_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    MEAN_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SAME_TOP_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: OutputComparison.Kind
+    rows_equal: _containers.RepeatedScalarFieldContainer[int]
+    largest_difference: _containers.RepeatedScalarFieldContainer[float]
+    mean_difference: _containers.RepeatedScalarFieldContainer[float]
+    rows_same_top: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[OutputComparison.Kind, str]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., largest_difference: _Optional[_Iterable[float]] = ..., mean_difference: _Optional[_Iterable[float]] = ..., rows_same_top: _Optional[_Iterable[int]] = ...) -> None: ...
