@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
-from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanKind
 
 from services.common.clock import Clock
-from services.common.errors import Cancelled, DeadlineExceeded, HeadraceError, Internal
+from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers, log_fields
 from services.worker.batch_queue import Batch, BatchPolicy, Item
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.execution import Execution, Runner
-from services.worker.prediction_log import (
-    Answered,
-    Entry,
-    PayloadPolicy,
-    PredictionRecords,
-    entries_of,
-    waiting_us,
-)
+from services.worker.outcome import Outcome, outcome_of
+from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords, waiting_us
 from services.worker.replies import error_reply, ok_replies
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
@@ -36,6 +29,9 @@ log = structlog.get_logger(__name__)
 
 _OK = Code.CODE_OK
 _MOST_LINKS = 128
+# Batches with more bytes of input run in a thread however fast they are: joining these bytes, and serialising
+# them for the log, would hold up the event loop.
+_INLINE_BYTES = 256 << 10
 
 
 class Log(Protocol):
@@ -170,30 +166,43 @@ class LoadedModel:
             item.queue_us = waiting_us(item, started)
         max_rows = self._policy.batching.max_rows
         # Where a dimension varies, rows say too little about the time that a run takes.
-        inline = self.layout.fixed and self.run_time.estimate(batch.rows) <= serving.inline_below
+        inline = (
+            self.layout.fixed
+            and self.run_time.estimate(batch.rows) <= serving.inline_below
+            and sum([item.nbytes for item in batch.items]) <= _INLINE_BYTES
+        )
         self.stats.batch(batch.rows, batch.reason.value, inline=inline)
         if inline:
-            self._finish(batch, self._runner.execute(batch, max_rows), started)
+            self._finish(batch, self._runner.execute(batch, max_rows), None, started)
             return
-        future = serving.pool.submit(self._runner.execute, batch, max_rows)
+        future = serving.pool.submit(self._execute, batch, max_rows, started)
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._ran, batch, done, started)
         )
 
-    def _ran(self, batch: Batch, done: Future[Execution], started: float) -> None:
-        try:
-            execution = done.result()
-        except (
-            Exception
-        ) as error:  # without this the slot would stay taken and the version answer nothing more
-            log.exception("execution_failed", model=self._records.key.decode())
-            failures = [(item, Internal("the model could not be run")) for item in batch.items]
-            execution = Execution([], [*failures], 0.0, 0.0, 0.0, fault=error)
-        self._finish(batch, execution, started)
+    def _execute(self, batch: Batch, max_rows: int, started: float) -> tuple[Execution, Outcome]:
+        """In a thread: run `batch`, and make of it all that needs no event loop."""
+        execution = self._runner.execute(batch, max_rows)
+        return execution, self._outcome(batch, execution, started)
 
-    def _finish(self, batch: Batch, execution: Execution, started: float) -> None:
+    def _outcome(self, batch: Batch, execution: Execution, started: float) -> Outcome:
+        payloads, clock = self._policy.payloads, self._serving.clock
+        return outcome_of(batch, execution, started, self._records, payloads, clock)
+
+    def _ran(self, batch: Batch, done: Future[tuple[Execution, Outcome]], started: float) -> None:
+        outcome: Outcome | None = None
         try:
-            self._answer(batch, execution, started)
+            execution, outcome = done.result()
+        except Exception as error:  # else the slot would stay taken and the version answer nothing more
+            log.exception("execution_failed", model=self._records.key.decode())
+            internal = Internal("the model could not be run")
+            failures: list[tuple[Item, HeadraceError]] = [(item, internal) for item in batch.items]
+            execution = Execution([], failures, 0.0, 0.0, 0.0, fault=error)
+        self._finish(batch, execution, outcome, started)
+
+    def _finish(self, batch: Batch, execution: Execution, outcome: Outcome | None, started: float) -> None:
+        try:
+            self._answer(batch, execution, outcome or self._outcome(batch, execution, started))
         except HeadraceError as error:  # the log is full
             self._settle_all(batch.items, error)
         except Exception:  # whatever goes wrong here, every caller gets an answer
@@ -203,11 +212,8 @@ class LoadedModel:
             self.running_rows -= batch.rows
             self._batcher.finished()
 
-    def _answer(self, batch: Batch, execution: Execution, started: float) -> None:
-        clock = self._serving.clock
-        now = clock.monotonic()
-        elapsed = now - started
-        times = Answered(started, now, clock.unix_us(), max(1, round(elapsed * 1e6)))
+    def _answer(self, batch: Batch, execution: Execution, outcome: Outcome) -> None:
+        times = outcome.times
         if execution.fault is not None:
             trace = next((item.request.trace for item in batch.items if item.request.trace), b"")
             log.error(
@@ -218,38 +224,24 @@ class LoadedModel:
             )
         if not execution.reruns and not execution.failures:
             # Without the way to a thread and back: a fast model must not look slow because it was sent there.
-            self.run_time.observe(batch.rows, execution.prepare + execution.infer + execution.cut, now)
+            took = execution.prepare + execution.infer + execution.cut
+            self.run_time.observe(batch.rows, took, times.finished)
         headers = self._trace(batch, times, failed=bool(execution.failures))
-        whole = (
-            not execution.failures
-            and len(execution.parts) == 1
-            and all(not item.done and item.deadline > now for item in batch.items)
-        )
-        if whole:
+        # All or none: a batch of which a part were logged would be run, and logged, again elsewhere.
+        self._serving.log.append_many(self._records.key, outcome.records, headers)
+        self.stats.payloads_omitted += outcome.omitted
+        if outcome.codes is None:
             part = execution.parts[0]
-            self._append(self._records.of_part(part, times, self._policy.payloads), headers)
             for item, reply in ok_replies(self.version, part, times, batched=self.layout.batched):
                 item.settle(reply)
             self.stats.succeeded += len(batch.items)
             self.stats.rows += batch.rows
         else:
-            self._answer_each(execution, times, headers)
+            self._answer_each(execution, times, outcome.codes)
         self._count(batch, execution, times)
 
-    def _answer_each(
-        self, execution: Execution, times: Answered, headers: tuple[tuple[str, bytes], ...]
-    ) -> None:
+    def _answer_each(self, execution: Execution, times: Answered, codes: dict[int, Code]) -> None:
         """The same where members failed, were cancelled or came too late."""
-
-        def code(item: Item) -> Code:
-            if item.done:
-                return Cancelled.code
-            return _OK if item.deadline > times.finished else DeadlineExceeded.code
-
-        entries = [entry for part in execution.parts for entry in entries_of(part, code)]
-        codes = {id(entry.item): entry.code for entry in entries}
-        entries += [Entry(item, error.code) for item, error in execution.failures]
-        self._append(self._records.of_entries(entries, times, self._policy.payloads), headers)
         for part in execution.parts:
             for item, reply in ok_replies(self.version, part, times, batched=self.layout.batched):
                 if codes[id(item)] == _OK:
@@ -260,17 +252,6 @@ class LoadedModel:
                     self._fail(item, DeadlineExceeded("the answer came after the deadline"), times.compute_us)
         for item, error in execution.failures:
             self._fail(item, error, times.compute_us)
-
-    def _append(self, records: Iterable[PredictionBatch], headers: tuple[tuple[str, bytes], ...]) -> None:
-        # All or none: a batch of which a part were logged would be run, and logged, again elsewhere.
-        written = list(records)
-        self._serving.log.append_many(
-            self._records.key, [record.SerializeToString() for record in written], headers
-        )
-        if self._policy.payloads.enabled:
-            for record in written:
-                if not record.inputs:
-                    self.stats.payloads_omitted += sum(code == _OK for code in record.codes)
 
     def _settle_all(self, items: Sequence[Item], error: HeadraceError) -> None:
         for item in items:

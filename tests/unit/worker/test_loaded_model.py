@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ from opentelemetry.trace import SpanContext, TraceFlags
 
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
+from services.worker import loaded_model
+from services.worker.batch_queue import Batch
+from services.worker.outcome import Outcome, outcome_of
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import eventually
 
@@ -41,6 +46,33 @@ async def test_the_record_is_written_before_the_replies_leave(rig: Rig, inline_b
     assert set(rig.logged_before.values()) == {5}
     assert model.stats.inline_runs == (1 if inline_below else 0)
     assert (model.stats.succeeded, model.stats.rows, model.stats.runs) == (5, 5, 1)
+
+
+async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[int, bool] = {}
+
+    def noting(batch: Batch, *rest: Any) -> Outcome:
+        on_loop = threading.current_thread() is threading.main_thread()
+        threads.update((item.request.id, on_loop) for item in batch.items)
+        return outcome_of(batch, *rest)
+
+    monkeypatch.setattr(loaded_model, "outcome_of", noting)
+    monkeypatch.setattr(loaded_model, "_INLINE_BYTES", 1 << 10)
+    rig.inline_below = 1.0
+    model = rig.start(max_rows=1 << 10)
+    model.submit([rig.item(1)])
+    await eventually(lambda: len(rig.answers) == 1)
+    model.submit([rig.item(2, rows=500)])
+    await eventually(lambda: len(rig.answers) == 2)
+    assert threads == {1: True, 2: False}
+    assert rig.logged_before == {1: 1, 2: 2}
+    assert rig.codes() == {1: Code.CODE_OK, 2: Code.CODE_OK}
+    answer = rig.answers[2]
+    assert isinstance(answer, PredictReply)
+    assert answer.outputs[0].data == np.full(500, 4, np.float32).tobytes()
+    assert rig.log.records[1][1].inputs[0].data == np.full(500, 2, np.float32).tobytes()
 
 
 async def test_a_full_log_refuses_instead_of_serving_unlogged(rig: Rig) -> None:

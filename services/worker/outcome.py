@@ -1,0 +1,62 @@
+"""What each member of an executed batch is answered, and the bytes that say so in the prediction log. Free of
+the event loop: what ran in a thread is decided and serialised there, so that large tensors hold up nobody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.clock import Clock
+from services.common.errors import Cancelled, DeadlineExceeded
+from services.worker.batch_queue import Batch, Item
+from services.worker.execution import Execution
+from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
+
+_OK = Code.CODE_OK
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`codes` is by the id() of the members that ran to their end; None: all are answered OK. `records` are
+    those of the log, serialised; `omitted` counts requests answered OK whose tensors are not in them."""
+
+    times: Answered
+    codes: dict[int, Code] | None
+    records: list[bytes]
+    omitted: int
+
+
+def outcome_of(
+    batch: Batch,
+    execution: Execution,
+    started: float,
+    records: PredictionRecords,
+    payloads: PayloadPolicy,
+    clock: Clock,
+) -> Outcome:
+    """Decide now, once: what is logged is what is answered."""
+    now = clock.monotonic()
+    times = Answered(started, now, clock.unix_us(), max(1, round((now - started) * 1e6)))
+    codes: dict[int, Code] | None = None
+    if (
+        not execution.failures
+        and len(execution.parts) == 1
+        and all(not item.done and item.deadline > now for item in batch.items)
+    ):
+        made = list(records.of_part(execution.parts[0], times, payloads))
+    else:
+
+        def code(item: Item) -> Code:
+            if item.done:
+                return Cancelled.code
+            return _OK if item.deadline > now else DeadlineExceeded.code
+
+        entries = [entry for part in execution.parts for entry in entries_of(part, code)]
+        codes = {id(entry.item): entry.code for entry in entries}
+        entries += [Entry(item, error.code) for item, error in execution.failures]
+        made = list(records.of_entries(entries, times, payloads))
+    omitted = 0
+    if payloads.enabled:
+        omitted = sum(code == _OK for record in made if not record.inputs for code in record.codes)
+    return Outcome(times, codes, [record.SerializeToString() for record in made], omitted)
