@@ -20,15 +20,14 @@ KEPT = 100
 
 
 def alerts_followed(edge: Edge, bus: Bus) -> AbstractAsyncContextManager[None]:
-    """Store alerts while the context is open. An alert that comes again changes nothing."""
+    """Store alerts while the context is open. One that comes again says how it stands now: drift publishes an
+    alert anew when it changes, all of a model's in order."""
 
     async def on_alerts(records: Sequence[Record]) -> None:
         alerts = [parse(index, record) for index, record in enumerate(records)]
         async with edge.transaction() as tx:
             for alert in alerts:
-                await tx.insert_alert(
-                    alert.alert_id, alert.model, alert.SerializeToString(), edge.clock.now()
-                )
+                await tx.put_alert(alert.alert_id, alert.model, alert.SerializeToString(), edge.clock.now())
             for model in sorted({alert.model for alert in alerts}):
                 await tx.prune_alerts(model, KEPT)
 

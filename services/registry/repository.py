@@ -22,6 +22,7 @@ from services.registry.tables import (
     ModelRow,
     RevisionRow,
     Tables,
+    VersionNameRow,
     VersionRow,
 )
 
@@ -87,10 +88,15 @@ class Repository:
         return (await self._session.scalars(statement)).all()
 
     async def version_names(self, model: str) -> Sequence[str]:
-        """Every name ever given, deleted ones included."""
-        return (
-            await self._session.scalars(select(VersionRow.version).where(VersionRow.model == model))
-        ).all()
+        """Every name ever given, those of deleted versions and of deleted models included."""
+        statement = select(VersionNameRow.version).where(VersionNameRow.model == model)
+        return (await self._session.scalars(statement)).all()
+
+    async def take_version_name(self, model: str, version: str) -> bool:
+        """False where the name was given before."""
+        statement = insert(VersionNameRow).values(model=model, version=version).on_conflict_do_nothing()
+        taken = await self._session.execute(statement.returning(VersionNameRow.version))
+        return taken.scalar() is not None
 
     async def aliases(self, *models: str) -> Sequence[AliasRow]:
         statement = select(AliasRow).where(AliasRow.model.in_(models)).order_by(AliasRow.alias)
@@ -172,10 +178,13 @@ class Repository:
 
     # alerts
 
-    async def insert_alert(self, alert_id: bytes, model: str, alert: bytes, at: datetime) -> None:
-        """Nothing happens where the alert is there already."""
+    async def put_alert(self, alert_id: bytes, model: str, alert: bytes, at: datetime) -> None:
+        """An alert that is there already keeps its place among the others and says what `alert` says."""
         statement = insert(AlertRow).values(alert_id=alert_id, model=model, alert=alert, received_at=at)
-        await self._session.execute(statement.on_conflict_do_nothing())
+        changed = {"alert": alert}
+        await self._session.execute(
+            statement.on_conflict_do_update(index_elements=["alert_id"], set_=changed)
+        )
 
     async def prune_alerts(self, model: str, keep: int) -> None:
         """Delete all but the newest `keep` alerts of `model`."""

@@ -54,7 +54,7 @@ async def update_model(tx: Repository, name: str, patch: ModelPatch) -> Model:
 async def delete_model(tx: Repository, name: str) -> None:
     """Delete a model and its versions. Raises NotFound, FailedPrecondition while deployed or with aliases.
 
-    Artifacts stay in the store: other versions may share them.
+    Artifacts stay in the store, since other versions may share them, and names of versions stay taken.
     """
     await _existing(tx, name, lock=True)
     if await tx.deployment(name) is not None:
@@ -95,6 +95,8 @@ async def create_version(
         return _version(old), False
     if await tx.alias(model, version) is not None:
         raise AlreadyExists(f"{version!r} is an alias of {model}", field="version")
+    if not await tx.take_version_name(model, version):
+        raise _given_before(version)
     tx.add(row)
     await tx.flush()
     return _version(row), True
@@ -167,11 +169,13 @@ def _next_number(names: Iterable[str]) -> str:
     return str(max((int(name) for name in names if name.isdecimal() and name.isascii()), default=0) + 1)
 
 
+def _given_before(version: str) -> AlreadyExists:
+    return AlreadyExists(f"version {version!r} was deleted; its name is not given again", field="version")
+
+
 def _check_same(old: VersionRow, new: VersionRow) -> None:
     if old.deleted_at is not None:
-        raise AlreadyExists(
-            f"version {old.version!r} was deleted; its name is not given again", field="version"
-        )
+        raise _given_before(old.version)
     fixed = ("artifact_digest", "backend", "signature", "metrics", "lineage", "tags")
     changed = [name for name in fixed if getattr(old, name) != getattr(new, name)]
     if changed:

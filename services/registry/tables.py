@@ -35,7 +35,7 @@ class ModelRow(Tables):
 
 
 class VersionRow(Tables):
-    """Never updated but for `deleted_at`: a deleted version's name is not given again."""
+    """Never updated but for `deleted_at`."""
 
     __tablename__ = "versions"
 
@@ -53,6 +53,16 @@ class VersionRow(Tables):
     tags: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
+
+
+class VersionNameRow(Tables):
+    """A name that a version has or had. Outlives version and model: what was counted under one (model,
+    version) must never be added to by another artifact."""
+
+    __tablename__ = "version_names"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[str] = mapped_column(primary_key=True)
 
 
 class AliasRow(Tables):

@@ -17,7 +17,7 @@ from services.registry.alerts import GROUP, KEPT
 from tests.fixtures.registry import Running, following, registry_settings, running_registry
 
 
-def alert(number: int, feature: str) -> Record:
+def alert(number: int, feature: str, **changes: Any) -> Record:
     event = DriftAlert(
         alert_id=number.to_bytes(16, "big"),
         model="churn",
@@ -30,6 +30,7 @@ def alert(number: int, feature: str) -> Record:
         window_start_us=1_750_000_000_000_000,
         window_end_us=1_750_000_060_000_000,
     )
+    event.MergeFrom(DriftAlert(**changes))
     return Record(ALERTS.name, b"churn", event.SerializeToString())
 
 
@@ -64,6 +65,13 @@ async def test_alerts_are_stored_once_and_the_newest_kept(
             "critical",
         )
         assert found["age"]["window_end"] == "2025-06-15T15:07:40Z"
+        # It grows worse: drift publishes the same alert anew.
+        await bus.publish([alert(1, "age", value=0.7, message="worse"), alert(3, "zip")])
+        await alerts_until(running, lambda found: len(found) == 3)
+        listed = (await running.rest.get("/v1/models/churn/alerts")).json()["alerts"]
+        assert listed[0]["feature"] == "zip"
+        (worse,) = (entry for entry in listed if entry["feature"] == "age")
+        assert (worse["value"], worse["message"]) == (0.7, "worse")
         await bus.publish([alert(number, "age") for number in range(10, 10 + KEPT)])
         await alerts_until(
             running, lambda found: len(found) == KEPT and all(e["feature"] == "age" for e in found)

@@ -106,7 +106,7 @@ async def test_revisions_are_never_given_twice(running: Running, kafka_bootstrap
     assert (await running.rest.delete("/v1/deployments/churn")).status_code == 204
     assert (await running.rest.delete("/v1/models/churn")).status_code == 204
     await running.make("churn", linear(weight=3))
-    assert (await running.deploy("churn", {"1": 100})).json()["revision"] == 6
+    assert (await running.deploy("churn", {"3": 100})).json()["revision"] == 6
 
 
 BOTH = [{"version": "1", "weight": 0}, {"version": "2", "weight": 100}]
