@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code
-from opentelemetry.trace import SpanContext, SpanKind
 
 from services.common.errors import HeadraceError, NotFound
 from services.common.frames import lost
-from services.common.telemetry import from_trace_bytes, trace_bytes
 from services.router.assignment import unit_hash, unit_of
 from services.router.endpoints import Endpoint, Group
 from services.router.outliers import Verdict, verdict
 from services.router.routing_table import Fallback, Route, Target
 from services.router.shadow import Mirror
+from services.router.span import RouteSpan
 
 if TYPE_CHECKING:
     from services.router.dispatch import Dispatcher
@@ -74,7 +73,6 @@ class Call:
         "request",
         "route",
         "sent_at",
-        "started_ns",
         "target",
         "tried",
         "unit_hash",
@@ -106,7 +104,7 @@ class Call:
         self._last_attempt = dispatcher.max_attempts - 1
         self._retrying = False
         self._lost = False
-        self._span: tuple[SpanContext | None, SpanContext] | None = None
+        self._span: RouteSpan | None = None
 
     def begin(self) -> None:
         """Route the request and send it."""
@@ -142,7 +140,7 @@ class Call:
         request.unit_hash = hashed
         request.revision = route.revision
         if request.trace:
-            self._start_span()
+            self._span = RouteSpan.begin(dispatcher.tracing, self)
         if route.cache is not None and dispatcher.cache is not None:
             dispatcher.cache.enter(self, route.cache)
         else:
@@ -382,38 +380,4 @@ class Call:
             self.target.key if self.target is not None else None, code, _monotonic() - self.began_at
         )
         if self._span is not None:
-            self._record_span(code)
-
-    # Tracing: only requests whose caller sampled them come here.
-
-    def _start_span(self) -> None:
-        parent = from_trace_bytes(self.request.trace)
-        context = self._dispatcher.tracing.start(parent)
-        if context is None or not self._dispatcher.tracing.enabled:
-            return
-        self._span = (parent, context)
-        self.started_ns = time.time_ns()
-        self.request.trace = trace_bytes(context)
-
-    def _record_span(self, code: Code) -> None:
-        if self._span is None:
-            return
-        parent, context = self._span
-        request = self.request
-        self._dispatcher.tracing.record_span(
-            f"route {request.model}",
-            self.started_ns,
-            time.time_ns(),
-            parent,
-            attributes={
-                "headrace.model": request.model,
-                "headrace.version": request.version,
-                "headrace.variant": request.variant,
-                "headrace.attempts": self.attempt + 1,
-                "headrace.fallback": self.fell_back,
-                "headrace.code": Code.Name(code),
-            },
-            context=context,
-            kind=SpanKind.SERVER,
-            error=None if code == _OK else Code.Name(code),
-        )
+            self._span.end(self, code)
