@@ -55,11 +55,13 @@ class Leases:
         self._process = process
         self._script = redis.register_script(_SETTLE)
         self.available = False
+        # Where the next trip starts when one cannot take all.
+        self._position = 0
 
     async def settle(self, buckets: Iterable[Bucket]) -> None:
-        """Report what `buckets` spent and take over what their keys have left. Raises RedisError or
-        TimeoutError; then nothing is lost."""
-        used = [bucket for bucket in buckets if bucket.spent][:_BUCKETS_PER_TRIP]
+        """Report what `buckets` spent and take over what their keys have left; where they are too many for
+        one trip, in turn. Raises RedisError or TimeoutError; then nothing is lost."""
+        used = self._chosen(list(buckets))
         if not used:
             return
         reports = [bucket.report() for bucket in used]
@@ -72,14 +74,32 @@ class Leases:
                         args=[bucket.rate, bucket.burst, spent, self._process, _SHARER_S],
                         client=pipeline,
                     )
-                answers = await pipeline.execute()
+                answers = await pipeline.execute(raise_on_error=False)
         except BaseException:
             for bucket, spent in zip(used, reports, strict=True):
                 bucket.unreported(spent)
             raise
         now = self._clock.monotonic()
-        for bucket, (left, sharers) in zip(used, answers, strict=True):
-            bucket.granted(float(left), int(sharers), now)
+        failed: Exception | None = None
+        for bucket, spent, answer in zip(used, reports, answers, strict=True):
+            if isinstance(answer, Exception):  # of this key alone
+                bucket.unreported(spent)
+                failed = answer
+            else:
+                left, sharers = answer
+                bucket.granted(float(left), int(sharers), now)
+        if failed is not None:
+            raise failed
+
+    def _chosen(self, buckets: list[Bucket]) -> list[Bucket]:
+        start = self._position
+        used = [bucket for bucket in (*buckets[start:], *buckets[:start]) if bucket.spent]
+        if len(used) <= _BUCKETS_PER_TRIP:
+            self._position = 0
+            return used
+        chosen = used[:_BUCKETS_PER_TRIP]
+        self._position = buckets.index(chosen[-1]) + 1
+        return chosen
 
     async def run(self, buckets: Callable[[], Iterable[Bucket]]) -> None:
         """Settle at intervals, for ever. Redis away: local shares."""
@@ -89,6 +109,11 @@ class Leases:
             except (RedisError, TimeoutError, OSError) as error:
                 if self.available:
                     log.warning("limits_local", reason=str(error) or type(error).__name__)
+                self.available = False
+                await asyncio.sleep(_RETRY_S)
+            except Exception:
+                # A task that ended here would leave every limit to each gateway alone, for ever.
+                log.exception("limits_not_settled")
                 self.available = False
                 await asyncio.sleep(_RETRY_S)
             else:

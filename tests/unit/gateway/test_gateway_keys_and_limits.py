@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import stat
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from headrace.v1.control_pb2 import ApiKey, ServingConfig
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from services.common.bus import MemoryBus, Record
 from services.common.clock import ManualClock
@@ -19,6 +23,7 @@ from services.common.topics import DEPLOYMENTS, KEYS
 from services.gateway.catalogue import Catalogue
 from services.gateway.followed import followed
 from services.gateway.keys import Key, KeyRing, Scope
+from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from services.gateway.snapshot import load_snapshot, save_snapshot
 from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
@@ -264,3 +269,80 @@ def test_the_catalogue_says_whether_a_record_was_newer() -> None:
     assert catalogue.apply(b"cancer", cancer.SerializeToString())
     cancer.revision -= 1
     assert not catalogue.apply(b"cancer", cancer.SerializeToString())
+
+
+class _Pipeline:
+    """Answers scripts as the server would: everything is left; keys in `broken` fail."""
+
+    def __init__(self, broken: set[str]) -> None:
+        self.settled: list[str] = []
+        self.broken = broken
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        assert not raise_on_error
+        answers = [ResponseError("WRONGTYPE") if name in self.broken else (10.0, 1) for name in self.settled]
+        self.settled = []
+        return answers
+
+
+class _Redis:
+    def __init__(self, *broken: str) -> None:
+        self.one = _Pipeline(set(broken))
+        self.seen: list[str] = []
+
+    def pipeline(self, *, transaction: bool) -> _Pipeline:
+        assert not transaction
+        return self.one
+
+    def register_script(self, _text: str) -> Any:
+        async def run(keys: list[str], args: list[Any], client: _Pipeline) -> None:
+            name = keys[0].split("{")[1].rstrip("}")
+            assert args[2] > 0
+            client.settled.append(name)
+            self.seen.append(name)
+
+        return run
+
+
+async def test_more_keys_than_a_trip_takes_are_settled_in_turn(clock: ManualClock) -> None:
+    redis = _Redis()
+    leases = Leases(cast("Redis", redis), clock, "gateway")
+    buckets = [Bucket(str(index), 1e6, 10) for index in range(2500)]
+    for _ in range(5):
+        for bucket in buckets:
+            bucket.admit(clock.monotonic())
+        await leases.settle(buckets)
+    counts = Counter(redis.seen)
+    assert len(counts) == 2500
+    assert set(counts.values()) == {2}
+
+
+async def test_a_key_that_cannot_be_settled_keeps_no_other_from_it(clock: ManualClock) -> None:
+    leases = Leases(cast("Redis", _Redis("bad")), clock, "gateway")
+    bad, good = Bucket("bad", 1.0, 10), Bucket("good", 1.0, 10)
+    for bucket in (bad, good):
+        bucket.admit(clock.monotonic())
+    with pytest.raises(ResponseError):
+        await leases.settle([bad, good])
+    assert (bad.spent, good.spent) == (1, 0)
+
+
+async def test_nothing_ends_the_settling(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.leases._RETRY_S", 0.0)
+    leases, bucket, turns = Leases(cast("Redis", _Redis()), clock, "gateway"), Bucket("k", 1.0, 10), 0
+    bucket.admit(clock.monotonic())
+
+    def buckets() -> list[Bucket]:
+        nonlocal turns
+        turns += 1
+        if turns < 3:
+            raise ZeroDivisionError
+        return [bucket]
+
+    task = asyncio.create_task(leases.run(buckets))
+    async with asyncio.timeout(5):
+        while bucket.spent and not task.done():  # noqa: ASYNC110 - settled in the background
+            await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait({task})
+    assert (bucket.spent, leases.available) == (0, True)
