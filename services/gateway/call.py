@@ -51,6 +51,8 @@ class Call(ABC):
     request_id = b""
     began = 0.0
     deadline = 0.0
+    #: What the body asks for, seconds; 0: nothing.
+    asked_timeout_s = 0.0
     started_ns = 0
     model: ServedModel | None = None
     #: Where the call is now, and so what cancels it by `ticket`.

@@ -119,6 +119,7 @@ class V2Speaker(_Speaker):
         target = call.target
         version = self._version(call, key, request, target.model, target.version)
         asked, binary = v2.decode_request(call.body, call.json_length)
+        call.asked_timeout_s = v2.timeout_of(asked.parameters)
         call.v2 = v2.fill_request(request, version.signature, asked, binary)
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:

@@ -158,8 +158,10 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         trace, started = self._tracing.start(parent), time.time_ns()
         request.trace = trace_bytes(trace)
         left = context.time_remaining()
-        allowed = model.timeout_s or self._limits.default_timeout_s
-        timeout = min(left, self._limits.max_timeout_s) if left is not None else allowed
+        # What the caller says, by its deadline or the protocol's parameter; else what the model is given.
+        said = [one for one in (left, oip.timeout_of(asked) or None) if one is not None]
+        timeout = min(said or [model.timeout_s or self._limits.default_timeout_s])
+        timeout = min(timeout, self._limits.max_timeout_s)
         reply = await self._router.predict(request, began + timeout)
         if trace is not None:
             self._tracing.record_span(

@@ -220,6 +220,8 @@ class PredictService:
                     field="X-Request-Timeout-Ms",
                 )
             return told / 1000
+        if call.asked_timeout_s:
+            return min(call.asked_timeout_s, limits.max_timeout_s)
         model = call.model
         return (model.timeout_s if model is not None else 0.0) or limits.default_timeout_s
 

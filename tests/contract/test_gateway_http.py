@@ -151,6 +151,26 @@ def test_answers(gateway: GatewayThread, path: str, body: dict[str, Any], expect
     ]
 
 
+def test_the_v2_timeout_is_honoured(gateway: GatewayThread) -> None:
+    path, tensor = "/v2/models/cancer/infer", {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": ROW}
+
+    def asked(timeout: Any, **headers: str) -> tuple[int, str]:
+        body = {"inputs": [tensor], "parameters": {"timeout": timeout}}
+        answer = predict(gateway, body, path, **headers)
+        return answer.status_code, answer.text
+
+    assert asked(2_500_000)[0] == 200
+    assert 2_000_000 < gateway.running.router.requests[-1].timeout_us <= 2_510_000
+    assert asked(2_500_000, x_request_timeout_ms="1500")[0] == 200
+    assert 1_000_000 < gateway.running.router.requests[-1].timeout_us <= 1_510_000
+    assert asked(0)[0] == 200
+    assert gateway.running.router.requests[-1].timeout_us > 5_000_000
+    for wrong in (-1, 1.5, "soon", True):
+        status, text = asked(wrong)
+        assert status == 400, wrong
+        assert "parameters.timeout" in text
+
+
 def test_requests_that_share_an_id_are_not_one(gateway: GatewayThread) -> None:
     """Meshes give every request of one call tree the same id; each is counted and assigned by itself."""
     shared, path = "0123456789abcdef0123456789abcdef", "/v1/predict"

@@ -191,6 +191,17 @@ def test_metadata_counts_against_the_limit(stub: oip_grpc.GRPCInferenceServiceSt
     assert codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_the_timeout_parameter(stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread) -> None:
+    request = mixed_request()
+    request.parameters["timeout"].int64_param = 1_500_000
+    stub.ModelInfer(request, metadata=KEY, timeout=5)
+    assert 0 < gateway.running.router.requests[-1].timeout_us <= 1_510_000
+    request.parameters["timeout"].string_param = "soon"
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request, metadata=KEY, timeout=5)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_calls_are_counted_as_what_they_were(
     stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
 ) -> None:

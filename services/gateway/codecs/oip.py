@@ -75,6 +75,12 @@ def fill_request(request: PredictRequest, signature: ModelSignature, asked: Mode
     v2.fill_outputs(request, signature, [one.name for one in asked.outputs])
 
 
+def timeout_of(asked: ModelInferRequest) -> float:
+    """The seconds of the parameter `timeout`, which is in microseconds; 0 where it is absent or 0."""
+    name = "timeout"
+    return v2.timeout_of({name: _scalar(asked.parameters[name])} if name in asked.parameters else None)
+
+
 def to_response(asked: ModelInferRequest, request_id: str, reply: PredictReply) -> ModelInferResponse:
     """The answer, tensors always raw."""
     answer = ModelInferResponse(

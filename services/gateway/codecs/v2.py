@@ -137,6 +137,16 @@ def fill_parameters(request: PredictRequest, parameters: dict[str, Scalar] | Non
             request.parameters[name].CopyFrom(_parameter(name, value))
 
 
+def timeout_of(parameters: dict[str, Scalar] | None) -> float:
+    """The seconds of the parameter `timeout`, which is in microseconds; 0 where it is absent or 0."""
+    value = (parameters or {}).get("timeout") or 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise InvalidArgument(
+            "parameters.timeout must be a whole number of microseconds.", field="parameters.timeout"
+        )
+    return value / 1e6
+
+
 def fill_outputs(request: PredictRequest, signature: ModelSignature, names: list[str]) -> None:
     """Ask for the outputs `names`; none: all."""
     for name in names:
