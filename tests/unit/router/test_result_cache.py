@@ -1,0 +1,196 @@
+"""Single flight: whatever happens in whatever order, every request is answered once, with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from headrace.v1.control_pb2 import ServedVersion
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Code, Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.errors import HeadraceError
+from services.router.result_cache import Flight, ResultCache
+from services.router.result_store import Found
+from services.router.routing_table import CachePolicy, Target
+from services.router.stats import Stats
+
+TARGET = Target("cancer", ServedVersion(version="1", artifact_digest="sha256:1"), 1.0)
+POLICY = CachePolicy(1000, 1000)
+
+
+class FakeCall:
+    """A call that notes what happens to it."""
+
+    def __init__(self, cache: ResultCache, number: int) -> None:
+        self.cache: Any = cache
+        self.request = PredictRequest(inputs=[Tensor(name="x", data=bytes([number]))])
+        self.number = number
+        self.target = TARGET
+        self.flight: Flight | None = None
+        self.began_at = 0.0
+        self.deadline = 1e12
+        self.fell_back = self.done = False
+        self.sent = 0
+        self.answers: list[PredictReply] = []
+
+    def send(self, now: float) -> None:
+        assert not self.done
+        self.sent += 1
+
+    def answer_cached(self, reply: PredictReply) -> None:
+        self.finish(reply)
+
+    def refuse(self, error: HeadraceError) -> None:
+        self.finish(PredictReply(code=error.code))
+
+    def finish(self, reply: PredictReply) -> None:
+        """As Call does it."""
+        self.done = True
+        if self.flight is not None:
+            self.cache.settle(self, reply)
+        self.answers.append(reply)
+
+    def cancel(self) -> None:
+        self.done = True
+        if self.flight is not None:
+            self.cache.leave(self)
+
+
+class FakeStore:
+    """Answers when told to; an unusable one takes nothing."""
+
+    def __init__(self) -> None:
+        self.usable = True
+        self.asked: list[tuple[bytes, Found]] = []
+        self.kept: dict[bytes, bytes] = {}
+
+    def ask(self, key: bytes, found: Found) -> bool:
+        if self.usable:
+            self.asked.append((key, found))
+        return self.usable
+
+    def keep(self, key: bytes, value: bytes, ttl_ms: int) -> None:
+        self.kept[key] = value
+
+
+class FakeLog:
+    """A log that may be full."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.logged = 0
+
+    def append(self, hits: list[Any]) -> bool:
+        self.logged += 0 if self.full else len(hits)
+        return not self.full
+
+
+Step = tuple[str, int]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["enter", "enter", "enter", "found", "lost", "answer", "fail", "cancel", "away", "full", "turn"]
+        ),
+        st.integers(0, 7),
+    ),
+    max_size=60,
+)
+
+
+def own_answer(call: FakeCall) -> PredictReply:
+    return PredictReply(outputs=[Tensor(name="y", data=bytes([call.number]))])
+
+
+@given(STEPS)
+def test_every_request_is_answered_once_with_its_own_answer(steps: list[Step]) -> None:
+    asyncio.run(play(steps))
+
+
+async def play(steps: list[Step]) -> None:
+    scene = Scene()
+    for what, which in steps:
+        if what == "turn":
+            await asyncio.sleep(0)
+        else:
+            getattr(scene, what)(which)
+    # Everything ends: the store answers, the workers answer.
+    while scene.store.asked:
+        scene.lost(0)
+    for _ in range(4):
+        await asyncio.sleep(0)
+        while scene.computing:
+            scene.answer(0)
+    for call in scene.calls:
+        assert len(call.answers) == (call not in scene.cancelled)
+        assert call.sent <= 1
+        for reply in call.answers:
+            if reply.code == Code.CODE_OK:
+                assert reply.outputs[0].data == bytes([call.number])
+    assert len(scene.cache) == 0
+
+
+class Scene:
+    """A cache and what can happen to it; `which` picks among those that it can happen to."""
+
+    def __init__(self) -> None:
+        self.store, self.log = FakeStore(), FakeLog()
+        self.cache = ResultCache(self.store, self.log, Stats())  # type: ignore[arg-type]  # writes nothing
+        self.calls: list[FakeCall] = []
+        self.cancelled: set[FakeCall] = set()
+
+    @property
+    def computing(self) -> list[FakeCall]:
+        return [call for call in self.calls if call.sent and not call.done]
+
+    def enter(self, which: int) -> None:
+        self.calls.append(FakeCall(self.cache, which % 2))
+        self.cache.enter(self.calls[-1], POLICY)  # type: ignore[arg-type]  # a call that is sent nowhere
+
+    def found(self, which: int) -> None:
+        if self.store.asked:
+            key, found = self.store.asked.pop(which % len(self.store.asked))
+            found(self.store.kept.get(key))
+
+    def lost(self, which: int) -> None:
+        if self.store.asked:
+            self.store.asked.pop(which % len(self.store.asked))[1](None)
+
+    def answer(self, which: int) -> None:
+        if self.computing:
+            call = self.computing[which % len(self.computing)]
+            call.finish(own_answer(call))
+
+    def fail(self, which: int) -> None:
+        if self.computing:
+            self.computing[which % len(self.computing)].finish(PredictReply(code=Code.CODE_INTERNAL))
+
+    def cancel(self, which: int) -> None:
+        waiting = [call for call in self.calls if not call.done]
+        if waiting:
+            call = waiting[which % len(waiting)]
+            self.cancelled.add(call)
+            call.cancel()
+
+    def away(self, which: int) -> None:
+        self.store.usable = not self.store.usable
+
+    def full(self, which: int) -> None:
+        self.log.full = not self.log.full
+
+
+async def test_followers_past_their_deadline_are_refused_and_the_first_goes_on() -> None:
+    store = FakeStore()
+    cache = ResultCache(store, FakeLog(), Stats())  # type: ignore[arg-type]  # a log that writes nothing
+    first, second = FakeCall(cache, 1), FakeCall(cache, 1)
+    second.deadline = 0.0
+    for call in (first, second):
+        cache.enter(call, POLICY)  # type: ignore[arg-type]
+    await asyncio.sleep(0.01)
+    assert [reply.code for reply in second.answers] == [Code.CODE_DEADLINE_EXCEEDED]
+    store.asked.pop()[1](None)
+    first.finish(own_answer(first))
+    assert len(store.kept) == 1
+    assert len(cache) == 0
