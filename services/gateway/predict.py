@@ -73,6 +73,7 @@ class PredictService:
         self._tracing = tracing
         self._metrics = metrics
         self._readers = BodyReaders()
+        self._inline_bytes = limits.inline_bytes
         self.bodies = BodyBudget(limits.max_held_bytes)
         self._monotonic = clock.monotonic
         self._unix_us = clock.unix_us
@@ -96,7 +97,7 @@ class PredictService:
             request = call.request = PredictRequest(
                 request_id=call.request_id, received_at_us=self._unix_us(), key_id=key.key_id
             )
-            if len(call.body) > self.limits.inline_bytes or call.content_encoding is not None:
+            if len(call.body) > self._inline_bytes or call.content_encoding is not None:
                 call.channel = self._readers.read(
                     partial(self._read, call, key), partial(self._was_read, call)
                 )
@@ -132,7 +133,8 @@ class PredictService:
     def _send(self, call: Call, request: PredictRequest) -> None:
         """Pass on what was read."""
         call.body = b""
-        self._trace(call, request)
+        if call.traceparent is not None or self._tracing.enabled:
+            self._trace(call, request)
         call.deadline = call.began + self._timeout_s(call)
         self._submit(call)
 
@@ -178,7 +180,11 @@ class PredictService:
             log.exception("answer_crashed", model=call.request.model, version=reply.version)
             self.refuse(call, Internal("The gateway failed to write the answer."))
             return
-        call.answer(200, headers + _ids(call), body)
+        if call.caller_id is None:
+            lines = b"%sx-request-id: %s\r\n" % (headers, call.request_id.hex().encode())
+        else:
+            lines = headers + _ids(call)
+        call.answer(200, lines, body)
         self._over(call, 200, took)
 
     def refuse(self, call: Call, error: HeadraceError) -> None:
@@ -203,8 +209,6 @@ class PredictService:
     def _trace(self, call: Call, request: PredictRequest) -> None:
         if call.traceparent is not None:
             call.trace_parent = parse_traceparent(call.traceparent)
-        elif not self._tracing.enabled:
-            return
         context = call.trace_context = self._tracing.start(call.trace_parent)
         if context is not None:
             call.started_ns = time.time_ns()

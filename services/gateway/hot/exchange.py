@@ -90,7 +90,8 @@ class HotExchange(Call):
         protocol = self.protocol
         self.response_complete = True
         self.body = b""
-        self.release()
+        if self.held:
+            self.release()
         if self.disconnected or protocol.transport.is_closing():
             return
         keep_alive = self.keep_alive and not protocol.front.draining
