@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 SCHEMA = "analytics"
 GROUP = "analytics"
 _MIGRATIONS = Path(__file__).parent / "migrations"
+#: A delivery costs the same for ten records as for a thousand; a count may be this much older.
+_COLLECT_S = 0.5
 _TABLE_WAIT_S = 15.0
 _LAG_PERIOD_S = 15.0
 _STORE_WAIT_S = 30.0
@@ -97,8 +99,12 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
             Flusher(database, writer, files, store, signatures, sizes, clock, metrics)
         )
         consumers = Consumers(database, writer, sizes, clock, tracing, metrics)
-        await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumers.on_predictions))
-        await stack.enter_async_context(bus.consume(OUTCOMES, GROUP, consumers.on_outcomes))
+        await stack.enter_async_context(
+            bus.consume(PREDICTIONS, GROUP, consumers.on_predictions, max_records=2000, collect_s=_COLLECT_S)
+        )
+        await stack.enter_async_context(
+            bus.consume(OUTCOMES, GROUP, consumers.on_outcomes, max_records=2000, collect_s=_COLLECT_S)
+        )
         lag = asyncio.create_task(_watch_lag(bus, metrics), name="lag")
         stack.push_async_callback(_cancelled, lag)
         yield Analytics(port, health)

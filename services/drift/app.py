@@ -39,6 +39,8 @@ SCHEMA = "drift"
 GROUP = "drift"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _TABLE_WAIT_S = 15.0
+#: A delivery costs the same for ten records as for a thousand; an alert may come this much later.
+_COLLECT_S = 0.5
 _HOUSEKEEPING = timedelta(seconds=15)
 
 
@@ -87,7 +89,9 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
             log.warning("deployments_late", reason=error.message)
         health.set_ready("deployments")
         consumer = PredictionConsumer(database, signatures, relay, limits, clock, tracing, metrics)
-        await stack.enter_async_context(bus.consume(PREDICTIONS, GROUP, consumer.on_predictions))
+        await stack.enter_async_context(
+            bus.consume(PREDICTIONS, GROUP, consumer.on_predictions, max_records=2000, collect_s=_COLLECT_S)
+        )
         housekeeping = asyncio.create_task(
             _keep_house(database, bus, relay, clock, metrics), name="housekeeping"
         )

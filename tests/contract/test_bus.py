@@ -95,6 +95,21 @@ class BusContract:
         assert all(numbers == sorted(numbers) for numbers in per_key.values())
         assert len({record.partition for record in seen}) > 1
 
+    async def test_collects_what_comes_close_together_where_asked_to(self, bus: Bus, topic: Topic) -> None:
+        sizes: list[int] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            sizes.append(len(records))
+
+        async with bus.consume(topic, "g", handler, collect_s=1.0):
+            await bus.publish(numbered(topic, 1, keys=1))
+            await eventually(lambda: sizes == [1])
+            for start in range(1, 41):
+                await bus.publish(numbered(topic, 1, keys=1, start=start))
+            await eventually(lambda: sum(sizes) == 41)
+        # One delivery follows the first after the second, and holds nearly everything.
+        assert len(sizes) <= 6
+
     async def test_redelivers_until_the_handler_returns(self, bus: Bus, topic: Topic) -> None:
         attempts: list[list[Record]] = []
         accepted: list[Record] = []

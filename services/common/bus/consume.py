@@ -61,12 +61,15 @@ class Subscription:
         *,
         publish: Callable[[Sequence[Record]], Awaitable[None]],
         max_records: int,
+        collect_s: float,
         session_timeout: float,
     ) -> None:
         self._topic = topic
         self._group = group
         self._handler = handler
         self._publish = publish
+        self._max_records = max_records
+        self._collect_s = collect_s
         self._backoff = Backoff(0.1, 5.0)
         self._stopping = asyncio.Event()
         self._busy = asyncio.Lock()
@@ -83,7 +86,8 @@ class Subscription:
             max_records=max_records,
             # An idle FastStream loop waits this long twice, the second time deaf: this bounds the latency.
             batch_timeout_ms=50,
-            fetch_max_wait_ms=50,
+            # A broker is asked less often where nobody is in a hurry.
+            fetch_max_wait_ms=max(50, min(500, int(collect_s * 500))),
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
             session_timeout_ms=int(session_timeout * 1000),
             heartbeat_interval_ms=int(session_timeout * 1000 / 4),
@@ -159,7 +163,9 @@ class Subscription:
                 # in the next one they would hide records. What was handled comes again instead.
                 if epoch == self._assignment.epoch:
                     await self._commit(consumer, batch)
-                return
+                wait = self._collect_s if len(batch) < self._max_records else 0.0
+                if not wait:
+                    return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), wait)
 

@@ -102,7 +102,7 @@ class KafkaBus:
                 future.add_done_callback(_retrieve)
 
     def consume(
-        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500
+        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500, collect_s: float = 0.0
     ) -> AbstractAsyncContextManager[None]:
         """See Bus."""
         return Subscription(
@@ -112,6 +112,7 @@ class KafkaBus:
             handler,
             publish=self.publish,
             max_records=max_records,
+            collect_s=collect_s,
             session_timeout=self._session_timeout,
         )
 

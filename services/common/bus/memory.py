@@ -61,14 +61,16 @@ class MemoryBus:
 
     @asynccontextmanager
     async def consume(
-        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500
+        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500, collect_s: float = 0.0
     ) -> AsyncIterator[None]:
         """See Bus."""
         state = self._groups.setdefault((topic.name, group), _Group())
         member = object()
         state.members.append(member)
         stopping = asyncio.Event()
-        task = asyncio.create_task(self._consume(topic, group, member, handler, max_records, stopping))
+        task = asyncio.create_task(
+            self._consume(topic, group, member, handler, max_records, collect_s, stopping)
+        )
         try:
             yield
         finally:
@@ -119,7 +121,14 @@ class MemoryBus:
         self._changed = asyncio.Event()
 
     async def _consume(
-        self, topic: Topic, group: str, member: object, handler: Handler, most: int, stopping: asyncio.Event
+        self,
+        topic: Topic,
+        group: str,
+        member: object,
+        handler: Handler,
+        most: int,
+        collect_s: float,
+        stopping: asyncio.Event,
     ) -> None:
         self._counts.setdefault(topic.name, topic.partitions)
         state = self._groups[topic.name, group]
@@ -152,6 +161,9 @@ class MemoryBus:
             finally:
                 state.held -= partitions
                 self._wake()
+            if collect_s and len(batch) < most:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), collect_s)
 
     def _take(self, topic: Topic, state: _Group, member: object, most: int) -> list[Record]:
         rank = state.members.index(member)

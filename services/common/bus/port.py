@@ -86,12 +86,13 @@ class Bus(Protocol):
         ...
 
     def consume(
-        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500
+        self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500, collect_s: float = 0.0
     ) -> AbstractAsyncContextManager[None]:
         """Give `handler` the records of `topic` while the context is open, sharing partitions with the group.
 
         A batch holds 1 to `max_records` records, those of one partition in order; the next batch comes after
-        the handler returned and its offsets were committed. Malformed sends that one record to
+        the handler returned and its offsets were committed; after one that was not full, `collect_s` seconds
+        later, for handlers to whom many records cost little more than one. Malformed sends that one record to
         `<topic>.<group>.dlq` and hands over the rest again. Any other exception makes the same records come
         again after a backoff, for as long as it takes: nothing is skipped. Entering never waits for the
         broker; leaving waits for the running handler, for a bounded time.
