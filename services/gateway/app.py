@@ -83,7 +83,8 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         await enter(leased(cfg.redis_url, clock, process, keys.buckets))
         waiting = WaitingRoom()
         router = RouterClient(await _channels(stack, cfg, process, waiting), waiting)
-        client = await enter(management_client(cfg.internal_token))
+        services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
+        client = await enter(management_client(cfg.internal_token, services))
 
         service = PredictService(
             catalogue=catalogue,
@@ -95,7 +96,6 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             limits=limits,
         )
         stack.callback(service.close)
-        services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
         parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services)
         front = HotFront(service, HttpLimits(max_connections=cfg.max_connections), hot=cfg.hot_routes)
         health.add_check("control", lambda: _unknown(tables, keys))

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from services.common.lifecycle import serve_asgi
+from services.gateway.rest.management import management_client, upstreams
 from tests.fixtures.gateway import ADMIN, READ_DIGITS, READ_ONLY, TOKEN, GatewayThread
 
 
@@ -174,3 +175,27 @@ def test_large_bodies_pass_in_pieces(gateway: GatewayThread) -> None:
     # Gateway, upstream and client together: far from one whole body.
     assert peak < count << 19
     assert len(gateway.request("GET", "/v1/models/large").content) == 8 << 20
+
+
+async def test_slow_queries_keep_no_other_service_waiting() -> None:
+    async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async def prompt(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    slow, registry = [await asyncio.start_server(one, "127.0.0.1", 0) for one in (silent, prompt)]
+    bases = [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in (registry, slow)]
+    async with management_client(TOKEN, upstreams(*bases, bases[1]), connect_s=5.0) as client:
+        queries = [asyncio.create_task(client.get(bases[1] + "/v1/analytics")) for _ in range(100)]
+        await asyncio.sleep(0.05)
+        revoked = await client.delete(bases[0] + "/v1/keys/k", timeout=2.0)
+        assert revoked.status_code == 204
+        assert not any(query.done() for query in queries)
+        for query in queries:
+            query.cancel()
+        await asyncio.wait(queries)
+    for server in (slow, registry):
+        server.close()

@@ -37,6 +37,7 @@ _BY_QUERY = (
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _RETRY_MS = 1000
+_CONNECTIONS = 32
 
 #: Of one connection only (RFC 9110, 7.6.1), or ours to set.
 _NOT_PASSED_ON = frozenset(
@@ -70,12 +71,19 @@ def upstreams(registry_url: str, analytics_url: str, drift_url: str) -> tuple[Up
     )
 
 
-def management_client(token: str, connect_s: float = 2.0, silence_s: float = 120.0) -> httpx.AsyncClient:
-    """The client that every upstream is asked with; at most 64 requests at once."""
+def management_client(
+    token: str, services: tuple[Upstream, ...], connect_s: float = 2.0, silence_s: float = 120.0
+) -> httpx.AsyncClient:
+    """The client that every upstream is asked with; at most 32 requests to each at once, so that slow queries
+    to one (analytics) never keep others (the revocation of a key) waiting."""
+    limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS // 4)
     return httpx.AsyncClient(
         headers={"authorization": bearer(token)},
         timeout=httpx.Timeout(silence_s, connect=connect_s, pool=connect_s),
-        limits=httpx.Limits(max_connections=64, max_keepalive_connections=16),
+        limits=limits,
+        mounts={
+            service.base_url: httpx.AsyncHTTPTransport(limits=limits, trust_env=False) for service in services
+        },
         follow_redirects=False,
         trust_env=False,
     )
