@@ -27,7 +27,9 @@ def write(shared: Path, registry: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     token = _keep(shared / "internal_token", secrets.token_urlsafe(32))
     _keep(registry / "internal_token", token)
-    _keep(registry / "bootstrap_admin_key", admin_key())
+    once_shared = shared / "bootstrap_admin_key"  # by an earlier version
+    _keep(registry / "bootstrap_admin_key", once_shared.read_text() if once_shared.exists() else admin_key())
+    once_shared.unlink(missing_ok=True)
 
 
 def _keep(path: Path, fresh: str) -> str:

@@ -236,6 +236,14 @@ def test_only_the_registry_can_read_the_admin_key(project: Composed, tmp_path: P
     assert readers == {"registry", "secrets"}
 
 
+def test_an_admin_key_that_was_shared_moves_to_the_registry(tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "bootstrap_admin_key").write_text("hr_before")
+    volumes = written_secrets(tmp_path)
+    assert (volumes["registry-secrets"] / "bootstrap_admin_key").read_text() == "hr_before"
+    assert [file.name for file in volumes["secrets"].iterdir()] == ["internal_token"]
+
+
 def test_no_image_changes_by_itself(project: Composed) -> None:
     """A tag of a minor version, or none, is another program after the next pull."""
     python = re.search(r"^ARG PYTHON=(\S+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
