@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.errors import FailedPrecondition, ResourceExhausted
+from services.common.eventlog.cursor import Cursor
 from services.common.eventlog.framing import Event, frame, frames, size_of_first
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Spool:
         self._fsync = fsync
         self._segments: deque[Segment] = deque()
         self._offset = 0  # of the cursor, in the first segment
+        self._cursor = Cursor(directory / "cursor")
         self._lock = -1
         self._fd = -1
         self.pending_bytes = 0
@@ -63,7 +65,7 @@ class Spool:
             os.close(self._lock)
             self._lock = -1
             raise FailedPrecondition(f"another process writes the event log in {self._directory}") from None
-        first, offset = self._read_cursor()
+        first, offset = self._cursor.open()
         last = first
         for path in sorted(self._directory.glob("*.log")):
             number = int(path.stem)
@@ -130,7 +132,7 @@ class Spool:
         self.pending_events -= len(events)
         while self._offset == self._segments[0].size and len(self._segments) > 1:
             self._retire()
-        self._write_cursor()
+        self._cursor.write(self._segments[0].number, self._offset)
 
     def close(self) -> None:
         """Release the directory, leaving no segment where everything was published."""
@@ -142,7 +144,8 @@ class Spool:
                 self._segments.append(Segment(number + 1, self._directory / f"{number + 1:020d}.log", 0))
                 while len(self._segments) > 1:
                     self._retire()
-                self._write_cursor()
+                self._cursor.write(self._segments[0].number, self._offset)
+        self._cursor.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -187,18 +190,3 @@ class Spool:
             if needed > len(data):
                 data += file.read(needed - len(data))
         return list(frames(data))
-
-    def _read_cursor(self) -> tuple[int, int]:
-        try:
-            number, offset = (self._directory / "cursor").read_text().split()
-            return int(number), int(offset)
-        except FileNotFoundError:
-            return 0, 0
-        except ValueError:
-            log.exception("the cursor in %s is unreadable: publishing all that is there", self._directory)
-            return 0, 0
-
-    def _write_cursor(self) -> None:
-        fresh = self._directory / "cursor.new"
-        fresh.write_text(f"{self._segments[0].number} {self._offset}\n")
-        fresh.replace(self._directory / "cursor")
