@@ -14,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.events_pb2 import OutcomeBatch
+from headrace.v1.events_pb2 import Outcome, OutcomeBatch
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.topics import OUTCOMES
+from services.gateway.rest.outcomes import parse_outcomes
 from tests.fixtures.gateway import (
     ADMIN,
     OTHER_MODEL,
@@ -579,6 +580,24 @@ def test_a_client_that_only_stops_sending_gets_its_answer(gateway: GatewayThread
     received = gateway.raw(message(GOOD).replace(b"/v1/predict", path), shut=True)
     assert received.startswith(b"HTTP/1.1 200 OK")
     assert not received.endswith((b"<open>", b"<reset>"))
+
+
+def test_many_outcomes_are_read_beside_the_loop(
+    gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def noting(*arguments: Any) -> list[Outcome]:
+        names.append(threading.current_thread().name)
+        return parse_outcomes(*arguments)
+
+    monkeypatch.setattr("services.gateway.rest.app.parse_outcomes", noting)
+    for count in (1, 2000):
+        given = [{"request_id": f"{index:032x}", "label": 1} for index in range(count)]
+        answer = gateway.request("POST", "/v1/outcomes", json.dumps(given).encode())
+        assert (answer.status_code, answer.json()["accepted"]) == (202, count)
+    assert names[0] == "gateway"
+    assert names[1] != "gateway"
 
 
 def test_a_client_that_leaves_cancels_its_item(gateway: GatewayThread) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import httpx
@@ -63,7 +64,10 @@ def rest_app(parts: Parts) -> ASGIApp:
     async def outcomes(request: Request) -> Response:
         caller = authenticated(request, parts.keys, KeyScope.PREDICT, parts.clock.monotonic())
         body = await bounded_body(request, parts.service.limits.max_body_bytes, parts.service.bodies)
-        given = parse_outcomes(body, parts.clock.unix_us(), caller)
+        if len(body) > parts.service.limits.inline_bytes:
+            given = await asyncio.to_thread(parse_outcomes, body, parts.clock.unix_us(), caller)
+        else:
+            given = parse_outcomes(body, parts.clock.unix_us(), caller)
         await publish_outcomes(parts.bus, given)
         answer = {"accepted": len(given), "event_ids": [one.event_id.hex() for one in given]}
         return Response(orjson.dumps(answer), 202, media_type="application/json")
