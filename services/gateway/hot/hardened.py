@@ -8,18 +8,18 @@ bytes after them are no HTTP, refused bodies read for a while so that their send
 from __future__ import annotations
 
 import asyncio
-import enum
 from typing import Any
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody, Unavailable
-from services.gateway.errors import HeadTooLarge, RequestTimeout
+from services.gateway.errors import HeadTooLarge
+from services.gateway.hot.deadlines import Phase, TimedProtocol
 from services.gateway.hot.exchange import HotExchange, no_app, refused
-from services.gateway.hot.front import HotFront, HttpLimits
+from services.gateway.hot.front import HotFront
 from services.gateway.targets import Dialect, Target
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -27,14 +27,7 @@ _RETRY_MS = 1000
 _ANY = Target(Dialect.NATIVE)
 
 
-class _Phase(enum.Enum):
-    IDLE = enum.auto()
-    HEAD = enum.auto()
-    BODY = enum.auto()
-    BUSY = enum.auto()
-
-
-class HardenedProtocol(HttpToolsProtocol):
+class HardenedProtocol(TimedProtocol):
     """One connection, whatever is asked over it."""
 
     def __init__(
@@ -48,7 +41,6 @@ class HardenedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self.front = front
         self._max_body = front.service.limits.max_body_bytes
-        # Seconds spent in the present phase, counted by the sweep.
         self._ticks = 0
         self._in_head = False
         self._in_body = False
@@ -122,7 +114,7 @@ class HardenedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn closes whatever runs
         """The client sends nothing more; what it has asked for is still answered."""
-        if self._phase() is not _Phase.BUSY:
+        if self.phase() is not Phase.BUSY:
             return False
         self.cycle.keep_alive = False
         self._half_closed = True
@@ -138,7 +130,7 @@ class HardenedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Called by uvicorn when the process ends: finish what runs or arrives, close what is idle."""
         self.front.draining = True
-        if self._phase() is _Phase.IDLE:
+        if self.phase() is Phase.IDLE:
             self.transport.close()
             return
         for cycle in (self._running, self.cycle, *(queued for queued, _app in self.pipeline)):
@@ -399,57 +391,4 @@ class HardenedProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self.transport.close()
-
-    # Deadlines
-
-    def tick(self) -> None:
-        """A second has passed."""
-        if self.transport.is_closing():
-            self._ticks += 1
-            if self._ticks > self.front.limits.unread_s:
-                self.transport.abort()
-            return
-        self._ticks += 1
-        limits = self.front.limits
-        if self._lingering:
-            if self._ticks > limits.linger_s:
-                self.transport.close()
-        elif self._half_closed:
-            if self._ticks > limits.half_closed_s:
-                self.transport.abort()
-        elif self.flow.write_paused:
-            if self._ticks > limits.unread_s:
-                self.transport.abort()
-        else:
-            self._tick_phase(self._phase(), limits)
-
-    def _tick_phase(self, phase: _Phase, limits: HttpLimits) -> None:
-        if phase is _Phase.IDLE:
-            if self._ticks > (limits.drain_idle_s if self.front.draining else limits.keep_alive_s):
-                self.transport.close()
-        elif phase is _Phase.HEAD:
-            if self._ticks > limits.head_s:
-                self._refuse_rest(RequestTimeout("The request's headers did not arrive in time."))
-        elif phase is _Phase.BODY and self._ticks > limits.body_s:
-            self._body_late()
-
-    def _phase(self) -> _Phase:
-        if self._in_head:
-            return _Phase.HEAD
-        if self._in_body:
-            return _Phase.BODY
-        if self.cycle is None or self.cycle.response_complete:
-            return _Phase.IDLE
-        return _Phase.BUSY
-
-    def _body_late(self) -> None:
-        cycle = self.cycle
-        if isinstance(cycle, HotExchange) and cycle.refusal is None and not cycle.response_complete:
-            if self.flow.read_paused:
-                return  # it is us who do not read
-            cycle.refusal = RequestTimeout("The body did not arrive in time.")
-            if cycle.started:
-                self._start(cycle)
-        elif not self.flow.read_paused:
             self.transport.close()
