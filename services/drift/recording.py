@@ -103,7 +103,7 @@ async def tell(session: AsyncSession, alerts: list[AlertRow], now: datetime) -> 
 
 
 def _to_record(alert: AlertRow) -> Record:
-    """The alert as it stands on drift.alerts.v1. A resolved one has no severity."""
+    """The alert as it stands on drift.alerts.v1."""
     event = DriftAlert(
         alert_id=alert.alert_id,
         model=alert.model,
@@ -120,13 +120,12 @@ def _to_record(alert: AlertRow) -> Record:
         reference_rows=alert.reference_rows,
         window_rows=alert.window_rows,
         message=alert.message,
+        resolved_at_us=round(alert.resolved_at.timestamp() * 1e6) if alert.resolved_at else 0,
     )
     return Record(ALERTS.name, alert.model.encode(), event.SerializeToString())
 
 
 def _severity(alert: AlertRow) -> DriftAlert.Severity:
-    if alert.resolved_at is not None:
-        return DriftAlert.SEVERITY_UNSPECIFIED
     critical = alert.severity == Severity.CRITICAL
     return DriftAlert.SEVERITY_CRITICAL if critical else DriftAlert.SEVERITY_WARNING
 

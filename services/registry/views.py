@@ -208,6 +208,7 @@ class AlertView(BaseModel):
     message: str
     window_start: datetime
     window_end: datetime
+    resolved_at: datetime | None
 
     @classmethod
     def of(cls, message: events_pb2.DriftAlert) -> AlertView:
@@ -222,6 +223,7 @@ class AlertView(BaseModel):
             message=message.message,
             window_start=moment(message.window_start_us),
             window_end=moment(message.window_end_us),
+            resolved_at=moment(message.resolved_at_us) if message.resolved_at_us else None,
         )
 
 

@@ -153,6 +153,13 @@ async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_l
 
             await bus.publish([prediction(rng, 100) for _ in range(2)])
             await until(client, "/v1/drift/alerts?state=resolved", lambda b: len(b["alerts"]) == 2)
+            for _ in range(100):
+                if sum(alert.resolved_at_us > 0 for alert in heard) == 2:
+                    break
+                await asyncio.sleep(0.1)
+            # Opened and resolved are told under the same id, in this order.
+            ended = {alert.alert_id for alert in heard if alert.resolved_at_us}
+            assert ended == {alert.alert_id for alert in heard if not alert.resolved_at_us}
     server.close()
 
 

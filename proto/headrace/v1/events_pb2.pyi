@@ -107,7 +107,7 @@ class OutcomeBatch(_message.Message):
     def __init__(self, outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
 
 class DriftAlert(_message.Message):
-    __slots__ = ("alert_id", "model", "version", "feature", "detector", "value", "threshold", "severity", "critical_value", "p_value", "window_start_us", "window_end_us", "reference_rows", "window_rows", "message")
+    __slots__ = ("alert_id", "model", "version", "feature", "detector", "value", "threshold", "severity", "critical_value", "p_value", "window_start_us", "window_end_us", "reference_rows", "window_rows", "message", "resolved_at_us")
     class Severity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SEVERITY_UNSPECIFIED: _ClassVar[DriftAlert.Severity]
@@ -131,6 +131,7 @@ class DriftAlert(_message.Message):
     REFERENCE_ROWS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RESOLVED_AT_US_FIELD_NUMBER: _ClassVar[int]
     alert_id: bytes
     model: str
     version: str
@@ -146,7 +147,8 @@ class DriftAlert(_message.Message):
     reference_rows: int
     window_rows: int
     message: str
-    def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+    resolved_at_us: int
+    def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ..., resolved_at_us: _Optional[int] = ...) -> None: ...
 
 class ShadowComparison(_message.Message):
     __slots__ = ("batch_id", "source", "model", "version", "shadow_version", "artifact_digest", "shadow_artifact_digest", "compared_at_us", "tolerance", "request_ids", "unit_hashes", "revisions", "codes", "shadow_codes", "latency_us", "shadow_latency_us", "verdicts", "rows", "rows_equal", "outputs")
