@@ -194,8 +194,8 @@ class Flusher:
             chosen = _up_to(rows, self._sizes.segment_rows, self._sizes.join_bytes)
             if len(chosen) < 2:
                 return 0
-            files = await self._files.paths([row.object for row in chosen])
-            await self._writer.write_joined(session, chosen, files)
+            async with self._files.held([row.object for row in chosen]) as files:
+                await self._writer.write_joined(session, chosen, files)
         return 1
 
     async def forget_claims(self) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import structlog
 
 from services.analytics import queries, repository
 from services.analytics.columns import CORE, layout, parse, to_table
@@ -34,7 +36,11 @@ _AT_ONCE = 2
 _AT_MOST = 32
 _HEX = {"event_id": pa.string(), "request_id": pa.string()}
 
+#: Told which connection works, so that it can be interrupted.
+Hold = Callable[[duckdb.DuckDBPyConnection], None]
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,8 @@ class Reader:
     ) -> T:
         """Put `question` to what was logged of `model` in that time; with `metric`, only that one's outcomes
         are joined. Raises NotFound for a model never seen, DeadlineExceeded after 30 s."""
-        async with self._slot():
+
+        async def attempt() -> T:
             async with self._one_moment() as session:
                 segments = await repository.segments(session, model, since_us, until_us)
                 values = await repository.inbox(session, model)
@@ -87,10 +94,9 @@ class Reader:
                 said = (
                     await repository.outcomes_csv(session, model, metric, since_us or 0) if outcomes else b""
                 )
-            paths = await self._files.paths([segment.object for segment in segments])
             classes = [dict(zip(CLASSES.names, row, strict=True)) for row in self._signatures.classes(model)]
 
-            def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> T:
+            def run(paths: Sequence[str], hold: Hold) -> T:
                 tables = self._tables(values)
                 inbox = None
                 if tables:
@@ -108,38 +114,48 @@ class Reader:
                     hold(connection)
                     return question(connection)
 
-            return await self._run(run)
+            async with self._files.held([segment.object for segment in segments]) as paths:
+                return await self._run(partial(run, paths))
+
+        return await self._twice(attempt)
 
     async def recent(self, model: str, limit: int) -> list[dict[str, Any]]:
         """The newest requests of a model, of every origin, without payloads."""
-        async with self._slot():
+
+        async def attempt() -> list[dict[str, Any]]:
             async with self._one_moment() as session:
                 segments = await repository.newest_segments(session, model, limit)
                 values = await repository.inbox(session, model)
             if not segments and not values:
                 raise NotFound(f"No prediction of {model} has been seen yet.", field="model")
-            paths = await self._files.paths([segment.object for segment in segments])
 
-            def run(hold: Callable[[duckdb.DuckDBPyConnection], None]) -> list[dict[str, Any]]:
+            def run(paths: Sequence[str], hold: Hold) -> list[dict[str, Any]]:
                 core = [table.select(CORE.names) for table in self._tables(values)]
                 inbox = pa.concat_tables(core).unify_dictionaries() if core else None
                 with queries.open_snapshot(Snapshot(files=paths, inbox=inbox), self._spill) as connection:
                     hold(connection)
                     return queries.recent(connection, limit)
 
-            return await self._run(run)
+            async with self._files.held([segment.object for segment in segments]) as paths:
+                return await self._run(partial(run, paths))
+
+        return await self._twice(attempt)
 
     async def find(self, request_id: bytes, model: str | None = None) -> Found:
         """Everything about one request, of one model where it is given. Raises NotFound."""
-        async with self._slot():
+
+        async def attempt() -> tuple[list[dict[str, Any]], list[OutcomeRow]]:
             async with self._one_moment() as session:
                 segments = await repository.segments_of_request(session, request_id)
                 values = await repository.inbox_of_request(session, request_id)
                 outcomes = await repository.outcomes_of_request(session, request_id)
-            paths = await self._files.paths([segment.object for segment in segments])
-            rows = await self._run(
-                lambda _hold: queries.rows_of_request(paths, self._tables(values), request_id)
-            )
+            async with self._files.held([segment.object for segment in segments]) as paths:
+                rows = await self._run(
+                    lambda _hold: queries.rows_of_request(paths, self._tables(values), request_id)
+                )
+            return rows, outcomes
+
+        rows, outcomes = await self._twice(attempt)
         if model is not None:
             rows = [row for row in rows if row["model"] == model]
             outcomes = [outcome for outcome in outcomes if outcome.model in (model, "")]
@@ -164,6 +180,15 @@ class Reader:
             for (model, version, _), batches in groups.items()
         ]
 
+    async def _twice(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Look once more where an object is gone that was there a moment ago: it was joined into another."""
+        async with self._slot():
+            try:
+                return await attempt()
+            except (FileNotFoundError, duckdb.IOException) as error:
+                log.warning("object_gone", reason=str(error))
+                return await attempt()
+
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
         """Leave to ask. It is taken before anything is fetched, so what is held in memory is bounded, too."""
@@ -176,10 +201,14 @@ class Reader:
         finally:
             self._asking -= 1
 
-    async def _run(self, run: Callable[[Callable[[duckdb.DuckDBPyConnection], None]], T]) -> T:
+    async def _run(self, run: Callable[[Hold], T]) -> T:
         held: list[duckdb.DuckDBPyConnection] = []
-        timed = self._metrics.query_seconds.time()(run)
-        work = asyncio.ensure_future(asyncio.to_thread(timed, held.append))
+
+        def timed() -> T:
+            with self._metrics.query_seconds.time():
+                return run(held.append)
+
+        work = asyncio.ensure_future(asyncio.to_thread(timed))
         try:
             async with asyncio.timeout(_QUERY_S):
                 return await asyncio.shield(work)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from services.common.errors import NotFound
 from services.common.objects import ArtifactStore
 
 _FOLDER = "predictions"
@@ -76,39 +79,68 @@ def encode(table: pa.Table, version: str, layout: str, members: Sequence[bytes])
 
 class SegmentFiles:
     """Objects as local files: where the store is a local folder they lie there already, else they are
-    fetched into `cache`, at most `cache_bytes` of them, the longest unused going first."""
+    fetched into `cache`, at most `cache_bytes` of them that nobody holds, the longest unused going first."""
 
     def __init__(self, store: ArtifactStore, cache: Path, cache_bytes: int = 4 << 30) -> None:
         self._store = store
         self._cache = cache
         self._cache_bytes = cache_bytes
         self._fetching = asyncio.Semaphore(4)
+        self._held: Counter[Path] = Counter()
 
-    async def paths(self, objects: Sequence[str]) -> list[str]:
-        """Local files of the objects, in their order."""
-        found = list(await asyncio.gather(*(self._path(name) for name in objects)))
-        if found and self._store.local_path(objects[0]) is None:
-            await asyncio.to_thread(self._evict, {Path(path) for path in found})
-        return found
+    @asynccontextmanager
+    async def held(self, objects: Sequence[str]) -> AsyncIterator[list[str]]:
+        """Local files of the objects, in their order; none of them goes while the block runs. Raises
+        FileNotFoundError for an object that is gone."""
+        local = [self._store.local_path(name) for name in objects]
+        if all(path is not None for path in local):
+            yield [str(path) for path in local]
+            return
+        paths = [self._cache / name for name in objects]
+        self._held.update(paths)
+        try:
+            await asyncio.gather(*map(self._fetch, objects, paths))
+            yield [str(path) for path in paths]
+        finally:
+            self._held.subtract(paths)
+            self._held += Counter()  # without those that nobody holds
+            await self._evict()
 
-    async def _path(self, name: str) -> str:
-        local = self._store.local_path(name)
-        if local is not None:
-            return str(local)
-        path = self._cache / name
-        if path.exists():
-            path.touch()
-        else:
+    async def _fetch(self, name: str, path: Path) -> None:
+        if await asyncio.to_thread(_touched, path):
+            return
+        try:
             async with self._fetching:
                 await self._store.download(name, path)
-        return str(path)
+        except NotFound as error:
+            raise FileNotFoundError(name) from error
 
-    def _evict(self, wanted: set[Path]) -> None:
-        files = sorted(self._cache.rglob("*.parquet"), key=lambda file: file.stat().st_mtime)
-        size = sum(file.stat().st_size for file in files)
-        for file in files:
-            if size <= self._cache_bytes:
-                return
-            if file not in wanted:
-                size -= file.stat().st_size
+    async def _evict(self) -> None:
+        for file in await asyncio.to_thread(self._too_many):
+            # On the loop, where files are taken hold of, so that none is taken between look and removal.
+            if file not in self._held:
                 file.unlink(missing_ok=True)
+
+    def _too_many(self) -> list[Path]:
+        found = []
+        for file in self._cache.rglob("*.parquet"):
+            with suppress(FileNotFoundError):  # another question has just removed it
+                found.append((file.stat().st_mtime, file.stat().st_size, file))
+        found.sort()
+        excess = sum(size for _, size, _ in found) - self._cache_bytes
+        chosen = []
+        for _, size, file in found:
+            if excess <= 0:
+                break
+            if file not in self._held:
+                chosen.append(file)
+                excess -= size
+        return chosen
+
+
+def _touched(path: Path) -> bool:
+    """Whether the file is there; if so, it was used just now."""
+    there = path.exists()
+    if there:
+        path.touch()
+    return there

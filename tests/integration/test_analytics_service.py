@@ -593,6 +593,28 @@ async def test_a_statement_that_takes_too_long_says_try_again(database_url: str)
         await database.dispose()
 
 
+async def test_a_question_looks_again_where_an_object_has_just_been_joined_away(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with wired(database_url, tmp_path) as (consumers, reader, flusher, store, _):
+        for start in (0, 10):
+            await consumers.on_predictions(records([prediction_batch(range(start, start + 10))]))
+        segments = repository.segments
+        joined: list[int] = []
+
+        async def then_joined(*given: Any) -> list[Any]:
+            found = await segments(*given)
+            if not joined:
+                joined.append(await flusher.join_small())
+                for row in found:
+                    await store.delete(row.object)
+            return found
+
+        monkeypatch.setattr(repository, "segments", then_joined)
+        assert await count(reader) == 20
+        assert joined == [1]
+
+
 async def test_two_replicas_count_together(
     database_url: str, new_tansu: Callable[[], TansuServer], tmp_path: Path
 ) -> None:
