@@ -41,7 +41,8 @@ class ArmEstimate:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """b minus a. `fixed` holds at one look planned beforehand, `sequential` at every look; `relative` is the
-    fixed result as a share of a. All three are None where an arm has too little. `sample_ratio` tests the
+    fixed result as a share of a. They are None where an arm has too little or no value differs, which a
+    warning says; `sequential` needs 100 units an arm. `sample_ratio` tests the
     units per arm against the logged propensities, None where those are not known.
     """
 
@@ -86,13 +87,24 @@ def compare(
         warnings.append("An arm has fewer than two units: nothing can be said yet.")
         return Comparison(estimates[0], estimates[1], None, None, None, ratio, assumptions, warnings)
     absolute = effect(sides[0], sides[1])
-    relative = None if absolute.baseline == 0 else t_test(effect(sides[0], sides[1], "relative"), alpha=alpha)
+    varies = absolute.std_error > 0
+    enough = min(estimates[0].units, estimates[1].units) >= _FEW_UNITS
+    if not varies:
+        warnings.append(
+            "No value differs within an arm: nothing is known about the spread of this metric, so there is "
+            "no sequential result, and no p-value of a mean."
+        )
+    elif not enough:
+        warnings.append(f"There is no sequential result below {_FEW_UNITS} units an arm.")
+    relative = None
+    if varies and absolute.baseline != 0:
+        relative = t_test(effect(sides[0], sides[1], "relative"), alpha=alpha)
     return Comparison(
         a=estimates[0],
         b=estimates[1],
         fixed=_fixed(arms, absolute, binary=binary, clustered=clustered, alpha=alpha),
         relative=relative,
-        sequential=asymptotic_sequence(absolute, alpha=alpha),
+        sequential=asymptotic_sequence(absolute, alpha=alpha) if varies and enough else None,
         sample_ratio=ratio,
         assumptions=assumptions,
         warnings=warnings,
@@ -168,14 +180,22 @@ def _estimate(
     return ArmEstimate(name, exposed, measured, summary.n, observations, summary.mean, shown)
 
 
-def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha: float) -> Inference:
-    if clustered:
-        result = t_test(absolute, alpha=alpha)
-        return replace(result, method="ratio of sums per unit, delta method, Welch's t-test")
-    if not binary:
-        return replace(t_test(absolute, alpha=alpha), method="Welch's t-test")
+def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha: float) -> Inference | None:
+    if clustered or not binary:
+        method = "ratio of sums per unit, delta method, Welch's t-test" if clustered else "Welch's t-test"
+        result = replace(t_test(absolute, alpha=alpha), method=method)
+        # Without any spread a mean has neither p-value nor interval: that would be zero wide.
+        return result if absolute.std_error > 0 else None
     counts = [(float(side.totals.sum()), int(side.units.size)) for side in (arms.a, arms.b)]
     found = two_proportion_z_test(counts[0], counts[1], alpha=alpha)
+    if any(min(successes, n - successes) == 0 for successes, n in counts):
+        return replace(
+            z_test(absolute, alpha=alpha),
+            ci=found.newcombe_ci,
+            p_value=found.p_value,
+            statistic=found.z,
+            method="two-proportion z-test (pooled), Newcombe's interval",
+        )
     return replace(
         z_test(absolute, alpha=alpha),
         ci=found.wald_ci,

@@ -111,8 +111,13 @@ def comparison_json(model: str, metric: str, found: Comparison) -> Json:
 
 def sentence(metric: str, found: Comparison) -> str:
     """What the comparison says, plainly; only the sequential result decides."""
-    if found.fixed is None or found.sequential is None:
+    if found.fixed is None:
         return f"There is too little data to compare {metric} of {found.a.name} and {found.b.name}."
+    if found.sequential is None:
+        return (
+            f"{metric}: {found.a.mean:.5g} for {found.a.name} ({found.a.units} units), {found.b.mean:.5g} "
+            f"for {found.b.name} ({found.b.units} units); no difference is shown at any time of looking yet."
+        )
     low, high = found.sequential.ci
     verdict = "no difference is shown yet"
     if found.sequential.p_value < found.sequential.alpha:

@@ -138,5 +138,23 @@ def test_arms_without_any_event_do_not_divide_by_zero() -> None:
     found = compare(Arms(observed(ones(0, 500)), observed(ones(0, 500)), 0), "error_rate", ("1", "2"))
     assert found.fixed is not None
     assert found.fixed.p_value == 1.0
+    low, high = found.fixed.ci
+    assert low < -0.005 < 0.005 < high
+    assert found.sequential is None
     assert found.relative is None
+    assert "No value differs" in " ".join(found.warnings)
+    assert "no difference is shown" in sentence("error_rate", found)
+
+
+def test_means_without_any_spread_have_no_p_value() -> None:
+    arms = Arms(observed(np.full(200, 3.0)), observed(np.full(200, 4.0)), 0)
+    found = compare(arms, "latency_ms", ("1", "2"))
+    assert (found.fixed, found.sequential, found.relative) == (None, None, None)
+    assert "No value differs" in " ".join(found.warnings)
+
+
+def test_small_arms_have_no_sequential_result() -> None:
+    found = compare(Arms(observed(ones(1, 20)), observed(ones(9, 20)), 0), "error_rate", ("1", "2"))
+    assert found.fixed is not None
+    assert found.sequential is None
     assert "no difference is shown" in sentence("error_rate", found)
