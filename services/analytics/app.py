@@ -22,10 +22,10 @@ from services.analytics.settings import Settings
 from services.analytics.signatures import Signatures
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
-from services.common.db import engine, migrate
+from services.common.db import check_database, engine, migrate
 from services.common.errors import Fatal, HeadraceError, Unavailable
 from services.common.internal_auth import InternalAuth
-from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
+from services.common.lifecycle import Health, OpsEndpoints, serve_asgi, watched
 from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
 from services.common.telemetry import setup_tracing
@@ -67,7 +67,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         await migrate(cfg.database_url, SCHEMA, _MIGRATIONS)
         database = engine(cfg.database_url, SCHEMA)
         stack.push_async_callback(database.dispose)
-        health.set_ready("database")
+        await stack.enter_async_context(watched(health, {"database": lambda: check_database(database)}))
         store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
         stack.push_async_callback(store.close)
         await _reach(store)

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.tansu import TansuServer
 from services import analytics
 from services.analytics import queries, reading, repository
@@ -613,6 +614,22 @@ async def test_a_question_looks_again_where_an_object_has_just_been_joined_away(
         monkeypatch.setattr(repository, "segments", then_joined)
         assert await count(reader) == 20
         assert joined == [1]
+
+
+async def test_without_its_database_it_is_not_ready_and_says_why(
+    new_postgres: Callable[[], PostgresServer], new_tansu: Callable[[], TansuServer], tmp_path: Path
+) -> None:
+    database, bootstrap = await asyncio.to_thread(new_postgres), new_tansu().url
+    await ensure_topics(bootstrap, all_topics())
+    async with running(database.database_url("postgres"), bootstrap, tmp_path) as client:
+        assert (await client.get("/health/ready")).json()["ready"]
+        await asyncio.to_thread(database.kill)
+        for _ in range(100):
+            answer = await client.get("/health/ready")
+            if answer.status_code == 503:
+                break
+            await asyncio.sleep(0.1)
+        assert answer.json()["reasons"] == {"database": "The database does not answer."}
 
 
 async def test_two_replicas_count_together(
