@@ -54,7 +54,14 @@ def prove(service: str, folder: Path) -> None:
     for shared in ("fixtures", "vectors"):
         if (ROOT / "tests" / shared).is_dir():
             shutil.copytree(ROOT / "tests" / shared, tests / "tests" / shared)
-    options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-o", "asyncio_mode=auto")
+    options: tuple[str, ...] = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        "-o",
+        "asyncio_mode=auto",
+    )
     options += ("-o", "asyncio_default_fixture_loop_scope=function")
     command = [str(python), "-m", "pytest", *options, "-o", "pythonpath=.", "tests/unit"]
     subprocess.run(command, check=True, cwd=tests)

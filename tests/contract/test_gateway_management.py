@@ -188,7 +188,8 @@ async def test_slow_queries_keep_no_other_service_waiting() -> None:
 
     slow, registry = [await asyncio.start_server(one, "127.0.0.1", 0) for one in (silent, prompt)]
     bases = [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in (registry, slow)]
-    async with management_client(TOKEN, upstreams(*bases, bases[1]), connect_s=5.0) as client:
+    services = upstreams(bases[0], bases[1], bases[1])
+    async with management_client(TOKEN, services, connect_s=5.0) as client:
         queries = [asyncio.create_task(client.get(bases[1] + "/v1/analytics")) for _ in range(100)]
         await asyncio.sleep(0.05)
         revoked = await client.delete(bases[0] + "/v1/keys/k", timeout=2.0)
