@@ -63,9 +63,7 @@ def main() -> None:
         records = [record(rng, rows, n * rows * 100) for n in range(1, ROWS // rows // 8 + 1)]
         single, joined = rate(records, rows, 1), rate(records, rows, 500)
         ratio = joined / single
-        print(
-            f"{rows:4} rows a record: {single:8,.0f} rows/s alone, {joined:8,.0f} joined, {ratio:.1f}x"
-        )
+        print(f"{rows:4} rows a record: {single:8,.0f} rows/s alone, {joined:8,.0f} joined, {ratio:.1f}x")
 
 
 if __name__ == "__main__":
