@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
-import tritonclient.grpc as grpcclient
 from onnx import TensorProto, helper
+from open_inference.open_inference_pb2 import ModelInferRequest
+from open_inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.embedded.stack import Stack
@@ -152,15 +154,15 @@ def test_one_trace_reaches_from_the_request_to_the_consumers_of_its_event(
 
 def test_a_grpc_call_is_traced_the_same_way(stack: Stack, otlp: OtlpReceiver) -> None:
     trace, span = secrets.token_hex(16), secrets.token_hex(8)
-    tensor = grpcclient.InferInput("x", [1, 1], "FP32")
-    tensor.set_data_from_numpy(np.array([[0.25]], dtype=np.float32))
-    client = grpcclient.InferenceServerClient(stack.grpc_address)
-    try:
-        headers = {"authorization": f"Bearer {stack.admin_key}", "traceparent": f"00-{trace}-{span}-01"}
-        result = client.infer("brittle", [tensor], headers=headers)
-    finally:
-        client.close()
-    assert result.as_numpy("y").tolist() == [[0.25]]
+    tensor = ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 1])
+    request = ModelInferRequest(
+        model_name="brittle", inputs=[tensor], raw_input_contents=[np.array([[0.25]], np.float32).tobytes()]
+    )
+    headers = (("authorization", f"Bearer {stack.admin_key}"), ("traceparent", f"00-{trace}-{span}-01"))
+    with grpc.insecure_channel(stack.grpc_address) as channel:
+        stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
+        result = stub.ModelInfer(request, metadata=headers, timeout=10)
+    assert np.frombuffer(result.raw_output_contents[0], np.float32).tolist() == [0.25]
     spans = otlp.wait(trace, lambda found: services_of(found) >= ON_THE_WAY)
     assert services_of(spans) == ON_THE_WAY
     assert {one.parent for one in spans if one.service == "gateway"} == {span}
