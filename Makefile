@@ -36,7 +36,7 @@ logs:
 	@$(PY) -m deploy.embedded logs $(if $(FOLLOW),--follow) $(PART)
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # The parts run side by side; a part's output appears when it is done.
 check: $(STAMP)
