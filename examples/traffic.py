@@ -108,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.traffic", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the gateway answers")
     parser.add_argument("--key-file", type=Path, default=Path(".headrace/admin.key"))
-    parser.add_argument("--requests", type=int, default=1000, help="requests per part of the tour")
+    parser.add_argument("--requests", type=int, default=1500, help="requests per part of the tour")
     arguments = parser.parse_args()
     headers = {"authorization": f"Bearer {arguments.key_file.read_text().strip()}"}
     limits = httpx.Limits(max_connections=AT_ONCE)
