@@ -54,12 +54,27 @@ PREDICTIONS = Topic("inference.predictions.v1")
 OUTCOMES = Topic("inference.outcomes.v1")
 SHADOWS = Topic("inference.shadows.v1")
 ALERTS = Topic("drift.alerts.v1", partitions=1)
+JOBS = Topic("batch.jobs.v1")
+JOB_RESULTS = Topic("batch.results.v1")
+JOB_CONTROL = Topic("control.jobs.v1", partitions=1, compacted=True, settings=_KEPT)
 
 #: Consumer groups that read with a dead-letter queue; the queue is `<topic>.<group>.dlq`.
-GROUPS = {PREDICTIONS: ("analytics", "drift"), OUTCOMES: ("analytics", "drift"), ALERTS: ("registry",)}
+GROUPS = {
+    PREDICTIONS: ("analytics", "drift"),
+    OUTCOMES: ("analytics", "drift"),
+    ALERTS: ("registry",),
+    JOBS: ("gateway",),
+    JOB_RESULTS: ("gateway",),
+}
 
 #: Consumer group of whoever replays a dead-letter queue: its lag is what still lies there.
 REPLAY = "replay"
+
+
+def chunks(pool: str, partitions: int = PARTITIONS) -> Topic:
+    """Chunks of batch jobs for the workers of `pool`, who are its consumer group; partitions bound how many
+    workers can share the work. Pools come and go with workers, so this one is not among `all_topics`."""
+    return Topic(f"batch.chunks.{pool}.v1", partitions)
 
 
 def dead_letters(topic: Topic, group: str) -> Topic:
@@ -69,5 +84,16 @@ def dead_letters(topic: Topic, group: str) -> Topic:
 
 def all_topics() -> list[Topic]:
     """Every topic of the platform, dead-letter queues included."""
-    sources = [DEPLOYMENTS, KEYS, WORKERS, PREDICTIONS, OUTCOMES, SHADOWS, ALERTS]
+    sources = [
+        DEPLOYMENTS,
+        KEYS,
+        WORKERS,
+        PREDICTIONS,
+        OUTCOMES,
+        SHADOWS,
+        ALERTS,
+        JOBS,
+        JOB_RESULTS,
+        JOB_CONTROL,
+    ]
     return sources + [dead_letters(topic, group) for topic, groups in GROUPS.items() for group in groups]

@@ -199,7 +199,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., frames_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., pool: _Optional[str] = ..., state: _Optional[_Union[WorkerStatus.State, str]] = ..., versions: _Optional[_Iterable[_Union[LoadedVersion, _Mapping]]] = ..., queued_rows: _Optional[int] = ..., running_rows: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_limit_bytes: _Optional[int] = ..., device: _Optional[str] = ..., sent_at_us: _Optional[int] = ..., interval_ms: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class LoadedVersion(_message.Message):
-    __slots__ = ("model", "version", "state", "artifact_digest", "error", "memory_bytes")
+    __slots__ = ("model", "version", "state", "artifact_digest", "error", "memory_bytes", "best_rows", "best_rows_per_s")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[LoadedVersion.State]
@@ -222,10 +222,14 @@ class LoadedVersion(_message.Message):
     ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BEST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BEST_ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     state: LoadedVersion.State
     artifact_digest: str
     error: str
     memory_bytes: int
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[LoadedVersion.State, str]] = ..., artifact_digest: _Optional[str] = ..., error: _Optional[str] = ..., memory_bytes: _Optional[int] = ...) -> None: ...
+    best_rows: int
+    best_rows_per_s: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[LoadedVersion.State, str]] = ..., artifact_digest: _Optional[str] = ..., error: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., best_rows: _Optional[int] = ..., best_rows_per_s: _Optional[float] = ...) -> None: ...
