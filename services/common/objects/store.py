@@ -39,11 +39,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object. `size` in bytes."""
+    """One object. `size` in bytes; another `etag` means other bytes, None where the store tells none."""
 
     path: str
     size: int
     modified: datetime
+    etag: str | None = None
 
 
 class ArtifactStore:
@@ -99,16 +100,34 @@ class ArtifactStore:
 
         await self._in_thread(path, write)
 
-    async def get(self, path: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes `start` to before `end` of an object, by default all of them. For small objects."""
+    async def stat(self, path: str) -> ObjectInfo:
+        """What the store knows of one object."""
+
+        def ask() -> ObjectInfo:
+            return _info(obstore.head(self._store, path))
+
+        return await self._in_thread(path, ask)
+
+    async def get(
+        self, path: str, start: int = 0, end: int | None = None, *, etag: str | None = None
+    ) -> bytes:
+        """The bytes `start` to before `end` of an object, by default all of them. For small objects. Raises
+        Aborted where the object is no longer the one of `etag`."""
 
         def read() -> bytes:
+            if etag is not None and end is not None:
+                return self._range(path, start, end, etag)
             if start == 0 and end is None:
                 return bytes(obstore.get(self._store, path).bytes())
             stop = obstore.head(self._store, path)["size"] if end is None else end
             return bytes(obstore.get_range(self._store, path, start=start, end=stop)) if start < stop else b""
 
         return await self._in_thread(path, read)
+
+    def read_blocking(self, path: str, start: int, end: int, etag: str) -> bytes:
+        """`get` in the thread of the caller, for readers that take a file: see RangeFile."""
+        with store_errors(checked_path(path)):
+            return self._range(path, start, end, etag)
 
     async def stream(self, path: str) -> AsyncIterator[bytes]:
         """The object in pieces of at most 4 MB. Raises Aborted where it is replaced meanwhile."""
@@ -132,7 +151,7 @@ class ArtifactStore:
         def read() -> Sequence[ObjectInfo]:
             found: list[ObjectInfo] = []
             for page in obstore.list(self._store, prefix or None, chunk_size=1000):
-                found += [ObjectInfo(meta["path"], meta["size"], meta["last_modified"]) for meta in page]
+                found += [_info(meta) for meta in page]
                 if limit is not None and len(found) >= limit:
                     break
             return sorted(found[:limit], key=lambda info: info.path)
@@ -180,6 +199,12 @@ class ArtifactStore:
                 return work()
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, guarded)
+
+    def _range(self, path: str, start: int, end: int, etag: str) -> bytes:
+        if start >= end:
+            return b""
+        options: obstore.GetOptions = {"range": (start, end), "if_match": etag}
+        return bytes(obstore.get(self._store, path, options=options).bytes())
 
     def _exists(self, path: str) -> bool:
         try:
@@ -232,6 +257,10 @@ class ArtifactStore:
         finally:
             part.unlink(missing_ok=True)
         return size
+
+
+def _info(meta: obstore.ObjectMeta) -> ObjectInfo:
+    return ObjectInfo(meta["path"], meta["size"], meta["last_modified"], meta["e_tag"])
 
 
 def _local(root: Path) -> LocalStore:
