@@ -60,6 +60,7 @@ class Call(ABC):
     ticket = 0
     retried = False
     single = False
+    base64 = False
     v2: V2State | None = None
     trace_parent: SpanContext | None = None
     trace_context: SpanContext | None = None

@@ -10,13 +10,15 @@ from services.common.errors import HeadraceError, InvalidArgument
 from services.common.problems import problem_headers
 from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue, ServedVersion
-from services.gateway.codecs import native, v2
-from services.gateway.errors import as_oip, as_problem
+from services.gateway.codecs import native, openai, v2
+from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.keys import Key
 from services.gateway.targets import Dialect
 
 _JSON = b"content-type: application/json\r\n"
 _FALLBACK = b"x-headrace-fallback: true\r\n"
+#: The backend whose models say how many tokens a text has.
+_COUNTS_TOKENS = "embedding"
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
 
 
@@ -36,6 +38,7 @@ def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:
         Dialect.NATIVE: NativeSpeaker(catalogue),
         Dialect.EMBED: EmbedSpeaker(catalogue),
         Dialect.V2: V2Speaker(catalogue),
+        Dialect.OPENAI_EMBEDDINGS: OpenAIEmbeddingsSpeaker(catalogue),
     }
 
 
@@ -132,6 +135,28 @@ class V2Speaker(_Speaker):
 
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
         status, body = as_oip(error)
+        headers = [pair for pair in problem_headers(error) if pair[0] != b"content-type"]
+        return status, _JSON + _lines(headers), body
+
+
+class OpenAIEmbeddingsSpeaker(_Speaker):
+    """`/v1/embeddings`."""
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None:
+        body = openai.decode_embeddings(call.body)
+        version = self._version(call, key, request, body.model, "")
+        native.require_embedding(version.signature, request.model)
+        openai.fill_embeddings(request, version.signature, body)
+        call.base64 = body.encoding_format == "base64"
+        if version.backend == _COUNTS_TOKENS:
+            request.outputs.extend((version.signature.prediction, openai.TOKENS))
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
+        signature = self._answered_by(call, reply).signature
+        return _JSON, openai.encode_embeddings(call.request.model, signature, reply, base64=call.base64)
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
+        status, body = as_openai(error)
         headers = [pair for pair in problem_headers(error) if pair[0] != b"content-type"]
         return status, _JSON + _lines(headers), body
 

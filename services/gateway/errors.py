@@ -43,3 +43,24 @@ def as_oip(error: HeadraceError) -> tuple[int, bytes]:
     """Status and `{"error": …}` body."""
     status, body = oip_problem(error)
     return _STATUS.get(type(error), status), body
+
+
+def as_openai(error: HeadraceError) -> tuple[int, bytes]:
+    """Status and `{"error": {"message", "type", "param", "code"}}` body, as OpenAI's clients read it."""
+    status, _body = problem(error)
+    status = _STATUS.get(type(error), 400 if status == 422 else status)
+    return status, orjson.dumps({"error": openai_error(error, status)})
+
+
+def openai_error(error: HeadraceError, status: int) -> dict[str, str | None]:
+    """What stands under `error`. Types and codes are OpenAI's where it has one for the case."""
+    kind, code = "invalid_request_error", None
+    if status == 401:
+        code = "invalid_api_key"
+    elif status == 404 and error.field == "model":
+        code = "model_not_found"
+    elif status == 429:
+        kind, code = "rate_limit_error", "rate_limit_exceeded"
+    elif status >= 500:
+        kind, code = "server_error", Code.Name(error.code).removeprefix("CODE_").lower()
+    return {"message": error.message, "type": kind, "param": error.field, "code": code}

@@ -13,6 +13,7 @@ class Dialect(enum.StrEnum):
     NATIVE = "predict"
     EMBED = "embed"
     V2 = "v2_infer"
+    OPENAI_EMBEDDINGS = "openai_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ _FIXED = {
     b"/v1/predict": Target(Dialect.NATIVE),
     b"/api/v1/predict": Target(Dialect.NATIVE),
     b"/v1/embed": Target(Dialect.EMBED),
+    b"/v1/embeddings": Target(Dialect.OPENAI_EMBEDDINGS),
 }
 _NATIVE = re.compile(rb"/(?:api/)?v1/models/([A-Za-z0-9._-]{1,128})/predict")
 _V2 = re.compile(rb"/v2/models/([A-Za-z0-9._-]{1,128})(?:/versions/([A-Za-z0-9._-]{1,128}))?/infer")

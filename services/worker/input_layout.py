@@ -12,7 +12,7 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import DataType, Signature, Tensor
 
 from services.common.errors import InvalidArgument
-from services.worker.backends.port import Padding
+from services.worker.backends.port import EXTRA_OUTPUTS, Padding
 from services.worker.tensors import NUMPY_TYPES, Array, datatype_name, decode_bytes, to_array
 
 Shape = tuple[int, ...]
@@ -42,7 +42,8 @@ class InputLayout:
 
     Raises ValueError for a signature that cannot be served."""
 
-    def __init__(self, signature: Signature, padding: Padding | None = None) -> None:
+    def __init__(self, signature: Signature, padding: Padding | None = None, backend: str = "") -> None:
+        """`backend` names what runs it, for outputs beyond the signature's."""
         self.batched = signature.batched
         self._inputs = tuple(
             _input(spec.name, spec.datatype, tuple(spec.shape), self.batched) for spec in signature.inputs
@@ -50,7 +51,9 @@ class InputLayout:
         if not self._inputs:
             raise ValueError("the signature names no inputs")
         self._order = {spec.name: position for position, spec in enumerate(self._inputs)}
-        self._outputs = {spec.name for spec in signature.outputs}
+        #: Outputs that can be asked for and are not given otherwise, with their datatypes.
+        self.extra_outputs = EXTRA_OUTPUTS.get(backend, {})
+        self._outputs = {spec.name for spec in signature.outputs} | self.extra_outputs.keys()
         #: No dimension but the rows varies, and no element has a length of its own.
         self.fixed = all(spec.row_bytes is not None for spec in self._inputs)
         # Position, dimension within a row and filling of the inputs whose rows may differ in length.

@@ -70,7 +70,7 @@ class VersionLoader:
         Raises LoadFailed with the reason, NoRoom, Unavailable when the artifact store is away."""
         key, served = desired.key, desired.served
         try:
-            layout = InputLayout(served.signature)
+            layout = InputLayout(served.signature, backend=served.backend)
         except ValueError as error:
             raise LoadFailed(f"the signature cannot be served: {error}") from error
         directory = await self._artifacts.fetch(served.artifact_digest)
@@ -78,7 +78,7 @@ class VersionLoader:
             await self._make_room(max(served.artifact_bytes, known_bytes), free)
             before = resident_bytes()
             backend = await asyncio.to_thread(self._open, desired, directory)
-            layout = InputLayout(served.signature, backend.padding)
+            layout = InputLayout(served.signature, backend.padding, served.backend)
             on_state(LoadedVersion.STATE_WARMING)
             run_time = RunTime()
             runner = Runner(backend, served.signature, layout)

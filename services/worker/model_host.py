@@ -260,7 +260,7 @@ class ModelHost:
         if demanded:
             await self._pause(slot, _NO_ROOM_S)
         if not slot.unwanted:
-            self._park(slot, InputLayout(slot.desired.served.signature))
+            self._park(slot, InputLayout(slot.desired.served.signature, backend=slot.desired.served.backend))
 
     async def _pause(self, slot: Slot, seconds: float) -> None:
         with suppress(TimeoutError):

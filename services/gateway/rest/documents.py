@@ -175,3 +175,46 @@ V2_INFER: dict[str, Any] = {
     "responses": {200: _json(_V2_ANSWER, "The answer.")}
     | {status: _json(_V2_ERROR, reason) for status, reason in _REASONS.items() if status != 422},
 }
+
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_OPENAI_ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                name: {"type": ["string", "null"]} for name in ("message", "type", "param", "code")
+            },
+        }
+    },
+}
+OPENAI_EMBEDDINGS: dict[str, Any] = {
+    "summary": "Turn texts into vectors (OpenAI)",
+    "openapi_extra": _body(
+        _MODEL
+        | {
+            "input": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+            "encoding_format": {"enum": ["float", "base64"]},
+            "dimensions": {"type": "integer"},
+            "user": {"type": "string"},
+        },
+        ["model", "input"],
+    ),
+    "responses": {
+        200: _json(
+            {
+                "type": "object",
+                "required": ["object", "data", "model", "usage"],
+                "properties": {
+                    "object": {"const": "list"},
+                    "data": {"type": "array", "items": {"type": "object"}},
+                    "model": {"type": "string"},
+                    "usage": {"type": "object"},
+                },
+            },
+            "The answer.",
+        )
+    }
+    | {status: _json(_OPENAI_ERROR, reason) for status, reason in _REASONS.items() if status != 422},
+}

@@ -13,11 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.common.errors import BodyTooLarge, HeadraceError
 from services.common.ids import id_text, new_id
 from services.common.problems import install_problem_handlers, problem_headers
-from services.gateway.errors import as_oip
+from services.gateway.errors import as_oip, as_openai
 from services.gateway.keys import Key, KeyRing
 from services.gateway.keys import Scope as KeyScope
 from services.gateway.predict import correlation_of
 from services.gateway.reading import BodyBudget
+
+#: Routes that OpenAI's clients call.
+_OPENAI = ("/v1/files", "/v1/batches", "/v1/embeddings", "/v1/chat/completions", "/v1/completions")
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -84,7 +87,7 @@ async def bounded_body(request: Request, limit: int, budget: BodyBudget) -> byte
 
 
 def install_errors(app: FastAPI) -> None:
-    """Problems everywhere; `{"error": …}` below /v2."""
+    """Problems everywhere; `{"error": …}` below /v2 and, in their own shape, on OpenAI's routes."""
     install_problem_handlers(app)
     for kind in (HeadraceError, HTTPException):
         usual: Handler = app.exception_handlers[kind]  # type: ignore[assignment]  # both are coroutines
@@ -93,10 +96,11 @@ def install_errors(app: FastAPI) -> None:
 
 def _by_path(usual: Handler) -> Handler:
     async def handle(request: Request, error: Exception) -> Response:
-        if not request.url.path.startswith("/v2"):
+        shape = _shape_of(request.url.path)
+        if shape is None:
             return await usual(request, error)
         if isinstance(error, HeadraceError):
-            status, body = as_oip(error)
+            status, body = shape(error)
             headers = {name.decode(): value.decode() for name, value in problem_headers(error)}
             return Response(body, status, headers | {"content-type": "application/json"})
         answer = await usual(request, error)
@@ -105,10 +109,17 @@ def _by_path(usual: Handler) -> Handler:
             detail = HeadraceError(f"There is nothing at {request.url.path}.")
         elif answer.status_code == 405:
             detail = HeadraceError(f"{request.url.path} does not take {request.method}.")
-        _status, body = as_oip(detail)
+        _status, body = shape(detail)
         return Response(body, answer.status_code, media_type="application/json")
 
     return handle
+
+
+def _shape_of(path: str) -> Callable[[HeadraceError], tuple[int, bytes]] | None:
+    """How errors look below `path`; None: as problems."""
+    if path.startswith("/v2"):
+        return as_oip
+    return as_openai if path.startswith(_OPENAI) else None
 
 
 def _header(request: Request, name: str) -> bytes | None:

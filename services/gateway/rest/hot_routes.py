@@ -12,7 +12,7 @@ from starlette.responses import Response
 from services.common.errors import HeadraceError
 from services.gateway.call import HEADERS, Call
 from services.gateway.predict import PredictService
-from services.gateway.rest.documents import EMBED, PREDICT, PREDICT_MODEL, V2_INFER
+from services.gateway.rest.documents import EMBED, OPENAI_EMBEDDINGS, PREDICT, PREDICT_MODEL, V2_INFER
 from services.gateway.rest.door import bounded_body
 from services.gateway.targets import Dialect, Target
 
@@ -48,6 +48,9 @@ def hot_routes(service: PredictService) -> APIRouter:
     async def embed(request: Request) -> Response:
         return await _answered(service, Target(Dialect.EMBED), request)
 
+    async def openai_embeddings(request: Request) -> Response:
+        return await _answered(service, Target(Dialect.OPENAI_EMBEDDINGS), request)
+
     async def infer(request: Request, model: str, version: str = "") -> Response:
         return await _answered(service, Target(Dialect.V2, model, version), request)
 
@@ -62,6 +65,9 @@ def hot_routes(service: PredictService) -> APIRouter:
             **PREDICT_MODEL,
         )
     router.add_api_route("/v1/embed", embed, methods=["POST"], tags=["predict"], **EMBED)
+    router.add_api_route(
+        "/v1/embeddings", openai_embeddings, methods=["POST"], tags=["openai"], **OPENAI_EMBEDDINGS
+    )
     for path in ("/v2/models/{model}/infer", "/v2/models/{model}/versions/{version}/infer"):
         router.add_api_route(path, infer, methods=["POST"], tags=["open inference protocol"], **V2_INFER)
     return router

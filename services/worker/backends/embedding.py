@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 
 from services.common.errors import InvalidArgument
 from services.worker.backends.onnx import model_file, open_session
-from services.worker.backends.port import BackendOptions, LoadFailed
+from services.worker.backends.port import TOKENS, BackendOptions, LoadFailed
 from services.worker.tensors import Array
 
 # Where the artifact does not say: what sentence-transformers use for MiniLM; no BERT takes more than the
@@ -60,9 +60,12 @@ class EmbeddingBackend:
         encodings = self._tokenizer.encode_batch_fast(texts)
         longest = max(len(encoding.ids) for encoding in encodings)
         feed = {name: self._column(name, encodings, longest) for name in self._columns}
-        names = list(outputs) or list(self._outputs)
+        names = [name for name in outputs if name != TOKENS] or list(self._outputs)
         ran = self._session.run([self._outputs[name] for name in names], feed)
-        return dict(zip(names, ran, strict=True))
+        answer = dict(zip(names, ran, strict=True))
+        if TOKENS in outputs:
+            answer[TOKENS] = np.array([len(encoding.ids) for encoding in encodings], np.int64)
+        return answer
 
     def close(self) -> None:
         del self._session

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from headrace.v1.tensor_pb2 import Signature
+from headrace.v1.tensor_pb2 import DataType, Signature
 
 from services.common.errors import FailedPrecondition
 from services.worker.tensors import Array
@@ -59,6 +59,12 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give memory back. Nothing runs any more."""
         ...
+
+
+#: Output that a backend gives when it is asked for, and not otherwise: tokens of each row, as it cut them.
+TOKENS = "headrace.tokens"
+#: Outputs beyond the signature's, by the backend's name.
+EXTRA_OUTPUTS: Mapping[str, Mapping[str, DataType]] = {"embedding": {TOKENS: DataType.DATA_TYPE_INT64}}
 
 
 #: Loads the files below a directory, checked against the signature. Blocking: called in a thread.

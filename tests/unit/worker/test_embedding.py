@@ -130,3 +130,12 @@ def test_an_output_that_the_encoder_lacks_is_refused(tmp_path: Path) -> None:
     other.outputs[1].name = "pooled"
     with pytest.raises(LoadFailed, match="no output pooled; it has embeddings"):
         load(artifact(tmp_path), other, BackendOptions())
+
+
+def test_tokens_are_counted_where_asked_for(tmp_path: Path) -> None:
+    backend = loaded(artifact(tmp_path, max_tokens=2))
+    texts = np.array([b"one", b"one two three"], dtype=object)
+    assert set(backend.run({"text": texts}, [])) == {"embeddings"}
+    asked = backend.run({"text": texts}, ["embeddings", "headrace.tokens"])
+    assert asked["headrace.tokens"].tolist() == [1, 2]  # what was cut off was not used
+    assert set(backend.run({"text": texts}, ["headrace.tokens"])) == {"embeddings", "headrace.tokens"}
