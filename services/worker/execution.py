@@ -50,7 +50,8 @@ class Runner:
     def __init__(self, backend: Backend, signature: Signature, layout: InputLayout) -> None:
         self.backend = backend
         self.layout = layout
-        self._datatypes = {spec.name: spec.datatype for spec in signature.outputs} | layout.extra_outputs
+        given = {spec.name: spec.datatype for spec in signature.outputs}
+        self._datatypes = {**given, **layout.extra_outputs}
 
     def execute(self, batch: Batch, max_rows: int) -> Execution:
         """Run `batch`. Never raises: what fails stands in the result. A member fails only by its own doing:
