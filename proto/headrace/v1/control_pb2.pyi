@@ -117,16 +117,18 @@ class BucketRange(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Batching(_message.Message):
-    __slots__ = ("max_rows", "max_delay_us", "preferred_rows", "max_queue_rows")
+    __slots__ = ("max_rows", "max_delay_us", "preferred_rows", "max_queue_rows", "max_queue_ms")
     MAX_ROWS_FIELD_NUMBER: _ClassVar[int]
     MAX_DELAY_US_FIELD_NUMBER: _ClassVar[int]
     PREFERRED_ROWS_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     max_rows: int
     max_delay_us: int
     preferred_rows: _containers.RepeatedScalarFieldContainer[int]
     max_queue_rows: int
-    def __init__(self, max_rows: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., preferred_rows: _Optional[_Iterable[int]] = ..., max_queue_rows: _Optional[int] = ...) -> None: ...
+    max_queue_ms: int
+    def __init__(self, max_rows: _Optional[int] = ..., max_delay_us: _Optional[int] = ..., preferred_rows: _Optional[_Iterable[int]] = ..., max_queue_rows: _Optional[int] = ..., max_queue_ms: _Optional[int] = ...) -> None: ...
 
 class ApiKey(_message.Message):
     __slots__ = ("key_id", "name", "key_sha256", "scopes", "rate_per_second", "burst", "revoked", "expires_at_us", "revision", "models")

@@ -23,7 +23,7 @@ SHADOW_VERDICT_FAILED: ShadowVerdict
 SHADOW_VERDICT_INCOMPARABLE: ShadowVerdict
 
 class PredictionBatch(_message.Message):
-    __slots__ = ("batch_id", "source", "writer", "model", "version", "artifact_digest", "answered_at_us", "request_ids", "unit_hashes", "variants", "variant_names", "propensities", "revisions", "codes", "origins", "attempts", "cached", "latency_us", "queue_us", "compute_us", "rows", "inputs", "outputs", "exclude_from_drift", "exclude_from_experiments")
+    __slots__ = ("batch_id", "source", "writer", "model", "version", "artifact_digest", "answered_at_us", "request_ids", "unit_hashes", "variants", "variant_names", "propensities", "revisions", "codes", "origins", "attempts", "cached", "latency_us", "queue_us", "compute_us", "rows", "inputs", "outputs", "exclude_from_drift", "exclude_from_experiments", "answered_before_us")
     class Writer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         WRITER_UNSPECIFIED: _ClassVar[PredictionBatch.Writer]
@@ -57,6 +57,7 @@ class PredictionBatch(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FROM_DRIFT_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FROM_EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_BEFORE_US_FIELD_NUMBER: _ClassVar[int]
     batch_id: bytes
     source: str
     writer: PredictionBatch.Writer
@@ -82,7 +83,8 @@ class PredictionBatch(_message.Message):
     outputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     exclude_from_drift: bool
     exclude_from_experiments: bool
-    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., writer: _Optional[_Union[PredictionBatch.Writer, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., answered_at_us: _Optional[int] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., variants: _Optional[_Iterable[int]] = ..., variant_names: _Optional[_Iterable[str]] = ..., propensities: _Optional[_Iterable[float]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., origins: _Optional[_Iterable[_Union[_dataplane_pb2.Origin, str]]] = ..., attempts: _Optional[_Iterable[int]] = ..., cached: _Optional[_Iterable[bool]] = ..., latency_us: _Optional[_Iterable[int]] = ..., queue_us: _Optional[_Iterable[int]] = ..., compute_us: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ...) -> None: ...
+    answered_before_us: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., writer: _Optional[_Union[PredictionBatch.Writer, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., answered_at_us: _Optional[int] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., variants: _Optional[_Iterable[int]] = ..., variant_names: _Optional[_Iterable[str]] = ..., propensities: _Optional[_Iterable[float]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., origins: _Optional[_Iterable[_Union[_dataplane_pb2.Origin, str]]] = ..., attempts: _Optional[_Iterable[int]] = ..., cached: _Optional[_Iterable[bool]] = ..., latency_us: _Optional[_Iterable[int]] = ..., queue_us: _Optional[_Iterable[int]] = ..., compute_us: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ..., answered_before_us: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("event_id", "request_id", "model", "metric", "number", "text", "row", "observed_at_us")
