@@ -2,8 +2,8 @@
 
 Read in this order: `app` (wiring), `targets` (which paths are hot), `hot/` (the hot routes before ASGI),
 `call` and `predict` (one hot request, whatever brought it), `reading` (large bodies in threads), `keys`,
-`limiter` and `leases` (who, and how often), `catalogue` and `signature` (what can be called, and with
-what), `dialects` and `codecs/` (bytes to tensors and back), `router_client`, `rest/` (every other route),
-`oip_server` (gRPC), `metrics`; `followed` and `snapshot` keep the control topics at hand while Kafka is
-away.
+`limiter` and `leases` (who, and how often), `admission` (how many at once), `catalogue` and `signature` (what
+can be called, and with what), `dialects` and `codecs/` (bytes to tensors and back), `router_client`, `rest/`
+(every other route), `oip_server` (gRPC), `metrics`; `followed` and `snapshot` keep the control topics at hand
+while Kafka is away.
 """

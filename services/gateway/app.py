@@ -20,6 +20,7 @@ from services.common.frames import FrameCalls
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, KEYS
+from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
 from services.gateway.followed import followed
 from services.gateway.hot.front import HotFront, HttpLimits
@@ -45,6 +46,7 @@ class Gateway:
     grpc_port: int
     ops_port: int
     health: Health
+    admission: Admission
 
 
 @asynccontextmanager
@@ -82,7 +84,8 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         )
         await enter(leased(cfg.redis_url, clock, process, keys.buckets))
         waiting = WaitingRoom()
-        router = RouterClient(await _channels(stack, cfg, process, waiting), waiting)
+        admission = Admission(cfg.max_platform_delay_ms / 1e3)
+        router = RouterClient(await _channels(stack, cfg, process, waiting), waiting, admission)
         services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
         client = await enter(management_client(cfg.internal_token, services))
 
@@ -103,6 +106,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         gauge = metrics.gauge
         gauge("headrace_gateway_connections", "Open HTTP connections.", lambda: len(front.connections))
         gauge("headrace_gateway_in_flight", "Requests waiting for a router.", lambda: router.in_flight)
+        gauge("headrace_gateway_in_flight_limit", "What may be in flight.", lambda: admission.limit)
         gauge("headrace_gateway_models", "Models in service.", lambda: len(catalogue))
         gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
 
@@ -136,7 +140,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
                 reuse_port=cfg.reuse_port,
             )
         )
-        ports = Gateway(http_port, oip.port, ops_port, health)
+        ports = Gateway(http_port, oip.port, ops_port, health, admission)
         log.info("serving", http=http_port, grpc=oip.port, ops=ops_port, models=len(catalogue))
         try:
             yield ports

@@ -141,6 +141,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         self, asked: oip_pb2.ModelInferRequest, context: Context, served: list[str], began: float
     ) -> oip_pb2.ModelInferResponse:
         key = self._caller(context, Scope.PREDICT)
+        self._router.admit()
         model, version = self._found(key, asked.model_name, asked.model_version)
         served.append(model.name)
         request = PredictRequest(
@@ -176,6 +177,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             )
         if reply.code != Code.CODE_OK:
             raise failure(reply)
+        now = self._clock.monotonic()
+        self._router.answered(reply, now - began, now)
         return oip.to_response(asked, id_text(request.request_id), reply)
 
     async def _answered(self, context: Context, answer: Callable[[], Awaitable[Answer]]) -> Answer:

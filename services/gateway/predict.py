@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
 from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanKind
 
@@ -92,6 +92,7 @@ class PredictService:
         try:
             key = self._keys.authenticate(call.authorization, call.api_key)
             key.require(Scope.PREDICT)
+            self._router.admit()
             if key.bucket is not None:
                 key.bucket.admit(now)
             request = call.request = PredictRequest(
@@ -133,6 +134,8 @@ class PredictService:
     def _send(self, call: Call, request: PredictRequest) -> None:
         """Pass on what was read."""
         call.body = b""
+        if request.priority == Priority.PRIORITY_LOW:
+            self._router.admit_low()
         if call.traceparent is not None or self._tracing.enabled:
             self._trace(call, request)
         call.deadline = call.began + self._timeout_s(call)
@@ -170,7 +173,9 @@ class PredictService:
                 self.refuse(call, failure(reply))
             return
         call.channel = None
-        took = self._monotonic() - call.began
+        now = self._monotonic()
+        took = now - call.began
+        self._router.answered(reply, took, now)
         try:
             headers, body = call.speaker.write(call, reply, took * 1000)
         except HeadraceError as error:

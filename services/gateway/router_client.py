@@ -15,8 +15,12 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import HeadraceError, Unavailable, error_of
 from services.common.frames import lost
+from services.gateway.admission import Admission
 
 OnReply = Callable[[PredictReply], None]
+
+#: Of the limit on what is in flight, what requests of low priority may fill.
+_LOW_SHARE = 0.5
 
 
 class Cancellable(Protocol):
@@ -87,10 +91,16 @@ class WaitingRoom:
 class RouterClient:
     """Picks a channel per request."""
 
-    def __init__(self, channels: Sequence[Channel], waiting: WaitingRoom | None = None) -> None:
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        waiting: WaitingRoom | None = None,
+        admission: Admission | None = None,
+    ) -> None:
         if not channels:
             raise ValueError("at least one router is needed")
         self.waiting = waiting or WaitingRoom()
+        self.admission = admission or Admission()
         self._channels = tuple(channels)
         self._only = self._channels[0] if len(self._channels) == 1 else None
 
@@ -112,7 +122,24 @@ class RouterClient:
     @property
     def in_flight(self) -> int:
         """Requests that no router has answered yet."""
+        if self._only is not None:
+            return self._only.in_flight
         return sum(channel.in_flight for channel in self._channels)
+
+    def admit(self) -> None:
+        """Raises Unavailable where the platform has as many requests as it can answer."""
+        if self.in_flight >= self.admission.limit:
+            raise self.admission.refusal()
+
+    def admit_low(self) -> None:
+        """The same for what can wait: it is refused first."""
+        if self.in_flight >= self.admission.limit * _LOW_SHARE:
+            raise self.admission.refusal()
+
+    def answered(self, reply: PredictReply, took_s: float, now: float) -> None:
+        """A request was answered after `took_s`; model and queue are told apart from the way there."""
+        way_s = took_s - (reply.queue_us + reply.compute_us) * 1e-6
+        self.admission.observe(way_s, self.in_flight, now)
 
     async def predict(self, request: PredictRequest, deadline: float) -> PredictReply:
         """For callers that have one request and can wait: held and sent again as the others are. Cancelling

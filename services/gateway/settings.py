@@ -31,6 +31,9 @@ class Settings(ServiceSettings, RedisSettings):
     max_held_bytes: Annotated[int, Field(gt=0)] = 256 << 20
     #: HTTP connections; clients beyond are answered 503.
     max_connections: Annotated[int, Field(gt=0)] = 10_000
+    #: Above this delay between the processes (model and queue left out) requests are refused with 503 before
+    #: all of them wait; milliseconds, 0: never.
+    max_platform_delay_ms: Annotated[float, Field(ge=0)] = 100.0
     default_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     max_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     #: Hot routes before ASGI; off, the same answers come through ASGI.
