@@ -10,8 +10,8 @@ Client side, one object per remote address; it reconnects by itself and never ra
                        limits=Limits(), ssl=None, on_state=lambda usable: ...)
     calls.start()                                # owned task; also: await calls.wait_connected(timeout_s)
     local_id = calls.submit(request, deadline, on_reply)
-        # request: PredictRequest; its `id` and `timeout_us` are overwritten and it is serialized at once, so
-        #   it may be changed and submitted again (elsewhere too) afterwards.
+        # request: PredictRequest; its `id` and `timeout_us` do not count and it is serialized at once, so
+        #   it may be changed and submitted again (elsewhere too) afterwards. `submit_raw` takes the bytes.
         # deadline: on the scale of loop.time(), None for none.
         # on_reply(PredictReply): exactly once, on the loop, never before submit returned, unless cancelled.
         #   Replies made here: UNAVAILABLE whose message starts with "connection" (not connected, lost,

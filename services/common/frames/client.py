@@ -16,7 +16,7 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.errors import Unavailable
 from services.common.frames.client_connection import ClientConnection
 from services.common.frames.limits import Limits
-from services.common.frames.messages import PROTOCOL
+from services.common.frames.messages import ID_BEGINS, NO_TIMEOUT, PROTOCOL, id_end, timeout_override
 from services.common.frames.outbox import ITEM_OVERHEAD, Outbox
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class FrameCalls:
         self._ping_after_s = self.limits.ping_after_s
 
         self._last_id = 0
+        self._id_end = id_end(0)
         self._pending: dict[int, tuple[OnReply, float | None]] = {}
         self._outbox = Outbox(self.limits)
         self._scheduled = False
@@ -132,35 +133,42 @@ class FrameCalls:
     def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
         """Send `request` with what else this loop turn brings; returns its local id.
 
-        `request.id` and `request.timeout_us` are overwritten, and the message is serialized before this
-        returns. `deadline` is on the scale of `loop.time()`. `on_reply` is called once, later, on the loop.
+        What it says of `id` and `timeout_us` does not count, and it is serialized before this returns.
+        `deadline` is on the scale of `loop.time()`. `on_reply` is called once, later, on the loop.
         """
+        return self.submit_raw(request.SerializeToString(), deadline, on_reply)
+
+    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int:
+        """The same for a PredictRequest that is serialized already."""
         self._last_id = local_id = self._last_id + 1
+        if not local_id & 127:
+            self._id_end = id_end(local_id)
         if not self._usable:
             message = "connection is draining" if self._draining else "connection is not established"
             return self._refuse(local_id, on_reply, Code.CODE_UNAVAILABLE, message)
-        if len(self._pending) >= self._max_in_flight:
+        pending = self._pending
+        if len(pending) >= self._max_in_flight:
             return self._refuse(
                 local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many requests in flight"
             )
-        request.id = local_id
         if deadline is None:
-            request.timeout_us = 0
+            payload = request + ID_BEGINS[local_id & 127] + self._id_end + NO_TIMEOUT
         else:
             left = deadline - self._loop.time()
             if left <= 0:
                 return self._refuse(
                     local_id, on_reply, Code.CODE_DEADLINE_EXCEEDED, "the deadline has passed"
                 )
-            request.timeout_us = int(left * 1e6) or 1
-        payload = request.SerializeToString()
+            # Beyond a tenth of a second whole milliseconds do, and most of them are known already.
+            timeout = timeout_override(int(left * 1e3) * 1000 if left > 0.1 else int(left * 1e6))
+            payload = request + ID_BEGINS[local_id & 127] + self._id_end + timeout
         if len(payload) + ITEM_OVERHEAD > self.limits.max_message_bytes:
             return self._refuse(local_id, on_reply, Code.CODE_INVALID_ARGUMENT, "the request is too large")
         if not self._outbox.add(local_id, payload, deadline):
             return self._refuse(
                 local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent"
             )
-        self._pending[local_id] = (on_reply, deadline)
+        pending[local_id] = (on_reply, deadline)
         if deadline is not None and (self._sweep is None or deadline < self._sweep.when()):
             self._sweep_at(deadline)
         if not self._scheduled:

@@ -43,6 +43,24 @@ def item_header(length: int) -> bytes:
     return bytes(out)
 
 
+#: The tag of `id` in PredictRequest and PredictReply (field 1, varint), and the lowest seven bits of an id.
+ID_BEGINS: Final = tuple(bytes((0x08, bits | 128)) for bits in range(128))
+#: What, appended to a serialized PredictRequest, takes its `timeout_us` away.
+NO_TIMEOUT: Final = bytes((_TIMEOUT_TAG, 0))
+
+
+def id_end(local_id: int) -> bytes:
+    """What follows `ID_BEGINS[local_id & 127]`: the same for 128 ids in a row."""
+    out = bytearray()
+    local_id >>= 7
+    while local_id > 127:
+        out.append(local_id & 127 | 128)
+        local_id >>= 7
+    out.append(local_id)
+    return bytes(out)
+
+
+@lru_cache(maxsize=4096)
 def timeout_override(timeout_us: int) -> bytes:
     """Bytes that, appended to a serialized PredictRequest, replace its `timeout_us`.
 
