@@ -157,6 +157,7 @@ class BatchingIn(_Input):
         list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(max_length=16), AfterValidator(_ascending)
     ] = []
     max_queue_rows: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+    max_queue_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
 
 
 class FallbackIn(_Input):

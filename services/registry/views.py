@@ -132,6 +132,7 @@ class BatchingView(BaseModel):
     max_delay_us: int
     preferred_rows: list[int]
     max_queue_rows: int
+    max_queue_ms: int
 
 
 class FallbackView(BaseModel):
@@ -186,6 +187,7 @@ class DeploymentView(BaseModel):
                 max_delay_us=batching.max_delay_us,
                 preferred_rows=list(batching.preferred_rows),
                 max_queue_rows=batching.max_queue_rows,
+                max_queue_ms=batching.max_queue_ms,
             ),
             balancing=_name(control_pb2.Balancing.Name(config.balancing), "BALANCING_"),
             log_payloads=config.log_payloads,

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
-from services.common.eventlog import EventLog
+from services.common.eventlog import EventLog, join_predictions
 from services.common.frames import FrameCalls, FrameServer
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
@@ -63,8 +63,9 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         tracing = setup_tracing("router", cfg.otel_exporter_otlp_endpoint, cfg.otel_traces_sample_ratio)
         stack.push_async_callback(tracing.close)
         events = EventLog(
-            cfg.directory / "spool", bus, PREDICTIONS.name, clock=clock, max_bytes=cfg.log_max_bytes
-        )
+            cfg.directory / "spool", bus, PREDICTIONS.name,
+            clock=clock, max_bytes=cfg.log_max_bytes, join=join_predictions,
+        )  # fmt: skip
         await events.start()
         stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
 

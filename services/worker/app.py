@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Unavailable
-from services.common.eventlog import EventLog
+from services.common.eventlog import EventLog, join_predictions
 from services.common.frames import FrameServer, Limits
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
@@ -70,8 +70,9 @@ async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         stack.push_async_callback(tracing.close)
 
         events = EventLog(
-            cfg.directory / "spool", bus, PREDICTIONS.name, clock=clock, max_bytes=cfg.log_max_bytes
-        )
+            cfg.directory / "spool", bus, PREDICTIONS.name,
+            clock=clock, max_bytes=cfg.log_max_bytes, join=join_predictions,
+        )  # fmt: skip
         await events.start()
         stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from services.common.bus.delivery import Backoff
@@ -22,6 +23,16 @@ MAX_EVENT_BYTES = MAX_RECORD_BYTES - 4096
 PUBLISH_BYTES = 1 << 20
 PUBLISH_EVENTS = 2000
 
+Join = Callable[[Sequence[Event]], Sequence[Event]]
+
+
+@dataclass(slots=True)
+class _Publish:
+    """`events` as they were read, and of the records made of them those that the broker does not have yet."""
+
+    events: Sequence[Event]
+    records: list[Record]
+
 
 class EventLog:
     """Append here, and the event reaches `topic` at least once, in the order of the appends.
@@ -30,13 +41,15 @@ class EventLog:
     the same directory publishes it before its own events. A loss of power may lose the last seconds, unless
     `fsync`, which costs a disk flush per event. Not more than `max_bytes` wait for the broker; the directory
     may hold `segment_bytes` more. `linger` is how long, in seconds, events are collected for one publish.
+    `join` makes of the events of one publish those that are published, in a thread; called again with the
+    same events, as after a crash, it must give the same.
 
     All methods belong to one event loop. Counters for metrics: `appended`, `refused`, `published`, `replayed`
     (of those left by an earlier process), `publish_failures`, `set_aside` (refused by the broker for good),
     `dropped_bytes` (torn by a crash).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options have defaults
         self,
         directory: Path,
         bus: Bus,
@@ -47,12 +60,15 @@ class EventLog:
         segment_bytes: int = 16 << 20,
         linger: float = 0.1,
         fsync: bool = False,
+        join: Join | None = None,
     ) -> None:
         self._bus = bus
         self._topic = topic
         self._clock = clock
         self._max_bytes = max_bytes
         self._linger = linger
+        self._join = join
+        self._publish: _Publish | None = None
         self._spool = Spool(directory, segment_bytes=segment_bytes, fsync=fsync)
         self._wake = asyncio.Event()
         self._drained = asyncio.Event()
@@ -154,9 +170,10 @@ class EventLog:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            if not self._closing.is_set():
-                await self._pause(self._linger)
             while self._spool.pending_events:
+                if not self._closing.is_set() and self._spool.pending_bytes < PUBLISH_BYTES:
+                    # Also between publishes: under light load each would hold one event.
+                    await self._pause(self._linger)
                 try:
                     await self._publish_some()
                     backoff.reset()
@@ -181,35 +198,43 @@ class EventLog:
 
     async def _publish_some(self) -> None:
         """Publish the oldest events, then move the cursor: a crash in between repeats, never loses them."""
-        events: Sequence[Event] = await asyncio.to_thread(self._spool.read, PUBLISH_BYTES, PUBLISH_EVENTS)
+        publish = self._publish
+        if publish is None:
+            publish = await asyncio.to_thread(self._next)
+            # On the loop, as all that writes to the spool: a cancelled close leaves its thread behind.
+            self._spool.mark(publish.events)
+            self._publish = publish
+        try:
+            await self._bus.publish(publish.records)
+        except InvalidArgument:
+            await self._publish_what_is_taken(publish.records)
+        self._spool.advance(publish.events)
+        self.published += len(publish.events)
+        self._publish = None
+
+    def _next(self) -> _Publish:
+        events = self._spool.read(PUBLISH_BYTES, PUBLISH_EVENTS)
         if not events:
             raise OSError("the spool's files do not hold what was written to them")
-        try:
-            await self._bus.publish([self._record(event) for event in events])
-        except InvalidArgument:
-            events = await self._publish_what_is_taken(events)
-        # On the loop, since a thread left behind by a cancelled close must not move the cursor afterwards.
-        self._spool.advance(events)
-        self.published += len(events)
+        joined = events if self._join is None else self._join(events)
+        return _Publish(events, [self._record(event) for event in joined])
 
-    async def _publish_what_is_taken(self, events: Sequence[Event]) -> Sequence[Event]:
-        """One by one, after the broker refused something in `events` for good; gives those that are done.
+    async def _publish_what_is_taken(self, records: list[Record]) -> None:
+        """One by one, after the broker refused one of `records` for good; those that are done leave the list.
 
         What it refuses is kept in the file `refused` of the directory: waiting for it would hold up all that
         is behind it until the log is full and nothing can be served.
         """
-        for place, event in enumerate(events):
+        while records:
+            record = records[0]
             try:
-                await self._bus.publish([self._record(event)])
+                await self._bus.publish([record])
             except InvalidArgument as error:
                 self.set_aside += 1
-                log.warning("the broker never takes an event of %d bytes: kept aside: %s", event.size, error)
-                await asyncio.to_thread(self._spool.set_aside, event)
-            except Exception:
-                if not place:
-                    raise
-                return events[:place]
-        return events
+                log.warning("the broker never takes a record of %d bytes: kept aside: %s",
+                            len(record.value or b""), error)  # fmt: skip
+                await asyncio.to_thread(self._spool.set_aside, record)
+            del records[0]
 
     def _record(self, event: Event) -> Record:
         return Record(self._topic, event.key, event.value, event.headers, timestamp_ms=event.timestamp_ms)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.bus.port import Record
 from services.common.errors import FailedPrecondition, ResourceExhausted
 from services.common.eventlog.cursor import Cursor
 from services.common.eventlog.framing import Event, frame, frames, size_of_first
@@ -46,6 +47,9 @@ class Spool:
         self._segments: deque[Segment] = deque()
         self._offset = 0  # of the cursor, in the first segment
         self._cursor = Cursor(directory / "cursor")
+        # Up to where events are being published, to be repeated as they were after a crash.
+        self._publishing = Cursor(directory / "publishing")
+        self._marked = (0, 0)
         self._lock = -1
         self._fd = -1
         self.pending_bytes = 0
@@ -66,6 +70,7 @@ class Spool:
             self._lock = -1
             raise FailedPrecondition(f"another process writes the event log in {self._directory}") from None
         first, offset = self._cursor.open()
+        self._marked = self._publishing.open()
         last = first
         for path in sorted(self._directory.glob("*.log")):
             number = int(path.stem)
@@ -107,31 +112,41 @@ class Spool:
         self.pending_bytes += size
         self.pending_events += events
 
-    def set_aside(self, event: Event) -> None:
-        """Keep `event` in the file `refused`, in the same framing, for a person to look at. Blocking."""
-        buffers, _ = frame(event.key, event.value, event.headers, event.timestamp_ms)
+    def set_aside(self, record: Record) -> None:
+        """Keep `record` in the file `refused`, framed as an event, for a person to look at. Blocking."""
+        buffers, _ = frame(record.key or b"", record.value or b"", record.headers, record.timestamp_ms)
         with (self._directory / "refused").open("ab") as file:
             file.write(b"".join(buffers))
 
     def read(self, most_bytes: int, most_events: int) -> list[Event]:
-        """The next events at the cursor, at least one where any is pending. The cursor stays. Blocking."""
+        """The next events at the cursor, at least one where any is pending; those that `mark` was last told
+        of as long as the cursor is before them. The cursor stays. Blocking."""
         for segment in tuple(self._segments):
             offset = self._offset if segment is self._segments[0] else 0
             whole = segment.size - offset
             if whole > 0:
+                number, end = self._marked
+                if number == segment.number and offset < end <= segment.size:
+                    return self._read(segment.path, offset, end - offset, end - offset)
                 return self._read(segment.path, offset, whole, most_bytes)[:most_events]
         return []
 
+    def mark(self, events: Sequence[Event]) -> None:
+        """Remember that `events`, which `read` just gave, are about to be published together: after a crash
+        they are read together again, whatever was appended behind them."""
+        self._skip_read_segments()
+        end = self._offset + sum([event.size for event in events])
+        self._marked = self._segments[0].number, end
+        self._publishing.write(*self._marked)
+
     def advance(self, events: Sequence[Event]) -> None:
         """Move the cursor behind `events`, which `read` just gave, and delete the segments it left."""
-        size = sum(event.size for event in events)
-        while self._offset == self._segments[0].size and len(self._segments) > 1:
-            self._retire()
+        size = sum([event.size for event in events])
+        self._skip_read_segments()
         self._offset += size
         self.pending_bytes -= size
         self.pending_events -= len(events)
-        while self._offset == self._segments[0].size and len(self._segments) > 1:
-            self._retire()
+        self._skip_read_segments()
         self._cursor.write(self._segments[0].number, self._offset)
 
     def close(self) -> None:
@@ -146,6 +161,7 @@ class Spool:
                     self._retire()
                 self._cursor.write(self._segments[0].number, self._offset)
         self._cursor.close()
+        self._publishing.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -161,6 +177,10 @@ class Spool:
     def _cut(self, segment: Segment) -> None:
         """Take back what a failed write left, or the events behind it could not be read."""
         os.ftruncate(self._fd, segment.size)
+
+    def _skip_read_segments(self) -> None:
+        while self._offset == self._segments[0].size and len(self._segments) > 1:
+            self._retire()
 
     def _retire(self) -> None:
         self._segments.popleft().path.unlink(missing_ok=True)

@@ -48,6 +48,11 @@ def test_percent_becomes_exact_ten_thousandths(weight: Any, ten_thousandths: int
         ),
         (
             DeployIn,
+            {"versions": [ALL], "batching": {"max_queue_ms": -1}},
+            "batching.max_queue_ms",
+        ),
+        (
+            DeployIn,
             {"versions": [ALL], "batching": {"preferred_rows": [8, 8]}},
             "batching.preferred_rows",
         ),
