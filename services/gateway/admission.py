@@ -5,7 +5,8 @@ was spent between the processes: reading, routing, passing on. Where even the qu
 second spent long there, the machines are busy beyond what they can do, and every further request would only
 make all of them wait. So the signal is CoDel's (Nichols and Jacobson, 2012: the least delay in an interval,
 so that bursts do not count), and what it steers is a limit on what is in flight, cut by a factor and grown
-again by another.
+again by another. The limit has a floor, for a refusal costs the gateway a third of an answer: below it,
+refusing more would make room for nothing but refusals.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from services.common.errors import Unavailable
 _FEW = 32
 #: Windows in a row with too long a delay, before requests are refused.
 _WINDOWS = 2
-_CUT = 0.7
+_CUT = 0.8
 _GROWTH = 1.25
 
 
@@ -26,7 +27,7 @@ class Admission:
     """The limit of one gateway. Durations are seconds; `now` is monotonic."""
 
     def __init__(
-        self, target_s: float = 0.1, *, window_s: float = 0.1, least: int = 256, most: int = 16_000
+        self, target_s: float = 0.5, *, window_s: float = 0.1, least: int = 1024, most: int = 16_000
     ) -> None:
         """`target_s` is the delay that is too long, 0: none is. The limit stays in `least` … `most`."""
         self._target_s = target_s or inf

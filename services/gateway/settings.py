@@ -33,7 +33,7 @@ class Settings(ServiceSettings, RedisSettings):
     max_connections: Annotated[int, Field(gt=0)] = 10_000
     #: Above this delay between the processes (model and queue left out) requests are refused with 503 before
     #: all of them wait; milliseconds, 0: never.
-    max_platform_delay_ms: Annotated[float, Field(ge=0)] = 100.0
+    max_platform_delay_ms: Annotated[float, Field(ge=0)] = 500.0
     default_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     max_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     #: Hot routes before ASGI; off, the same answers come through ASGI.

@@ -33,7 +33,7 @@ def drive(
 
 
 def test_what_fits_is_never_refused() -> None:
-    admission = Admission(most=2000)
+    admission = Admission(0.1, least=256, most=2000)
     rate, longest = drive(admission, offered=9_000, capacity=10_000, seconds=4)
     assert rate > 8_900
     assert longest < 0.05
@@ -41,7 +41,7 @@ def test_what_fits_is_never_refused() -> None:
 
 
 def test_twice_the_capacity_is_answered_at_capacity_and_soon() -> None:
-    admission = Admission()
+    admission = Admission(0.1, least=256)
     rate, longest = drive(admission, offered=20_000, capacity=10_000, seconds=10)
     assert rate > 9_800
     assert longest < 0.3
@@ -49,7 +49,7 @@ def test_twice_the_capacity_is_answered_at_capacity_and_soon() -> None:
 
 
 def test_a_slow_platform_keeps_a_least_limit_and_recovers() -> None:
-    admission = Admission()
+    admission = Admission(0.1, least=256)
     drive(admission, offered=5_000, capacity=500, seconds=10)
     assert admission.limit < 400
     drive(admission, offered=100, capacity=500, seconds=4, start=10.0)
@@ -57,11 +57,11 @@ def test_a_slow_platform_keeps_a_least_limit_and_recovers() -> None:
 
 
 def test_a_few_slow_answers_and_one_bad_window_change_nothing() -> None:
-    admission = Admission()
+    admission = Admission(0.1, least=256)
     for number in range(31):
         admission.observe(5.0, 1, float(number))
     assert admission.limit == 16_000
-    admission = Admission()
+    admission = Admission(0.1, least=256)
     for _ in range(100):
         admission.observe(5.0, 100, 0.05)
     admission.observe(0.001, 100, 1.0)
@@ -76,6 +76,6 @@ def test_without_a_target_nothing_is_judged() -> None:
 
 
 def test_a_refusal_says_when_to_come_back() -> None:
-    admission = Admission()
+    admission = Admission(0.1, least=256)
     assert admission.refusal().retry_after_ms == 1000
     assert admission.refused == 1
