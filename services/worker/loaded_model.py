@@ -24,6 +24,7 @@ from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRe
 from services.worker.replies import error_reply, ok_replies
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
+from services.worker.turn import Turn
 
 log = structlog.get_logger(__name__)
 
@@ -162,6 +163,9 @@ class LoadedModel:
         started = serving.clock.monotonic()
         self._last_used = started
         self.running_rows += batch.rows
+        if isinstance(turn := batch.items[0], Turn):
+            self._give(turn)
+            return
         for item in batch.items:
             item.queue_us = waiting_us(item, started)
         max_rows = self._policy.batching.max_rows
@@ -179,6 +183,19 @@ class LoadedModel:
         future.add_done_callback(
             lambda done: self._loop.call_soon_threadsafe(self._ran, batch, done, started)
         )
+
+    def _give(self, turn: Turn) -> None:
+        """Lend the slot to `turn` until it is over."""
+
+        def over() -> None:
+            turn.abandon()
+            self.running_rows -= turn.rows
+            self._batcher.finished()
+
+        def urgent() -> bool:
+            return self._batcher.queued_rows > 0
+
+        turn.bulk.begin(self._runner, urgent, lambda: self._loop.call_soon_threadsafe(over))
 
     def _execute(self, batch: Batch, max_rows: int, started: float) -> tuple[Execution, Outcome]:
         """In a thread: run `batch`, and make of it all that needs no event loop."""

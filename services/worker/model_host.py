@@ -115,6 +115,11 @@ class ModelHost:
         """The version, if it can answer now or when it has been loaded again."""
         return self._serving.get((model, version))
 
+    def desired(self, model: str, version: str) -> Desired | None:
+        """What the deployments say of the version; None where none of this pool names it (yet)."""
+        named = [slot.desired for slot in self._slots if slot.name == (model, version) and not slot.unwanted]
+        return named[0] if named else None
+
     def serving(self) -> Iterator[tuple[VersionKey, LoadedModel]]:
         """Every version that can answer now."""
         for slot in self._slots:

@@ -73,7 +73,7 @@ class BatchJob(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., input_uri: _Optional[str] = ..., inputs_json: _Optional[bytes] = ..., input_format: _Optional[_Union[InputFormat, str]] = ..., callback_url: _Optional[str] = ..., priority: _Optional[_Union[_dataplane_pb2.Priority, str]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., metadata: _Optional[_Mapping[str, str]] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ..., expires_in_s: _Optional[int] = ...) -> None: ...
 
 class BatchChunk(_message.Message):
-    __slots__ = ("job_id", "index", "attempt", "model", "version", "artifact_digest", "first_row", "rows", "input", "output_prefix", "priority", "expires_at_us", "exclude_from_drift", "exclude_from_experiments", "key_id")
+    __slots__ = ("job_id", "index", "attempt", "model", "version", "artifact_digest", "first_row", "rows", "input", "output_prefix", "priority", "expires_at_us", "exclude_from_drift", "exclude_from_experiments", "key_id", "run_rows")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class BatchChunk(_message.Message):
     EXCLUDE_FROM_DRIFT_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FROM_EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
     KEY_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ROWS_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     index: int
     attempt: int
@@ -104,7 +105,8 @@ class BatchChunk(_message.Message):
     exclude_from_drift: bool
     exclude_from_experiments: bool
     key_id: str
-    def __init__(self, job_id: _Optional[str] = ..., index: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., input: _Optional[_Union[InputRange, _Mapping]] = ..., output_prefix: _Optional[str] = ..., priority: _Optional[_Union[_dataplane_pb2.Priority, str]] = ..., expires_at_us: _Optional[int] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ..., key_id: _Optional[str] = ...) -> None: ...
+    run_rows: int
+    def __init__(self, job_id: _Optional[str] = ..., index: _Optional[int] = ..., attempt: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., input: _Optional[_Union[InputRange, _Mapping]] = ..., output_prefix: _Optional[str] = ..., priority: _Optional[_Union[_dataplane_pb2.Priority, str]] = ..., expires_at_us: _Optional[int] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ..., key_id: _Optional[str] = ..., run_rows: _Optional[int] = ...) -> None: ...
 
 class InputRange(_message.Message):
     __slots__ = ("uri", "format", "etag", "first_byte", "end_byte", "columns", "group", "group_offset", "names", "inline")

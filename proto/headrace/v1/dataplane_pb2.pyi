@@ -147,3 +147,50 @@ class PredictReply(_message.Message):
     retry_after_ms: int
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
     def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
+
+class SealedReply(_message.Message):
+    __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters")
+    class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _tensor_pb2.Parameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_tensor_pb2.Parameter, _Mapping]] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    code: _tensor_pb2.Code
+    message: str
+    field: str
+    version: str
+    variant: str
+    outputs: _containers.RepeatedScalarFieldContainer[bytes]
+    cached: bool
+    fallback: bool
+    queue_us: int
+    compute_us: int
+    retry_after_ms: int
+    parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
+    def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[bytes]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
+
+class SealedReplyFrame(_message.Message):
+    __slots__ = ("hello", "items", "draining")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    items: _containers.RepeatedCompositeFieldContainer[SealedReply]
+    draining: bool
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[SealedReply, _Mapping]]] = ..., draining: _Optional[bool] = ...) -> None: ...
