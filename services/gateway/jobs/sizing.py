@@ -1,0 +1,32 @@
+"""How large a chunk is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Rows of a chunk at most, whatever the model's speed: a chunk done twice costs its time twice.
+MAX_ROWS = 65_536
+MAX_BYTES = 16 << 20
+#: A longer line is an error: whoever reads a chunk holds its lines.
+MAX_LINE_BYTES = 8 << 20
+
+_WORK_S = 1.0
+_UNKNOWN_BEST_ROWS = 64
+_UNKNOWN_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLimits:
+    """At most so many rows and bytes of input, and bytes of one line."""
+
+    rows: int = _UNKNOWN_ROWS
+    bytes: int = MAX_BYTES
+    line_bytes: int = MAX_LINE_BYTES
+
+
+def chunk_limits(best_rows: int, rows_per_s: float) -> ChunkLimits:
+    """About a second of one worker's work in whole batches of `best_rows`; 0: not measured yet."""
+    batch = min(best_rows or _UNKNOWN_BEST_ROWS, MAX_ROWS)
+    wanted = rows_per_s * _WORK_S if rows_per_s > 0 else _UNKNOWN_ROWS
+    rows = max(1, int(min(wanted, MAX_ROWS)) // batch) * batch
+    return ChunkLimits(rows=rows)

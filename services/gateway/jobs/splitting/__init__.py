@@ -1,0 +1,7 @@
+"""Inputs of any size cut into chunks, holding none of them. Read: port, lines, text, groups, parquet,
+arrow_file, images, cutting."""
+
+from services.gateway.jobs.splitting.cutting import Input, cuts
+from services.gateway.jobs.splitting.port import Chunk, Cut, Cuts
+
+__all__ = ["Chunk", "Cut", "Cuts", "Input", "cuts"]
