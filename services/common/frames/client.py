@@ -8,9 +8,9 @@ import logging
 import random
 import ssl as tls
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame
+from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame, SealedReplyFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import Unavailable
@@ -21,7 +21,8 @@ from services.common.frames.outbox import ITEM_OVERHEAD, Outbox
 
 log = logging.getLogger(__name__)
 
-OnReply = Callable[[PredictReply], None]
+#: Takes a PredictReply, or a SealedReply where the channel was asked for these.
+OnReply = Callable[[Any], None]
 
 #: Replies made here because the connection was not there or went away start with this word.
 _LOST: Final = "connection"
@@ -37,7 +38,7 @@ def lost(reply: PredictReply) -> bool:
 class FrameCalls:
     """Calls to one peer. Every accepted or refused submit gets exactly one reply, unless it is cancelled."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a connection is made of, all named
         self,
         address: str,
         *,
@@ -48,8 +49,13 @@ class FrameCalls:
         ssl: tls.SSLContext | None = None,
         on_state: Callable[[bool], None] | None = None,
         seed: int | None = None,
+        sealed: bool = False,
     ) -> None:
+        """`sealed` gives replies as SealedReply, whose outputs are serialized Tensors."""
         self.address = address
+        self.reply_frame: type[ReplyFrame] | type[SealedReplyFrame] = (
+            SealedReplyFrame if sealed else ReplyFrame
+        )
         self.limits = limits or Limits()
         self.peer: Hello | None = None
         self.last_error = ""  # why the last attempt or connection ended
@@ -273,7 +279,7 @@ class FrameCalls:
         self._draining = False
         self._note_state()
 
-    def take(self, frame: ReplyFrame) -> None:
+    def take(self, frame: ReplyFrame | SealedReplyFrame) -> None:
         """Deliver the frame's replies."""
         if frame.draining:
             self.drained()

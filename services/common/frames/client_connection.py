@@ -7,7 +7,7 @@ from typing import Final, Protocol
 from urllib.parse import unquote
 
 from google.protobuf.message import DecodeError
-from headrace.v1.dataplane_pb2 import Hello, ReplyFrame, RequestFrame
+from headrace.v1.dataplane_pb2 import Hello, ReplyFrame, RequestFrame, SealedReplyFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import wire
@@ -23,6 +23,8 @@ class Caller(Protocol):
 
     address: str
     limits: Limits
+    #: What its messages are read as.
+    reply_frame: type[ReplyFrame] | type[SealedReplyFrame]
 
     @property
     def hello(self) -> Hello:
@@ -43,7 +45,7 @@ class Caller(Protocol):
         """The hellos agree: calls may flow."""
         ...
 
-    def take(self, frame: ReplyFrame) -> None:
+    def take(self, frame: ReplyFrame | SealedReplyFrame) -> None:
         """Deliver the frame's replies."""
         ...
 
@@ -149,7 +151,7 @@ class ClientConnection(Http2Connection):
         if not self._answered:
             raise Violation(ErrorCode.PROTOCOL_ERROR, "a message before the headers")
         try:
-            frame = ReplyFrame.FromString(payload)
+            frame = self._calls.reply_frame.FromString(payload)
         except DecodeError:
             self._over("it sent something that is no ReplyFrame")
             return
