@@ -94,11 +94,13 @@ class Peer:
 
         Serializes at once. A reply to an item that is not open is dropped.
         """
-        item_id = reply.id
+        self.reply_raw(reply.id, reply.SerializeToString())
+
+    def reply_raw(self, item_id: int, payload: bytes) -> None:
+        """The same for a PredictReply that is serialized already and says `item_id` itself."""
         if item_id not in self._open:
             return
         self._open.remove(item_id)
-        payload = reply.SerializeToString()
         size = len(payload)
         if size > self._limits.max_message_bytes - 16:
             payload = _refusal(item_id, Code.CODE_INTERNAL, "the answer is larger than a message may be")
