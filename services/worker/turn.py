@@ -1,5 +1,5 @@
-"""A share of a version's time for work that is no request: it waits in the same queue, at the lowest class, and
-has the slot for itself until it gives it back."""
+"""A share of a version's time for work that is no request: it waits in the same queue, at the lowest class,
+and has the slot for itself until it gives it back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from services.worker.input_layout import MergeKey
 class Bulk(Protocol):
     """The work of one turn. Exactly one of the two is called, once, on the event loop."""
 
-    def begin(self, runner: Runner, urgent: Callable[[], bool], over: Callable[[], None]) -> None:
-        """Run the model, in a thread; not for long once `urgent()`, which any thread may ask: requests of more
-        urgent classes wait for the slot. `over` gives the slot back, and is called once from any thread."""
+    def begin(self, runner: Runner, urgent: Callable[[], bool], over: Callable[[], object]) -> None:
+        """Run the model, in a thread; not for long once `urgent()`, which any thread may ask: others wait for
+        the slot. `over` gives it back, and is called once, from any thread. Must not raise."""
         ...
 
     def refused(self, error: HeadraceError) -> None:
