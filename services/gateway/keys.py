@@ -100,6 +100,14 @@ class KeyRing:
             raise Unauthenticated("This API key has expired.")
         return key
 
+    def by_id(self, key_id: str) -> Key | None:
+        """The key of that id, None where it was revoked or has expired: for work that goes on without its
+        caller."""
+        key = self._by_id.get(key_id)
+        if key is None or (key.expires_at_us and self._clock.unix_us() >= key.expires_at_us):
+            return None
+        return key
+
     def buckets(self) -> list[Bucket]:
         """The buckets of all keys that have a limit."""
         return [key.bucket for key in self._by_id.values() if key.bucket is not None]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import orjson
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.tensor_pb2 import Task
+from headrace.v1.tensor_pb2 import Task, Tensor
 
 from services.common.errors import InvalidArgument
 from services.gateway.codecs.results import array_of, native_result, nested
@@ -69,27 +70,36 @@ def unit_of(user_id: str | int | None) -> str:
 
 def fill_request(request: PredictRequest, signature: ModelSignature, body: PredictBody) -> bool:
     """Put inputs, unit and outputs into `request`; True where the body had the single `input`."""
-    single = body.input is not _ABSENT
-    if single:
-        if body.inputs is not _ABSENT:
-            raise InvalidArgument("Send inputs or input, not both.", field="input")
-        request.inputs.extend(tensors_of_input(signature, body.input))
-    elif body.inputs is _ABSENT:
-        raise InvalidArgument("inputs is missing.", field="inputs")
-    else:
-        request.inputs.extend(tensors_of_inputs(signature, body.inputs))
+    single, tensors = inputs_of(signature, body)
+    request.inputs.extend(tensors)
     if body.user_id is not None:
         request.unit = unit_of(body.user_id)
     if body.outputs:
-        for index, name in enumerate(body.outputs):
-            if name not in signature.output_names:
-                listed = ", ".join(sorted(signature.output_names))
-                raise InvalidArgument(
-                    f"outputs[{index}]: the model has no output {name[:64]!r}; it gives {listed}.",
-                    field=f"outputs[{index}]",
-                )
+        check_outputs(signature, body.outputs)
         request.outputs.extend(body.outputs)
     return single
+
+
+def inputs_of(signature: ModelSignature, body: PredictBody) -> tuple[bool, list[Tensor]]:
+    """Whether the body had the single `input`, and its tensors."""
+    if body.input is not _ABSENT:
+        if body.inputs is not _ABSENT:
+            raise InvalidArgument("Send inputs or input, not both.", field="input")
+        return True, tensors_of_input(signature, body.input)
+    if body.inputs is _ABSENT:
+        raise InvalidArgument("inputs is missing.", field="inputs")
+    return False, tensors_of_inputs(signature, body.inputs)
+
+
+def check_outputs(signature: ModelSignature, names: Sequence[str]) -> None:
+    """Raise InvalidArgument for a name that is no output of the model."""
+    for index, name in enumerate(names):
+        if name not in signature.output_names:
+            listed = ", ".join(sorted(signature.output_names))
+            raise InvalidArgument(
+                f"outputs[{index}]: the model has no output {name[:64]!r}; it gives {listed}.",
+                field=f"outputs[{index}]",
+            )
 
 
 def encode_answer(

@@ -67,7 +67,13 @@ def native_result(
     has many values), `confidence` the largest class probability per row, None for models that are no
     classifiers. `single` takes the first row of both.
     """
-    arrays = {tensor.name: array_of(tensor) for tensor in tensors}
+    return result_of_arrays(signature, {tensor.name: array_of(tensor) for tensor in tensors}, single=single)
+
+
+def result_of_arrays(
+    signature: ModelSignature, arrays: dict[str, Array], *, single: bool
+) -> tuple[Any, dict[str, Any], Any]:
+    """The same of outputs that are arrays already."""
     outputs: dict[str, Any] = arrays
     for array in arrays.values():
         if array.dtype == object or array.ndim == 0:

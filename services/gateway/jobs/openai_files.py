@@ -1,0 +1,327 @@
+"""Files of callers in the artifact store: inputs of jobs, and what OpenAI batches came to.
+
+A file is the object `files/<file_id>/<filename>` and a row; the object is written first and the row removed
+last, so no object is forgotten. Who asks for somebody else's file is told that there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import structlog
+from sqlalchemy import and_, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument, NotFound, ResourceExhausted
+from services.common.ids import id_text, new_id
+from services.common.objects import ArtifactStore
+from services.gateway.jobs.tables import FileRow
+
+log = structlog.get_logger(__name__)
+
+#: `data` is ours: an input of any job. What batches write is `batch_output`.
+Purpose = Literal["batch", "data", "user_data", "batch_output"]
+_UPLOADED: tuple[Purpose, ...] = ("batch", "data", "user_data")
+BATCH_BYTES = 200 << 20
+_HOUR_S, _MOST_S = 3600, 30 * 24 * 3600
+_BUFFER = 1 << 20
+_SWEEP_S = 60.0
+_AT_ONCE = 100
+_ODD = re.compile(r"[^A-Za-z0-9._-]+")
+_MAX_NAME = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who asks. `everything`: an admin, who sees the files of all keys."""
+
+    key_id: str
+    everything: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file; `size` in bytes, `path` within the artifact store."""
+
+    file_id: str
+    filename: str
+    purpose: str
+    size: int
+    created_at: datetime
+    expires_at: datetime | None
+
+    @property
+    def path(self) -> str:
+        return f"files/{self.file_id}/{self.filename}"
+
+    @property
+    def uri(self) -> str:
+        """As `input_uri` names it."""
+        return f"store://{self.path}"
+
+    def as_json(self) -> dict[str, Any]:
+        """As OpenAI's clients read it; `uri` is ours."""
+        return {
+            "id": self.file_id,
+            "object": "file",
+            "bytes": self.size,
+            "created_at": int(self.created_at.timestamp()),
+            "expires_at": None if self.expires_at is None else int(self.expires_at.timestamp()),
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+            "status_details": None,
+            "uri": self.uri,
+        }
+
+
+class Receiving:
+    """A file on its way to a temporary place: `begin`, then `write` as often as needed."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.filename = ""
+        self.size = 0
+        self.at = folder / "content"
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+        self._file: BinaryIO | None = None
+
+    async def begin(self, filename: str) -> None:
+        """The file's name as its sender has it."""
+        self.filename = safe_name(filename)
+        self._file = await asyncio.to_thread(self.at.open, "wb")
+
+    async def write(self, data: bytes) -> None:
+        """More of it. Raises BodyTooLarge."""
+        self.size += len(data)
+        if self.size > self._max_bytes:
+            raise BodyTooLarge(f"The file is larger than {self._max_bytes} bytes.", field="file")
+        self._buffer += data
+        if len(self._buffer) >= _BUFFER:
+            await self._flush()
+
+    async def end(self) -> None:
+        """It is complete."""
+        await self._flush()
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Blocking; what was not written is lost."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    async def _flush(self) -> None:
+        data, self._buffer = self._buffer, bytearray()
+        if self._file is not None:
+            await asyncio.to_thread(self._file.write, data)
+
+
+class Files:
+    """Keeps files. Methods raise Unavailable while database or store is away."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        store: ArtifactStore,
+        clock: Clock,
+        folder: Path,
+        *,
+        max_bytes: int,
+        at_once: int = 8,
+    ) -> None:
+        """`folder` is for what is on its way. `max_bytes` bounds files of other purposes than `batch`."""
+        self._engine = engine
+        self._store = store
+        self._clock = clock
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._free = at_once
+
+    @asynccontextmanager
+    async def workspace(self) -> AsyncIterator[Path]:
+        """A folder that is gone after the block."""
+        folder = Path(await asyncio.to_thread(_temporary, self._folder))
+        try:
+            yield folder
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[Receiving]:
+        """A place for one upload. Raises ResourceExhausted where too many are running."""
+        if not self._free:
+            raise ResourceExhausted("Too many uploads are running.", retry_after_ms=2000)
+        self._free -= 1
+        try:
+            async with self.workspace() as folder:
+                receiving = Receiving(folder, max(self._max_bytes, BATCH_BYTES))
+                try:
+                    yield receiving
+                finally:
+                    await asyncio.to_thread(receiving.close)
+        finally:
+            self._free += 1
+
+    async def keep(
+        self, received: Receiving, owner: str, purpose: str, expires_after_s: int | None
+    ) -> StoredFile:
+        """The upload as a file of `owner`. Raises InvalidArgument or BodyTooLarge."""
+        if purpose not in _UPLOADED:
+            listed = ", ".join(_UPLOADED)
+            raise InvalidArgument(f"purpose must be one of {listed}.", field="purpose")
+        if not received.size:
+            raise InvalidArgument("The file is empty.", field="file")
+        limit = BATCH_BYTES if purpose == "batch" else self._max_bytes
+        if received.size > limit:
+            raise BodyTooLarge(f"A file for {purpose} has at most {limit} bytes.", field="file")
+        return await self.store(received.at, received.filename, owner, purpose, expires_after_s)
+
+    async def store(
+        self,
+        source: Path,
+        filename: str,
+        owner: str,
+        purpose: str,
+        expires_after_s: int | None = None,
+        file_id: str | None = None,
+    ) -> StoredFile:
+        """`source` as a file. With `file_id` given, doing it again changes nothing."""
+        if expires_after_s is not None and not _HOUR_S <= expires_after_s <= _MOST_S:
+            raise InvalidArgument(
+                f"Files are kept {_HOUR_S} to {_MOST_S} seconds.", field="expires_after[seconds]"
+            )
+        now = self._now()
+        file = StoredFile(
+            file_id=file_id or f"file-{id_text(new_id())}",
+            filename=safe_name(filename),
+            purpose=purpose,
+            size=(await asyncio.to_thread(source.stat)).st_size,
+            created_at=now,
+            expires_at=None if expires_after_s is None else now + timedelta(seconds=expires_after_s),
+        )
+        await self._store.put(file.path, source)
+        async with transaction(self._engine) as session:
+            await session.merge(
+                FileRow(
+                    file_id=file.file_id,
+                    key_id=owner,
+                    purpose=purpose,
+                    filename=file.filename,
+                    bytes=file.size,
+                    created_at=file.created_at,
+                    expires_at=file.expires_at,
+                    deleted_at=None,
+                )
+            )
+        return file
+
+    async def get(self, file_id: str, reader: Reader) -> StoredFile:
+        """Raises NotFound."""
+        async with transaction(self._engine) as session:
+            row = await session.get(FileRow, file_id[:64])
+        if row is None or not _visible(row, reader, self._now()):
+            raise NotFound(f"No such File object: {file_id[:64]}", field="id")
+        return _file(row)
+
+    async def list(
+        self, reader: Reader, *, purpose: str | None, limit: int, after: str | None, oldest_first: bool
+    ) -> tuple[list[StoredFile], bool]:
+        """A page, and whether more follow. Raises NotFound for an `after` that is no file."""
+        now = self._now()
+        query = select(FileRow).where(
+            FileRow.deleted_at.is_(None), or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
+        )
+        if not reader.everything:
+            query = query.where(FileRow.key_id == reader.key_id)
+        if purpose is not None:
+            query = query.where(FileRow.purpose == purpose)
+        order = (FileRow.created_at, FileRow.file_id)
+        async with transaction(self._engine) as session:
+            if after is not None:
+                last = await session.get(FileRow, after[:64])
+                if last is None or (last.key_id != reader.key_id and not reader.everything):
+                    raise NotFound(f"No such File object: {after[:64]}", field="after")
+                same = FileRow.created_at == last.created_at
+                if oldest_first:
+                    behind = or_(
+                        FileRow.created_at > last.created_at, and_(same, FileRow.file_id > last.file_id)
+                    )
+                else:
+                    behind = or_(
+                        FileRow.created_at < last.created_at, and_(same, FileRow.file_id < last.file_id)
+                    )
+                query = query.where(behind)
+            ordered = order if oldest_first else tuple(column.desc() for column in order)
+            rows = (await session.scalars(query.order_by(*ordered).limit(limit + 1))).all()
+        return [_file(row) for row in rows[:limit]], len(rows) > limit
+
+    def content(self, file: StoredFile) -> AsyncIterator[bytes]:
+        """The bytes, in pieces."""
+        return self._store.stream(file.path)
+
+    async def delete(self, file_id: str, reader: Reader) -> None:
+        """Raises NotFound."""
+        file = await self.get(file_id, reader)
+        async with transaction(self._engine) as session:
+            await session.execute(
+                update(FileRow).where(FileRow.file_id == file.file_id).values(deleted_at=self._now())
+            )
+        await self._remove(file)
+
+    async def sweep(self) -> None:
+        """Remove what expired, and objects of deletions that were interrupted."""
+        async with transaction(self._engine) as session:
+            gone = or_(FileRow.expires_at <= self._now(), FileRow.deleted_at.is_not(None))
+            rows = (await session.scalars(select(FileRow).where(gone).limit(_AT_ONCE))).all()
+        for row in rows:
+            await self._remove(_file(row))
+
+    async def sweeping(self) -> None:
+        """`sweep` again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            try:
+                await self.sweep()
+            except HeadraceError as error:
+                log.warning("files_not_swept", reason=error.message)
+
+    async def _remove(self, file: StoredFile) -> None:
+        await self._store.delete(file.path)
+        async with transaction(self._engine) as session:
+            row = await session.get(FileRow, file.file_id)
+            if row is not None:
+                await session.delete(row)
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.unix_us() / 1e6, UTC)
+
+
+def safe_name(filename: str) -> str:
+    """`filename` as the last part of a path: letters, digits, `.`, `_` and `-`, without folders."""
+    name = _ODD.sub("_", filename.replace("\\", "/").rpartition("/")[2]).strip(".")[-_MAX_NAME:]
+    return name.lstrip(".") or "file"
+
+
+def _temporary(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(dir=folder)
+
+
+def _visible(row: FileRow, reader: Reader, now: datetime) -> bool:
+    mine = reader.everything or row.key_id == reader.key_id
+    return mine and row.deleted_at is None and (row.expires_at is None or row.expires_at > now)
+
+
+def _file(row: FileRow) -> StoredFile:
+    return StoredFile(row.file_id, row.filename, row.purpose, row.bytes, row.created_at, row.expires_at)

@@ -1,0 +1,364 @@
+"""What becomes of OpenAI batches: validating → running as a job → finalizing → the end.
+
+Any gateway takes the next step of any batch: it moves `due_at` away, does the work, and writes what came of
+it. Who dies meanwhile is followed by another once `due_at` has passed, and doing a step again does no harm:
+job and files have ids that follow from the batch's."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+import structlog
+from headrace.v1.batch_pb2 import InputFormat
+from headrace.v1.tensor_pb2 import Code
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import HeadraceError, NotFound, Unavailable
+from services.common.objects import ArtifactStore
+from services.gateway.catalogue import Catalogue
+from services.gateway.jobs.openai_answers import Counts, Rendering, shown_of, signature_of, write_answers
+from services.gateway.jobs.openai_batches import OPEN
+from services.gateway.jobs.openai_files import Files, Reader
+from services.gateway.jobs.openai_lines import EMBEDDINGS, Finding
+from services.gateway.jobs.openai_rows import LinePlan, Refused, compile_lines, first_line, plans
+from services.gateway.jobs.openai_tables import OpenAIBatchRow
+from services.gateway.jobs.specs import JobSpec
+from services.gateway.jobs.views import Job
+from services.gateway.keys import KeyRing
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+_IDLE_S = 1.0
+_LOOK_S = 0.5
+_LEASE_S = 60.0
+_RENEW_S = 20.0
+_RETRY_S = 3.0
+_MAX_ATTEMPTS = 20
+_PIECE_S = 60.0
+
+
+class Jobs(Protocol):
+    """What batches need of jobs. Raises Unavailable while the database is away."""
+
+    async def submit_openai(self, spec: JobSpec, key_id: str) -> Job:
+        """The job of that `job_id`, a new one where there is none."""
+        ...
+
+    async def find(self, job_id: str) -> Job | None: ...
+
+    async def stop(self, job_id: str) -> None:
+        """Cancel it, where it has not ended."""
+        ...
+
+    def result_batches(self, job_id: str) -> AsyncIterator[pa.RecordBatch]:
+        """What the workers wrote, in the order of the rows."""
+        ...
+
+    def row_errors(self, job_id: str) -> AsyncIterator[tuple[int, HeadraceError]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a step came to. `values` are columns of the row; `again_s` is when to look next."""
+
+    values: dict[str, Any]
+    again_s: float = 0.0
+
+
+class OpenAISteps:
+    """Takes steps while `running`."""
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        store: ArtifactStore,
+        files: Files,
+        jobs: Jobs,
+        catalogue: Catalogue,
+        keys: KeyRing,
+        clock: Clock,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._files = files
+        self._jobs = jobs
+        self._catalogue = catalogue
+        self._keys = keys
+        self._clock = clock
+
+    async def running(self) -> None:
+        """Take one step after another until cancelled. Run several for several batches at once."""
+        while True:
+            try:
+                worked = await self.step()
+            except HeadraceError as error:
+                log.warning("openai_batches_wait", reason=error.message)
+                worked = False
+            except Exception:
+                log.exception("openai_batches_failed")
+                worked = False
+            if not worked:
+                await asyncio.sleep(_IDLE_S)
+
+    async def step(self) -> bool:
+        """Take the next step that is due; False where none is."""
+        row = await self._claim()
+        if row is None:
+            return False
+        try:
+            async with self._held(row.batch_id):
+                change = await self._next(row)
+        except Refused as refused:
+            change = self._failed([finding.as_json() for finding in refused.findings])
+        except Exception as error:
+            change = self._after_failure(row, error)
+        await self._write(row.batch_id, change)
+        return True
+
+    async def _next(self, row: OpenAIBatchRow) -> Change:
+        if row.state == "validating":
+            return self._ended("cancelled") if row.cancelling_at is not None else await self._validate(row)
+        if row.state == "running":
+            return await self._follow(row)
+        return await self._finalize(row)
+
+    async def _validate(self, row: OpenAIBatchRow) -> Change:
+        """Read the file, and make a job of its rows."""
+        everybody = Reader("", everything=True)
+        async with self._files.workspace() as folder:
+            source, rows_at, plans_at = folder / "lines", folder / "rows", folder / "plans"
+            file = await self._files.get(row.input_file_id, everybody)
+            await self._store.download(file.path, source)
+            model, version = await asyncio.to_thread(first_line, source, row.endpoint)
+            served = self._served(row, model, version)
+            compiled = await asyncio.to_thread(
+                compile_lines, source, row.endpoint, served.signature, rows_at, plans_at
+            )
+            await self._store.put(_plans_path(row), plans_at)
+            if compiled.rows:
+                await self._store.put(_rows_path(row), rows_at)
+        values = {
+            "model": model,
+            "version": served.name,
+            "total": compiled.lines,
+            "rows": compiled.rows,
+            "shown": shown_of(served.signature),
+            "in_progress_at": self._now(),
+        }
+        if not compiled.rows:
+            return Change(values | {"state": "finalizing", "finalizing_at": self._now()})
+        left = max(1, int((row.expires_at - self._now()).total_seconds()))
+        spec = JobSpec(
+            model=model,
+            version=version,
+            input_uri=f"store://{_rows_path(row)}",
+            input_format=InputFormat.INPUT_FORMAT_ARROW,
+            expires_in_s=left,
+            job_id=row.batch_id,
+            kind="openai",
+        )
+        try:
+            job = await self._jobs.submit_openai(spec, row.key_id)
+        except NotFound as error:
+            raise Refused([Finding("model_not_found", error.message, None, "body.model")]) from None
+        return Change(values | {"state": "running", "job_id": job.job_id, "version": job.version}, _LOOK_S)
+
+    async def _follow(self, row: OpenAIBatchRow) -> Change:
+        job = await self._jobs.find(row.job_id or "")
+        if job is None:
+            return self._failed([Finding("internal_error", "The job of the batch is gone.").as_json()])
+        if not job.ended:
+            if row.cancelling_at is not None:
+                await self._jobs.stop(job.job_id)
+            return Change({}, _LOOK_S)
+        if job.state == "failed":
+            message = job.error.message if job.error is not None else "The job failed."
+            code = Code.Name(job.error.code).removeprefix("CODE_").lower() if job.error else "internal_error"
+            return self._failed([Finding(code, message).as_json()])
+        return Change({"state": "finalizing", "finalizing_at": self._now()})
+
+    async def _finalize(self, row: OpenAIBatchRow) -> Change:
+        """Write output and error file, from what the job came to."""
+        ended = "completed"
+        if row.job_id is not None:
+            job = await self._jobs.find(row.job_id)
+            ended = job.state if job is not None else "completed"
+        rendering = Rendering(
+            batch_id=row.batch_id,
+            model=row.model,
+            version=row.version,
+            signature=signature_of(row.shown or {}),
+            embeddings=row.endpoint == EMBEDDINGS,
+            ended=ended,
+        )
+        async with self._files.workspace() as folder:
+            outputs_at, errors_at, plans_at = folder / "output", folder / "errors", folder / "plans"
+            await self._store.download(_plans_path(row), plans_at)
+            loop = asyncio.get_running_loop()
+            results = self._jobs.result_batches(row.job_id) if row.job_id else _nothing()
+            errors = self._jobs.row_errors(row.job_id) if row.job_id else _nothing()
+            counts = await asyncio.to_thread(
+                _write,
+                rendering,
+                plans_at,
+                _on_loop(loop, results),
+                _on_loop(loop, errors),
+                outputs_at,
+                errors_at,
+            )
+            values: dict[str, Any] = {"completed": counts.completed, "failed": counts.failed}
+            for name, path, wanted in (
+                ("output", outputs_at, counts.completed > 0),
+                ("error", errors_at, counts.failed > 0),
+            ):
+                if wanted:
+                    file = await self._files.store(
+                        path,
+                        f"{row.batch_id}_{name}.jsonl",
+                        row.key_id,
+                        "batch_output",
+                        row.output_expires_s,
+                        file_id=f"file-{uuid.uuid5(uuid.NAMESPACE_OID, f'{row.batch_id}/{name}').hex}",
+                    )
+                    values[f"{name}_file_id"] = file.file_id
+        for path in (_rows_path(row), _plans_path(row)):
+            await self._store.delete(path)
+        state = ended if ended in ("cancelled", "expired") else "completed"
+        return Change(values | self._ended(state).values)
+
+    def _served(self, row: OpenAIBatchRow, model: str, version: str) -> Any:
+        """The version that answers. Raises Refused where there is none, or it is not the key's to call."""
+        try:
+            key = self._keys.by_id(row.key_id)
+            if key is None:
+                raise NotFound("The key of the batch was revoked or has expired.")
+            key.require_model(model)
+            return self._catalogue.model(model).version(version)
+        except HeadraceError as error:
+            code = "model_not_found" if error.field in ("model", "version") else "invalid_api_key"
+            param = f"body.{error.field}" if error.field else None
+            raise Refused([Finding(code, error.message, 1, param)]) from None
+
+    def _after_failure(self, row: OpenAIBatchRow, error: Exception) -> Change:
+        """Try again, unless that makes no sense."""
+        if isinstance(error, NotFound):
+            return self._failed([Finding("file_not_found", error.message).as_json()])
+        if not isinstance(error, Unavailable):
+            log.error("openai_batch_step_failed", batch=row.batch_id, state=row.state, exc_info=error)
+            if row.attempts + 1 >= _MAX_ATTEMPTS:
+                message = "The platform failed to handle this batch."
+                return self._failed([Finding("internal_error", message).as_json()])
+        return Change({"attempts": row.attempts + 1}, _RETRY_S)
+
+    def _failed(self, found: list[dict[str, Any]]) -> Change:
+        return Change(self._ended("failed").values | {"errors": {"data": found}})
+
+    def _ended(self, state: str) -> Change:
+        return Change({"state": state, "ended_at": self._now()})
+
+    async def _claim(self) -> OpenAIBatchRow | None:
+        now = self._now()
+        due = (
+            select(OpenAIBatchRow)
+            .where(OpenAIBatchRow.state.in_(OPEN), OpenAIBatchRow.due_at <= now)
+            .order_by(OpenAIBatchRow.due_at)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        async with transaction(self._engine) as session:
+            row = (await session.scalars(due)).first()
+            if row is not None:
+                row.due_at = now + timedelta(seconds=_LEASE_S)
+            return row
+
+    @asynccontextmanager
+    async def _held(self, batch_id: str) -> AsyncIterator[None]:
+        """Keep others away for as long as the block takes."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(_RENEW_S)
+                try:
+                    await self._write(batch_id, Change({}, _LEASE_S))
+                except HeadraceError as error:
+                    log.warning("openai_batch_not_held", batch=batch_id, reason=error.message)
+
+        task = asyncio.create_task(renew(), name=f"hold-{batch_id}")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _write(self, batch_id: str, change: Change) -> None:
+        values = change.values
+        if "state" in values:
+            values = {"attempts": 0} | values
+        due = self._now() + timedelta(seconds=change.again_s)
+        async with transaction(self._engine) as session:
+            await session.execute(
+                update(OpenAIBatchRow)
+                .where(OpenAIBatchRow.batch_id == batch_id, OpenAIBatchRow.state.in_(OPEN))
+                .values(due_at=due, **values)
+            )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.unix_us() / 1e6, UTC)
+
+
+def _write(
+    rendering: Rendering,
+    plans_at: Path,
+    results: Iterator[pa.RecordBatch],
+    errors: Iterator[tuple[int, HeadraceError]],
+    outputs_at: Path,
+    errors_at: Path,
+) -> Counts:
+    with plans_at.open("rb") as planned, outputs_at.open("wb") as outputs, errors_at.open("wb") as failed:
+        return write_answers(rendering, _plans(planned), results, errors, outputs, failed)
+
+
+def _plans(lines: Iterable[bytes]) -> Iterator[LinePlan]:
+    for line in lines:
+        yield plans.decode(line)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, items: AsyncIterator[T]) -> Iterator[T]:
+    """`items` for a thread; each is waited for `_PIECE_S` at most."""
+    ended: Any = object()
+
+    async def following() -> Any:
+        return await anext(items, ended)
+
+    while True:
+        item = asyncio.run_coroutine_threadsafe(following(), loop).result(_PIECE_S)
+        if item is ended:
+            return
+        yield item
+
+
+async def _nothing() -> AsyncIterator[Any]:
+    for item in ():
+        yield item
+
+
+def _rows_path(row: OpenAIBatchRow) -> str:
+    return f"files/{row.batch_id}/rows.arrow"
+
+
+def _plans_path(row: OpenAIBatchRow) -> str:
+    return f"files/{row.batch_id}/plans.jsonl"
