@@ -40,7 +40,7 @@ GROUP = "drift"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _TABLE_WAIT_S = 15.0
 #: A delivery costs the same for ten records as for a thousand; an alert may come this much later.
-_COLLECT_S = 0.5
+_COLLECT_S = 1.0
 _HOUSEKEEPING = timedelta(seconds=15)
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.common.bus.port import Malformed, Record
 from services.common.clock import Clock
-from services.common.db import OutboxRelay, transaction
+from services.common.db import OutboxRelay, claim, transaction
 from services.common.telemetry import Tracing, context_from_kafka
 from services.drift import repository
 from services.drift.alerting import Persistence
@@ -74,7 +75,7 @@ class PredictionConsumer:
         by_version: dict[VersionKey, list[Numbered]] = defaultdict(list)
         for index, record in enumerate(records):
             batch = _parse(index, record)
-            if batch.inputs:
+            if batch.inputs and not batch.exclude_from_drift:
                 by_version[batch.model, batch.version].append(Numbered(index, batch))
         signatures = await self._signatures_of(by_version)
         known = {key: items for key, items in by_version.items() if key in signatures}
@@ -105,17 +106,18 @@ class PredictionConsumer:
         advanced: dict[VersionKey, tuple[datetime, Stream]] = {}
         now = self._clock.now()
         async with transaction(self._engine) as session:
-            ids = [item.batch.batch_id for items in known.values() for item in items]
-            fresh = await repository.claim(session, ids, now)
+            repeated = await claim(
+                session, [item.batch.batch_id for items in known.values() for item in items], now
+            )
             # In a fixed order, so that two replicas never wait for each other's locks.
             for key in sorted(known):
                 unseen = []
                 for item in known[key]:
-                    if item.batch.batch_id in fresh:
-                        fresh.discard(item.batch.batch_id)  # the same record twice in one delivery
+                    if item.batch.batch_id not in repeated:
+                        repeated.add(item.batch.batch_id)  # it may come twice in one delivery
                         unseen.append(item)
                 if unseen:
-                    stream, alerts = await self._feed(session, key, unseen, signatures[key])
+                    stream, alerts = await self._feed(session, key, unseen, signatures[key], now)
                     advanced[key] = now, stream
                     changed += alerts
             learned = dict(self._signatures.unsaved)
@@ -127,21 +129,30 @@ class PredictionConsumer:
         return changed
 
     async def _feed(
-        self, session: AsyncSession, key: VersionKey, items: Sequence[Numbered], signature: Signature
+        self,
+        session: AsyncSession,
+        key: VersionKey,
+        items: Sequence[Numbered],
+        signature: Signature,
+        now: datetime,
     ) -> tuple[Stream, list[AlertRow]]:
         model, version = key
-        now = self._clock.now()
-        row = await repository.lock_stream(session, model, version, now)
+        written_at = await repository.lock_version(session, model, version, now)
         # Taken out until the transaction has committed: what did not happen is read again from its row.
         at, remembered = self._streams.pop(key, (None, None))
+        if remembered is None or at != written_at:
+            row = await repository.find_stream(session, model, version)
+            remembered = await asyncio.to_thread(repository.to_stream, row)
+        stream = remembered
 
-        def advance() -> tuple[Stream, list[Window]]:
-            stream = remembered if remembered and at == row.updated_at else repository.to_stream(row)
+        def advance() -> tuple[list[Window], dict[str, Any]]:
+            written = repository.Written.of(stream)
             seen = observe_all(items, signature)
-            return stream, stream.feed(seen, self._limits.cadence, self._limits.thresholds)
+            windows = stream.feed(seen, self._limits.cadence, self._limits.thresholds)
+            return windows, repository.changes(stream, written, now)
 
-        stream, windows = await asyncio.to_thread(advance)
-        repository.store_stream(row, stream, now)
+        windows, columns = await asyncio.to_thread(advance)
+        await repository.write_stream(session, model, version, columns)
         changed = []
         for window in windows:
             self._metrics.windows.labels(model).inc()

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from services.drift.detectors.binning import quantile_cuts
 from services.drift.detectors.features import decide
 from services.drift.detectors.ks import EFFECT_FLOOR, KsResult, ks_from_cumulative
 from services.drift.detectors.psi import PsiResult, psi_from_counts
-from services.drift.detectors.sketches import QuantileSketch
+from services.drift.detectors.sketches import QuantileSketch, rising
 from services.drift.sample import OTHER, Sample
 
 #: Points at which two sketches are compared: every half percent of either.
@@ -54,16 +55,48 @@ class FeatureReport:
     ks_severity: Severity
 
 
-def evaluate(reference: Sample, window: Sample, thresholds: Thresholds) -> list[FeatureReport]:
-    """One report per feature that both samples hold, in the reference's order. Empty samples give none."""
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """One numeric feature of a reference: where it is cut into bins, how many of its values fall into each,
+    and the points at which its distribution function is compared."""
+
+    sketch: QuantileSketch
+    cuts: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    points: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, sketch: QuantileSketch, bins: int) -> Quantiles:
+        points = sketch.quantiles(_SHARES)
+        cuts = quantile_cuts(points, bins)
+        return cls(sketch, cuts, _counts(sketch, cuts), points)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A reference as windows are compared with it: what depends on it alone is worked out once."""
+
+    rows: int
+    numeric: dict[str, Quantiles]
+    categorical: dict[str, Counter[str]]
+
+    @classmethod
+    def of(cls, reference: Sample, bins: int = 10) -> Profile:
+        numeric = {name: Quantiles.of(s, bins) for name, s in reference.numeric.items() if s.count}
+        return cls(reference.rows, numeric, {name: c for name, c in reference.categorical.items() if c})
+
+
+def evaluate(reference: Profile, window: Sample, thresholds: Thresholds) -> list[FeatureReport]:
+    """One report per feature that both sides hold, in the reference's order. An empty side gives none."""
     compared: list[tuple[str, PsiResult, KsResult | None]] = []
-    for name, sketch in reference.numeric.items():
+    for name, feature in reference.numeric.items():
         live = window.numeric.get(name)
-        if live is not None and live.count and sketch.count:
-            compared.append((name, _numeric_psi(sketch, live, thresholds.bins), _ks(sketch, live)))
+        if live is not None and live.count:
+            psi = psi_from_counts(feature.counts, _counts(live, feature.cuts))
+            compared.append((name, psi, _ks(feature, live)))
     for name, counts in reference.categorical.items():
         seen = window.categorical.get(name)
-        if seen and counts:
+        if seen:
             compared.append((name, _categorical_psi(counts, seen), None))
     if not compared:
         return []
@@ -90,14 +123,9 @@ def _q_values(p_values: list[float]) -> list[float]:
     return [float(q) for q in decide(p_values, 0.05, "fdr")[2]] if p_values else []
 
 
-def _numeric_psi(reference: QuantileSketch, live: QuantileSketch, bins: int) -> PsiResult:
-    cuts = quantile_cuts(reference.quantiles(_SHARES), bins)
-    return psi_from_counts(_counts(reference, cuts), _counts(live, cuts))
-
-
-def _counts(sketch: QuantileSketch, cuts: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
+def _counts(sketch: QuantileSketch, cuts: NDArray[np.float64]) -> NDArray[np.float64]:
     below = sketch.cumulative(cuts, inclusive=False)
-    return [float(n) for n in np.round(np.diff(below, prepend=0.0, append=1.0) * sketch.count)]
+    return np.round(np.diff(below, prepend=0.0, append=1.0) * sketch.count)
 
 
 def _categorical_psi(reference: Counter[str], live: Counter[str]) -> PsiResult:
@@ -115,8 +143,8 @@ def _folded(counts: Counter[str], kept: Set[str]) -> Counter[str]:
     return folded
 
 
-def _ks(reference: QuantileSketch, live: QuantileSketch) -> KsResult:
-    points = np.unique(np.concatenate((reference.quantiles(_SHARES), live.quantiles(_SHARES))))
+def _ks(reference: Quantiles, live: QuantileSketch) -> KsResult:
+    points = rising(np.concatenate((reference.points, live.quantiles(_SHARES))))
     return ks_from_cumulative(
-        reference.cumulative(points), live.cumulative(points), reference.count, live.count
+        reference.sketch.cumulative_at(points), live.cumulative_at(points), reference.sketch.count, live.count
     )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from headrace.v1.tensor_pb2 import Signature
-from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
+from services.common.db import forget_claims
 from services.common.errors import NotFound
 from services.drift.sample import Sample
 from services.drift.stream import Stream
 from services.drift.tables import (
     AlertRow,
-    ClaimRow,
     DeliveryRow,
     SignalRow,
     SignatureRow,
@@ -41,13 +41,6 @@ FORGOTTEN_AT_ONCE = 10_000
 MAX_LISTED = 500
 
 
-async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: datetime) -> set[bytes]:
-    """Those of `batch_ids` that were never claimed before; they are from now on."""
-    rows = [{"batch_id": batch_id, "claimed_at": now} for batch_id in sorted(set(batch_ids))]
-    statement = insert(ClaimRow).values(rows).on_conflict_do_nothing().returning(ClaimRow.batch_id)
-    return set((await session.scalars(statement)).all())
-
-
 async def forget_old(session: AsyncSession, now: datetime) -> int:
     """Drop some claims that no redelivery can reach any more, deliveries long done and alerts long ended.
 
@@ -56,7 +49,7 @@ async def forget_old(session: AsyncSession, now: datetime) -> int:
     done = DeliveryRow.delivered_at < now - KEPT_DONE
     ended = AlertRow.resolved_at < now - KEPT_ALERTS
     counts = [
-        await _delete_some(session, ClaimRow.batch_id, ClaimRow.claimed_at < now - KEPT_CLAIMS),
+        await forget_claims(session, now - KEPT_CLAIMS, FORGOTTEN_AT_ONCE),
         await _delete_some(session, DeliveryRow.id, done),
         await _delete_some(session, AlertRow.alert_id, ended),
     ]
@@ -87,21 +80,32 @@ async def store_signatures(session: AsyncSession, signatures: Mapping[tuple[str,
         await session.execute(insert(SignatureRow).values(rows).on_conflict_do_nothing())
 
 
+async def lock_version(session: AsyncSession, model: str, version: str, now: datetime) -> datetime:
+    """Lock the row of one model version until the transaction ends, and make it where it is missing; gives
+    when it was written last. What it holds is not read: it may be a megabyte."""
+    found = select(StreamRow.updated_at).where(StreamRow.model == model, StreamRow.version == version)
+    found = found.with_for_update()
+    at = await session.scalar(found)
+    if at is None:
+        empty = Sample().to_bytes()
+        fresh = insert(StreamRow).values(
+            model=model,
+            version=version,
+            reference_source="stream",
+            learning=empty,
+            pane=empty,
+            panes=[],
+            updated_at=now,
+        )
+        await session.execute(fresh.on_conflict_do_nothing())
+        at = (await session.scalars(found)).one()
+    return at
+
+
 async def lock_stream(session: AsyncSession, model: str, version: str, now: datetime) -> StreamRow:
     """The row of one model version, locked until the transaction ends; made where it is missing."""
-    empty = Sample().to_bytes()
-    fresh = insert(StreamRow).values(
-        model=model,
-        version=version,
-        reference_source="stream",
-        learning=empty,
-        pane=empty,
-        panes=[],
-        updated_at=now,
-    )
-    await session.execute(fresh.on_conflict_do_nothing())
-    found = select(StreamRow).where(StreamRow.model == model, StreamRow.version == version)
-    return (await session.scalars(found.with_for_update())).one()
+    await lock_version(session, model, version, now)
+    return await find_stream(session, model, version)
 
 
 async def find_stream(session: AsyncSession, model: str, version: str) -> StreamRow:
@@ -124,21 +128,43 @@ def to_stream(row: StreamRow) -> Stream:
         reference=Sample.from_bytes(row.reference) if row.reference else None,
         learning=Sample.from_bytes(row.learning),
         pane=Sample.from_bytes(row.pane),
-        panes=[Sample.from_bytes(base64.b64decode(text)) for text in row.panes],
+        panes=[Sample.from_bytes(data) for data in row.panes],
     )
 
 
-def store_stream(row: StreamRow, stream: Stream, now: datetime) -> None:
-    """Write `stream` back; a reference that was just learned is dated `now`."""
-    if stream.reference is None:
-        row.reference = row.reference_at = None
-    elif row.reference is None:
-        row.reference, row.reference_at = stream.reference.to_bytes(), now
-    row.learning, row.pane = stream.learning.to_bytes(), stream.pane.to_bytes()
-    panes = [base64.b64encode(pane.to_bytes()).decode() for pane in stream.panes]
-    if panes != row.panes:
-        row.panes = panes
-    row.updated_at = now
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The parts of a stream that its row holds already, apart from the open ends, which always change."""
+
+    reference: Sample | None
+    learning: Sample
+    panes: Sequence[Sample]
+
+    @classmethod
+    def of(cls, stream: Stream) -> Written:
+        return cls(stream.reference, stream.learning, stream.panes)
+
+
+def changes(stream: Stream, written: Written, now: datetime) -> dict[str, Any]:
+    """Columns of the row that are to be written after `stream` has gone on; a reference that was just learned
+    is dated `now`."""
+    columns: dict[str, Any] = {"updated_at": now}
+    if stream.reference is not written.reference:
+        assert stream.reference is not None  # noqa: S101 - a stream that goes on never forgets its reference
+        columns |= {"reference": stream.reference.to_bytes(), "reference_at": now}
+    if stream.reference is None or stream.learning is not written.learning:
+        columns["learning"] = stream.learning.to_bytes()
+    if stream.reference is not None:
+        columns["pane"] = stream.pane.to_bytes()
+    if stream.panes is not written.panes:
+        columns["panes"] = [pane.to_bytes() for pane in stream.panes]
+    return columns
+
+
+async def write_stream(session: AsyncSession, model: str, version: str, columns: Mapping[str, Any]) -> None:
+    """Write the `changes` of a stream."""
+    row = update(StreamRow).where(StreamRow.model == model, StreamRow.version == version).values(**columns)
+    await session.execute(row.execution_options(synchronize_session=False))
 
 
 async def add_window(session: AsyncSession, row: WindowRow) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.drift.evaluation import FeatureReport, Thresholds, evaluate
+from services.drift.evaluation import FeatureReport, Profile, Thresholds, evaluate
 from services.drift.observations import Observations
 from services.drift.sample import Sample, merged
 
@@ -40,6 +40,7 @@ class Stream:
     learning: Sample = field(default_factory=Sample)
     pane: Sample = field(default_factory=Sample)
     panes: list[Sample] = field(default_factory=list)
+    _profile: Profile | None = None
 
     def feed(
         self, seen: Iterable[tuple[Observations, int]], cadence: Cadence, thresholds: Thresholds
@@ -56,12 +57,12 @@ class Stream:
                     part = observations.part(begun, cadence.reference_rows - self.learning.rows)
                     self.learning.add(part, at_us)
                     if self.learning.rows >= cadence.reference_rows:
-                        self.reference, self.learning = self.learning, Sample()
+                        self.reference, self.learning, self._profile = self.learning, Sample(), None
                 else:
                     part = observations.part(begun, cadence.pane_rows - self.pane.rows)
                     self.pane.add(part, at_us)
                     if self._is_full(cadence):
-                        windows.append(self.close_pane(self.reference, cadence, thresholds))
+                        windows.append(self._close_pane(self.reference, cadence, thresholds))
                 begun += part.rows
         return windows
 
@@ -69,14 +70,17 @@ class Stream:
         lasted_us = self.pane.last_us - (self.panes[-1].last_us if self.panes else self.pane.first_us)
         return self.pane.rows >= cadence.pane_rows and lasted_us >= cadence.pane_s * 1e6
 
-    def close_pane(self, reference: Sample, cadence: Cadence, thresholds: Thresholds) -> Window:
+    def _close_pane(self, reference: Sample, cadence: Cadence, thresholds: Thresholds) -> Window:
         """End the open pane and compare the window that it completes."""
         self.panes = [*self.panes, self.pane][-cadence.window_panes :]
         self.pane = Sample()
         window = merged(self.panes)
-        reports = evaluate(reference, window, thresholds)
+        if self._profile is None:
+            self._profile = Profile.of(reference, thresholds.bins)
+        reports = evaluate(self._profile, window, thresholds)
         return Window(window.first_us, window.last_us, window.rows, reference.rows, reports)
 
     def replace_reference(self, reference: Sample | None) -> None:
         """Compare with `reference` from now on, or learn a new one. Earlier panes say nothing about it."""
         self.reference, self.learning, self.pane, self.panes = reference, Sample(), Sample(), []
+        self._profile = None

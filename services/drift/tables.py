@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, Identity, LargeBinary, Text
+from sqlalchemy import ARRAY, BigInteger, DateTime, Identity, LargeBinary, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from services.common.db import OutboxRow
+from services.common.db import ClaimRow, OutboxRow
 
 
 class Tables(DeclarativeBase):
@@ -39,8 +39,8 @@ class StreamRow(Tables):
     reference_at: Mapped[datetime | None]
     learning: Mapped[bytes]
     pane: Mapped[bytes]
-    #: Base64 of closed panes, oldest first.
-    panes: Mapped[list[Any]]
+    #: Closed panes, oldest first.
+    panes: Mapped[list[bytes]] = mapped_column(ARRAY(LargeBinary))
     updated_at: Mapped[datetime]
 
 
@@ -113,13 +113,8 @@ class AlertRow(Tables):
     resolved_at: Mapped[datetime | None]
 
 
-class ClaimRow(Tables):
+class Claims(ClaimRow, Tables):
     """Records already counted; a redelivered one is left out."""
-
-    __tablename__ = "claims"
-
-    batch_id: Mapped[bytes] = mapped_column(primary_key=True)
-    claimed_at: Mapped[datetime]
 
 
 class WebhookRow(Tables):

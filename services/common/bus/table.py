@@ -69,7 +69,7 @@ class _Log:
             self._check_at = self._loop.time() + CHECK_INTERVAL
             for partition in self._last:
                 self._back_to_last(partition)
-        batches = await self._consumer.getmany(timeout_ms=200)
+        batches = await self._consumer.getmany(timeout_ms=500 if checked else 200)
         fresh: list[ConsumerRecord] = []
         for partition, records in batches.items():
             if partition in self._last and not self._follows(partition, records, checked=checked):
@@ -204,7 +204,9 @@ class KafkaTable:
             client_id=self._client_id,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            fetch_max_wait_ms=50,
+            # Most of the time nothing changes. One broker (Tansu) looks for news only now and then while a
+            # fetch waits: with this, changes take 35 ms there (half of them less), and a tenth of the work.
+            fetch_max_wait_ms=250,
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
             request_timeout_ms=int(REQUEST_TIMEOUT * 1000),
             retry_backoff_ms=100,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from services.drift.detectors.binning import finite
 
@@ -47,11 +48,14 @@ def ks_two_sample(reference: ArrayLike, current: ArrayLike, *, method: Method = 
     left, right = finite(reference), finite(current)
     if left.size == 0 or right.size == 0:
         raise ValueError("KS needs at least one value on either side")
+    # It takes half a second to import, and no window needs it.
+    from scipy import stats  # noqa: PLC0415
+
     result = stats.ks_2samp(left, right, method="asymp" if method == "limit" else method)
     distance, p_value = float(result.statistic), float(result.pvalue)
     if method == "limit":
         effective = left.size * right.size / (left.size + right.size)
-        p_value = float(stats.kstwobign.sf(distance * np.sqrt(effective)))
+        p_value = float(special.kolmogorov(distance * np.sqrt(effective)))
     return KsResult(distance, p_value, int(left.size), int(right.size))
 
 
@@ -62,7 +66,7 @@ def ks_from_cumulative(
 
     D is at most what the samples themselves would give, short of it by what hides between the points (and
     by the rank error of the sketches). The p-value is asymptotic: the one-sample law at the effective size
-    nm / (n + m), as in scipy's `method="asymp"`.
+    nm / (n + m), as scipy's `method="asymp"` takes it, by `limit_tail`.
     """
     reference = np.asarray(reference_cdf, dtype=np.float64)
     current = np.asarray(current_cdf, dtype=np.float64)
@@ -70,5 +74,14 @@ def ks_from_cumulative(
         raise ValueError("KS needs both sides at the same points, with at least one value each")
     distance = float(np.max(np.abs(reference - current)))
     effective = n_reference * n_current / (n_reference + n_current)
-    p_value = float(np.clip(stats.kstwo.sf(distance, max(1, round(effective))), 0.0, 1.0))
-    return KsResult(distance, p_value, n_reference, n_current)
+    return KsResult(distance, limit_tail(distance, max(1, round(effective))), n_reference, n_current)
+
+
+def limit_tail(distance: float, size: int) -> float:
+    """Probability that `size` values lie at least `distance` from their distribution function: Kolmogorov's
+    limiting law with the correction of Vrbik ("Small-sample corrections to Kolmogorov-Smirnov test
+    statistic", Pioneer J. Theor. Appl. Stat. 15, 2018), within 0.0005 of the exact law from 25 values on."""
+    root = math.sqrt(size)
+    scaled = distance * root
+    corrected = scaled + 1 / (6 * root) + (scaled - 1) / (4 * size)
+    return float(special.kolmogorov(max(0.0, corrected)))

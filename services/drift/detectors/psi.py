@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -54,7 +55,12 @@ def critical_value(bins: int, n_reference: int, n_current: int, level: float = 0
     """PSI that chance alone stays below with probability `level`: (1/n + 1/m) chi2(level, bins - 1)."""
     if bins < 2:
         return 0.0
-    return float((1 / n_reference + 1 / n_current) * special.chdtri(bins - 1, 1 - level))
+    return (1 / n_reference + 1 / n_current) * _chi_square(bins - 1, level)
+
+
+@lru_cache(maxsize=4096)
+def _chi_square(degrees: int, level: float) -> float:
+    return float(special.chdtri(degrees, 1 - level))
 
 
 def psi_from_shares(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,12 @@ from services.drift.detectors.binning import finite
 DEFAULT_K = 200
 
 _LARGEST = float(np.finfo(np.float32).max)
+
+
+def rising(points: NDArray[np.float64]) -> list[float]:
+    """The points in rising order, each once, in single precision, as sketches are asked about them."""
+    ordered: list[float] = np.unique(points.astype(np.float32)).tolist()
+    return ordered
 
 
 class QuantileSketch:
@@ -37,6 +44,9 @@ class QuantileSketch:
 
     def update(self, values: ArrayLike) -> None:
         """Add values; NaN is left out."""
+        if isinstance(values, np.ndarray) and values.dtype == np.float32 and np.isfinite(values).all():
+            self._sketch.update(values)
+            return
         # The sketch holds single precision; what lies beyond, such as a sentinel, becomes the largest value.
         self._sketch.update(np.clip(finite(values), -_LARGEST, _LARGEST).astype(np.float32))
 
@@ -62,13 +72,16 @@ class QuantileSketch:
 
     def cumulative(self, points: ArrayLike, *, inclusive: bool = True) -> NDArray[np.float64]:
         """Share of values at or below each point, or below it. Raises ValueError while empty."""
+        flat = np.atleast_1d(np.asarray(points, dtype=np.float64))
+        ordered, places = np.unique(flat.astype(np.float32), return_inverse=True)
+        return self.cumulative_at(ordered.tolist(), inclusive=inclusive)[places]
+
+    def cumulative_at(self, points: Sequence[float], *, inclusive: bool = True) -> NDArray[np.float64]:
+        """The same for points as `rising` gives them."""
         if self._sketch.is_empty():
             raise ValueError("the sketch is empty")
-        flat = np.atleast_1d(np.asarray(points, dtype=np.float64))
-        # The library takes points in rising order, each once, and appends the 1 of infinity.
-        rising, places = np.unique(flat.astype(np.float32), return_inverse=True)
-        shares = np.array(self._sketch.get_cdf(rising.tolist(), inclusive)[:-1])
-        return shares[places]
+        # The library appends the 1 of infinity.
+        return np.array(self._sketch.get_cdf(points, inclusive)[:-1])
 
     def to_bytes(self) -> bytes:
         """For storage and for merging elsewhere."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from services.drift import evaluation
 from services.drift.alerting import Change, Finding, Persistence, Signal, decide, findings, sentence
-from services.drift.evaluation import Severity, Thresholds, evaluate
+from services.drift.evaluation import FeatureReport, Profile, Severity, Thresholds
 from services.drift.observations import Observations
 from services.drift.sample import MAX_CATEGORIES, OTHER, Sample, merged
 from services.drift.stream import Cadence, Stream
@@ -25,6 +26,10 @@ def sample(seen: Observations) -> Sample:
     made = Sample()
     made.add(seen, 1)
     return made
+
+
+def evaluate(reference: Sample, window: Sample, thresholds: Thresholds) -> list[FeatureReport]:
+    return evaluation.evaluate(Profile.of(reference, thresholds.bins), window, thresholds)
 
 
 def test_a_sample_survives_storage_and_merging() -> None:
