@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.environments import CACHE
-from benchmarks.instructions import count_instructions
-from benchmarks.plan import PLANS
+from benchmarks.instructions import count_instructions, keep
+from benchmarks.plan import PLANS, Plan
 from benchmarks.report import FOLDER, write_report
 from benchmarks.results import Results
 from benchmarks.run import Benchmark
 from benchmarks.targets.catalogue import ONLY_FULL, TARGETS
+
+#: What counting takes: three processes start under callgrind, each many times slower than usual.
+INSTRUCTIONS_S = 240.0
 
 
 def main() -> int:
     """Read the arguments, run, report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     plan = parser.add_mutually_exclusive_group()
+    plan.add_argument("--full", dest="plan", action="store_const", const="full", help="everything (default)")
     plan.add_argument(
-        "--quick", dest="plan", action="store_const", const="quick", help="under 8 minutes (default)"
-    )
-    plan.add_argument(
-        "--full", dest="plan", action="store_const", const="full", help="more of everything, hours"
+        "--quick", dest="plan", action="store_const", const="quick", help="30 floats only, under 8 minutes"
     )
     plan.add_argument("--smoke", dest="plan", action="store_const", const="smoke", help="does it work at all")
     plan.add_argument("--report", action="store_true", help="only write RESULTS.md anew from results.json")
+    plan.add_argument("--install", action="store_true", help="only make the peers' environments")
+    plan.add_argument(
+        "--instructions", action="store_true", help="only count instructions, and keep the numbers"
+    )
+    parser.add_argument("--minutes", type=float, help="what the run may take; rounds are left out first")
     parser.add_argument("--only", default="", help=f"some of {','.join(TARGETS)}")
     parser.add_argument(
         "--out", type=Path, help="folder of the report (smoke: the cache, otherwise benchmarks/)"
     )
-    parser.add_argument("--install", action="store_true", help="only make the peers' environments")
-    parser.add_argument(
-        "--instructions", action="store_true", help="also count instructions (part of --full)"
-    )
     given = parser.parse_args()
-    name = given.plan or "quick"
-    folder = given.out or (CACHE / "smoke" if name == "smoke" else FOLDER)
+    if given.instructions:
+        print(keep(count_instructions()))
+        return 0
+    chosen = PLANS[given.plan or "full"]
+    if given.minutes:
+        chosen = replace(chosen, budget_s=given.minutes * 60)
+    folder = given.out or (CACHE / "smoke" if chosen.name == "smoke" else FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     if given.report:
         write_report(Results.load(folder / "results.json"), folder)
@@ -46,19 +55,26 @@ def main() -> int:
     unknown = set(wanted) - set(TARGETS)
     if unknown:
         parser.error(f"no such server: {', '.join(sorted(unknown))}")
-    if not given.only and name != "full":
+    if not given.only and chosen.name != "full":
         wanted = [target for target in wanted if target not in ONLY_FULL]
-    benchmark = Benchmark(PLANS[name], {target: TARGETS[target]() for target in wanted})
+    benchmark = Benchmark(chosen, {target: TARGETS[target]() for target in wanted})
     if given.install:
         benchmark.install()
         return 0
-    results = benchmark.run()
-    if "headrace" in wanted and (given.instructions or name == "full"):
-        results.instructions = count_instructions()
+    results = benchmark.run(_extras(chosen) if "headrace" in wanted else {})
     results.save(folder / "results.json")
     write_report(results, folder)
     print(f"written: {folder / 'RESULTS.md'}")
     return 0
+
+
+def _extras(plan: Plan) -> dict[str, tuple[float, Callable[[Results], None]]]:
+    """Further measurements of the plan, with the seconds that each takes."""
+
+    def instructions(results: Results) -> None:
+        results.instructions = count_instructions()
+
+    return {"instructions per request": (INSTRUCTIONS_S, instructions)} if plan.instructions else {}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ for its guests; many do not.
 
 from __future__ import annotations
 
+import json
+import platform
 import re
 import shutil
 import signal
@@ -23,14 +25,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.environments import REPOSITORY
-from benchmarks.load.drive import open_loop
+from benchmarks.load.drive import OpenLoop, open_loop
 from benchmarks.load.requests import Endpoint, write_requests
 from benchmarks.process_tree import ProcessTree, Unavailable
+from benchmarks.tables import table
 from benchmarks.targets.headrace import SERVING, HeadraceTarget
 from benchmarks.targets.port import ask
 from benchmarks.workload import Workload, mlp_workload
 from deploy.embedded.stack import Stack
 
+#: The numbers that a run is compared with, on whatever machine.
+KEPT = Path(__file__).with_name("instructions.json")
 CONNECTIONS = (1, 32)
 IDLE_S = 4.0
 LOAD_S = 6.0
@@ -100,9 +105,54 @@ def count_instructions() -> dict[str, Any]:
     return {"how": HOW, "parts": parts}
 
 
+def keep(said: dict[str, Any]) -> str:
+    """Make `said` the numbers that later runs are compared with; gives them as text. Raises Unavailable where
+    nothing was counted."""
+    if "absent" in said:
+        raise Unavailable(said["absent"])
+    text = json.dumps({"parts": said["parts"], "python": platform.python_version()}, indent=1)
+    KEPT.write_text(text + "\n")
+    return text
+
+
+def difference(said: dict[str, Any]) -> dict[str, float] | None:
+    """By connections, how much all processes together grew against the kept numbers (0.1: a tenth); None
+    where nothing was counted or kept."""
+    if "absent" in said or not said or not KEPT.exists():
+        return None
+    now, then = _together(said["parts"]), _together(json.loads(KEPT.read_text())["parts"])
+    return {count: now[count] / then[count] - 1 for count in now if then.get(count)}
+
+
+def instructions_table(said: dict[str, Any]) -> list[str]:
+    """A section of the report, its heading included; nothing where nothing was counted."""
+    if not said:
+        return []
+    lines = ["## Instructions per request", ""]
+    if "absent" in said:
+        return [*lines, f"Not counted: {said['absent']}", ""]
+    parts = said["parts"]
+    kept = json.loads(KEPT.read_text())["parts"] if KEPT.exists() else {}
+    rows = []
+    for name, part in [*parts.items(), ("together", _together(parts))]:
+        before = _together(kept) if name == "together" else kept.get(name, {})
+        rows.append([name, *[_compared(number, before.get(count)) for count, number in part.items()]])
+    header = ["", *[f"c = {count}" for count in _together(parts)]]
+    return [*lines, said["how"], "", *table(header, rows), ""]
+
+
+def _together(parts: dict[str, dict[str, float]]) -> dict[str, float]:
+    counts = list(dict.fromkeys(count for part in parts.values() for count in part))
+    return {count: sum(part[count] for part in parts.values()) for count in counts}
+
+
+def _compared(now: float, then: float | None) -> str:
+    return f"{now:,.0f}" if not then else f"{now:,.0f} ({now / then - 1:+.1%} to what is kept)"
+
+
 def _per_request(callgrind: Callgrind, endpoint: Endpoint, requests: Path) -> dict[str, float]:
     found = {}
-    open_loop(endpoint, requests, None, max(CONNECTIONS), LOAD_S / 2)
+    open_loop(endpoint, requests, OpenLoop(None, max(CONNECTIONS), LOAD_S / 2))
     time.sleep(1)
     callgrind.count()
     time.sleep(IDLE_S)
@@ -110,7 +160,7 @@ def _per_request(callgrind: Callgrind, endpoint: Endpoint, requests: Path) -> di
     for connections in CONNECTIONS:
         callgrind.count()
         started = time.monotonic()
-        said = open_loop(endpoint, requests, None, connections, LOAD_S)
+        said = open_loop(endpoint, requests, OpenLoop(None, connections, LOAD_S))
         # What follows the last answer, such as publishing the log.
         time.sleep(1)
         counted = callgrind.count() - idle_per_s * (time.monotonic() - started)

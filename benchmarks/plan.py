@@ -1,4 +1,4 @@
-"""What is run: how long, how often, at which concurrency."""
+"""What is run: how long, how often, at which concurrency; and what is left out first where time is short."""
 
 from __future__ import annotations
 
@@ -7,88 +7,121 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """`rounds` × every server × every front × every concurrency, `seconds` each, after a warm-up.
+class Payload:
+    """A further workload: one round of closed loops on the fronts that carry it best."""
 
-    A front is measured in the short plan only where its name is in `fronts` (empty: all). `curve` are offered
-    loads of the open loop as fractions of the server's own closed-loop rate, for the servers in `curved`.
+    workload: str
+    connections: tuple[int, ...]
+    #: Fronts that say nothing new about it.
+    without: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run. Of the main workload (30 floats) there are up to `rounds` rounds: the first comes first, the
+    others when everything else is done, as many as `budget_s` holds. In a round every server is started
+    afresh; its main front is measured with all `connections`, the others with `side_connections`, `seconds`
+    each.
+
+    `curved` servers are driven beyond their capacity by an open loop, `overloaded` ones with a model that
+    takes a millisecond a row: fractions are of the capacity that the open loop itself found before.
     """
 
     name: str
     rounds: int
     seconds: float
     connections: tuple[int, ...]
-    workloads: tuple[str, ...]
-    #: Of every workload but the first.
-    further_rounds: int
-    further_connections: tuple[int, ...]
-    fronts: frozenset[str]
+    side_connections: tuple[int, ...]
+    payloads: tuple[Payload, ...]
     curved: tuple[str, ...]
-    curve: tuple[float, ...]
+    overloaded: tuple[str, ...]
     curve_seconds: float
     curve_connections: int
-    #: Further rounds are left out where the run would take longer than this.
+    batching: bool
+    instructions: bool
     budget_s: float = math.inf
     warm_up_s: float = 1.0
     direct_s: float = 1.5
+    main: str = "mlp"
+    overload: str = "busy"
+    #: Offered beyond the capacity that was found.
+    beyond: tuple[float, ...] = (1.5, 2.0)
+    overload_fractions: tuple[float, ...] = (0.5, 0.9, 1.5, 2.0, 4.0)
+    #: Until when an answer is of use, from the moment when its request was due.
+    patience_s: float = 1.0
+    overload_patience_s: float = 2.0
 
 
+PAYLOADS = (
+    Payload(
+        "mlp-100-rows",
+        (1, 32),
+        frozenset(
+            {
+                "Headrace, V2 JSON",
+                "Headrace, analytics and drift stopped",
+                "Headrace, gRPC",
+                "Triton, gRPC",
+                "MLServer, gRPC",
+                "KServe (Python), gRPC",
+            }
+        ),
+    ),
+    Payload(
+        "image",
+        (1, 32),
+        frozenset(
+            {"Headrace, V2 JSON", "Headrace, analytics and drift stopped", "MLServer, adaptive batching"}
+        ),
+    ),
+)
+
+FULL = Plan(
+    name="full",
+    rounds=5,
+    seconds=2,
+    connections=(1, 32, 128, 512),
+    side_connections=(1, 32, 128),
+    payloads=PAYLOADS,
+    curved=("headrace", "triton"),
+    overloaded=("headrace", "triton"),
+    curve_seconds=2,
+    curve_connections=4096,
+    batching=True,
+    instructions=True,
+    budget_s=20 * 60,
+)
 QUICK = Plan(
     name="quick",
     rounds=2,
     seconds=2,
     connections=(1, 32, 128),
-    workloads=("mlp",),
-    further_rounds=1,
-    further_connections=(32,),
-    fronts=frozenset(
-        {
-            "Headrace",
-            "Headrace, V2 JSON",
-            "Headrace, analytics and drift stopped",
-            "Triton",
-            "MLServer",
-            "LitServe",
-            "BentoML",
-            "Ray Serve",
-            "KServe (Python)",
-        }
-    ),
-    curved=("headrace", "triton"),
-    curve=(0.5, 0.75, 1.0, 1.5, 2.0),
+    side_connections=(32,),
+    payloads=(),
+    curved=("headrace",),
+    overloaded=("headrace",),
     curve_seconds=2,
-    curve_connections=1024,
-    budget_s=480,
-)
-FULL = Plan(
-    name="full",
-    rounds=5,
-    seconds=5,
-    connections=(1, 32, 128, 512),
-    workloads=("mlp", "cancer", "mlp-100-rows", "image"),
-    further_rounds=3,
-    further_connections=(1, 32),
-    fronts=frozenset(),
-    curved=("headrace", "triton", "mlserver", "ray"),
-    curve=(0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0),
-    curve_seconds=5,
-    curve_connections=1024,
-    direct_s=4,
+    curve_connections=4096,
+    batching=False,
+    instructions=False,
+    budget_s=8 * 60,
 )
 SMOKE = Plan(
     name="smoke",
     rounds=1,
     seconds=1,
     connections=(1, 32),
-    workloads=("mlp",),
-    further_rounds=1,
-    further_connections=(32,),
-    fronts=frozenset(),
+    side_connections=(32,),
+    payloads=tuple(Payload(one.workload, (1,), one.without) for one in PAYLOADS),
     curved=("headrace",),
-    curve=(0.5, 2.0),
+    overloaded=("headrace",),
     curve_seconds=1,
-    curve_connections=256,
+    curve_connections=1024,
+    batching=False,
+    instructions=False,
     warm_up_s=0.0,
     direct_s=0.3,
+    beyond=(2.0,),
+    overload_fractions=(2.0,),
 )
-PLANS = {plan.name: plan for plan in (QUICK, FULL, SMOKE)}
+PLANS = {plan.name: plan for plan in (FULL, QUICK, SMOKE)}

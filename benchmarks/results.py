@@ -36,10 +36,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One open-loop run; `summary` as the generator printed it."""
+    """One open-loop run at `fraction` of the capacity; `summary` as the generator printed it."""
 
     target: str
     front: str
+    workload: str
     fraction: float
     summary: dict[str, Any]
 
@@ -67,7 +68,8 @@ class Results:
     rounds: int
     points: list[Point] = field(default_factory=list)
     curves: list[CurvePoint] = field(default_factory=list)
-    capacities: dict[str, float] = field(default_factory=dict)
+    #: Answers per second that the open loop found, by workload and front.
+    capacities: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: list[Memory] = field(default_factory=list)
     direct: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -75,6 +77,10 @@ class Results:
     titles: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     instructions: dict[str, Any] = field(default_factory=dict)
+    #: Batching efficiency by model, see batching.py.
+    batching: dict[str, Any] = field(default_factory=dict)
+    #: What the plan had no time for.
+    left_out: list[str] = field(default_factory=list)
     #: One-minute load average before each round: what else the machine was doing.
     load_before: list[float] = field(default_factory=list)
 

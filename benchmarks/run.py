@@ -1,32 +1,30 @@
-"""The run: rounds over all servers in changing order, one server up at a time."""
+"""Runs a plan: every server alone, round after round, each round starting with another."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.beyond import drive_beyond, settle
 from benchmarks.direct import measure_direct
-from benchmarks.load.drive import closed_loop, generator_name, open_loop
+from benchmarks.load.drive import closed_loop, generator_name, missing_generator
 from benchmarks.load.requests import write_requests
 from benchmarks.machine import load_average, machine
 from benchmarks.plan import Plan
 from benchmarks.process_tree import Unavailable, cpu_seconds, usage
-from benchmarks.results import CurvePoint, Memory, Point, Results
+from benchmarks.results import Memory, Point, Results
 from benchmarks.targets.port import Front, Running, Target, check_answers
 from benchmarks.workload import WORKLOADS, Workload
 
-#: Between runs a server gets up to this long to finish what it put off.
-SETTLE_S = 4.0
-QUIET_WINDOW_S = 0.3
-#: Share of a core below which it counts as having nothing to do.
-QUIET_SHARE = 0.35
 WARM_UP_CONNECTIONS = 32
-#: What an open-loop curve of the short plan takes, start and stop included.
-CURVE_S = 45.0
+#: What driving one server beyond its capacity takes, start and stop included.
+BEYOND_S = 75.0
+#: The same for a round of a further payload, per server.
+PAYLOAD_S = 30.0
 
 
 class Benchmark:
@@ -43,27 +41,38 @@ class Benchmark:
             machine=machine(),
             generator=generator_name(),
             seconds=plan.seconds,
-            rounds=plan.rounds,
+            rounds=0,
         )
 
-    def run(self) -> Results:
-        """Everything of the plan."""
+    def run(self, extras: Mapping[str, tuple[float, Callable[[Results], None]]]) -> Results:
+        """Everything of the plan, as far as its time goes. `extras` are further measurements by name, with
+        the seconds that each may take; they write into the results."""
+        plan = self._plan
         with TemporaryDirectory(prefix="headrace-bench-") as folder:
             self._folder = Path(folder)
             self.install()
             self._began = time.monotonic()
-            for position, name in enumerate(self._plan.workloads):
-                workload = WORKLOADS[name](self._folder / name)
-                direct = measure_direct(workload, self._plan.direct_s)
-                self.results.direct[name] = {
-                    **asdict(direct),
-                    "title": workload.title,
-                    "rows_per_request": workload.rows,
-                }
-                rounds = self._plan.rounds if position == 0 else self._plan.further_rounds
-                self._rounds(workload, rounds, first=position == 0)
-                if position == 0:
-                    self._curves(workload)
+            main = self._workload(plan.main)
+            self._round(main, 0)
+            self.results.rounds = 1
+            longest = time.monotonic() - self._began
+            self._beyond(main, plan.curved)
+            if plan.overloaded:
+                self._beyond(self._workload(plan.overload), plan.overloaded)
+            for payload in plan.payloads:
+                if self._has_time(PAYLOAD_S * len(self._targets), payload.workload):
+                    workload = self._workload(payload.workload)
+                    self._round(workload, 0, connections=payload.connections, without=payload.without)
+            for name, (needed_s, measure) in extras.items():
+                if self._has_time(needed_s, name):
+                    measure(self.results)
+            for number in range(1, plan.rounds):
+                if not self._has_time(longest, f"round {number + 1} of {plan.main}"):
+                    break
+                started = time.monotonic()
+                self._round(main, number)
+                self.results.rounds = number + 1
+                longest = max(longest, time.monotonic() - started)
         return self.results
 
     def install(self) -> None:
@@ -77,24 +86,34 @@ class Benchmark:
             except Unavailable as error:
                 self._leave_out(name, f"{target.title}: {error}")
 
+    def _workload(self, name: str) -> Workload:
+        workload = WORKLOADS[name](self._folder / name)
+        self.results.direct[name] = {
+            **asdict(measure_direct(workload, self._plan.direct_s)),
+            "title": workload.title,
+            "rows_per_request": workload.rows,
+        }
+        return workload
+
+    def _has_time(self, seconds: float, what: str) -> bool:
+        enough = time.monotonic() - self._began + seconds < self._plan.budget_s
+        if not enough:
+            print(f"no time for {what}", flush=True)
+            self.results.left_out.append(what)
+        return enough
+
     def _leave_out(self, name: str, reason: str) -> None:
         print(f"  {name}: {reason}", flush=True)
         self.results.absent[name] = reason
 
-    def _rounds(self, workload: Workload, rounds: int, *, first: bool) -> None:
-        longest = 0.0
-        for number in range(rounds):
-            started = time.monotonic()
-            left = self._plan.budget_s - (started - self._began) - (CURVE_S * len(self._plan.curved) * first)
-            if number and left < longest:
-                print(f"{workload.name}: no time for round {number + 1}", flush=True)
-                return
-            self._round(workload, number, first=first)
-            if first:
-                self.results.rounds = number + 1
-            longest = max(longest, time.monotonic() - started)
-
-    def _round(self, workload: Workload, number: int, *, first: bool) -> None:
+    def _round(
+        self,
+        workload: Workload,
+        number: int,
+        *,
+        connections: tuple[int, ...] | None = None,
+        without: frozenset[str] = frozenset(),
+    ) -> None:
         self.results.load_before.append(round(load_average(), 2))
         names = [name for name in self._targets if name not in self.results.absent]
         # Whoever comes first finds a cooler machine: each round begins with another.
@@ -103,29 +122,52 @@ class Benchmark:
             print(f"{workload.name}, round {number + 1}: {name}", flush=True)
             try:
                 with self._targets[name].running(workload) as running:
-                    self._measure(name, running, workload, number, first=first)
+                    self._measure(name, running, workload, number, connections, without)
             except Unavailable as error:
-                self._leave_out(name, f"{self._targets[name].title}: {error}")
+                key = name if workload.name == self._plan.main else f"{name}, {workload.name}"
+                self._leave_out(key, f"{self._targets[name].title}, {workload.title}: {error}")
 
-    def _measure(self, name: str, running: Running, workload: Workload, number: int, *, first: bool) -> None:
+    def _measure(
+        self,
+        name: str,
+        running: Running,
+        workload: Workload,
+        number: int,
+        connections: tuple[int, ...] | None,
+        without: frozenset[str],
+    ) -> None:
         plan = self._plan
-        for front in running.fronts:
-            if plan.fronts and front.name not in plan.fronts:
+        for place, front in enumerate(running.fronts):
+            if front.name in without or front.name in self.results.absent:
+                continue
+            missing = missing_generator(front.endpoint)
+            if missing:
+                self._leave_out(front.name, f"{front.name}: {missing}")
                 continue
             if front.prepare is not None:
                 front.prepare()
-            check_answers(front, workload)
+            try:
+                answer_bytes = check_answers(front, workload)
+            except Unavailable as error:
+                if not place:
+                    raise
+                self._leave_out(front.name, f"{front.name}, {workload.title}: {error}")
+                continue
             requests = write_requests(self._folder / f"{name}.requests", front.endpoint, workload)
             if plan.warm_up_s:
-                closed_loop(front.endpoint, requests, WARM_UP_CONNECTIONS, plan.warm_up_s)
+                closed_loop(front.endpoint, requests, WARM_UP_CONNECTIONS, plan.warm_up_s, answer_bytes)
                 settle(running.processes())
-            for connections in plan.connections if first else plan.further_connections:
-                self._closed(name, front, running, workload, number, connections, requests)
-            if first and number == 0 and front is running.fronts[0]:
-                for part, pids in running.processes().items():
-                    used = usage(pids)
-                    serving = not running.serving_parts or part in running.serving_parts
-                    self.results.memory.append(Memory(name, part, used.pss, used.rss, serving))
+            usual = plan.side_connections if place else plan.connections
+            for count in connections or usual:
+                self._closed(name, front, running, workload, number, count, requests, answer_bytes)
+            if workload.name == plan.main and not number and not place:
+                self._weigh(name, running)
+
+    def _weigh(self, name: str, running: Running) -> None:
+        for part, pids in running.processes().items():
+            used = usage(pids)
+            serving = not running.serving_parts or part in running.serving_parts
+            self.results.memory.append(Memory(name, part, used.pss, used.rss, serving))
 
     def _closed(
         self,
@@ -136,11 +178,12 @@ class Benchmark:
         number: int,
         connections: int,
         requests: Path,
+        answer_bytes: int,
     ) -> None:
         processes = running.processes()
         before = {part: cpu_seconds(pids) for part, pids in processes.items()}
         ran = running.batches() if running.batches is not None else None
-        found = closed_loop(front.endpoint, requests, connections, self._plan.seconds)
+        found = closed_loop(front.endpoint, requests, connections, self._plan.seconds, answer_bytes)
         rows_per_batch = None
         if running.batches is not None and ran is not None:
             rows, batches = (b - a for a, b in zip(ran, running.batches(), strict=True))
@@ -171,47 +214,21 @@ class Benchmark:
             flush=True,
         )
 
-    def _curves(self, workload: Workload) -> None:
-        """Offered loads relative to what the same generator gets out of the server in a closed loop, each
-        server started afresh."""
-        plan = self._plan
-        for name in plan.curved:
+    def _beyond(self, workload: Workload, names: tuple[str, ...]) -> None:
+        """Each server started afresh."""
+        for name in names:
             if name not in self._targets or name in self.results.absent:
+                continue
+            what = f"{self._targets[name].title} beyond its capacity, {workload.title}"
+            if not self._has_time(BEYOND_S, what):
                 continue
             print(f"{workload.name}, open loop: {name}", flush=True)
             try:
                 with self._targets[name].running(workload) as running:
-                    self._curve(name, running, workload)
+                    check_answers(running.fronts[0], workload)
+                    capacity, points = drive_beyond(name, running, workload, self._plan, self._folder)
             except Unavailable as error:
-                self._leave_out(name, f"{self._targets[name].title}, open loop: {error}")
-
-    def _curve(self, name: str, running: Running, workload: Workload) -> None:
-        plan, front = self._plan, running.fronts[0]
-        requests = write_requests(self._folder / f"{name}.requests", front.endpoint, workload)
-        for _ in range(2):  # the first is the warm-up
-            closed = open_loop(front.endpoint, requests, None, 128, plan.curve_seconds)
-        capacity = float(closed["goodput_per_s"])
-        self.results.capacities[front.name] = capacity
-        for fraction in plan.curve:
-            settle(running.processes())
-            rate = max(1.0, round(capacity * fraction))
-            summary = open_loop(front.endpoint, requests, rate, plan.curve_connections, plan.curve_seconds)
-            self.results.curves.append(CurvePoint(name, front.name, fraction, summary))
-            print(
-                f"  {front.name:42} offered {rate:9,.0f}/s  goodput {summary['goodput_per_s']:9,.0f}/s  "
-                f"p99 {(summary['p99_us'] or 0) / 1000:8.2f} ms  refused {summary['refused']}",
-                flush=True,
-            )
-
-
-def settle(processes: Mapping[str, Sequence[int]]) -> None:
-    """Return when the processes have nothing left to do, or after SETTLE_S."""
-    pids = [pid for part in processes.values() for pid in part]
-    deadline = time.monotonic() + SETTLE_S
-    before = cpu_seconds(pids)
-    while time.monotonic() < deadline:
-        time.sleep(QUIET_WINDOW_S)
-        now = cpu_seconds(pids)
-        if now - before < QUIET_SHARE * QUIET_WINDOW_S:
-            return
-        before = now
+                self._leave_out(f"{name}, {workload.name}, open loop", f"{what}: {error}")
+                continue
+            self.results.curves += points
+            self.results.capacities.setdefault(workload.name, {})[points[0].front] = capacity

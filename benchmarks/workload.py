@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from open_inference import open_inference_pb2 as oip_pb2
 
 #: Different requests in rotation: many enough that no server answers from a cache by accident.
 DISTINCT_REQUESTS = 256
@@ -29,6 +31,8 @@ class Dialect(Enum):
     V2_JSON = "v2-json"
     V2_BINARY = "v2-binary"
     PLAIN = "plain"
+    #: ModelInfer of the Open Inference Protocol, tensors raw.
+    GRPC = "grpc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,8 @@ class Workload:
         tensor = self.inputs[request]
         if dialect is Dialect.V2_BINARY:
             return self._binary(tensor)
+        if dialect is Dialect.GRPC:
+            return self._message(tensor, model), ()
         data = np.round(tensor.astype(np.float64), 4)
         said: dict[str, Any]
         if dialect is Dialect.NATIVE:
@@ -118,6 +124,16 @@ class Workload:
             ("Inference-Header-Content-Length", str(len(head))),
         )
 
+    def _message(self, tensor: Array, model: str) -> bytes:
+        described = oip_pb2.ModelInferRequest.InferInputTensor(
+            name=self.input, datatype="FP32", shape=list(tensor.shape)
+        )
+        wanted = oip_pb2.ModelInferRequest.InferRequestedOutputTensor(name=self.output)
+        message = oip_pb2.ModelInferRequest(
+            model_name=model, inputs=[described], outputs=[wanted], raw_input_contents=[tensor.tobytes()]
+        )
+        return message.SerializeToString()
+
 
 def session_options() -> ort.SessionOptions:
     """One thread, no spinning: the same for everybody."""
@@ -133,13 +149,17 @@ def _graph(
     row: tuple[int, ...],
     classes: int,
     weights: dict[str, Array],
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> bytes:
     graph = helper.make_graph(
         nodes,
         name,
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *row])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", classes])],
-        [numpy_helper.from_array(values.astype(np.float32), key) for key, values in weights.items()],
+        [
+            *[numpy_helper.from_array(values.astype(np.float32), key) for key, values in weights.items()],
+            *[numpy_helper.from_array(np.array(shape, np.int64), key) for key, shape in shapes.items()],
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
@@ -171,6 +191,31 @@ def pooled_image(seed: int) -> bytes:
     return _graph("image", nodes, (3, 224, 224), 10, {"w": rng.normal(size=(3, 10))})
 
 
+def busy(seed: int, milliseconds: float = 1.0) -> bytes:
+    """30→2 by way of convolutions that keep one core busy for about a millisecond a row on today's machines,
+    however many rows run together: the model is what limits, not the serving."""
+    rng = np.random.default_rng(seed)
+    channels = max(4, round(80 * milliseconds**0.5))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["flat"]),
+        helper.make_node("Reshape", ["flat", "image_shape"], ["image"]),
+        helper.make_node("Conv", ["image", "k1"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "k2"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("MatMul", ["f", "w2"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"]),
+    ]
+    weights = {
+        "w1": rng.normal(size=(30, 784)) * 0.1,
+        "k1": rng.normal(size=(channels, 1, 3, 3)) * 0.1,
+        "k2": rng.normal(size=(channels, channels, 3, 3)) * 0.1,
+        "w2": rng.normal(size=(channels, 2)),
+    }
+    return _graph("busy", nodes, (30,), 2, weights, {"image_shape": (-1, 1, 28, 28)})
+
+
 def _random_inputs(requests: int, rows: int, row: tuple[int, ...]) -> Array:
     rng = np.random.default_rng(42)
     # What four decimals say exactly, so that JSON and binary requests carry the same numbers.
@@ -190,6 +235,12 @@ def image_workload() -> Workload:
     return Workload("image", "224×224×3 image", models, _random_inputs(4, 1, (3, 224, 224)), "y")
 
 
+def busy_workload() -> Workload:
+    """30 floats a row, about a millisecond of computing each: what overload is shown with."""
+    inputs = _random_inputs(DISTINCT_REQUESTS, 1, (30,))
+    return Workload("busy", "30 floats, 1 ms of computing", (busy(0), busy(1)), inputs, "y")
+
+
 def cancer_workload(folder: Path) -> Workload:
     """The example on real data: logistic regression (90%) and gradient boosting (10%), the held-out rows."""
     from examples import cancer  # noqa: PLC0415 - the training libraries take seconds to import
@@ -204,5 +255,6 @@ WORKLOADS: dict[str, Callable[[Path], Workload]] = {
     "mlp": lambda _folder: mlp_workload(),
     "mlp-100-rows": lambda _folder: mlp_workload(100),
     "image": lambda _folder: image_workload(),
+    "busy": lambda _folder: busy_workload(),
     "cancer": cancer_workload,
 }

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import REPOSITORY
+from benchmarks.load.h2load import grpc_loop
 from benchmarks.load.requests import Endpoint
+from benchmarks.workload import Dialect
 from deploy.embedded.blueprint import python_path
 
 SCRIPT = Path(__file__).with_name("requests.lua")
@@ -31,14 +33,38 @@ class ClosedLoop:
     errors: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class OpenLoop:
+    """`rate` requests per second (None: a closed loop) over `connections`. An answer later than `patience_s`
+    after its request was due is of no use; a request that finds no free connection for `wait_s` is given
+    up."""
+
+    rate: float | None
+    connections: int
+    seconds: float
+    patience_s: float = 1.0
+    wait_s: float = 1.0
+
+
+def missing_generator(endpoint: Endpoint) -> str | None:
+    """Why `endpoint` cannot be loaded here."""
+    if endpoint.dialect is Dialect.GRPC and shutil.which("h2load") is None:
+        return "not measured: h2load is not installed (apt-get install nghttp2-client)"
+    return None
+
+
 def generator_name() -> str:
     """Which closed-loop generator is used."""
     return "wrk" if shutil.which("wrk") else "benchmarks.load.generator"
 
 
-def closed_loop(endpoint: Endpoint, requests: Path, connections: int, seconds: float) -> ClosedLoop:
+def closed_loop(
+    endpoint: Endpoint, requests: Path, connections: int, seconds: float, answer_bytes: int = 0
+) -> ClosedLoop:
     """Every connection sends its next request when it has its answer; wrk with one thread where it is
-    installed, our own generator otherwise."""
+    installed, our own generator otherwise. gRPC: h2load with one thread, see `grpc_loop`."""
+    if endpoint.dialect is Dialect.GRPC:
+        return _grpc(endpoint, requests, connections, seconds, answer_bytes)
     if shutil.which("wrk") is None:
         return _own(endpoint, requests, connections, seconds)
     result = requests.with_suffix(".result.json")
@@ -68,8 +94,16 @@ def closed_loop(endpoint: Endpoint, requests: Path, connections: int, seconds: f
     )
 
 
+def _grpc(endpoint: Endpoint, frame: Path, connections: int, seconds: float, answer_bytes: int) -> ClosedLoop:
+    said = grpc_loop(endpoint, frame, connections, seconds, answer_bytes)
+    times = said["times_us"] or [0.0]
+    p50, p90, p99, p999 = (times[min(len(times) - 1, int(q * len(times)))] for q in (0.5, 0.9, 0.99, 0.999))
+    rate = said["answered"] / said["seconds"]
+    return ClosedLoop(rate, said["answered"], p50, p90, p99, p999, said["errors"])
+
+
 def _own(endpoint: Endpoint, requests: Path, connections: int, seconds: float) -> ClosedLoop:
-    said = open_loop(endpoint, requests, None, connections, seconds)
+    said = open_loop(endpoint, requests, OpenLoop(None, connections, seconds))
     errors = dict(said["other"])
     if said["refused"]:
         errors["refused"] = said["refused"]
@@ -84,22 +118,21 @@ def _own(endpoint: Endpoint, requests: Path, connections: int, seconds: float) -
     )
 
 
-def open_loop(
-    endpoint: Endpoint, requests: Path, rate: float | None, connections: int, seconds: float
-) -> dict[str, Any]:
-    """The generator's summary of `rate` requests per second (closed loop where None)."""
+def open_loop(endpoint: Endpoint, requests: Path, load: OpenLoop) -> dict[str, Any]:
+    """The summary that our own generator prints."""
     argv = [sys.executable, "-m", "benchmarks.load.generator", "--requests", str(requests)]
-    argv += ["--host", endpoint.host, "--port", str(endpoint.port), "--seconds", str(seconds)]
-    argv += ["--connections", str(connections)]
-    if rate is not None:
-        argv += ["--rate", str(rate)]
+    argv += ["--host", endpoint.host, "--port", str(endpoint.port), "--seconds", str(load.seconds)]
+    argv += ["--connections", str(load.connections)]
+    argv += ["--patience", str(load.patience_s), "--wait", str(load.wait_s)]
+    if load.rate is not None:
+        argv += ["--rate", str(load.rate)]
     done = subprocess.run(
         argv,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
-        timeout=seconds + 60,
+        timeout=load.seconds + 60,
         check=False,
     )
     if done.returncode != 0:

@@ -5,8 +5,10 @@ moment when its request was due, not from when a connection was free to send it,
 hide its stall (no coordinated omission). Closed loop (no rate): every connection sends its next request as
 soon as it has its answer.
 
-Prints one JSON object. `lag_p99_us` is how late the generator itself came to its own schedule: where that is
-large, the generator was the bottleneck and the point says nothing about the server.
+Prints one JSON object. Goodput counts answers within `--patience` of the moment when they were due; what came
+later is `late`, what was sent and never answered `unanswered`, what found no free connection within `--wait`
+`abandoned`. `lag_p99_us` is how late the generator itself came to its own schedule: where that is large, the
+generator was the bottleneck and the point says nothing about the server.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ TICK_S = 0.001
 REFUSED = (429, 503)
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.IGNORECASE)
+_RETRY_AFTER = re.compile(rb"\r\nretry-after:[ \t]*\d", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -46,6 +49,11 @@ class Tally:
     lag: array[float] = field(default_factory=lambda: array("d"))
     other: dict[str, int] = field(default_factory=dict)
     abandoned: int = 0
+    #: Sent and not answered when the run was over.
+    unanswered: int = 0
+    #: Answers that do not count because they came after the patience was over.
+    late: int = 0
+    refused_without_retry_after: int = 0
     #: Every response, also those outside the measured time.
     responses: int = 0
 
@@ -59,7 +67,12 @@ class Load:
     perf_counter, since uvloop's own clock has whole milliseconds and stands still while callbacks run."""
 
     def __init__(
-        self, requests: Sequence[bytes], rate: float | None, patience_s: float, address: tuple[str, int]
+        self,
+        requests: Sequence[bytes],
+        rate: float | None,
+        patience_s: float,
+        wait_s: float,
+        address: tuple[str, int],
     ) -> None:
         self._requests = requests
         self._address = address
@@ -67,11 +80,13 @@ class Load:
         self.connections: set[Connection] = set()
         self._rate = rate
         self._patience_s = patience_s
+        self._wait_s = wait_s
         self._next = 0
         self._free: list[Connection] = []
         self._due: deque[float] = deque()
         self._scheduled = 0
         self.started = self.opens = self.closes = 0.0
+        self.over = False
         self.tally = Tally()
 
     def begin(self, warm_up_s: float, seconds: float) -> None:
@@ -100,7 +115,7 @@ class Load:
             return
         while self._due:
             due = self._due.popleft()
-            if now - due <= self._patience_s:
+            if now - due <= self._wait_s:
                 self._send(connection, due)
                 return
             self._abandon(due)
@@ -129,9 +144,16 @@ class Load:
             self.tally.note("connection refused")
 
     def give_up(self) -> None:
-        """What is still waiting was never sent."""
+        """The run is over: what waits for a connection was never sent, what is under way not answered."""
+        self.over = True
         while self._due:
             self._abandon(self._due.popleft())
+        for connection in list(self.connections):
+            connection.abort()
+
+    def late(self, took: float) -> bool:
+        """Whether an answer that took `took` seconds from when it was due came too late to be of use."""
+        return self._rate is not None and took > self._patience_s
 
     def _abandon(self, due: float) -> None:
         if self.counts(due):
@@ -151,7 +173,7 @@ class Load:
                 self._send(self._free.pop(), due)
             else:
                 self._due.append(due)
-        while self._due and now - self._due[0] > self._patience_s:
+        while self._due and now - self._due[0] > self._wait_s:
             self._abandon(self._due.popleft())
         if now < self.closes:
             loop.call_later(TICK_S, self._tick)
@@ -179,7 +201,10 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._due is not None and self._load.counts(self._due):
-            self._load.tally.note("connection lost")
+            if self._load.over:
+                self._load.tally.unanswered += 1
+            else:
+                self._load.tally.note("connection lost")
         self._load.lost(self)
 
     def abort(self) -> None:
@@ -202,18 +227,22 @@ class Connection(asyncio.Protocol):
         now, due, self._due = time.perf_counter(), self._due, None
         self._load.tally.responses += 1
         if due is not None and self._load.counts(due):
-            self._count(int(buffer[9:12]), now, due)
+            self._count(buffer, now, due)
         self._load.ready(self, now)
 
-    def _count(self, status: int, now: float, due: float) -> None:
-        tally = self._load.tally
-        if 200 <= status < 300:
-            tally.answered.append(now - due)
-        elif status in REFUSED:
+    def _count(self, response: bytes, now: float, due: float) -> None:
+        tally, status = self._load.tally, int(response[9:12])
+        if status in REFUSED:
             tally.refused.append(now - due)
             tally.refused_after_sending.append(now - self._sent)
-        else:
+            if _RETRY_AFTER.search(response[: response.find(b"\r\n\r\n")]) is None:
+                tally.refused_without_retry_after += 1
+        elif not 200 <= status < 300:
             tally.note(f"HTTP {status}")
+        elif self._load.late(now - due):
+            tally.late += 1
+        else:
+            tally.answered.append(now - due)
 
 
 def _complete(response: bytes) -> bool:
@@ -236,7 +265,9 @@ def _quantile_us(values: Sequence[float], q: float) -> float | None:
 
 async def offer(given: argparse.Namespace) -> dict[str, object]:
     """Run the load that the arguments describe; gives the summary."""
-    load = Load(read_requests(given.requests), given.rate, given.patience, (given.host, given.port))
+    load = Load(
+        read_requests(given.requests), given.rate, given.patience, given.wait, (given.host, given.port)
+    )
     for _ in range(given.connections):
         await load.connect()
     gc.freeze()
@@ -248,9 +279,7 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
     await asyncio.sleep(given.patience)
     load.give_up()
     cpu = time.process_time() - cpu
-    for connection in list(load.connections):
-        connection.abort()
-    await asyncio.sleep(0)
+    await asyncio.sleep(0.01)  # for the connections' ends
     tally = load.tally
     return {
         "offered_per_s": given.rate,
@@ -259,6 +288,9 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
         "answered": len(tally.answered),
         "goodput_per_s": round(len(tally.answered) / given.seconds, 1),
         "refused": len(tally.refused),
+        "refused_without_retry_after": tally.refused_without_retry_after,
+        "late": tally.late,
+        "unanswered": tally.unanswered,
         "abandoned": tally.abandoned,
         "responses": tally.responses,
         "other": tally.other,
@@ -283,7 +315,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="requests per second; closed loop where absent")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--warm-up", type=float, default=0.5)
-    parser.add_argument("--patience", type=float, default=1.0, help="seconds before a request is given up")
+    parser.add_argument("--patience", type=float, default=1.0, help="seconds after which an answer is late")
+    parser.add_argument(
+        "--wait", type=float, default=1.0, help="seconds that a request waits for a free connection"
+    )
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         print(json.dumps(runner.run(offer(given))))

@@ -34,11 +34,20 @@ def request_bytes(endpoint: Endpoint, workload: Workload, number: int) -> bytes:
 
 
 def write_requests(path: Path, endpoint: Endpoint, workload: Workload) -> Path:
-    """All requests in rotation, each as `<length>\\n<bytes>`."""
+    """All requests in rotation, each as `<length>\\n<bytes>`; for gRPC see `write_frame`."""
+    if endpoint.dialect is Dialect.GRPC:
+        return write_frame(path, endpoint, workload)
     with path.open("wb") as file:
         for number in range(len(workload.inputs)):
             request = request_bytes(endpoint, workload, number)
             file.write(b"%d\n" % len(request) + request)
+    return path
+
+
+def write_frame(path: Path, endpoint: Endpoint, workload: Workload) -> Path:
+    """The first request as a gRPC message with its prefix: h2load sends the same one again and again."""
+    message, _headers = workload.body(Dialect.GRPC, 0, endpoint.model)
+    path.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
     return path
 
 

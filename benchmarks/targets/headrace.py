@@ -17,12 +17,12 @@ import httpx
 from benchmarks.environments import CACHE, REPOSITORY
 from benchmarks.load.requests import Endpoint
 from benchmarks.process_tree import Unavailable, descendants
+from benchmarks.targets.peer import GRPC_PATH, MODEL
 from benchmarks.targets.port import LOOPBACK, Front, Running
 from benchmarks.workload import Dialect, Workload
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.stack import Stack
 
-MODEL = "mlp"
 READY_WITHIN_S = 60.0
 #: The limit is there and checked on every request; it is never reached.
 RATE_LIMIT = 1_000_000
@@ -89,6 +89,7 @@ class HeadraceTarget:
 
     def _fronts(self, stack: Stack, key: str) -> Sequence[Front]:
         port = stack.configuration.ports["GATEWAY_HTTP_PORT"]
+        grpc_port = stack.configuration.ports["GATEWAY_GRPC_PORT"]
         headers = (("Authorization", f"Bearer {key}"),)
         infer = f"/v2/models/{MODEL}/infer"
 
@@ -105,6 +106,7 @@ class HeadraceTarget:
             front("Headrace", "/v1/predict", Dialect.NATIVE),
             front("Headrace, V2 JSON", infer, Dialect.V2_JSON),
             front("Headrace, V2 binary", infer, Dialect.V2_BINARY),
+            Front("Headrace, gRPC", Endpoint(LOOPBACK, grpc_port, GRPC_PATH, Dialect.GRPC, MODEL, headers)),
             front("Headrace, analytics and drift stopped", "/v1/predict", Dialect.NATIVE, consumers=False),
         ]
 

@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import grpc
 import numpy as np
+from open_inference import open_inference_pb2 as oip_pb2
 
 from benchmarks.load.requests import Endpoint, request_bytes
 from benchmarks.process_tree import Unavailable
@@ -91,20 +93,48 @@ def ask(endpoint: Endpoint, workload: Workload, number: int) -> tuple[int, bytes
         connection.close()
 
 
-def check_answers(front: Front, workload: Workload, requests: int = 8) -> None:
-    """Compare real answers with ONNX Runtime's own. Raises Unavailable where one differs."""
+def call(endpoint: Endpoint, workload: Workload, number: int) -> bytes:
+    """ModelInfer of request `number`, as the load generator will call it; the answer's message. Raises
+    Unavailable."""
+    message, _ = workload.body(Dialect.GRPC, number, endpoint.model)
+    metadata = tuple((name.lower(), value) for name, value in endpoint.headers)
+    with grpc.insecure_channel(f"{endpoint.host}:{endpoint.port}") as channel:
+        method = channel.unary_unary(endpoint.path, bytes, bytes)
+        try:
+            answer: bytes = method(message, timeout=10, metadata=metadata, wait_for_ready=True)
+        except grpc.RpcError as error:
+            raise Unavailable(f"{endpoint.path} answers {error}") from None
+    return answer
+
+
+def check_answers(front: Front, workload: Workload, requests: int = 8) -> int:
+    """Compare real answers with ONNX Runtime's own; gives the size of the last one's body. Raises Unavailable
+    where one differs."""
+    size = 0
     for number in range(min(requests, len(workload.inputs))):
-        status, body, headers = ask(front.endpoint, workload, number)
+        headers: Mapping[str, str]
+        if front.endpoint.dialect is Dialect.GRPC:
+            status, body, headers = 200, call(front.endpoint, workload, number), {}
+        else:
+            status, body, headers = ask(front.endpoint, workload, number)
         if status != 200:
             raise Unavailable(f"{front.name} answers {status}: {body[:300].decode(errors='replace')}")
         got = values_of(front.endpoint.dialect, body, headers, workload.output)
+        size = len(body)
         wanted = [workload.expected(version, number).reshape(-1) for version in range(len(workload.models))]
         if not any(got.shape == one.shape and np.allclose(got, one, atol=1e-3) for one in wanted):
             raise Unavailable(f"{front.name} answers {got[:4]}, ONNX Runtime {wanted[0][:4]}")
+    return size
 
 
 def values_of(dialect: Dialect, body: bytes, headers: Mapping[str, str], output: str) -> Any:
     """The flat values of `output` in an answer."""
+    if dialect is Dialect.GRPC:
+        said = oip_pb2.ModelInferResponse.FromString(body)
+        place = [one.name for one in said.outputs].index(output)
+        if said.raw_output_contents:
+            return np.frombuffer(said.raw_output_contents[place], np.float32)
+        return np.asarray(said.outputs[place].contents.fp32_contents, np.float32)
     length = headers.get("inference-header-content-length")
     if length is not None:
         return np.frombuffer(body[int(length) :], np.float32)

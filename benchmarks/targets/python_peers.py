@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.environments import REPOSITORY
-from benchmarks.targets.peer import MODEL, Peer
+from benchmarks.targets.peer import MODEL, Command, Peer, Ports
 from benchmarks.targets.port import Running, free_port
 from benchmarks.workload import Dialect, Workload
 
-Command = tuple[list[str], dict[str, str], Path]
 V2_PATH = f"/v2/models/{MODEL}/infer"
 
 
@@ -27,14 +26,15 @@ class MLServerPeer(Peer):
     requirements = ("mlserver==1.7.1",)
     health = "/v2/health/ready"
     fronts = (("", V2_PATH, Dialect.V2_JSON),)
+    grpc = True
     batching: dict[str, float] = {}  # noqa: RUF012 - never changed
 
-    def command(self, workload: Workload, port: int, folder: Path) -> Command:
+    def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
         """`mlserver start` on a folder with both settings files."""
         settings = {
             "host": "127.0.0.1",
-            "http_port": port,
-            "grpc_port": free_port(),
+            "http_port": ports.http,
+            "grpc_port": ports.grpc,
             "metrics_port": free_port(),
             "debug": False,
             "parallel_workers": 0,
@@ -68,7 +68,7 @@ class LitServePeer(Peer):
     requirements = ("litserve==0.2.19",)
     health = "/health"
 
-    def command(self, workload: Workload, port: int, folder: Path) -> Command:
+    def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
         """The module as a script."""
         return [str(self.environment.python), "-m", "benchmarks.servers.litserve_app"], {}, REPOSITORY
 
@@ -85,12 +85,12 @@ class BentoMLPeer(Peer):
     requirements = ("bentoml==1.4.39",)
     health = "/readyz"
 
-    def command(self, workload: Workload, port: int, folder: Path) -> Command:
+    def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
         """`bentoml serve`."""
         argv = [self.environment.program("bentoml"), "serve", "benchmarks.servers.bentoml_app:Bench"]
         more = {"BENTOML_HOME": str(folder / "home"), "BENTOML_DO_NOT_TRACK": "True"}
         return (
-            [*argv, "--host", "127.0.0.1", "--port", str(port), "--working-dir", str(REPOSITORY)],
+            [*argv, "--host", "127.0.0.1", "--port", str(ports.http), "--working-dir", str(REPOSITORY)],
             more,
             REPOSITORY,
         )
@@ -119,7 +119,7 @@ class RayServePeer(Peer):
         ):
             yield running
 
-    def command(self, workload: Workload, port: int, folder: Path) -> Command:
+    def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
         """The module as a script."""
         more = {
             "BENCH_RAY_DIR": self._sockets,
@@ -141,7 +141,8 @@ class KServePeer(Peer):
     requirements = ("kserve==0.21.0",)
     health = f"/v2/models/{MODEL}/ready"
     fronts = (("", V2_PATH, Dialect.V2_JSON),)
+    grpc = True
 
-    def command(self, workload: Workload, port: int, folder: Path) -> Command:
+    def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
         """The module as a script."""
         return [str(self.environment.python), "-m", "benchmarks.servers.kserve_app"], {}, REPOSITORY

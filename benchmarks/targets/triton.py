@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.environments import REPOSITORY, PeerEnvironment
 from benchmarks.process_tree import Unavailable
-from benchmarks.targets.peer import MODEL, Peer
+from benchmarks.targets.peer import MODEL, Command, Peer, Ports
 from benchmarks.targets.port import free_port
 from benchmarks.workload import Dialect, Workload
 
@@ -40,6 +40,7 @@ class TritonPeer(Peer):
         ("", f"/v2/models/{MODEL}/infer", Dialect.V2_JSON),
         (", binary tensors", f"/v2/models/{MODEL}/infer", Dialect.V2_BINARY),
     )
+    grpc = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class TritonPeer(Peer):
         """Of the wheel; the server itself says its own at /v2."""
         return WHEEL.replace("==", " ")
 
-    def command(self, workload: Workload, port: int, folder: Path) -> tuple[list[str], dict[str, str], Path]:
+    def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
         """A repository with one model, and the server on it."""
         model = folder / "models" / MODEL
         (model / "1").mkdir(parents=True, exist_ok=True)
@@ -100,8 +101,8 @@ class TritonPeer(Peer):
             f"--model-repository={folder / 'models'}",
             f"--backend-directory={self._server / 'backends'}",
             "--http-address=127.0.0.1",
-            f"--http-port={port}",
-            f"--grpc-port={free_port()}",
+            f"--http-port={ports.http}",
+            f"--grpc-port={ports.grpc}",
             f"--metrics-port={free_port()}",
             "--log-verbose=0",
         ]
