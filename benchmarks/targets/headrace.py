@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,10 +60,9 @@ class HeadraceTarget:
 
     def versions(self) -> str:
         """The commit that is measured."""
-        head = (REPOSITORY / ".git" / "HEAD").read_text().strip()
-        reference = REPOSITORY / ".git" / head.removeprefix("ref: ")
-        commit = reference.read_text().strip() if head.startswith("ref: ") and reference.exists() else head
-        return f"Headrace at {commit[:12]}"
+        argv = ["git", "describe", "--always", "--abbrev=12", "--dirty=, with changes", "--exclude=*"]
+        done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        return f"Headrace at {done.stdout.strip() or 'an unknown commit'}"
 
     @contextmanager
     def running(self, workload: Workload) -> Iterator[Running]:
