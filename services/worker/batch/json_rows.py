@@ -176,11 +176,11 @@ def _grouped(by_place: Mapping[int, list[Any]], inputs: Inputs) -> Iterator[Grou
         arrays = {}
         for position, spec in enumerate(inputs.specs):
             values = [by_place[place][position] for place in places]
-            flat, shape = values, [len(values)]
+            flat, sizes = values, [len(values)]
             for size in shape_of(spec, values[0]):
                 flat = list(chain.from_iterable(flat))
-                shape.append(size)
-            array = to_rows(spec, flat, tuple(shape))
+                sizes.append(size)
+            array = to_rows(spec, flat, tuple(sizes))
             if array is None:
                 raise AssertionError("every value was checked")
             arrays[spec.name] = array

@@ -102,18 +102,22 @@ def wrong_element(spec: InputSpec, value: Any) -> str | None:
     if spec.datatype == _BOOL:
         return None if isinstance(value, bool) else f"must be true or false, not {named}"
     if kind in "iu":
-        if isinstance(value, float):
-            return f"must be a whole number for {spec.type_name}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            return f"must be a whole number, not {named}"
-        limits = np.iinfo(spec.dtype.name)
-        if not limits.min <= value <= limits.max:
-            return f"is outside {limits.min} … {limits.max} of {spec.type_name}"
-        return None
+        return _wrong_integer(spec, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"must be a number, not {named}"
     try:
         struct.pack("<e" if spec.dtype.itemsize == 2 else "<f" if spec.dtype.itemsize == 4 else "<d", value)
     except (OverflowError, struct.error):
         return f"is outside the range of {spec.type_name}"
+    return None
+
+
+def _wrong_integer(spec: InputSpec, value: Any) -> str | None:
+    if isinstance(value, float):
+        return f"must be a whole number for {spec.type_name}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        return f"must be a whole number, not {json_name(value)}"
+    limits = np.iinfo(spec.dtype.name)
+    if not limits.min <= value <= limits.max:
+        return f"is outside {limits.min} … {limits.max} of {spec.type_name}"
     return None

@@ -1,0 +1,108 @@
+"""Rows written as CSV (RFC 4180), without their header: whole columns at once, and where that does not work,
+line by line, so that a row that is wrong fails alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+from headrace.v1.tensor_pb2 import DataType
+
+from services.common.errors import HeadraceError, InvalidArgument
+from services.worker.batch.columns import rows_of_table, wanted_columns
+from services.worker.batch.json_rows import CUSTOM_ID, rows_of_values
+from services.worker.batch.rows import Inputs, InputSpec, Rows
+
+_NULLS = ["", "null", "NULL"]
+_TRUE, _FALSE = ["true", "True", "TRUE", "1"], ["false", "False", "FALSE", "0"]
+# A field may be as long as a line, which the gateway bounds.
+_MAX_FIELD = 64 << 20
+
+
+def rows_of_csv(text: bytes, columns: Sequence[str], inputs: Inputs, first_row: int) -> Rows:
+    """One row per line of `text`, whose values are those of `columns`. Raises InvalidArgument with the field
+    where the columns are not the model's."""
+    chosen = wanted_columns(columns, inputs)
+    specs = {name: spec for spec in inputs.specs for name in chosen[spec.name]}
+    scalar = {name: not spec.shape or spec.tabular or spec.shape == (1,) for name, spec in specs.items()}
+    if inputs.batched and all(scalar.values()):
+        try:
+            table = _read(text, columns, {name: _arrow_type(spec) for name, spec in specs.items()})
+        except (pa.ArrowInvalid, pa.ArrowKeyError):
+            pass  # the rows say which of them it is
+        else:
+            return rows_of_table(table, inputs, first_row)
+    return _by_line(text, columns, specs, inputs, first_row)
+
+
+def _read(text: bytes, columns: Sequence[str], types: dict[str, pa.DataType]) -> pa.Table:
+    return pa_csv.read_csv(
+        io.BytesIO(text),
+        pa_csv.ReadOptions(column_names=list(columns), use_threads=False, block_size=len(text) + 1),
+        pa_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=True),
+        pa_csv.ConvertOptions(
+            column_types={**types, **({} if CUSTOM_ID in types else {CUSTOM_ID: pa.string()})},
+            null_values=_NULLS,
+            true_values=_TRUE,
+            false_values=_FALSE,
+            strings_can_be_null=False,
+        ),
+    )
+
+
+def _arrow_type(spec: InputSpec) -> pa.DataType:
+    if spec.text:
+        return pa.string()
+    if spec.datatype == DataType.DATA_TYPE_BOOL:
+        return pa.bool_()
+    # Wider than the model's where there is such a type: what does not fit fails its row.
+    return {"f": pa.float64(), "i": pa.int64(), "u": pa.uint64()}[spec.dtype.kind]
+
+
+def _by_line(
+    text: bytes, columns: Sequence[str], specs: dict[str, InputSpec], inputs: Inputs, first_row: int
+) -> Rows:
+    values: list[Any] = []
+    failures: dict[int, HeadraceError] = {}
+    csv.field_size_limit(_MAX_FIELD)
+    for record in csv.reader(io.StringIO(text.decode(errors="replace"), newline="")):
+        if not record:
+            continue
+        place = len(values)
+        if len(record) != len(columns):
+            where = f"inputs[{first_row + place}]"
+            reason = f"{where} has {len(record)} values where {len(columns)} columns are named."
+            failures[place] = InvalidArgument(reason, field=where)
+            values.append(None)
+            continue
+        values.append(
+            {
+                name: _value(specs[name], given) if name in specs else given
+                for name, given in zip(columns, record, strict=True)
+            }
+        )
+    return rows_of_values(values, inputs, first_row, failures)
+
+
+def _value(spec: InputSpec, given: str) -> Any:
+    """What the text of a cell stands for; itself where it is nothing that the model takes."""
+    if given.startswith("["):
+        try:
+            return msgspec.json.decode(given)
+        except msgspec.DecodeError:
+            return given
+    if spec.text:
+        return given
+    if given in _NULLS:
+        return None
+    if spec.datatype == DataType.DATA_TYPE_BOOL:
+        return True if given in _TRUE else False if given in _FALSE else given
+    try:
+        return float(given) if spec.dtype.kind == "f" else int(given)
+    except ValueError:
+        return given
