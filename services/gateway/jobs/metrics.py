@@ -1,0 +1,87 @@
+"""Metrics of jobs, in the gateway's own registry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+
+
+class JobMetrics:
+    """Counts what this gateway did; gauges hold what the database said last."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._jobs = Gauge("headrace_batch_jobs", "Jobs that have not ended.", ["state"], registry=registry)
+        self._chunks = Gauge(
+            "headrace_batch_chunks", "Chunks that are not done: open or flying.", ["state"], registry=registry
+        )
+        self._rate = Gauge(
+            "headrace_batch_rows_per_second", "Rows per second of all jobs.", registry=registry
+        )
+        self._lag = Gauge(
+            "headrace_batch_pool_lag_chunks",
+            "Chunks published to a pool that its workers have not finished.",
+            ["pool"],
+            registry=registry,
+        )
+        self._lag_rows = Gauge(
+            "headrace_batch_pool_lag_rows",
+            "Rows of jobs under way that are not done, by pool.",
+            ["pool"],
+            registry=registry,
+        )
+        self._rows = Counter("headrace_batch_rows", "Rows of results taken.", ["outcome"], registry=registry)
+        self._results = Histogram(
+            "headrace_batch_chunk_seconds",
+            "From a chunk's publication to its result.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._repeated = Counter(
+            "headrace_batch_results_repeated", "Results that were not the first.", registry=registry
+        )
+        self._again = Counter(
+            "headrace_batch_chunks_republished", "Chunks published once more.", registry=registry
+        )
+        self._ended = Counter("headrace_batch_jobs_ended", "Jobs that ended.", ["state"], registry=registry)
+        self._callbacks = Counter(
+            "headrace_batch_callbacks", "Callbacks tried.", ["outcome"], registry=registry
+        )
+
+    def states(self, known: Mapping[str, tuple[int, int, int, float]]) -> None:
+        """What is under way: by state jobs, open and flying chunks, rows per second."""
+        for state in ("validating", "in_progress", "cancelling"):
+            self._jobs.labels(state).set(known.get(state, (0, 0, 0, 0.0))[0])
+        self._chunks.labels("open").set(sum(one[1] for one in known.values()))
+        self._chunks.labels("flying").set(sum(one[2] for one in known.values()))
+        self._rate.set(sum(one[3] for one in known.values()))
+
+    def lag(self, pool: str, chunks: int, rows: int) -> None:
+        """What waits for the workers of `pool`."""
+        self._lag.labels(pool).set(chunks)
+        self._lag_rows.labels(pool).set(rows)
+
+    def result(self, done: int, failed: int, seconds: float | None) -> None:
+        """One chunk is done."""
+        self._rows.labels("completed").inc(done)
+        self._rows.labels("failed").inc(failed)
+        if seconds is not None:
+            self._results.observe(max(0.0, seconds))
+
+    def repeated(self) -> None:
+        """A result came again."""
+        self._repeated.inc()
+
+    def republished(self, chunks: int) -> None:
+        """Chunks were lost."""
+        self._again.inc(chunks)
+
+    def ended(self, state: str) -> None:
+        """A job ended."""
+        self._ended.labels(state).inc()
+
+    def callbacks(self, outcome: str) -> None:
+        """A callback was tried."""
+        self._callbacks.labels(outcome).inc()
