@@ -1,7 +1,20 @@
-"""The event bus. Read in this order: port, delivery, memory, admin, kafka, consume, table."""
+"""The event bus. Read in this order: port, delivery, memory, admin, kafka, consume, table,
+dead_letters."""
 
+from services.common.bus.dead_letters import DeadLetters, Letter, Queue
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.memory import MemoryBus
 from services.common.bus.port import Bus, Handler, Malformed, Record, Table
 
-__all__ = ["Bus", "Handler", "KafkaBus", "Malformed", "MemoryBus", "Record", "Table"]
+__all__ = [
+    "Bus",
+    "DeadLetters",
+    "Handler",
+    "KafkaBus",
+    "Letter",
+    "Malformed",
+    "MemoryBus",
+    "Queue",
+    "Record",
+    "Table",
+]

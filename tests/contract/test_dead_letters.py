@@ -1,0 +1,110 @@
+"""Dead-letter queues looked at and replayed, on the embedded broker and on Apache Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+
+from services.common.bus import DeadLetters, KafkaBus, Malformed, Record
+from services.common.bus.admin import ensure_topics
+from services.common.errors import NotFound, Unavailable
+from services.common.topics import Topic, dead_letters
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what a handler saw sets no event
+            await asyncio.sleep(0.01)
+
+
+class OverBroker:
+    @pytest.fixture
+    def topic(self) -> Topic:
+        return Topic(f"test.{uuid.uuid4().hex[:12]}.v1", partitions=2)
+
+    @pytest.fixture
+    async def bus(self, bootstrap: str, topic: Topic) -> AsyncIterator[KafkaBus]:
+        await ensure_topics(bootstrap, [topic, dead_letters(topic, "g")])
+        async with KafkaBus(bootstrap, "test") as bus:
+            yield bus
+
+    async def test_a_poisoned_record_is_shown_with_its_reason_and_comes_back(
+        self, bootstrap: str, bus: KafkaBus, topic: Topic
+    ) -> None:
+        seen: list[Record] = []
+        healed = False
+
+        async def handler(records: Sequence[Record]) -> None:
+            for index, record in enumerate(records):
+                if record.value == b"bad" and not healed:
+                    raise Malformed(index, "cannot be read")
+            seen.extend(records)
+
+        office = DeadLetters(bootstrap, bus.publish)
+        queue = dead_letters(topic, "g").name
+        sent = [Record(topic.name, b"k", value, (("trace", b"1"),)) for value in (b"a", b"bad", b"b", b"bad")]
+        async with bus.consume(topic, "g", handler):
+            await bus.publish(sent)
+            await eventually(lambda: len(seen) == 2)
+            letters = await office.letters(queue, 10)
+            assert [letter.record.value for letter in letters] == [b"bad", b"bad"]
+            assert {letter.reason for letter in letters} == {"cannot be read"}
+            assert {letter.topic for letter in letters} == {topic.name}
+            assert letters[0].record.headers == (("trace", b"1"),)
+            assert letters[0].offset < letters[1].offset
+            assert await _waiting(office, queue) == 2
+            assert len(await office.letters(queue, 1)) == 1
+
+            healed = True
+            assert await office.replay(queue, 1) == 1
+            await eventually(lambda: len(seen) == 3)
+            assert await _waiting(office, queue) == 1
+            assert await office.replay(queue, 10) == 1
+            assert await office.replay(queue, 10) == 0
+            await eventually(lambda: len(seen) == 4)
+        assert await office.letters(queue, 10) == []
+        assert seen[-1] == Record(
+            topic.name,
+            b"k",
+            b"bad",
+            (("trace", b"1"),),
+            partition=seen[-1].partition,
+            offset=seen[-1].offset,
+            timestamp_ms=seen[-1].timestamp_ms,
+        )
+
+    async def test_only_queues_can_be_replayed(self, bootstrap: str, bus: KafkaBus, topic: Topic) -> None:
+        office = DeadLetters(bootstrap, bus.publish)
+        for name in (topic.name, "nothing.dlq"):
+            with pytest.raises(NotFound) as refused:
+                await office.replay(name, 1)
+            assert refused.value.field == "topic"
+        assert topic.name not in {queue.topic for queue in await office.queues()}
+
+
+async def _waiting(office: DeadLetters, name: str) -> int:
+    return next(queue.waiting for queue in await office.queues() if queue.topic == name)
+
+
+class TestOnTheEmbeddedBroker(OverBroker):
+    @pytest.fixture
+    def bootstrap(self, kafka_bootstrap: str) -> str:
+        return kafka_bootstrap
+
+
+@pytest.mark.kafka
+class TestOnApacheKafka(OverBroker):
+    @pytest.fixture
+    def bootstrap(self, apache_kafka: str) -> str:
+        return apache_kafka
+
+
+async def test_a_broker_that_is_away_is_told_so() -> None:
+    async def publish(_records: Sequence[Record]) -> None:
+        raise AssertionError("nothing to publish")
+
+    with pytest.raises(Unavailable):
+        await DeadLetters("127.0.0.1:1", publish).queues()
