@@ -20,6 +20,7 @@ class ServedVersion:
     backend: str
     variant: str
     weight: int
+    artifact_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class ServedModel:
     default: ServedVersion
     timeout_s: float
     max_rows: int
+    #: Workers of this pool have it.
+    pool: str = ""
 
     def version(self, asked: str | None) -> ServedVersion:
         """The version whose signature counts for a request that asked for `asked`, a version or an alias;
@@ -92,6 +95,7 @@ def served_model(config: ServingConfig) -> ServedModel:
             version.backend,
             version.variant or version.version,
             version.weight,
+            version.artifact_digest,
         )
         for version in config.versions
     }
@@ -103,4 +107,5 @@ def served_model(config: ServingConfig) -> ServedModel:
         default=max(versions.values(), key=lambda version: version.weight),
         timeout_s=config.default_timeout_ms / 1000,
         max_rows=config.batching.max_rows,
+        pool=config.pool,
     )
