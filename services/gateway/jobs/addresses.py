@@ -17,6 +17,7 @@ FIELD = "callback_url"
 #: Stands in a list of allowed hosts for every address that is reachable from everywhere.
 PUBLIC = "public"
 
+_PORTS = {"http": 80, "https": 443}
 _LOOKUP_S = 5.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -32,11 +33,19 @@ class Target:
     port: int
     path: str
 
+    @property
+    def authority(self) -> str:
+        """What the Host header says: the port only where it is not the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _PORTS[self.scheme] else f"{host}:{self.port}"
+
 
 class CallbackRules:
-    """`allow`: hosts that may be called wherever they lie, and `public`."""
+    """`allow`: hosts that may be called wherever they lie, and `public`; empty: public ones. Where callbacks
+    cannot be signed, there are none."""
 
-    def __init__(self, allow: Sequence[str]) -> None:
+    def __init__(self, allow: Sequence[str], *, is_signed: bool = True) -> None:
+        self._is_signed = is_signed
         self._hosts = {host.lower().strip("[]") for host in allow if host != PUBLIC}
         self._public = PUBLIC in allow or not allow
 
@@ -49,7 +58,7 @@ class CallbackRules:
         except ValueError:
             raise InvalidArgument("callback_url is no address.", field=FIELD) from None
         host = (parts.hostname or "").rstrip(".")
-        if parts.scheme not in ("http", "https") or not host or any(ord(letter) <= 32 for letter in url):
+        if parts.scheme not in _PORTS or not host or any(ord(letter) <= 32 for letter in url):
             raise InvalidArgument("callback_url is http://host/… or https://host/….", field=FIELD)
         if parts.username is not None or parts.password is not None:
             raise InvalidArgument("callback_url holds a name or password.", field=FIELD)
@@ -61,7 +70,7 @@ class CallbackRules:
                 raise PermissionDenied("Callbacks to that host are not allowed here.", field=FIELD)
         path = parts.path or "/"
         path = f"{path}?{parts.query}" if parts.query else path
-        return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path)
+        return Target(parts.scheme, host, port or _PORTS[parts.scheme], path)
 
     async def resolve(self, target: Target) -> str:
         """The address to connect to. Raises PermissionDenied where any address of the name is not allowed

@@ -162,12 +162,11 @@ class CallbackSender:
                 target = self._rules.check(row.url)
                 address = await self._rules.resolve(target)
                 literal = f"[{address}]" if ":" in address else address
-                host = f"[{target.host}]" if ":" in target.host else target.host
                 request = self._client.build_request(
                     "POST",
                     f"{target.scheme}://{literal}:{target.port}{target.path}",
                     content=row.body,
-                    headers=headers | {"host": f"{host}:{target.port}"},
+                    headers=headers | {"host": target.authority},
                     extensions={"sni_hostname": target.host},
                 )
                 answer = await self._client.send(request, stream=True)

@@ -33,6 +33,8 @@ class JobRepository:
 
     async def job(self, job_id: str, *, lock: bool = False) -> JobRow | None:
         """One job; with `lock`, as it is now and until the transaction ends."""
+        if "\0" in job_id:
+            return None
         return await self._session.get(JobRow, job_id, with_for_update=lock, populate_existing=lock)
 
     async def locked(self, job_ids: Collection[str]) -> dict[str, JobRow]:
@@ -212,12 +214,19 @@ class JobRepository:
             return digest, job_id
         return row.digest, row.job_id
 
+    async def noted(self, key_id: str, key: str) -> tuple[bytes, str] | None:
+        """What `key` was used for: the digest of the request, and the job."""
+        row = await self._session.get(IdempotencyKeyRow, (key_id, key))
+        return None if row is None else (row.digest, row.job_id)
+
     async def forget_idempotency(self, before: datetime) -> None:
         """Remove keys that were used before."""
         await self._session.execute(delete(IdempotencyKeyRow).where(IdempotencyKeyRow.created_at < before))
 
     async def file(self, file_id: str) -> FileRow | None:
         """An uploaded file."""
+        if "\0" in file_id:
+            return None
         return await self._session.get(FileRow, file_id)
 
     async def publish(self, records: Sequence[Record]) -> None:

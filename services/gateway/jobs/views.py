@@ -43,16 +43,18 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job. `total` is None until the input was read to its end; `completed` and `failed` count rows.
-    `rows_per_s` and `time_left_s` are None while nothing can be said."""
+    """One job. `total` is None until the input was read to its end, `rows` are those known so far;
+    `completed` and `failed` count rows. `rows_per_s` and `time_left_s` are None while nothing can be said."""
 
     job_id: str
     key_id: str
     kind: str
     model: str
     version: str
+    pool: str
     state: State
     total: int | None
+    rows: int
     completed: int
     failed: int
     rows_per_s: float | None
@@ -96,8 +98,10 @@ def job_of(row: JobRow, now: datetime) -> Job:
         kind=row.kind,
         model=row.model,
         version=row.version,
+        pool=row.pool,
         state=row.state,  # type: ignore[arg-type]  # only states are written
         total=total,
+        rows=row.rows,
         completed=row.completed,
         failed=row.failed,
         rows_per_s=rate,

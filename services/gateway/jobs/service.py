@@ -1,0 +1,309 @@
+"""What routes and consumers ask for: jobs submitted, looked at, cancelled, followed and read."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from typing import Any
+
+import orjson
+import pyarrow as pa
+from headrace.v1.batch_pb2 import InputFormat
+
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
+from services.common.ids import id_text, new_id
+from services.gateway.catalogue import Catalogue
+from services.gateway.jobs.addresses import CallbackRules
+from services.gateway.jobs.backend import Availability, Backend
+from services.gateway.jobs.changes import JobChanges
+from services.gateway.jobs.formats import Format, as_json_lines, as_parquet
+from services.gateway.jobs.pools import Pools
+from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.results import error_lines, parsed_errors, result_batches
+from services.gateway.jobs.specs import JobSpec, rows_as_lines, validated
+from services.gateway.jobs.tables import JobRow
+from services.gateway.jobs.views import STATES, Job, JobPage, job_of
+from services.gateway.jobs.watching import Watching
+from services.gateway.keys import Key, Scope
+
+#: Rows that travel with the job and its chunks; more are stored as a file first.
+INLINE_BYTES = 64 << 10
+_IN_THREAD_BYTES = 64 << 10
+MAX_PAGE = 100
+_FILES = "store://files/"
+_RETRY_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class JobLimits:
+    """Bounds of what one key may have under way."""
+
+    max_jobs_per_key: int = 1000
+
+
+class JobService:
+    """Jobs belong to the key that submitted them: others, but admins, are told that there is none. Everything
+    raises Unavailable while PostgreSQL or the store is away, and Unimplemented where there is none."""
+
+    def __init__(
+        self,
+        *,
+        availability: Availability,
+        catalogue: Catalogue,
+        pools: Pools,
+        rules: CallbackRules,
+        watching: Watching,
+        changed: Callable[[str], None],
+        clock: Clock,
+        limits: JobLimits,
+    ) -> None:
+        """`changed` is told the id of a job that somebody should look at now."""
+        self._availability = availability
+        self._catalogue = catalogue
+        self._pools = pools
+        self._rules = rules
+        self._watching = watching
+        self._changed = changed
+        self._clock = clock
+        self._limits = limits
+
+    def ready(self) -> Backend:
+        """Database and store, for what else lives in the schema `gateway`."""
+        return self._availability.ready()
+
+    async def submit(self, spec: JobSpec, caller: Key) -> Job:
+        """Accept a job, before its input is read. The same idempotency key with the same request, or the same
+        job id, is the same job. Raises what is found wrong so far: InvalidArgument, PermissionDenied,
+        NotFound (with field), AlreadyExists (key or id used for something else), ResourceExhausted."""
+        spec = validated(spec)
+        caller.require_model(spec.model)
+        model = self._catalogue.model(spec.model)
+        version = model.version(spec.version)
+        if spec.callback_url:
+            self._rules.check(spec.callback_url)
+        backend = self.ready()
+        digest = _digest(spec)
+        known = await self._known(backend, spec, caller, digest)
+        if known is not None:
+            return known
+        job_id = spec.job_id or id_text(new_id())
+        given = await self._input(backend, spec, caller, job_id)
+        now = self._clock.now()
+        row = given | {
+            "job_id": job_id,
+            "key_id": caller.key_id,
+            "kind": spec.kind,
+            "model": model.name,
+            "version": version.name,
+            "artifact_digest": version.artifact_digest,
+            "pool": model.pool,
+            "state": "validating",
+            "input_format": spec.input_format,
+            "output_format": spec.output_format,
+            "callback_url": spec.callback_url,
+            "priority": spec.priority,
+            "metadata": dict(spec.metadata),
+            "exclude_from_drift": spec.exclude_from_drift,
+            "exclude_from_experiments": spec.exclude_from_experiments,
+            "is_split": False,
+            "chunks": 0,
+            "open_chunks": 0,
+            "flying_chunks": 0,
+            "completed": 0,
+            "failed": 0,
+            "created_at": now,
+            "expires_at": now + timedelta(seconds=spec.expires_in_s),
+            "revision": 1,
+            "is_forgotten": False,
+        }
+        async with transaction(backend.engine) as session:
+            repository = JobRepository(session)
+            if spec.idempotency_key:
+                noted = await repository.idempotent(caller.key_id, spec.idempotency_key, digest, job_id, now)
+                job_id = _same(noted, digest)
+            if job_id == row["job_id"]:
+                if await repository.under_way(caller.key_id) >= self._limits.max_jobs_per_key:
+                    raise ResourceExhausted(
+                        f"This key has {self._limits.max_jobs_per_key} jobs under way.",
+                        retry_after_ms=_RETRY_MS,
+                    )
+                await repository.insert(row)
+            stored = await repository.job(job_id)
+        if stored is None or stored.key_id != caller.key_id:
+            raise AlreadyExists("There is a job of that id.", field="job_id")
+        self._changed(job_id)
+        return job_of(stored, now)
+
+    def estimated_s(self, job: Job) -> float | None:
+        """Seconds that the rows known so far take the workers that are there; None: nobody knows yet."""
+        speed = self._pools.speed(job.pool, job.model, job.version)
+        if not job.rows or not speed.rows_per_s or not speed.workers:
+            return None
+        return job.rows / (speed.rows_per_s * speed.workers)
+
+    async def get(self, job_id: str, caller: Key) -> Job:
+        """One job. Raises NotFound."""
+        async with transaction(self.ready().engine) as session:
+            row = await JobRepository(session).job(job_id)
+        return job_of(_owned(row, caller), self._clock.now())
+
+    async def list(
+        self,
+        caller: Key,
+        *,
+        model: str | None = None,
+        state: str | None = None,
+        kind: str | None = None,
+        limit: int = 20,
+        after: str | None = None,
+    ) -> JobPage:
+        """Jobs of the caller, of everybody for an admin, newest first. Raises InvalidArgument for a state
+        that there is not, NotFound where there is no job `after`."""
+        if state is not None and state not in STATES:
+            raise InvalidArgument(f"status is one of {', '.join(STATES)}.", field="status")
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidArgument(f"limit must be 1 … {MAX_PAGE}.", field="limit")
+        asked = {"model": model, "state": state, "kind": kind}
+        filters = {name: value for name, value in asked.items() if value is not None}
+        if any("\0" in value for value in filters.values()):
+            return JobPage([], has_more=False)
+        key_id = None if Scope.ADMIN in caller.scopes else caller.key_id
+        async with transaction(self.ready().engine) as session:
+            repository = JobRepository(session)
+            behind = None if after is None else _owned(await repository.job(after), caller, "after")
+            rows = await repository.page(key_id, caller.models, filters, behind, limit + 1)
+        now = self._clock.now()
+        return JobPage([job_of(row, now) for row in rows[:limit]], has_more=len(rows) > limit)
+
+    async def cancel(self, job_id: str, caller: Key) -> Job:
+        """Begin to cancel: what runs stops within a batch, finished rows stay. Again is fine. Raises
+        NotFound, FailedPrecondition where the job has ended otherwise."""
+        backend = self.ready()
+        async with transaction(backend.engine) as session:
+            changes = JobChanges(session, self._clock.now())
+            row = _owned(await changes.repository.job(job_id, lock=True), caller)
+            if row.ended_at is not None and row.state != "cancelled":
+                raise FailedPrecondition(f"The job has ended already: {row.state}.", field="batch_id")
+            await changes.stop(row, "cancelled")
+            await changes.finish()
+        self._changed(job_id)
+        return job_of(row, self._clock.now())
+
+    def watch(self, job: Job) -> AsyncIterator[Job]:
+        """`job` as it is and as it changes, a few times a second at most; ends with the job."""
+        return self._watching.follow(job)
+
+    def result_batches(self, job: Job) -> AsyncIterator[pa.RecordBatch]:
+        """What is finished, in the order of the rows: `row`, `custom_id` where it has one, outputs."""
+        return result_batches(self.ready(), job.job_id)
+
+    def results(self, job: Job, form: Format, *, partial: bool = False) -> AsyncIterator[bytes]:
+        """The results as one file, in pieces. Raises FailedPrecondition where the job has not ended, unless
+        what is there so far is asked for."""
+        _check_ended(job, partial=partial)
+        batches = self.result_batches(job)
+        return as_json_lines(batches) if form == "jsonl" else as_parquet(batches)
+
+    def errors(self, job: Job, *, partial: bool = False) -> AsyncIterator[bytes]:
+        """The rows that failed, as JSON Lines, in pieces of whole lines. Raises FailedPrecondition as
+        `results`."""
+        _check_ended(job, partial=partial)
+        return error_lines(self.ready(), job.job_id)
+
+    async def error_rows(self, job: Job) -> AsyncIterator[Sequence[dict[str, Any]]]:
+        """The same, read: `row`, `custom_id` where it has one, `error`."""
+        async for lines in error_lines(self.ready(), job.job_id):
+            yield parsed_errors(lines)
+
+    async def _known(self, backend: Backend, spec: JobSpec, caller: Key, digest: bytes) -> Job | None:
+        """The job that was made of this request before: looked up first, so that its input is not stored
+        twice."""
+        if not spec.idempotency_key and not spec.job_id:
+            return None
+        async with transaction(backend.engine) as session:
+            repository = JobRepository(session)
+            job_id: str | None = spec.job_id
+            if spec.idempotency_key:
+                noted = await repository.noted(caller.key_id, spec.idempotency_key)
+                job_id = None if noted is None else _same(noted, digest)
+            row = await repository.job(job_id) if job_id else None
+        if row is None:
+            return None
+        if row.key_id != caller.key_id:
+            raise AlreadyExists("There is a job of that id.", field="job_id")
+        return job_of(row, self._clock.now())
+
+    async def _input(self, backend: Backend, spec: JobSpec, caller: Key, job_id: str) -> dict[str, Any]:
+        """Columns of the input: where the rows are, and what it was when the job was accepted."""
+        if spec.inputs is None:
+            await self._check_file(backend, spec.input_uri, caller)
+            if spec.input_format == InputFormat.INPUT_FORMAT_IMAGES:
+                backend.sources.check(spec.input_uri)
+                return {"input_uri": spec.input_uri, "inline_input": None, "etag": "", "rows": 0}
+            info = await backend.sources.stat(spec.input_uri)
+            return {"input_uri": spec.input_uri, "inline_input": None, "etag": info.etag, "rows": 0}
+        if len(spec.inputs) > _IN_THREAD_BYTES:
+            lines, rows = await asyncio.to_thread(rows_as_lines, spec.inputs)
+        else:
+            lines, rows = rows_as_lines(spec.inputs)
+        if len(lines) <= INLINE_BYTES:
+            return {"input_uri": "", "inline_input": lines, "etag": "", "rows": rows}
+        path = f"files/{job_id}/inputs.jsonl"
+        await backend.store.put(path, lines)
+        info = await backend.sources.stat(f"store://{path}")
+        return {"input_uri": f"store://{path}", "inline_input": None, "etag": info.etag, "rows": rows}
+
+    async def _check_file(self, backend: Backend, uri: str, caller: Key) -> None:
+        """Uploaded files belong to keys too. Raises PermissionDenied where nobody may read from there,
+        NotFound."""
+        backend.sources.check(uri)
+        if not uri.startswith(_FILES):
+            return
+        file_id = uri.removeprefix(_FILES).partition("/")[0]
+        async with transaction(backend.engine) as session:
+            file = await JobRepository(session).file(file_id)
+        is_theirs = file is not None and (file.key_id == caller.key_id or Scope.ADMIN in caller.scopes)
+        if file is None or file.deleted_at is not None or not is_theirs:
+            raise NotFound("There is no such input.", field="input_uri")
+
+
+def _owned(row: JobRow | None, caller: Key, field: str = "batch_id") -> JobRow:
+    """The row where it is the caller's to see. Raises NotFound."""
+    if row is not None:
+        is_theirs = row.key_id == caller.key_id or Scope.ADMIN in caller.scopes
+        if is_theirs and (not caller.models or row.model in caller.models):
+            return row
+    raise NotFound("There is no such job.", field=field)
+
+
+def _check_ended(job: Job, *, partial: bool) -> None:
+    if not job.ended and not partial:
+        raise FailedPrecondition(
+            f"The job is {job.state}; ask with partial=true for what is finished.", field="batch_id"
+        )
+
+
+def _same(noted: tuple[bytes, str], digest: bytes) -> str:
+    """The job that an idempotency key stands for. Raises AlreadyExists where it was another request's."""
+    if noted[0] != digest:
+        raise AlreadyExists("This idempotency key was used for another request.", field="Idempotency-Key")
+    return noted[1]
+
+
+def _digest(spec: JobSpec) -> bytes:
+    """What makes two requests the same one."""
+    told = replace(spec, job_id="", idempotency_key="", metadata=dict(sorted(spec.metadata.items())))
+    values = [getattr(told, one.name) for one in fields(told)]
+    plain = [value.hex() if isinstance(value, bytes) else value for value in values]
+    return hashlib.sha256(orjson.dumps(plain)).digest()
