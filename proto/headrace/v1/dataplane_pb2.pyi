@@ -148,6 +148,12 @@ class PredictReply(_message.Message):
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
     def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
 
+class UnopenedFrame(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, items: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class SealedReply(_message.Message):
     __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters")
     class ParametersEntry(_message.Message):

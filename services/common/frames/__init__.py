@@ -46,9 +46,9 @@ RESOURCE_EXHAUSTED. An item's deadline is `loop.time() + item.timeout_us / 1e6` 
 
 TLS: pass `server_tls(...)` / `client_tls(...)`; ALPN must settle on h2.
 
-Reading order: limits, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound and connection
-(the data path that both sides share: sending and ending, reading and checking), peer, server_connection,
-server, outbox, client_connection, client, tls.
+Reading order: limits, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound and
+connection (the data path that both sides share: sending and ending, reading and checking), peer,
+server_connection, server, outbox, client_connection, client, tls.
 """
 
 from services.common.frames.client import FrameCalls, lost

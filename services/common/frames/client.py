@@ -5,29 +5,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import ssl as tls
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Final
 
-from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, ReplyFrame, SealedReplyFrame
+from headrace.v1.dataplane_pb2 import (
+    Hello,
+    PredictReply,
+    PredictRequest,
+    ReplyFrame,
+    SealedReply,
+    SealedReplyFrame,
+)
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import Unavailable
 from services.common.frames.client_connection import ClientConnection
 from services.common.frames.limits import Limits
-from services.common.frames.messages import ID_BEGINS, NO_TIMEOUT, PROTOCOL, id_end, timeout_override
+from services.common.frames.messages import (
+    ID_BEGINS,
+    NO_TIMEOUT,
+    PROTOCOL,
+    id_end,
+    item_header,
+    item_payloads,
+    timeout_override,
+)
 from services.common.frames.outbox import ITEM_OVERHEAD, Outbox
+from services.common.frames.turn import turn_of
 
 log = logging.getLogger(__name__)
 
-#: Takes a PredictReply, or a SealedReply where the channel was asked for these.
-OnReply = Callable[[Any], None]
+#: Takes a PredictReply, or what else the channel was asked for.
+OnReply = Callable[..., None]
 
 #: Replies made here because the connection was not there or went away start with this word.
 _LOST: Final = "connection"
 #: Deadlines are checked no more often than this, seconds.
 _SWEEP: Final = 0.002
+_SWEEP_PER_CALL: Final = 4e-6
 
 
 def lost(reply: PredictReply) -> bool:
@@ -50,9 +68,12 @@ class FrameCalls:
         on_state: Callable[[bool], None] | None = None,
         seed: int | None = None,
         sealed: bool = False,
+        forwards: bool = False,
     ) -> None:
-        """`sealed` gives replies as SealedReply, whose outputs are serialized Tensors."""
+        """`sealed` gives replies as SealedReply, whose outputs are serialized Tensors. `forwards` gives
+        `on_reply` the reply's own bytes as well; None where the reply was made here."""
         self.address = address
+        self.forwards = forwards
         self.reply_frame: type[ReplyFrame] | type[SealedReplyFrame] = (
             SealedReplyFrame if sealed else ReplyFrame
         )
@@ -76,12 +97,14 @@ class FrameCalls:
         self._ping_after_s = self.limits.ping_after_s
 
         self._last_id = 0
-        self._id_end = id_end(0)
-        self._pending: dict[int, tuple[OnReply, float | None]] = {}
-        self._outbox = Outbox(self.limits)
+        self._pending: dict[int, tuple[OnReply, float]] = {}
+        self._outbox = Outbox(self.limits, self._deadline_of)
         self._scheduled = False
         self._max_in_flight = self.limits.max_in_flight
+        self._max_message_bytes = self.limits.max_message_bytes
+        self._turn = turn_of(self._loop)
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_when = math.inf
 
     # State
 
@@ -146,40 +169,38 @@ class FrameCalls:
 
     def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int:
         """The same for a PredictRequest that is serialized already."""
-        self._last_id = local_id = self._last_id + 1
-        if not local_id & 127:
-            self._id_end = id_end(local_id)
+        if deadline is None:
+            return self.forward(request, NO_TIMEOUT, math.inf, on_reply)
+        left = deadline - self._loop.time()
+        if left <= 0:
+            return self._refuse(on_reply, Code.CODE_DEADLINE_EXCEEDED, "the deadline has passed")
+        # Beyond a tenth of a second whole milliseconds do, and most of them are known already.
+        timeout = timeout_override(int(left * 1e3) * 1000 if left > 0.1 else int(left * 1e6))
+        return self.forward(request, timeout, deadline, on_reply)
+
+    def forward(self, request: bytes, more: bytes, deadline: float, on_reply: OnReply) -> int:
+        """The same for a serialized request that is passed on with `more` fields, of which the last value
+        counts. What the two say of `timeout_us` must be right now. `deadline` may be infinite."""
         if not self._usable:
             message = "connection is draining" if self._draining else "connection is not established"
-            return self._refuse(local_id, on_reply, Code.CODE_UNAVAILABLE, message)
+            return self._refuse(on_reply, Code.CODE_UNAVAILABLE, message)
         pending = self._pending
         if len(pending) >= self._max_in_flight:
-            return self._refuse(
-                local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many requests in flight"
-            )
-        if deadline is None:
-            payload = request + ID_BEGINS[local_id & 127] + self._id_end + NO_TIMEOUT
-        else:
-            left = deadline - self._loop.time()
-            if left <= 0:
-                return self._refuse(
-                    local_id, on_reply, Code.CODE_DEADLINE_EXCEEDED, "the deadline has passed"
-                )
-            # Beyond a tenth of a second whole milliseconds do, and most of them are known already.
-            timeout = timeout_override(int(left * 1e3) * 1000 if left > 0.1 else int(left * 1e6))
-            payload = request + ID_BEGINS[local_id & 127] + self._id_end + timeout
-        if len(payload) + ITEM_OVERHEAD > self.limits.max_message_bytes:
-            return self._refuse(local_id, on_reply, Code.CODE_INVALID_ARGUMENT, "the request is too large")
-        if not self._outbox.add(local_id, payload, deadline):
-            return self._refuse(
-                local_id, on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent"
-            )
+            return self._refuse(on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many requests in flight")
+        self._last_id = local_id = self._last_id + 1
+        id_rest = id_end(local_id >> 7)
+        size = len(request) + len(more) + len(id_rest) + 2
+        if size + ITEM_OVERHEAD > self._max_message_bytes:
+            return self._refuse(on_reply, Code.CODE_INVALID_ARGUMENT, "the request is too large")
+        item = b"".join((item_header(size), request, more, ID_BEGINS[local_id & 127], id_rest))
+        if not self._outbox.add(local_id, item):
+            return self._refuse(on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent")
         pending[local_id] = (on_reply, deadline)
-        if deadline is not None and (self._sweep is None or deadline < self._sweep.when()):
+        if deadline < self._sweep_when:
             self._sweep_at(deadline)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._turn.at_end(self._flush)
         return local_id
 
     def cancel(self, local_id: int) -> None:
@@ -203,8 +224,9 @@ class FrameCalls:
             self.cancel(local_id)
             raise
 
-    def _refuse(self, local_id: int, on_reply: OnReply, code: Code, message: str) -> int:
-        self._pending[local_id] = (on_reply, None)
+    def _refuse(self, on_reply: OnReply, code: Code, message: str) -> int:
+        self._last_id = local_id = self._last_id + 1
+        self._pending[local_id] = (on_reply, math.inf)
         reply = PredictReply(id=local_id, code=code, message=message)
         self._loop.call_soon(self._answer, local_id, reply)
         return local_id
@@ -214,7 +236,7 @@ class FrameCalls:
         if entry is None:
             return
         try:
-            entry[0](reply)
+            entry[0](reply, None) if self.forwards else entry[0](reply)
         except Exception:
             log.exception("taking a reply failed")
 
@@ -225,30 +247,36 @@ class FrameCalls:
         self._outbox.cancel(local_id)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._turn.at_end(self._flush)
 
     # Deadlines
+
+    def _deadline_of(self, local_id: int) -> float | None:
+        entry = self._pending.get(local_id)
+        return entry[1] if entry is not None and entry[1] != math.inf else None
 
     def _sweep_at(self, when: float) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
-        self._sweep = self._loop.call_at(max(when, self._loop.time() + _SWEEP), self._expire)
+        # A sweep looks at all that is in flight: the more there is, the further apart they are.
+        pause = max(_SWEEP, _SWEEP_PER_CALL * len(self._pending))
+        self._sweep_when = max(when, self._loop.time() + pause)
+        self._sweep = self._loop.call_at(self._sweep_when, self._expire)
 
     def _expire(self) -> None:
         """Answer what is past its deadline, then sleep until the next one there is."""
         self._sweep = None
+        self._sweep_when = math.inf
         now = self._loop.time()
-        late = [
-            key for key, (_, deadline) in self._pending.items() if deadline is not None and deadline <= now
-        ]
+        late = [key for key, (_, deadline) in self._pending.items() if deadline <= now]
         for local_id in late:
             self._withdraw(local_id)
             message = "no answer before the deadline"
             self._answer(
                 local_id, PredictReply(id=local_id, code=Code.CODE_DEADLINE_EXCEEDED, message=message)
             )
-        upcoming = min((entry[1] for entry in self._pending.values() if entry[1] is not None), default=None)
-        if upcoming is not None and self._sweep is None:
+        upcoming = min([deadline for _, deadline in self._pending.values()], default=math.inf)
+        if upcoming < self._sweep_when:
             self._sweep_at(upcoming)
 
     # Sending
@@ -279,18 +307,25 @@ class FrameCalls:
         self._draining = False
         self._note_state()
 
-    def take(self, frame: ReplyFrame | SealedReplyFrame) -> None:
-        """Deliver the frame's replies."""
+    def take(self, frame: ReplyFrame | SealedReplyFrame, payload: bytes) -> None:
+        """Deliver the replies of the frame, which `payload` is serialized."""
         if frame.draining:
             self.drained()
-        pending = self._pending
-        for reply in frame.items:
-            entry = pending.pop(reply.id, None)
+        pending, outbox = self._pending, self._outbox
+        payloads = item_payloads(payload) if self.forwards else None
+        replies: Iterable[PredictReply | SealedReply] = frame.items
+        for at, reply in enumerate(replies):
+            local_id = reply.id
+            entry = pending.pop(local_id, None)
             if entry is None:
                 continue
-            self._outbox.withdraw(reply.id)  # where it is answered before it was asked
+            if outbox:
+                outbox.withdraw(local_id)  # where it is answered before it was asked
             try:
-                entry[0](reply)
+                if payloads is None:
+                    entry[0](reply)
+                else:
+                    entry[0](reply, payloads[at])
             except Exception:
                 log.exception("taking a reply failed")
 

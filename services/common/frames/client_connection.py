@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final, Protocol
 from urllib.parse import unquote
 
@@ -45,8 +46,8 @@ class Caller(Protocol):
         """The hellos agree: calls may flow."""
         ...
 
-    def take(self, frame: ReplyFrame | SealedReplyFrame) -> None:
-        """Deliver the frame's replies."""
+    def take(self, frame: ReplyFrame | SealedReplyFrame, payload: bytes) -> None:
+        """Deliver the replies of the frame, which `payload` is serialized."""
         ...
 
     def drained(self) -> None:
@@ -79,12 +80,7 @@ class ClientConnection(Http2Connection):
         self._handshake: asyncio.TimerHandle | None = None
         self._ping_after_s = calls.ping_after_s
 
-    @property
-    def can_send(self) -> bool:
-        """Whether a message would not only be queued behind another."""
-        return self._can_send
-
-    def send_message(self, parts: list[bytes], size: int) -> None:
+    def send_message(self, parts: Iterable[bytes], size: int) -> None:
         """Send one message; only while `can_send`."""
         self._send_message(parts, size)
         self._watch()
@@ -164,7 +160,7 @@ class ClientConnection(Http2Connection):
                 self._handshake.cancel()
                 self._handshake = None
             self._calls.established(self, frame.hello)
-        self._calls.take(frame)
+        self._calls.take(frame, payload)
 
     def _on_bad_message(self, error: Exception) -> None:
         compressed = isinstance(error, CompressedMessage)

@@ -16,13 +16,14 @@ from hpack.exceptions import HPACKError
 
 from services.common.frames import wire
 from services.common.frames.limits import Limits
-from services.common.frames.messages import CompressedMessage, MessageReader, Oversize
+from services.common.frames.messages import PREFIX_BYTES, CompressedMessage, MessageReader, Oversize
 from services.common.frames.outbound import Headers, Outbound
 from services.common.frames.wire import ErrorCode, Violation
 
 log = logging.getLogger(__name__)
 
 _OUR_TABLE_SIZE: Final = 4096
+_WHOLE: Final = wire.MESSAGE_HEAD
 
 
 class Http2Connection(Outbound):
@@ -41,6 +42,7 @@ class Http2Connection(Outbound):
         self._stream_received = 0
         self._grants_held = False  # no new windows: what the peer asked for is more than it takes
         self._control_frames = 0
+        self._whole_max = _WHOLE.size + min(limits.max_message_bytes, limits.max_http2_frame_bytes - 5)
 
     # What subclasses fill in.
 
@@ -74,23 +76,55 @@ class Http2Connection(Outbound):
             return
         self._heard_at = self._loop.time()
         self._ping_sent_at = None
+        turn = self._turn
+        turn.reading = True
         try:
             if self._unparsed:
                 self._unparsed += data
                 used = self._parse(self._unparsed)
                 del self._unparsed[:used]
-            else:
+            elif not self._take_whole(data):
                 used = self._parse(data)
                 if used < len(data):
                     self._unparsed += memoryview(data)[used:]
-            self._grant()
+            if self._received * 4 >= self._limits.window_bytes:
+                self._grant()
         except Violation as violation:
             self._fail(violation.code, violation.reason)
         except Exception:
             log.exception("frame connection failed")
             self._fail(ErrorCode.INTERNAL_ERROR, "internal error")
+        finally:
+            turn.reading = False
+        turn.end()
 
     # Reading
+
+    def _take_whole(self, data: bytes) -> bool:
+        """Whether `data` was what it mostly is: one DATA frame that holds one message, and nothing else."""
+        total = len(data)
+        if not _WHOLE.size < total <= self._whole_max or not self._settings_seen:
+            return False
+        high, low, kind, flags, stream_id, compressed, size = _WHOLE.unpack_from(data)
+        if (
+            size != total - _WHOLE.size
+            or high << 8 | low != size + PREFIX_BYTES
+            or kind
+            or flags
+            or compressed
+            or stream_id != self._stream_id
+            or not self._remote_open
+            or self._headers_stream
+            or self._reader.mid_message
+        ):
+            return False
+        self._received += size + PREFIX_BYTES
+        self._stream_received += size + PREFIX_BYTES
+        if self._received > self._limits.window_bytes:
+            raise Violation(ErrorCode.FLOW_CONTROL_ERROR, "more data than the window granted")
+        self._control_frames = 0
+        self._on_message(data[_WHOLE.size :])
+        return True
 
     def _parse(self, data: bytes | bytearray) -> int:
         """Handle every whole frame in `data`; returns how many bytes that were."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
+from headrace.v1.dataplane_pb2 import UnopenedFrame
+
 from services.common.frames.wire import ErrorCode, Violation
 
 #: The stream, and the version of what is said on it.
@@ -32,15 +34,24 @@ class CompressedMessage(Exception):
     """A message says that it is compressed; no compression was agreed."""
 
 
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
 @lru_cache(maxsize=4096)
 def item_header(length: int) -> bytes:
     """What precedes a serialized item of `length` bytes in a frame."""
-    out = bytearray(_ITEMS_TAG)
-    while length > 127:
-        out.append(length & 127 | 128)
-        length >>= 7
-    out.append(length)
-    return bytes(out)
+    return _ITEMS_TAG + _varint(length)
+
+
+def item_payloads(frame: bytes) -> list[bytes]:
+    """The serialized items of a RequestFrame or ReplyFrame, in order."""
+    return list(UnopenedFrame.FromString(frame).items)
 
 
 #: The tag of `id` in PredictRequest and PredictReply (field 1, varint), and the lowest seven bits of an id.
@@ -49,15 +60,10 @@ ID_BEGINS: Final = tuple(bytes((0x08, bits | 128)) for bits in range(128))
 NO_TIMEOUT: Final = bytes((_TIMEOUT_TAG, 0))
 
 
-def id_end(local_id: int) -> bytes:
-    """What follows `ID_BEGINS[local_id & 127]`: the same for 128 ids in a row."""
-    out = bytearray()
-    local_id >>= 7
-    while local_id > 127:
-        out.append(local_id & 127 | 128)
-        local_id >>= 7
-    out.append(local_id)
-    return bytes(out)
+@lru_cache(maxsize=1024)
+def id_end(high: int) -> bytes:
+    """What follows `ID_BEGINS[id & 127]`, for `high` = id >> 7: the same for 128 ids in a row."""
+    return _varint(high)
 
 
 @lru_cache(maxsize=4096)
@@ -111,8 +117,7 @@ class MessageReader:
             stop = start + PREFIX_BYTES + size
             if stop > end:
                 break
-            body = data[start + PREFIX_BYTES : stop]
-            messages.append(body if isinstance(body, bytes) else bytes(body))
+            messages.append(bytes(memoryview(data)[start + PREFIX_BYTES : stop]))
             start = stop
         if data is partial:
             del partial[:start]

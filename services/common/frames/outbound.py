@@ -1,7 +1,7 @@
 """The lower half of a connection: its socket, what is sent and how much may be, its end, and whether the peer
 still lives.
 
-Messages go out through `_send_message` while `_can_send`; what the windows or the socket do not take at once
+Messages go out through `_send_message` while `can_send`; what the windows or the socket do not take at once
 waits in `_unsent`, which holds one message at most, and `_on_writable` says when more may follow.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Iterable
 from typing import cast
 
 from hpack import Encoder
@@ -18,6 +19,7 @@ from hpack import Encoder
 from services.common.frames import wire
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PREFIX_BYTES
+from services.common.frames.turn import turn_of
 from services.common.frames.wire import ErrorCode
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class Outbound(asyncio.Protocol):
     def __init__(self, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
         self._limits = limits
         self._loop = loop
+        self._turn = turn_of(loop)
         self._transport: asyncio.Transport | None = None
         self.lost: asyncio.Future[str] = loop.create_future()  # done with the reason when the socket is gone
         self.end_reason = ""  # why it ends, where that is known before the socket is gone
@@ -64,7 +67,7 @@ class Outbound(asyncio.Protocol):
         """The socket (and TLS) is up."""
 
     def _on_writable(self) -> None:
-        """`_can_send` became true."""
+        """`can_send` became true."""
 
     def _on_lost(self, reason: str) -> None:
         """The connection is gone. Called once."""
@@ -152,7 +155,7 @@ class Outbound(asyncio.Protocol):
         )
 
     @property
-    def _can_send(self) -> bool:
+    def can_send(self) -> bool:
         """Whether a message would not only be queued behind another."""
         return (
             self._local_open
@@ -163,10 +166,9 @@ class Outbound(asyncio.Protocol):
             and self._stream_window > 0
         )
 
-    def _send_message(self, parts: list[bytes], size: int) -> None:
-        """Send the message made of `parts`, `size` bytes in all. Only while `_can_send`."""
+    def _send_message(self, parts: Iterable[bytes], size: int) -> None:
+        """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
         total = size + PREFIX_BYTES
-        prefix = b"\0" + size.to_bytes(4, "big")
         if (
             total <= self._peer_max_frame
             and total <= self._connection_window
@@ -174,17 +176,18 @@ class Outbound(asyncio.Protocol):
         ):
             self._connection_window -= total
             self._stream_window -= total
-            head = wire.frame_header(total, wire.DATA, 0, self._stream_id) + prefix
-            self._write(b"".join((head, *parts)))
+            if self._transport is not None:
+                head = wire.MESSAGE_HEAD.pack(total >> 8, total & 255, wire.DATA, 0, self._stream_id, 0, size)
+                self._transport.write(b"".join((head, *parts)))
         else:
-            self._unsent += prefix
+            self._unsent += b"\0" + size.to_bytes(4, "big")
             for part in parts:
                 self._unsent += part
             self._pump()
 
     def _drain(self) -> None:
         self._pump()
-        if self._can_send:
+        if self.can_send:
             self._on_writable()
 
     def _pump(self) -> None:

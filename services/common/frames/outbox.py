@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from headrace.v1.dataplane_pb2 import RequestFrame
@@ -16,13 +17,19 @@ _MAX_CANCELS: Final = 65_536
 
 
 class Outbox:
-    """Requests in the order they were added, bounded by `limits.max_buffer_bytes`."""
+    """Requests in the order they were added, bounded by `limits.max_buffer_bytes`.
 
-    __slots__ = ("_bytes", "_cancels", "_held", "_items", "_limits")
+    Each is kept as it stands in a frame, behind its header: nearly always all of them leave in the turn that
+    brought them, and then joining them is all there is to do.
+    """
 
-    def __init__(self, limits: Limits) -> None:
+    __slots__ = ("_bytes", "_cancels", "_deadline_of", "_held", "_items", "_limits")
+
+    def __init__(self, limits: Limits, deadline_of: Callable[[int], float | None]) -> None:
+        """`deadline_of` an id that waits here: on the loop's scale, None for none."""
         self._limits = limits
-        self._items: dict[int, tuple[bytes, float | None]] = {}
+        self._deadline_of = deadline_of
+        self._items: dict[int, bytes] = {}
         self._bytes = 0
         self._cancels: list[int] = []
         self._held = False  # some waited longer than a loop turn: their timeouts are stale
@@ -39,13 +46,13 @@ class Outbox:
         """Ids of the requests that wait."""
         return list(self._items)
 
-    def add(self, local_id: int, payload: bytes, deadline: float | None) -> bool:
-        """Queue a serialized request; False where there is no room."""
-        size = len(payload) + ITEM_OVERHEAD
-        if self._bytes + size > self._limits.max_buffer_bytes:
+    def add(self, local_id: int, item: bytes) -> bool:
+        """Queue a serialized request behind its `item_header`; False where there is no room."""
+        size = self._bytes + len(item)
+        if size + ITEM_OVERHEAD > self._limits.max_buffer_bytes:
             return False
-        self._items[local_id] = (payload, deadline)
-        self._bytes += size
+        self._items[local_id] = item
+        self._bytes = size
         return True
 
     def withdraw(self, local_id: int) -> bool:
@@ -53,7 +60,7 @@ class Outbox:
         item = self._items.pop(local_id, None)
         if item is None:
             return False
-        self._bytes -= len(item[0]) + ITEM_OVERHEAD
+        self._bytes -= len(item)
         return True
 
     def cancel(self, local_id: int) -> None:
@@ -72,9 +79,17 @@ class Outbox:
         self._cancels = []
         self._held = False
 
-    def next_frame(self, now: float) -> tuple[list[bytes], int]:
+    def next_frame(self, now: float) -> tuple[Iterable[bytes], int]:
         """One RequestFrame's bytes in parts, and their total size: about `limits.frame_target_bytes`, and
         never more than a message may have. `now` is on the deadlines' scale."""
+        if not self._cancels and not self._held and self._bytes <= self._limits.frame_target_bytes:
+            items, size = self._items, self._bytes
+            self._items, self._bytes = {}, 0
+            return items.values(), size
+        return self._fill(now)
+
+    def _fill(self, now: float) -> tuple[list[bytes], int]:
+        """Cancels, then requests one by one, with what is left of their time."""
         parts: list[bytes] = []
         size = 0
         if self._cancels:
@@ -82,28 +97,26 @@ class Outbox:
             self._cancels = []
             parts.append(cancels)
             size = len(cancels)
-        if self._bytes <= self._limits.frame_target_bytes and not self._held:
-            for payload, _ in self._items.values():
-                head = item_header(len(payload))
-                parts.append(head)
-                parts.append(payload)
-                size += len(head) + len(payload)
-            self._items.clear()
-            self._bytes = 0
-            return parts, size
-        return self._fill(parts, size, now)
-
-    def _fill(self, parts: list[bytes], size: int, now: float) -> tuple[list[bytes], int]:
-        """Add requests one by one, with what is left of their time."""
-        for local_id, (payload, deadline) in list(self._items.items()):
-            longer = size + len(payload) + ITEM_OVERHEAD
+        for local_id, item in list(self._items.items()):
+            longer = size + len(item) + ITEM_OVERHEAD
             if parts and (size >= self._limits.frame_target_bytes or longer > self._limits.max_message_bytes):
                 break
+            deadline = self._deadline_of(local_id)
             self.withdraw(local_id)
-            if deadline is not None:
-                payload += timeout_override(int((deadline - now) * 1e6))  # noqa: PLW2901 - completed here
-            head = item_header(len(payload))
-            parts.append(head)
-            parts.append(payload)
-            size += len(head) + len(payload)
+            if self._held and deadline is not None:
+                payload = _payload(item) + timeout_override(int((deadline - now) * 1e6))
+                head = item_header(len(payload))
+                parts += (head, payload)
+                size += len(head) + len(payload)
+            else:
+                parts.append(item)
+                size += len(item)
         return parts, size
+
+
+def _payload(item: bytes) -> bytes:
+    """The request behind its header: a tag, then its length, each byte of it but the last above 127."""
+    at = 1
+    while item[at] > 127:
+        at += 1
+    return item[at + 1 :]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final, Protocol
 
 from headrace.v1.dataplane_pb2 import Hello, PredictReply, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames.limits import Limits
-from services.common.frames.messages import item_header
+from services.common.frames.messages import ID_BEGINS, id_end, item_header
+from services.common.frames.turn import turn_of
 from services.common.frames.wire import ErrorCode, Violation
 
 _BUSY: Final = "more requests in flight than this stream may have"
@@ -23,7 +25,7 @@ class Outlet(Protocol):
         """Whether a message would not only be queued behind another."""
         ...
 
-    def send_message(self, parts: list[bytes], size: int) -> None:
+    def send_message(self, parts: Iterable[bytes], size: int) -> None:
         """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
         ...
 
@@ -36,7 +38,10 @@ class FrameHandler(Protocol):
     """What a server does with the frames of one connection."""
 
     def on_request_frame(self, frame: RequestFrame) -> None:
-        """Take the frame's items and cancels. Must not block; answers go to `peer.reply`, now or later."""
+        """Take the frame's items and cancels. Must not block; answers go to `peer.reply`, now or later.
+
+        `peer.payload` is the frame's own bytes meanwhile, for who passes items on.
+        """
         ...
 
     def on_closed(self) -> None:
@@ -51,12 +56,15 @@ class Peer:
         "_closed",
         "_connection",
         "_limits",
-        "_loop",
+        "_max_in_flight",
+        "_max_item_bytes",
         "_open",
         "_outbox",
         "_outbox_bytes",
         "_scheduled",
+        "_turn",
         "instance",
+        "payload",
         "remote",
         "role",
     )
@@ -67,7 +75,11 @@ class Peer:
         self.remote = remote
         self._connection = connection
         self._limits = limits
-        self._loop = asyncio.get_running_loop()
+        self._max_in_flight = limits.max_in_flight
+        self._max_item_bytes = limits.max_message_bytes - 16
+        self._turn = turn_of(asyncio.get_running_loop())
+        #: The frame that is being handled, as it came.
+        self.payload = b""
         self._open: set[int] = set()
         self._outbox: list[bytes] = []  # item header, item, item header, item, …
         self._outbox_bytes = 0
@@ -102,7 +114,7 @@ class Peer:
             return
         self._open.remove(item_id)
         size = len(payload)
-        if size > self._limits.max_message_bytes - 16:
+        if size > self._max_item_bytes:
             payload = _refusal(item_id, Code.CODE_INTERNAL, "the answer is larger than a message may be")
             size = len(payload)
         head = item_header(size)
@@ -111,7 +123,24 @@ class Peer:
         self._outbox_bytes += size + len(head)
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._turn.at_end(self._flush)
+
+    def forward(self, item_id: int, payload: bytes) -> None:
+        """The same for a serialized PredictReply of another stream, whose id does not count."""
+        id_rest = id_end(item_id >> 7)
+        if item_id not in self._open:
+            return
+        size = len(payload) + len(id_rest) + 2
+        if size > self._max_item_bytes:
+            self.reply_raw(item_id, payload)
+            return
+        self._open.remove(item_id)
+        head = item_header(size)
+        self._outbox += (head, b"".join((payload, ID_BEGINS[item_id & 127], id_rest)))
+        self._outbox_bytes += size + len(head)
+        if not self._scheduled:
+            self._scheduled = True
+            self._turn.at_end(self._flush)
 
     # The connection's part.
 
@@ -121,7 +150,7 @@ class Peer:
         if frame.cancels:
             opened.difference_update(frame.cancels)
         items = frame.items
-        room = self._limits.max_in_flight - len(opened)
+        room = self._max_in_flight - len(opened)
         if len(items) > room:
             for item in items[room:]:
                 if item.id in opened:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 from urllib.parse import quote
 
@@ -137,11 +137,14 @@ class ServerConnection(Http2Connection):
         if not frame.items and not frame.cancels:
             return
         self._watch()
+        peer.payload = payload
         try:
             handler.on_request_frame(frame)
         except Exception:
             log.exception("a frame handler failed")
             peer.abandon([item.id for item in frame.items], "internal error")
+        finally:
+            peer.payload = b""
 
     def _greeted(self, frame: RequestFrame) -> bool:
         """Check the client's hello and answer it."""
@@ -189,12 +192,7 @@ class ServerConnection(Http2Connection):
 
     # Writing
 
-    @property
-    def can_send(self) -> bool:
-        """Whether a message would not only be queued behind another."""
-        return self._can_send
-
-    def send_message(self, parts: list[bytes], size: int) -> None:
+    def send_message(self, parts: Iterable[bytes], size: int) -> None:
         """Send one message; only while `can_send`."""
         self._send_message(parts, size)
 
@@ -234,7 +232,7 @@ class ServerConnection(Http2Connection):
     def _send_control(self, frame: ReplyFrame) -> None:
         """A frame without items. Small: may join what waits already."""
         payload = frame.SerializeToString()
-        if self._can_send:
+        if self.can_send:
             self._send_message([payload], len(payload))
         else:
             self._unsent += b"\0" + len(payload).to_bytes(4, "big") + payload

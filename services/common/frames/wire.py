@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from enum import IntEnum
 from typing import Final
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEADER_BYTES: Final = 9
+#: What a DATA frame that holds one whole gRPC message begins with: the frame's length in two parts, kind,
+#: flags, stream; then whether the message is compressed, and its length.
+MESSAGE_HEAD: Final = struct.Struct(">HBBBIBI")
 MAX_WINDOW: Final = (1 << 31) - 1
 DEFAULT_WINDOW: Final = 65_535
 DEFAULT_MAX_FRAME: Final = 16_384

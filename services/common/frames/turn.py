@@ -1,0 +1,47 @@
+"""The end of a turn of the event loop: when what the turn brought is written, in one frame per peer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+
+class Turn:
+    """Flushes asked for in this turn of one event loop.
+
+    While bytes of a frame connection are handled, the turn ends with them, which spares the loop another
+    round for what they caused. What anybody else queues leaves when the loop turns.
+    """
+
+    __slots__ = ("_flushes", "_loop", "reading")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._flushes: list[Callable[[], None]] = []
+        #: Whether a connection is handling bytes, and will call `end`.
+        self.reading = False
+
+    def at_end(self, flush: Callable[[], None]) -> None:
+        """Call `flush` once at the end of this turn. It must not raise."""
+        self._flushes.append(flush)
+        if not self.reading and len(self._flushes) == 1:
+            self._loop.call_soon(self.end)
+
+    def end(self) -> None:
+        """The turn is over, now or earlier."""
+        if self._flushes:
+            flushes, self._flushes = self._flushes, []
+            for flush in flushes:
+                flush()
+
+
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()
+
+
+def turn_of(loop: asyncio.AbstractEventLoop) -> Turn:
+    """The one of `loop`."""
+    turn = _turns.get(loop)
+    if turn is None:
+        turn = _turns[loop] = Turn(loop)
+    return turn
