@@ -44,6 +44,8 @@ class OpenLoop:
     seconds: float
     patience_s: float = 1.0
     wait_s: float = 1.0
+    #: Under way before anything counts.
+    warm_up_s: float = 0.5
 
 
 def missing_generator(endpoint: Endpoint) -> str | None:
@@ -124,6 +126,7 @@ def open_loop(endpoint: Endpoint, requests: Path, load: OpenLoop) -> dict[str, A
     argv += ["--host", endpoint.host, "--port", str(endpoint.port), "--seconds", str(load.seconds)]
     argv += ["--connections", str(load.connections)]
     argv += ["--patience", str(load.patience_s), "--wait", str(load.wait_s)]
+    argv += ["--warm-up", str(load.warm_up_s)]
     if load.rate is not None:
         argv += ["--rate", str(load.rate)]
     done = subprocess.run(
@@ -132,7 +135,7 @@ def open_loop(endpoint: Endpoint, requests: Path, load: OpenLoop) -> dict[str, A
         env={**os.environ, "PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
-        timeout=load.seconds + 60,
+        timeout=load.warm_up_s + load.seconds + load.patience_s + 60,
         check=False,
     )
     if done.returncode != 0:

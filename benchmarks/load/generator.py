@@ -151,6 +151,11 @@ class Load:
         for connection in list(self.connections):
             connection.abort()
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is not answered yet."""
+        return bool(self._due) or any(connection.waits for connection in self.connections)
+
     def late(self, took: float) -> bool:
         """Whether an answer that took `took` seconds from when it was due came too late to be of use."""
         return self._rate is not None and took > self._patience_s
@@ -206,6 +211,11 @@ class Connection(asyncio.Protocol):
             else:
                 self._load.tally.note("connection lost")
         self._load.lost(self)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a request is under way."""
+        return self._due is not None
 
     def abort(self) -> None:
         """End the connection."""
@@ -276,7 +286,9 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
     load.begin(given.warm_up, given.seconds)
     await asyncio.sleep(given.warm_up + given.seconds)
     # Answers to requests that were due in the window still count when they come a little later.
-    await asyncio.sleep(given.patience)
+    until = time.perf_counter() + given.patience
+    while load.busy and time.perf_counter() < until:  # noqa: ASYNC110 - an event would cost every answer
+        await asyncio.sleep(0.02)
     load.give_up()
     cpu = time.process_time() - cpu
     await asyncio.sleep(0.01)  # for the connections' ends
