@@ -31,6 +31,8 @@ NUMPY_TYPES: dict[int, np.dtype[np.generic]] = {
     DataType.DATA_TYPE_BF16: np.dtype("<u2"),
 }
 
+# Looking it up in the generated enumeration costs more than the rest of the check.
+_BYTES = DataType.DATA_TYPE_BYTES
 _LENGTH = struct.Struct("<I")
 
 
@@ -59,7 +61,7 @@ def to_array(data: bytes, datatype: int, shape: Sequence[int]) -> Array:
     Raises InvalidArgument where the bytes are not as many as datatype and shape ask for.
     """
     try:
-        if datatype == DataType.DATA_TYPE_BYTES:
+        if datatype == _BYTES:
             array = np.empty(prod(shape), dtype=object)
             array[:] = decode_bytes(data)
             return array.reshape(shape)

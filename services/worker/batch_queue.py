@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
 
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import Origin, PredictRequest
 
 from services.common.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ResourceExhausted
 from services.worker.input_layout import MergeKey
@@ -19,8 +19,10 @@ from services.worker.run_time import RunTime
 _SAFETY = 1.25
 _TICK_S = 0.001
 _NORMAL = Rank.NORMAL
+_ONLINE = Origin.ORIGIN_ONLINE
 
-Answer = PredictReply | HeadraceError
+#: A PredictReply, serialised, or why there is none.
+Answer = bytes | HeadraceError
 
 
 class Release(Enum):
@@ -52,13 +54,14 @@ class BatchPolicy:
 
 class Item:
     """One request on its way through the batcher. Settled exactly once, with a reply or an error, unless its
-    caller cancelled it. The reply given to `settle` may be changed once `settle` has returned."""
+    caller cancelled it."""
 
     __slots__ = (
         "_settle",
         "data",
         "deadline",
         "done",
+        "id",
         "key",
         "nbytes",
         "queue_us",
@@ -78,12 +81,13 @@ class Item:
         settle: Callable[[PredictRequest, Answer], None],
     ) -> None:
         self.request = request
+        self.id = request.id
         self.rows = rows
         self.key = key
         self.data = data
         self.nbytes = len(data[0]) if len(data) == 1 else sum(map(len, data))
         self.deadline = deadline
-        self.rank = rank_of(request)
+        self.rank = rank_of(request) if request.origin > _ONLINE or request.priority else _NORMAL
         self.queued_at = 0.0
         self.queue_us = 0
         self.done = False
@@ -165,36 +169,44 @@ class BatchQueue:
     def __len__(self) -> int:
         return sum(len(queue) for lane in self._lanes.values() for queue in lane.queues.values())
 
-    def offer(self, item: Item, now: float, floor: float) -> HeadraceError | None:
-        """Take `item` in, or say why not. Returned rather than raised: under overload this is the common
-        path."""
-        rows, nbytes = item.rows, item.nbytes
-        if (
-            item.deadline <= now + floor
-            or self.rows + rows > self._roomy_rows
-            or self.nbytes + nbytes > self._roomy_bytes
-        ):
-            refusal = self._refusal(item, now, floor)
-            if refusal is not None:
-                return refusal
-        key, rank = item.key, item.rank
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane()
-        queue = lane.queues.get(rank)
-        if queue is None:
-            queue = self._open(key, lane, rank)
-        item.queued_at = now
-        queue[item] = None
-        lane.rows += rows
-        self.rows += rows
-        self.nbytes += nbytes
-        if rank != _NORMAL:
-            self._rows_beside[rank] += rows
-            self._nbytes_beside[rank] += nbytes
-        lane.deadline = min(lane.deadline, item.deadline)
-        self.earliest_deadline = min(self.earliest_deadline, item.deadline)
-        return None
+    def offer(self, items: Sequence[Item], now: float, floor: float) -> list[tuple[Item, HeadraceError]]:
+        """Take `items` in; gives those that are not taken, and why. Returned, not raised: under overload this
+        is the common path."""
+        refused: list[tuple[Item, HeadraceError]] = []
+        soonest = now + floor
+        key: MergeKey | None = None
+        rank = _NORMAL
+        lane = queue = None
+        for item in items:
+            rows, nbytes, deadline = item.rows, item.nbytes, item.deadline
+            if (
+                deadline <= soonest
+                or self.rows + rows > self._roomy_rows
+                or self.nbytes + nbytes > self._roomy_bytes
+            ):
+                refusal = self._refusal(item, now, floor)
+                if refusal is not None:
+                    refused.append((item, refusal))
+                    continue
+            if lane is None or queue is None or item.key is not key or item.rank is not rank:
+                key, rank = item.key, item.rank
+                lane = self._lanes.get(key)
+                if lane is None:
+                    lane = self._lanes[key] = _Lane()
+                queue = lane.queues.get(rank)
+                if queue is None:
+                    queue = self._open(key, lane, rank)
+            item.queued_at = now
+            queue[item] = None
+            lane.rows += rows
+            self.rows += rows
+            self.nbytes += nbytes
+            if rank is not _NORMAL:
+                self._rows_beside[rank] += rows
+                self._nbytes_beside[rank] += nbytes
+            lane.deadline = min(lane.deadline, deadline)
+            self.earliest_deadline = min(self.earliest_deadline, deadline)
+        return refused
 
     def remove(self, item: Item) -> bool:
         """Take `item` out wherever it waits; False where it does not wait (any more)."""

@@ -113,12 +113,12 @@ class Batcher:
     def submit(self, items: Sequence[Item]) -> None:
         """Queue requests that arrived together; they may run from the next turn of the event loop on."""
         now = self._turns.time()
-        floor = self._run_time.floor(now)
-        offer = self._queue.offer
-        for item in items:
-            refusal = self._closed or offer(item, now, floor)
-            if refusal is not None:
-                self._refuse(item, refusal)
+        if self._closed is not None:
+            refused = [(item, self._closed) for item in items]
+        else:
+            refused = self._queue.offer(items, now, self._run_time.floor(now))
+        for item, refusal in refused:
+            self._refuse(item, refusal)
         self._arm()
 
     def cancel(self, item: Item) -> None:
@@ -182,7 +182,7 @@ class Batcher:
     def _release_ripe(self) -> bool:
         """Run what is ripe while slots are free; True when it stopped only to let the event loop turn."""
         started = now = self._turns.time()
-        while self._running < self._slots:
+        while self._running < self._slots and self._queue.rows:
             batch, late = self._queue.release(now, drain=self._draining)
             for item in late:
                 self._refuse(item, too_late())

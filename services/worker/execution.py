@@ -17,7 +17,7 @@ from services.worker.input_layout import InputLayout, MergeKey
 from services.worker.tensors import Array, OutputColumn, to_array, to_column
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """Members of a batch whose run succeeded together. `inputs` is per input the joined bytes. `key` stands
     in for the members' own where that leaves the length of their rows open."""
@@ -29,7 +29,7 @@ class Part:
     key: MergeKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Execution:
     """What became of a batch: its members in `parts` or in `failures`, each in exactly one. Durations are
     seconds; `infer` is the backend's share of the three. `reruns` counts runs beyond the first."""
@@ -111,7 +111,7 @@ class Runner:
         joined = 0.0
         try:
             key = items[0].key
-            if self.layout.is_ragged(key):
+            if self.layout.padded and self.layout.is_ragged(key):
                 return self._attempt_ragged(items, rows, max_rows, wanted)
             data = _joined(items)
             joined = time.perf_counter() - started
@@ -206,4 +206,8 @@ class Runner:
 
 def _joined(items: Sequence[Item]) -> list[bytes]:
     """Per input the bytes of all `items`."""
+    if len(items) == 1:
+        return list(items[0].data)
+    if len(items[0].data) == 1:
+        return [b"".join([item.data[0] for item in items])]
     return [b"".join(parts) for parts in zip(*[item.data for item in items], strict=True)]

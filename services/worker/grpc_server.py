@@ -14,9 +14,9 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.errors import Fatal
 from services.common.grpc_auth import InternalAuthInterceptor
-from services.worker.batch_queue import Answer
+from services.worker.batch_queue import Answer, Item
 from services.worker.replies import error_reply
-from services.worker.servicer import Servicer
+from services.worker.servicer import Servicer, Version
 
 _SERVICE = dataplane_pb2.DESCRIPTOR.services_by_name["DataPlane"].full_name
 _MAX_MESSAGE_BYTES = 64 << 20
@@ -38,18 +38,20 @@ class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
         def settle(request: PredictRequest, answer: Answer) -> None:
             if answered.done():
                 return
-            reply = PredictReply()
-            reply.CopyFrom(answer if isinstance(answer, PredictReply) else error_reply(request, answer))
-            answered.set_result(reply)
+            if isinstance(answer, bytes):
+                answered.set_result(PredictReply.FromString(answer))
+            else:
+                answered.set_result(error_reply(request, answer))
 
         remaining = context.time_remaining()
         if remaining is not None and not request.timeout_us:
             request.timeout_us = max(1, int(remaining * 1e6))
-        waiting = self._servicer.accept([request], settle)
+        waiting: dict[int, tuple[Version, Item]] = {}
+        self._servicer.accept([request], settle, waiting)
         try:
             return await answered
         except asyncio.CancelledError:
-            for loaded, item in waiting:
+            for loaded, item in waiting.values():
                 loaded.cancel(item)
             raise
 

@@ -16,6 +16,7 @@ from services.worker.backends.port import EXTRA_OUTPUTS, Padding
 from services.worker.tensors import NUMPY_TYPES, Array, datatype_name, decode_bytes, to_array
 
 Shape = tuple[int, ...]
+_BOOL = DataType.DATA_TYPE_BOOL
 
 #: In a merge key: rows are padded to the longest of their batch along this dimension.
 OPEN = -1
@@ -56,11 +57,18 @@ class InputLayout:
         self._outputs = {spec.name for spec in signature.outputs} | self.extra_outputs.keys()
         #: No dimension but the rows varies, and no element has a length of its own.
         self.fixed = all(spec.row_bytes is not None for spec in self._inputs)
+        #: Rows of different lengths may run together.
+        self.padded = padding is not None
         # Position, dimension within a row and filling of the inputs whose rows may differ in length.
         self._ragged = tuple(
             (self._order[name], axis, filling)
             for name, (axis, filling) in (padding.inputs.items() if padding is not None else ())
         )
+        # The one input of most models: fixed shape, any number of rows.
+        first = self._inputs[0]
+        plain = len(self._inputs) == 1 and self.batched and first.datatype != DataType.DATA_TYPE_BOOL
+        self._plain = first if plain and self.fixed else None
+        self._plain_shape = list(first.shape)
         self._plain_key: MergeKey = ((), tuple(spec.shape for spec in self._inputs))
 
     def take(self, request: PredictRequest) -> tuple[int, MergeKey, tuple[bytes, ...]]:
@@ -68,6 +76,18 @@ class InputLayout:
 
         Raises InvalidArgument naming the input."""
         tensors = request.inputs
+        if (plain := self._plain) is not None and len(tensors) == 1:
+            tensor = tensors[0]
+            content, size = tensor.data, tensor.shape[:]
+            if (
+                tensor.name == plain.name
+                and tensor.datatype == plain.datatype
+                and size[1:] == self._plain_shape
+                and len(content) == size[0] * (plain.row_bytes or 0)
+                and size[0] > 0
+                and not request.outputs
+            ):
+                return size[0], self._plain_key, (content,)
         if len(tensors) != len(self._inputs):
             self._explain(request)
         data: tuple[bytes, ...]
@@ -122,16 +142,12 @@ class InputLayout:
             for spec, shape, joined in zip(self._inputs, shapes, data, strict=True)
         }
 
-    def tensors(self, key: MergeKey, data: list[bytes], rows: int) -> list[Tensor]:
-        """The same inputs as messages, for the prediction log."""
+    def named_shapes(self, key: MergeKey, rows: int) -> list[tuple[bytes, DataType, Shape]]:
+        """UTF-8 name, datatype and shape of the same inputs, for the prediction log."""
+        shapes = [(rows, *shape) for shape in key[1]] if self.batched else key[1]
         return [
-            Tensor(
-                name=spec.name,
-                datatype=spec.datatype,
-                shape=(rows, *shape) if self.batched else shape,
-                data=joined,
-            )
-            for spec, shape, joined in zip(self._inputs, key[1], data, strict=True)
+            (spec.name.encode(), spec.datatype, shape)
+            for spec, shape in zip(self._inputs, shapes, strict=True)
         ]
 
     def synthetic(self, rows: int, variable: int) -> tuple[MergeKey, list[bytes]]:
@@ -207,7 +223,7 @@ class InputLayout:
             rows, row_shape = 1, shape
         if spec.row_bytes is not None:
             if row_shape == spec.shape and len(tensor.data) == rows * spec.row_bytes:
-                if spec.datatype == DataType.DATA_TYPE_BOOL:
+                if spec.datatype == _BOOL:
                     _check_bools(tensor.data, spec)
                 return rows, row_shape
         elif len(row_shape) == len(spec.shape) and all(
@@ -282,7 +298,7 @@ def _check_length(data: bytes, elements: int, spec: _Input) -> None:
         raise InvalidArgument(
             f"{spec.name} has {len(data)} bytes, its shape asks for {elements * spec.itemsize}", field=field
         )
-    if spec.datatype == DataType.DATA_TYPE_BOOL:
+    if spec.datatype == _BOOL:
         _check_bools(data, spec)
 
 

@@ -20,8 +20,8 @@ from services.worker.batch_queue import Batch, BatchPolicy, Item
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.execution import Execution, Runner
 from services.worker.outcome import Outcome, outcome_of
-from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords, waiting_us
-from services.worker.replies import error_reply, ok_replies
+from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords
+from services.worker.replies import Replies, error_reply
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
 from services.worker.turn import Turn
@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 _OK = Code.CODE_OK
 _MOST_LINKS = 128
+_US_MAX = (1 << 32) - 1
 # Batches with more bytes of input run in a thread however fast they are: joining these bytes, and serialising
 # them for the log, would hold up the event loop.
 _INLINE_BYTES = 256 << 10
@@ -92,6 +93,7 @@ class LoadedModel:
         self._last_used = serving.clock.monotonic()
         self._runner = runner
         self._records = records
+        self._replies = Replies(version, batched=runner.layout.batched)
         self._policy = policy
         self._serving = serving
         self._loop = asyncio.get_running_loop()
@@ -166,8 +168,12 @@ class LoadedModel:
         if isinstance(turn := batch.items[0], Turn):
             self._give(turn)
             return
+        queued_at, queue_us = -1.0, 0
         for item in batch.items:
-            item.queue_us = waiting_us(item, started)
+            if item.queued_at != queued_at:  # those that arrived together waited equally long
+                queued_at = item.queued_at
+                queue_us = min(int((started - queued_at) * 1e6), _US_MAX)
+            item.queue_us = queue_us
         max_rows = self._policy.batching.max_rows
         # Where a dimension varies, rows say too little about the time that a run takes.
         inline = (
@@ -249,7 +255,8 @@ class LoadedModel:
         self.stats.payloads_omitted += outcome.omitted
         if outcome.codes is None:
             part = execution.parts[0]
-            for item, reply in ok_replies(self.version, part, times, batched=self.layout.batched):
+            replies = self._replies.of_part(part, times)
+            for item, reply in zip(part.items, replies, strict=True):
                 item.settle(reply)
             self.stats.succeeded += len(batch.items)
             self.stats.rows += batch.rows
@@ -260,7 +267,8 @@ class LoadedModel:
     def _answer_each(self, execution: Execution, times: Answered, codes: dict[int, Code]) -> None:
         """The same where members failed, were cancelled or came too late."""
         for part in execution.parts:
-            for item, reply in ok_replies(self.version, part, times, batched=self.layout.batched):
+            replies = self._replies.of_part(part, times)
+            for item, reply in zip(part.items, replies, strict=True):
                 if codes[id(item)] == _OK:
                     item.settle(reply)
                     self.stats.succeeded += 1
@@ -278,9 +286,7 @@ class LoadedModel:
         """A reply with `compute_us` tells the router that the failure ran and is in the log."""
         if not item.done:
             self.stats.failed[Code.Name(error.code)] += 1
-            reply = error_reply(item.request, error)
-            reply.compute_us = compute_us
-            item.settle(reply)
+            item.settle(error_reply(item.request, error, compute_us).SerializeToString())
 
     def _count(self, batch: Batch, execution: Execution, times: Answered) -> None:
         stats, count = self.stats, len(batch.items)

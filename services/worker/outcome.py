@@ -16,7 +16,7 @@ from services.worker.prediction_log import Answered, Entry, PayloadPolicy, Predi
 _OK = Code.CODE_OK
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """`codes` is by the id() of the members that ran to their end; None: all are answered OK. `records` are
     those of the log, serialised; `omitted` counts requests answered OK whose tensors are not in them."""
@@ -42,9 +42,9 @@ def outcome_of(
     if (
         not execution.failures
         and len(execution.parts) == 1
-        and all(not item.done and item.deadline > now for item in batch.items)
+        and all([not item.done and item.deadline > now for item in batch.items])  # noqa: C419 - faster so
     ):
-        made = list(records.of_part(execution.parts[0], times, payloads))
+        made = records.of_part(execution.parts[0], times, payloads)
     else:
 
         def code(item: Item) -> Code:
@@ -55,8 +55,5 @@ def outcome_of(
         entries = [entry for part in execution.parts for entry in entries_of(part, code)]
         codes = {id(entry.item): entry.code for entry in entries}
         entries += [Entry(item, error.code) for item, error in execution.failures]
-        made = list(records.of_entries(entries, times, payloads))
-    omitted = 0
-    if payloads.enabled:
-        omitted = sum(code == _OK for record in made if not record.inputs for code in record.codes)
-    return Outcome(times, codes, [record.SerializeToString() for record in made], omitted)
+        made = records.of_entries(entries, times, payloads)
+    return Outcome(times, codes, made.records, made.omitted)

@@ -7,17 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from struct import pack
+from typing import Final
 
 from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, Tensor
+from headrace.v1.tensor_pb2 import Code
 
 from services.common.ids import new_id
 from services.worker.batch_queue import Item
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
+from services.worker.wire import Kept, tag, tensor_head, varint
 
-_OK = Code.CODE_OK
-_US_MAX = (1 << 32) - 1
+_OK: Final = Code.CODE_OK
+_BATCH_ID: Final = tag(PredictionBatch.BATCH_ID_FIELD_NUMBER, 2) + varint(16)
+_ANSWERED_AT: Final = tag(PredictionBatch.ANSWERED_AT_US_FIELD_NUMBER, 1)
+_REQUEST_IDS: Final = tag(PredictionBatch.REQUEST_IDS_FIELD_NUMBER, 2)
+_UNIT_HASHES: Final = tag(PredictionBatch.UNIT_HASHES_FIELD_NUMBER, 2)
+_VARIANTS: Final = tag(PredictionBatch.VARIANTS_FIELD_NUMBER, 2)
+_VARIANT_NAMES: Final = tag(PredictionBatch.VARIANT_NAMES_FIELD_NUMBER, 2)
+_PROPENSITIES: Final = tag(PredictionBatch.PROPENSITIES_FIELD_NUMBER, 2)
+_REVISIONS: Final = tag(PredictionBatch.REVISIONS_FIELD_NUMBER, 2)
+_CODES: Final = tag(PredictionBatch.CODES_FIELD_NUMBER, 2)
+_ORIGINS: Final = tag(PredictionBatch.ORIGINS_FIELD_NUMBER, 2)
+_ATTEMPTS: Final = tag(PredictionBatch.ATTEMPTS_FIELD_NUMBER, 2)
+_CACHED: Final = tag(PredictionBatch.CACHED_FIELD_NUMBER, 2)
+_LATENCY_US: Final = tag(PredictionBatch.LATENCY_US_FIELD_NUMBER, 2)
+_QUEUE_US: Final = tag(PredictionBatch.QUEUE_US_FIELD_NUMBER, 2)
+_COMPUTE_US: Final = tag(PredictionBatch.COMPUTE_US_FIELD_NUMBER, 2)
+_ROWS: Final = tag(PredictionBatch.ROWS_FIELD_NUMBER, 2)
+_INPUTS: Final = tag(PredictionBatch.INPUTS_FIELD_NUMBER, 2)
+_OUTPUTS: Final = tag(PredictionBatch.OUTPUTS_FIELD_NUMBER, 2)
+_US_MAX: Final = (1 << 32) - 1
+_MOST_KEPT: Final = 1024
+
+#: What a request says of itself: variant, propensity, revision, origin, attempt, rows.
+_Said = tuple[str, float, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +76,7 @@ class Entry:
         return [column.rows(self.first_row, self.item.rows) for column in columns]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answered:
     """When a batch started to run and was answered: on the event loop's scale, and in Unix microseconds."""
 
@@ -61,8 +86,18 @@ class Answered:
     compute_us: int
 
 
+@dataclass(slots=True)
+class Made:
+    """`records` of a batch; `omitted` counts requests answered OK whose tensors are in none of them."""
+
+    records: list[bytes]
+    omitted: int = 0
+
+
 class PredictionRecords:
-    """Makes the records of one model version."""
+    """Makes the records of one model version: PredictionBatch messages, serialised.
+
+    Most of a record is the same for batches of one size, and is kept."""
 
     def __init__(
         self, source: str, model: str, version: str, artifact_digest: str, layout: InputLayout
@@ -75,26 +110,28 @@ class PredictionRecords:
             model=model,
             version=version,
             artifact_digest=artifact_digest,
-        )
+        ).SerializeToString()
+        self._alike: Kept[tuple[int, _Said], bytes] = Kept(_MOST_KEPT)
+        self._heads: Kept[tuple[object, ...], list[bytes]] = Kept(_MOST_KEPT)
 
-    def of_part(self, part: Part, times: Answered, policy: PayloadPolicy) -> Iterator[PredictionBatch]:
+    def of_part(self, part: Part, times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members were all answered OK: the joined tensors go in as they are."""
-        nbytes = sum(map(len, part.inputs)) + sum(len(column.data) for column in part.columns)
-        if not policy.enabled or nbytes <= min(policy.request_bytes, policy.record_bytes):
-            record = self._columns(part.items, [_OK] * len(part.items), times)
-            if policy.enabled:
-                self._add_tensors(record, part, part.rows, part.inputs, [c.data for c in part.columns])
-            yield record
-            return
-        yield from self.of_entries(list(entries_of(part)), times, policy)
+        outputs = [column.data for column in part.columns]
+        nbytes = sum(map(len, part.inputs)) + sum(map(len, outputs))
+        if policy.enabled and nbytes > min(policy.request_bytes, policy.record_bytes):
+            return self.of_entries(list(entries_of(part)), times, policy)
+        pieces = self._columns(part.items, None, times)
+        if policy.enabled:
+            pieces += self._tensors(part, part.rows, part.inputs, outputs)
+        return Made([b"".join(pieces)])
 
-    def of_entries(
-        self, entries: Sequence[Entry], times: Answered, policy: PayloadPolicy
-    ) -> Iterator[PredictionBatch]:
+    def of_entries(self, entries: Sequence[Entry], times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members fared differently, or that is too large for one record."""
+        made = Made([])
         bare = [e for e in entries if not policy.enabled or e.part is None or e.nbytes > policy.request_bytes]
         if bare:
-            yield self._columns([e.item for e in bare], [e.code for e in bare], times)
+            made.records.append(self._bare(bare, times))
+            made.omitted = sum(e.code == _OK for e in bare) if policy.enabled else 0
         without = set(map(id, bare))
         chunk: list[Entry] = []
         size = 0
@@ -104,54 +141,112 @@ class PredictionRecords:
             if chunk and (
                 size + entry.nbytes > policy.record_bytes or not _alike(entry.part, chunk[-1].part)
             ):
-                yield self._with_tensors(chunk, times)
+                made.records.append(self._with_tensors(chunk, times))
                 chunk, size = [], 0
             chunk.append(entry)
             size += entry.nbytes
         if chunk:
-            yield self._with_tensors(chunk, times)
+            made.records.append(self._with_tensors(chunk, times))
+        return made
 
-    def _with_tensors(self, entries: Sequence[Entry], times: Answered) -> PredictionBatch:
-        record = self._columns([e.item for e in entries], [e.code for e in entries], times)
+    def _bare(self, entries: Sequence[Entry], times: Answered) -> bytes:
+        return b"".join(self._columns([e.item for e in entries], [e.code for e in entries], times))
+
+    def _with_tensors(self, entries: Sequence[Entry], times: Answered) -> bytes:
+        pieces = self._columns([e.item for e in entries], [e.code for e in entries], times)
         inputs = [b"".join(data) for data in zip(*(e.item.data for e in entries), strict=True)]
         outputs = [b"".join(data) for data in zip(*(e.outputs() for e in entries), strict=True)]
         part = next(e.part for e in entries if e.part is not None)
-        self._add_tensors(record, part, sum(e.item.rows for e in entries), inputs, outputs)
-        return record
+        pieces += self._tensors(part, sum(e.item.rows for e in entries), inputs, outputs)
+        return b"".join(pieces)
 
-    def _add_tensors(
-        self, record: PredictionBatch, part: Part, rows: int, inputs: list[bytes], outputs: list[bytes]
-    ) -> None:
-        record.inputs.extend(self._layout.tensors(part.key or part.items[0].key, inputs, rows))
-        for column, data in zip(part.columns, outputs, strict=True):
-            shape = (rows, *column.shape) if self._layout.batched else column.shape
-            record.outputs.append(Tensor(name=column.name, datatype=column.datatype, shape=shape, data=data))
+    def _tensors(self, part: Part, rows: int, inputs: list[bytes], outputs: list[bytes]) -> list[bytes]:
+        sizes = [len(data) for data in (*inputs, *outputs)]
+        shapes = [column.shape for column in part.columns]
+        names = [column.name for column in part.columns]
+        layout = (part.key or part.items[0].key, rows, *sizes, *shapes, *names)
+        heads = self._heads.get(layout)
+        if heads is None:
+            heads = self._heads[layout] = self._heads_of(part, rows, sizes)
+        pieces: list[bytes] = []
+        for head, data in zip(heads, (*inputs, *outputs), strict=True):
+            pieces += (head, data)
+        return pieces
 
-    def _columns(self, items: Sequence[Item], codes: Sequence[Code], times: Answered) -> PredictionBatch:
+    def _heads_of(self, part: Part, rows: int, sizes: list[int]) -> list[bytes]:
+        """What precedes the data of every tensor."""
+        batched = self._layout.batched
+        tensors = [
+            (_INPUTS, *named) for named in self._layout.named_shapes(part.key or part.items[0].key, rows)
+        ]
+        for column in part.columns:
+            shape = (rows, *column.shape) if batched else column.shape
+            tensors.append((_OUTPUTS, column.name.encode(), column.datatype, shape))
+        heads = []
+        for (field, name, datatype, shape), size in zip(tensors, sizes, strict=True):
+            head = tensor_head(name, datatype, shape, size)
+            heads.append(field + varint(len(head) + size) + head)
+        return heads
+
+    def _columns(self, items: Sequence[Item], codes: Sequence[Code] | None, times: Answered) -> list[bytes]:
+        """All but the tensors; without `codes` all were answered OK."""
+        count = len(items)
         requests = [item.request for item in items]
-        record = PredictionBatch()
-        record.CopyFrom(self._fixed)
-        record.batch_id = new_id()
-        record.answered_at_us = times.unix_us
-        record.request_ids = b"".join(
-            [r.request_id if len(r.request_id) == 16 else bytes(16) for r in requests]
-        )
-        record.unit_hashes.extend([r.unit_hash for r in requests])
-        variants = [r.variant for r in requests]
+        said = [
+            (r.variant, r.propensity, r.revision, r.origin, r.attempt, i.rows)
+            for r, i in zip(requests, items, strict=True)
+        ]
+        if codes is None and said.count(said[0]) == count:
+            alike = self._alike.get((count, said[0]))
+            if alike is None:
+                alike = self._alike[count, said[0]] = self._said(said, [_OK] * count)
+        else:
+            alike = self._said(said, [_OK] * count if codes is None else codes)
+        ids = b"".join([request.request_id for request in requests])
+        if len(ids) != 16 * count:
+            ids = b"".join([r.request_id if len(r.request_id) == 16 else bytes(16) for r in requests])
+        return [
+            alike,
+            _BATCH_ID, new_id(),
+            _ANSWERED_AT, times.unix_us.to_bytes(8, "little"),
+            _REQUEST_IDS, varint(len(ids)), ids,
+            _UNIT_HASHES, varint(8 * count), pack(f"<{count}Q", *[request.unit_hash for request in requests]),
+            _LATENCY_US, _varints(_latencies(items, times)),
+            _QUEUE_US, _varints([item.queue_us for item in items]),
+            _COMPUTE_US, _varints([times.compute_us] * count),
+        ]  # fmt: skip
+
+    def _said(self, said: Sequence[_Said], codes: Sequence[Code]) -> bytes:
+        """What does not come from a clock, nor names the request."""
+        count = len(said)
+        variants, propensities, revisions, origins, attempts, rows = zip(*said, strict=True)
         names = list(dict.fromkeys(variants))
-        record.variant_names.extend(names)
-        record.variants.extend([0] * len(items) if len(names) == 1 else map(names.index, variants))
-        record.propensities.extend([r.propensity for r in requests])
-        record.revisions.extend([r.revision for r in requests])
-        record.codes.extend(codes)
-        record.origins.extend([r.origin for r in requests])
-        record.attempts.extend([r.attempt for r in requests])
-        record.cached.extend([False] * len(items))
-        record.latency_us.extend([_latency_us(item, times) for item in items])
-        record.queue_us.extend([item.queue_us for item in items])
-        record.compute_us.extend([times.compute_us] * len(items))
-        record.rows.extend([item.rows for item in items])
-        return record
+        return b"".join(
+            (
+                self._fixed,
+                *[_VARIANT_NAMES + varint(len(name)) + name for name in map(str.encode, names)],
+                _VARIANTS, _varints([names.index(variant) for variant in variants]),
+                _PROPENSITIES, varint(4 * count), pack(f"<{count}f", *propensities),
+                _REVISIONS, _varints(revisions),
+                _CODES, _varints(codes),
+                # An origin that this build does not know may be any number.
+                _ORIGINS, _varints([max(0, origin) for origin in origins]),
+                _ATTEMPTS, _varints(attempts),
+                _CACHED, _varints([0] * count),
+                _ROWS, _varints(rows),
+            )
+        )  # fmt: skip
+
+
+def _varints(numbers: Sequence[int]) -> bytes:
+    """Length and contents of a packed column."""
+    if len(numbers) == 1:
+        data = varint(numbers[0])
+    elif numbers.count(numbers[0]) == len(numbers):
+        data = varint(numbers[0]) * len(numbers)
+    else:
+        data = b"".join([varint(number) for number in numbers])
+    return varint(len(data)) + data
 
 
 def entries_of(part: Part, code: Callable[[Item], Code] | None = None) -> Iterator[Entry]:
@@ -172,13 +267,18 @@ def _alike(one: Part | None, other: Part | None) -> bool:
     return one.key == other.key and shapes[0] == shapes[1]
 
 
-def _latency_us(item: Item, times: Answered) -> int:
+def _latencies(items: Sequence[Item], times: Answered) -> list[int]:
     """From the gateway's receipt to the answer; from the arrival here where the caller did not say."""
-    received = item.request.received_at_us
-    elapsed = times.unix_us - received if received else int((times.finished - item.queued_at) * 1e6)
-    return min(max(0, elapsed), _US_MAX)
-
-
-def waiting_us(item: Item, started: float) -> int:
-    """Microseconds from the arrival of `item` in the batcher to the start of its run."""
-    return min(max(0, int((started - item.queued_at) * 1e6)), _US_MAX)
+    unix_us, finished = times.unix_us, times.finished
+    return [
+        min(
+            max(
+                0,
+                unix_us - at
+                if (at := item.request.received_at_us)
+                else int((finished - item.queued_at) * 1e6),
+            ),
+            _US_MAX,
+        )
+        for item in items
+    ]

@@ -1,46 +1,84 @@
-"""Answers of a batch as messages for the caller."""
+"""Answers of a batch, serialised: what all its members are told alike is written once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Final
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.errors import HeadraceError
-from services.worker.batch_queue import Item
 from services.worker.execution import Part
 from services.worker.prediction_log import Answered
+from services.worker.tensors import OutputColumn
+from services.worker.wire import Kept, delimited, tag, tensor_head, varint
+
+_ID: Final = tag(PredictReply.ID_FIELD_NUMBER, 0)
+_OUTPUTS: Final = tag(PredictReply.OUTPUTS_FIELD_NUMBER, 2)
+_QUEUE_US: Final = tag(PredictReply.QUEUE_US_FIELD_NUMBER, 0)
+_COMPUTE_US: Final = tag(PredictReply.COMPUTE_US_FIELD_NUMBER, 0)
+_MOST_KEPT: Final = 1024
 
 
-def ok_replies(
-    version: str, part: Part, times: Answered, *, batched: bool
-) -> Iterator[tuple[Item, PredictReply]]:
-    """Each member of `part` with the reply that holds its rows.
+class Replies:
+    """Serialises the answers of one version. What is the same for requests of one size is kept."""
 
-    One message is reused for all members with as many rows: it is whoever takes it who must be done with it,
-    or copy it, before the next is asked for."""
-    made: dict[int, PredictReply] = {}
-    first = 0
-    for item in part.items:
-        rows = item.rows
-        reply = made.get(rows)
-        if reply is None:
-            reply = made[rows] = PredictReply(version=version, compute_us=times.compute_us)
-            for column in part.columns:
-                shape = (rows, *column.shape) if batched else column.shape
-                reply.outputs.add(name=column.name, datatype=column.datatype, shape=shape)
-        request = item.request
-        reply.id = request.id
-        reply.variant = request.variant
-        reply.queue_us = item.queue_us
-        for output, column in zip(reply.outputs, part.columns, strict=True):
-            output.data = column.rows(first, rows)
-        yield item, reply
-        first += rows
+    def __init__(self, version: str, *, batched: bool) -> None:
+        self._version = delimited(PredictReply.VERSION_FIELD_NUMBER, version.encode())
+        self._batched = batched
+        self._variants: Kept[str, bytes] = Kept(_MOST_KEPT)
+        self._heads: Kept[tuple[object, ...], list[bytes | None]] = Kept(_MOST_KEPT)
+
+    def of_part(self, part: Part, times: Answered) -> list[bytes]:
+        """A PredictReply for each member of `part`, with its rows."""
+        columns = part.columns
+        compute = _COMPUTE_US + varint(times.compute_us)
+        replies = []
+        first = 0
+        # What the member before had, since most have the same.
+        rows, queue_us, variant, begin = -1, -1, "", b""
+        heads: list[bytes | None] = []
+        for item in part.items:
+            if item.rows != rows:
+                rows = item.rows
+                heads = self._heads_of(columns, rows)
+            if item.queue_us != queue_us or item.request.variant != variant:
+                queue_us, variant = item.queue_us, item.request.variant
+                begin = self._named(variant) + varint(queue_us) + compute
+            pieces = [_ID, varint(item.id), begin]
+            for column, head in zip(columns, heads, strict=True):
+                data = column.rows(first, rows)
+                pieces += (self._head(column, rows, len(data)) if head is None else head, data)
+            replies.append(b"".join(pieces))
+            first += rows
+        return replies
+
+    def _named(self, variant: str) -> bytes:
+        named = self._variants.get(variant)
+        if named is None:
+            given = delimited(PredictReply.VARIANT_FIELD_NUMBER, variant.encode()) if variant else b""
+            named = self._variants[variant] = self._version + given + _QUEUE_US
+        return named
+
+    def _heads_of(self, columns: Sequence[OutputColumn], rows: int) -> list[bytes | None]:
+        """What precedes the data of each output; None where that depends on the data."""
+        layout = (rows, *[column.shape for column in columns], *[column.name for column in columns])
+        heads = self._heads.get(layout)
+        if heads is None:
+            heads = self._heads[layout] = [
+                self._head(column, rows, rows * column.stride) if column.starts is None else None
+                for column in columns
+            ]
+        return heads
+
+    def _head(self, column: OutputColumn, rows: int, nbytes: int) -> bytes:
+        shape = (rows, *column.shape) if self._batched else column.shape
+        head = tensor_head(column.name.encode(), column.datatype, shape, nbytes)
+        return _OUTPUTS + varint(len(head) + nbytes) + head
 
 
-def error_reply(request: PredictRequest, error: HeadraceError) -> PredictReply:
-    """What the caller of `request` is told about `error`."""
+def error_reply(request: PredictRequest, error: HeadraceError, compute_us: int = 0) -> PredictReply:
+    """What the caller of `request` is told about `error`; `compute_us`: that it ran and is in the log."""
     return PredictReply(
         id=request.id,
         code=error.code,
@@ -48,5 +86,6 @@ def error_reply(request: PredictRequest, error: HeadraceError) -> PredictReply:
         field=error.field or "",
         version=request.version,
         variant=request.variant,
+        compute_us=compute_us,
         retry_after_ms=error.retry_after_ms or 0,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
+from headrace.v1.dataplane_pb2 import PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
@@ -57,14 +57,17 @@ class Servicer:
         self.closed = False
         self.refused: dict[str, int] = {}
 
-    def accept(self, requests: Iterable[PredictRequest], settle: Settle) -> list[tuple[Version, Item]]:
-        """Queue `requests`, which arrived together; `settle` is called once for each, now or later.
+    def accept(
+        self, requests: Iterable[PredictRequest], settle: Settle, waiting: dict[int, tuple[Version, Item]]
+    ) -> None:
+        """Queue `requests`, which arrived together; `settle` is called once for each, now or later. Those
+        that can be queued are put into `waiting`, by their ids, before any of them is settled.
 
-        Returns those that wait. A version that is not loaded is UNAVAILABLE, so that the router tries another
+        A version that is not loaded is UNAVAILABLE, so that the router tries another
         endpoint; a request that its version cannot take is INVALID_ARGUMENT with the field."""
         now = self._clock.monotonic()
         groups: dict[Version, list[Item]] = {}
-        waiting: list[tuple[Version, Item]] = []
+        group: list[Item] = []
         closed = self._closed()
         model = version = ""
         loaded: Version | None = None
@@ -72,6 +75,8 @@ class Servicer:
             if request.model != model or request.version != version:
                 model, version = request.model, request.version
                 loaded = self._host.find(model, version)
+                if loaded is not None:
+                    group = groups.setdefault(loaded, [])
             try:
                 if closed is not None:
                     raise closed
@@ -85,15 +90,10 @@ class Servicer:
             timeout = request.timeout_us
             deadline = now + (timeout / 1e6 if timeout else loaded.timeout)
             item = Item(request, rows, key, data, deadline, settle)
-            group = groups.get(loaded)
-            if group is None:
-                groups[loaded] = [item]
-            else:
-                group.append(item)
-            waiting.append((loaded, item))
+            group.append(item)
+            waiting[item.id] = loaded, item
         for loaded, items in groups.items():
             loaded.submit(items)
-        return waiting
 
     def _closed(self) -> HeadraceError | None:
         if self.closed:
@@ -123,12 +123,9 @@ class FrameConnection:
 
     def on_request_frame(self, frame: RequestFrame) -> None:
         """Queue the frame's requests at once, and take out those that nobody waits for."""
-        waiting = self._waiting
-        for loaded, item in self._servicer.accept(frame.items, self._settle):
-            if not item.done:
-                waiting[item.request.id] = (loaded, item)
+        self._servicer.accept(frame.items, self._settle, self._waiting)
         for identifier in frame.cancels:
-            cancelled = waiting.pop(identifier, None)
+            cancelled = self._waiting.pop(identifier, None)
             if cancelled is not None:
                 cancelled[0].cancel(cancelled[1])
 
@@ -139,5 +136,9 @@ class FrameConnection:
             loaded.cancel(item)
 
     def _settle(self, request: PredictRequest, answer: Answer) -> None:
-        self._waiting.pop(request.id, None)
-        self._peer.reply(answer if isinstance(answer, PredictReply) else error_reply(request, answer))
+        identifier = request.id
+        self._waiting.pop(identifier, None)
+        if isinstance(answer, bytes):
+            self._peer.reply_raw(identifier, answer)
+        else:
+            self._peer.reply(error_reply(request, answer))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import DataType, Signature, Tensor, TensorSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from services.worker.batch_queue import Answer, Batch, Item, Release
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords, entries_of
-from services.worker.replies import ok_replies
+from services.worker.replies import Replies
 from services.worker.tensors import Array, to_array
 
 FP32, INT64, BYTES = DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_INT64, DataType.DATA_TYPE_BYTES
@@ -94,16 +95,16 @@ def answers(runner: Runner, items: list[Item]) -> tuple[dict[int, list[Tensor]],
     execution = runner.execute(Batch(items, sum(item.rows for item in items), Release.TURN), 64)
     assert execution.failures == []
     times = Answered(0.0, 0.0, 0, 1)
+    replies = Replies("1", batched=True)
     found: dict[int, list[Tensor]] = {}
     for part in execution.parts:
-        for item, reply in ok_replies("1", part, times, batched=True):
-            kept = PredictReply()
-            kept.CopyFrom(reply)
-            found[item.request.id] = list(kept.outputs)
+        for item, reply in zip(part.items, replies.of_part(part, times), strict=True):
+            found[item.request.id] = list(PredictReply.FromString(reply).outputs)
     records = PredictionRecords("w", "net", "1", "sha256:0", runner.layout)
     logged: dict[int, Tensor] = {}
     entries = [entry for part in execution.parts for entry in entries_of(part)]
-    for record in records.of_entries(entries, times, PayloadPolicy()):
+    for value in records.of_entries(entries, times, PayloadPolicy()).records:
+        record = PredictionBatch.FromString(value)
         tokens = to_array(record.inputs[0].data, INT64, record.inputs[0].shape)
         first = 0
         for number, rows in enumerate(record.rows):

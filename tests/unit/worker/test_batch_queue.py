@@ -28,7 +28,7 @@ def queue_of(
 
 
 def offer(queue: BatchQueue, one: Item, now: float = 0.0) -> HeadraceError | None:
-    return queue.offer(one, now, 0.0)
+    return next((refusal for _, refusal in queue.offer([one], now, 0.0)), None)
 
 
 def released(queue: BatchQueue, now: float = 0.0, *, drain: bool = False) -> Batch:

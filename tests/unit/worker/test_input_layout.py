@@ -50,7 +50,7 @@ def test_inputs_come_back_in_the_order_of_the_signature() -> None:
     assert data == (b"aaaa", b"bbbb")
     arrays = one.arrays(key, list(data), rows)
     assert list(arrays) == ["a", "b"]
-    assert [message.data for message in one.tensors(key, list(data), rows)] == [b"aaaa", b"bbbb"]
+    assert one.named_shapes(key, rows) == [(b"a", FP32, (1,)), (b"b", FP32, (1,))]
 
 
 def test_a_model_without_rows_takes_whole_tensors() -> None:

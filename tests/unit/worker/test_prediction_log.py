@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from services.worker.batch_queue import Answer, Item
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
-from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.prediction_log import Answered, Entry, Made, PayloadPolicy, PredictionRecords, entries_of
 from services.worker.tensors import OutputColumn
 
 FP32 = DataType.DATA_TYPE_FP32
@@ -51,13 +51,17 @@ def part(*items: Item) -> Part:
     return Part(items, rows, [b"".join(one.data[0] for one in items)], [column])
 
 
+def read(made: Made) -> list[PredictionBatch]:
+    return [PredictionBatch.FromString(record) for record in made.records]
+
+
 def floats(data: bytes) -> NDArray[np.float32]:
     return np.frombuffer(data, np.float32)
 
 
 def test_a_batch_is_one_record_of_columns() -> None:
     made = part(item(1, 1), item(2, 3, "b"), item(3, 1))
-    (record,) = RECORDS.of_part(made, TIMES, PayloadPolicy())
+    (record,) = read(RECORDS.of_part(made, TIMES, PayloadPolicy()))
     assert RECORDS.key == b"net/3"
     assert (record.source, record.writer, record.model) == ("worker-7", PredictionBatch.WRITER_WORKER, "net")
     assert (record.version, record.artifact_digest, record.answered_at_us) == ("3", "sha256:abc", 2_000_000)
@@ -81,7 +85,7 @@ def test_a_batch_is_one_record_of_columns() -> None:
 
 
 def test_the_policy_may_keep_tensors_out() -> None:
-    (record,) = RECORDS.of_part(part(item(1, 1)), TIMES, PayloadPolicy(enabled=False))
+    (record,) = read(RECORDS.of_part(part(item(1, 1)), TIMES, PayloadPolicy(enabled=False)))
     assert not record.inputs
     assert not record.outputs
     assert list(record.rows) == [1]
@@ -95,7 +99,7 @@ def test_failed_members_stand_with_their_codes_and_without_rows() -> None:
         return Code.CODE_DEADLINE_EXCEEDED if one is late else Code.CODE_OK
 
     entries = [*entries_of(made, code), Entry(bad, Code.CODE_INVALID_ARGUMENT)]
-    records = list(RECORDS.of_entries(entries, TIMES, PayloadPolicy()))
+    records = read(RECORDS.of_entries(entries, TIMES, PayloadPolicy()))
     by_id = {
         record.request_ids[16 * i]: record.codes[i] for record in records for i in range(len(record.rows))
     }
@@ -107,7 +111,7 @@ def test_failed_members_stand_with_their_codes_and_without_rows() -> None:
 
 def test_large_batches_are_cut_into_several_records() -> None:
     made = part(*[item(i, 10) for i in range(1, 9)])
-    records = list(RECORDS.of_part(made, TIMES, PayloadPolicy(record_bytes=300)))
+    records = read(RECORDS.of_part(made, TIMES, PayloadPolicy(record_bytes=300)))
     assert len(records) == 4
     assert len({record.batch_id for record in records}) == 4
     assert b"".join(record.request_ids for record in records) == bytes(
@@ -119,7 +123,7 @@ def test_large_batches_are_cut_into_several_records() -> None:
 
 def test_a_request_too_large_is_logged_without_its_tensors() -> None:
     made = part(item(1, 1), item(2, 50), item(3, 1))
-    records = list(RECORDS.of_part(made, TIMES, PayloadPolicy(request_bytes=100)))
+    records = read(RECORDS.of_part(made, TIMES, PayloadPolicy(request_bytes=100)))
     bare = [record for record in records if not record.inputs]
     full = [record for record in records if record.inputs]
     assert [list(record.rows) for record in bare] == [[50]]
@@ -129,5 +133,5 @@ def test_a_request_too_large_is_logged_without_its_tensors() -> None:
 def test_latency_without_a_receipt_counts_from_the_arrival_here() -> None:
     one = item(1, 1)
     one.request.received_at_us = 0
-    (record,) = RECORDS.of_part(part(one), TIMES, PayloadPolicy())
+    (record,) = read(RECORDS.of_part(part(one), TIMES, PayloadPolicy()))
     assert list(record.latency_us) == [750_000]
