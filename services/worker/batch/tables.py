@@ -78,7 +78,7 @@ class TableFile:
             if group < self._parquet.metadata.num_row_groups:
                 return int(self._parquet.metadata.row_group(group).num_rows)
         elif group < self._arrow.num_record_batches:
-            return self._whole(group).num_rows
+            return int(self._whole(group).num_rows)
         raise FailedPrecondition("The input has fewer rows than when it was cut.", field=_FIELD)
 
     def _slice(self, group: int, offset: int, rows: int, size: int) -> pa.Table:

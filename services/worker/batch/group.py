@@ -1,0 +1,276 @@
+"""Membership of the pool's consumer group by librdkafka, in a thread.
+
+Rebalances are cooperative: a worker that joins takes some partitions, and the others go on with theirs
+meanwhile. Partitions are paused while enough is at hand, so that the broker holds what waits, not the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from services.common.bus import Record
+from services.common.bus.port import MAX_RECORD_BYTES
+from services.common.topics import Topic
+from services.worker.batch.port import Delivery
+from services.worker.batch.producer import AckedProducer
+
+log = logging.getLogger(__name__)
+
+Assignment = Literal["cooperative-sticky", "range"]
+
+#: Records at hand that nobody has asked for yet; partitions are paused above the first, resumed below the
+#: second.
+_ENOUGH, _FEW = 8, 4
+_POLL_S, _POLL_PAUSED_S = 0.1, 0.01
+_CHECK_S = 2.0
+_CLOSE_S = 5.0
+_REMEMBERED = 256
+
+
+class _Partition:
+    """One partition while it is ours: what was delivered of it, oldest first."""
+
+    def __init__(self) -> None:
+        self.at_hand: deque[tuple[int, Delivery]] = deque()
+        self.settled: set[int] = set()
+
+    def settle(self, offset: int) -> int | None:
+        """The offset to commit now that the record at `offset` is done; None while one before it is not."""
+        self.settled.add(offset)
+        reached = None
+        while self.at_hand and self.at_hand[0][0] in self.settled:
+            reached, _ = self.at_hand.popleft()
+            self.settled.discard(reached)
+        return None if reached is None else reached + 1
+
+
+class KafkaChunks:
+    """Chunks over a Kafka broker, as a context manager; entering waits for nothing.
+
+    After `session_timeout` seconds of silence the partitions of a dead member go to the others. `assignment`
+    is the group's protocol: not every broker carries the cooperative one to its end. A record that comes
+    again while it is still in work here, or was just finished, is not done twice."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        client_id: str,
+        topic: Topic,
+        group: str,
+        *,
+        assignment: Assignment = "cooperative-sticky",
+        session_timeout: float = 6.0,
+    ) -> None:
+        self._topic = topic
+        self._loop = asyncio.get_running_loop()
+        self._consumer_options: dict[str, Any] = {
+            "bootstrap.servers": bootstrap,
+            "client.id": client_id,
+            "group.id": group,
+            "partition.assignment.strategy": assignment,
+            "session.timeout.ms": int(session_timeout * 1000),
+            "heartbeat.interval.ms": int(session_timeout * 1000 / 6),
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+            "fetch.wait.max.ms": 50,
+            "fetch.message.max.bytes": MAX_RECORD_BYTES,
+            "queued.min.messages": _ENOUGH,
+            "queued.max.messages.kbytes": 2 * MAX_RECORD_BYTES >> 10,
+            "topic.metadata.refresh.interval.ms": 3000,
+            "reconnect.backoff.max.ms": 1000,
+            "allow.auto.create.topics": False,
+        }
+        self._cooperative = assignment == "cooperative-sticky"
+        self._consumer: Consumer | None = None
+        self._producer = AckedProducer(bootstrap, client_id)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._paused = False
+        self._ready: deque[Delivery] = deque()
+        self._arrived = asyncio.Event()
+        self._ours: dict[int, _Partition] = {}
+        # By partition and offset: what is in somebody's hands, and what was done lately.
+        self._in_hand: dict[tuple[int, int], Delivery] = {}
+        self._done: OrderedDict[tuple[int, int], bytes | None] = OrderedDict()
+        #: For metrics: partitions held, and how often some came or went.
+        self.rebalances = 0
+
+    @property
+    def partitions(self) -> int:
+        """How many partitions are ours."""
+        return len(self._ours)
+
+    async def __aenter__(self) -> Self:
+        await self._producer.__aenter__()
+        self._thread = threading.Thread(target=self._run, name="batch-group", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, _CLOSE_S)
+        await self._producer.__aexit__(kind, error, trace)
+
+    async def next(self) -> Delivery:
+        """See Chunks."""
+        while not self._ready:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._ready.popleft()
+
+    def settle(self, delivery: Delivery) -> None:
+        """See Chunks."""
+        record = delivery.record
+        at = (record.partition, record.offset)
+        self._in_hand.pop(at, None)
+        self._done[at] = record.value
+        while len(self._done) > _REMEMBERED:
+            self._done.popitem(last=False)
+        self._settled(record.partition, record.offset)
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        """See Chunks."""
+        await self._producer.publish(records)
+
+    def _settled(self, partition: int, offset: int) -> None:
+        owned = self._ours.get(partition)
+        reached = owned.settle(offset) if owned is not None else None
+        consumer = self._consumer
+        if reached is not None and consumer is not None:
+            with suppress(KafkaException, RuntimeError):  # then it comes again, which does no harm
+                consumer.commit(
+                    offsets=[TopicPartition(self._topic.name, partition, reached)], asynchronous=True
+                )
+
+    def _run(self) -> None:
+        """In the thread: poll, until told to stop."""
+        consumer = Consumer(
+            self._consumer_options | {"on_commit": _on_commit},
+            logger=logging.getLogger(f"{__name__}.rdkafka"),
+        )
+        consumer.subscribe(
+            [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
+        self._consumer = consumer
+        check_at = time.monotonic() + _CHECK_S
+        try:
+            while not self._stopping.is_set():
+                at_hand = len(self._ready)
+                try:
+                    if not self._paused and at_hand >= _ENOUGH:
+                        consumer.pause(consumer.assignment())
+                        self._paused = True
+                    elif self._paused and at_hand < _FEW:
+                        consumer.resume(consumer.assignment())
+                        self._paused = False
+                    message = consumer.poll(_POLL_PAUSED_S if self._paused else _POLL_S)
+                    if message is not None and not message.error():
+                        self._loop.call_soon_threadsafe(self._on_record, _record(message))
+                    if time.monotonic() > check_at:
+                        check_at = time.monotonic() + _CHECK_S
+                        self._rewind_if_lost(consumer)
+                except (KafkaException, RuntimeError) as error:
+                    log.warning("polling %s: %s", self._topic.name, error)
+                    self._stopping.wait(0.2)
+        finally:
+            self._consumer = None
+            with suppress(KafkaException, RuntimeError):
+                consumer.close()
+
+    def _on_record(self, record: Record) -> None:
+        at = (record.partition, record.offset)
+        owned = self._ours.get(record.partition)
+        if owned is None:
+            return
+        known = self._in_hand.get(at)
+        if known is not None and known.record.value == record.value:
+            # It went away and came back while it was in work here; that work counts.
+            owned.at_hand.append((record.offset, known))
+            return
+        delivery = Delivery(record)
+        owned.at_hand.append((record.offset, delivery))
+        if at in self._done and self._done[at] == record.value:
+            self._settled(*at)
+            return
+        self._in_hand[at] = delivery
+        self._ready.append(delivery)
+        self._arrived.set()
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [part.partition for part in partitions]
+        self._paused = False  # the new ones are not: all are looked at again
+        if self._cooperative:
+            consumer.incremental_assign(partitions)
+        else:
+            consumer.assign(partitions)
+        if numbers:
+            self._loop.call_soon_threadsafe(self._assigned, numbers)
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        numbers = [part.partition for part in partitions]
+        if self._cooperative:
+            consumer.incremental_unassign(partitions)
+        else:
+            consumer.unassign()
+        if numbers:
+            self._loop.call_soon_threadsafe(self._revoked, numbers)
+
+    def _assigned(self, numbers: list[int]) -> None:
+        self.rebalances += 1
+        for number in numbers:
+            self._ours[number] = _Partition()
+
+    def _revoked(self, numbers: list[int]) -> None:
+        """What is in work may end: its result counts, and whoever has the partition now does it once more.
+        What nobody has begun is theirs."""
+        self.rebalances += 1
+        for number in numbers:
+            self._ours.pop(number, None)
+        gone = [one for one in self._ready if one.record.partition in numbers]
+        for delivery in gone:
+            self._ready.remove(delivery)
+            self._in_hand.pop((delivery.record.partition, delivery.record.offset), None)
+
+    def _rewind_if_lost(self, consumer: Consumer) -> None:
+        """Start over where a position lies beyond the end: the broker came back without its records, and
+        answers such a fetch with nothing."""
+        for part in consumer.position(consumer.assignment()):
+            _, high = consumer.get_watermark_offsets(part, cached=True)
+            if 0 <= high < part.offset:
+                log.warning("%s/%d lost its records, reading from the beginning", part.topic, part.partition)
+                consumer.seek(TopicPartition(part.topic, part.partition, 0))
+
+
+def _record(message: Message) -> Record:
+    return Record(
+        topic=message.topic() or "",
+        key=message.key(),  # type: ignore[arg-type]  # bytes: no deserialiser was given
+        value=message.value(),  # type: ignore[arg-type]
+        headers=tuple(message.headers() or ()),  # type: ignore[arg-type]
+        partition=_number(message.partition()),
+        offset=_number(message.offset()),
+        timestamp_ms=message.timestamp()[1],
+    )
+
+
+def _number(value: int | None) -> int:
+    return -1 if value is None else value
+
+
+def _on_commit(error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+    if error is not None:
+        log.info("offsets not committed, the records come again: %s", error.str())
