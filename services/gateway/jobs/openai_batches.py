@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
 from sqlalchemy import and_, or_, select
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.clock import Clock
 from services.common.db import transaction
@@ -18,6 +17,7 @@ from services.common.errors import FailedPrecondition, InvalidArgument, NotFound
 from services.common.ids import id_text, new_id
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
+from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.openai_files import Files, Reader
 from services.gateway.jobs.openai_lines import GENERATING, model_of_endpoint
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
@@ -82,8 +82,8 @@ class OpenAIBatches:
     """The batches of all keys. Methods raise Unavailable while the database is away, NotFound for what is
     not the reader's."""
 
-    def __init__(self, engine: AsyncEngine, files: Files, clock: Clock) -> None:
-        self._engine = engine
+    def __init__(self, backend: Callable[[], Backend], files: Files, clock: Clock) -> None:
+        self._backend = backend
         self._files = files
         self._clock = clock
 
@@ -97,7 +97,7 @@ class OpenAIBatches:
             raise InvalidArgument(
                 f"The file has the purpose {file.purpose}, not batch.", field="input_file_id"
             )
-        now = self._now()
+        now = self._clock.now()
         keep = request.output_expires_after
         row = OpenAIBatchRow(
             batch_id=f"batch_{id_text(new_id())}",
@@ -120,12 +120,12 @@ class OpenAIBatches:
             expires_at=now + timedelta(seconds=WINDOW_S),
             due_at=now,
         )
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             session.add(row)
         return row
 
     async def get(self, batch_id: str, reader: Reader) -> OpenAIBatchRow:
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             row = await session.get(OpenAIBatchRow, batch_id[:64])
         return _owned(row, batch_id, reader)
 
@@ -136,7 +136,7 @@ class OpenAIBatches:
         query = select(OpenAIBatchRow)
         if not reader.everything:
             query = query.where(OpenAIBatchRow.key_id == reader.key_id)
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             if after is not None:
                 last = _owned(await session.get(OpenAIBatchRow, after[:64]), after, reader)
                 query = query.where(
@@ -154,8 +154,8 @@ class OpenAIBatches:
 
     async def cancel(self, batch_id: str, reader: Reader) -> OpenAIBatchRow:
         """Do no more of it. Raises FailedPrecondition where it has ended."""
-        now = self._now()
-        async with transaction(self._engine) as session:
+        now = self._clock.now()
+        async with transaction(self._backend().engine) as session:
             row = _owned(
                 await session.get(OpenAIBatchRow, batch_id[:64], with_for_update=True), batch_id, reader
             )
@@ -166,9 +166,6 @@ class OpenAIBatches:
                 if row.state == "running":
                     row.due_at = now
         return row
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.unix_us() / 1e6, UTC)
 
 
 def batch_json(row: OpenAIBatchRow, counts: JobCounts | None = None) -> dict[str, Any]:

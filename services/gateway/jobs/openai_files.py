@@ -9,29 +9,29 @@ import asyncio
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import structlog
 from sqlalchemy import and_, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.clock import Clock
 from services.common.db import transaction
 from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument, NotFound, ResourceExhausted
 from services.common.ids import id_text, new_id
-from services.common.objects import ArtifactStore
+from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.tables import FileRow
 
 log = structlog.get_logger(__name__)
 
-#: `data` is ours: an input of any job. What batches write is `batch_output`.
-Purpose = Literal["batch", "data", "user_data", "batch_output"]
-_UPLOADED: tuple[Purpose, ...] = ("batch", "data", "user_data")
+#: What callers upload; `data` is ours: an input of any job.
+_UPLOADED = ("batch", "data", "user_data")
+#: What batches write, and what they keep for themselves while they run.
+OUTPUT, INTERNAL = "batch_output", "batch_rows"
 BATCH_BYTES = 200 << 20
 _HOUR_S, _MOST_S = 3600, 30 * 24 * 3600
 _BUFFER = 1 << 20
@@ -132,17 +132,16 @@ class Files:
 
     def __init__(
         self,
-        engine: AsyncEngine,
-        store: ArtifactStore,
+        backend: Callable[[], Backend],
         clock: Clock,
         folder: Path,
         *,
         max_bytes: int,
         at_once: int = 8,
     ) -> None:
-        """`folder` is for what is on its way. `max_bytes` bounds files of other purposes than `batch`."""
-        self._engine = engine
-        self._store = store
+        """`backend` is asked each time, and says why not; `folder` is for what is on its way. `max_bytes`
+        bounds files of other purposes than `batch`."""
+        self._backend = backend
         self._clock = clock
         self._folder = folder
         self._max_bytes = max_bytes
@@ -201,7 +200,7 @@ class Files:
             raise InvalidArgument(
                 f"Files are kept {_HOUR_S} to {_MOST_S} seconds.", field="expires_after[seconds]"
             )
-        now = self._now()
+        now = self._clock.now()
         file = StoredFile(
             file_id=file_id or f"file-{id_text(new_id())}",
             filename=safe_name(filename),
@@ -210,8 +209,8 @@ class Files:
             created_at=now,
             expires_at=None if expires_after_s is None else now + timedelta(seconds=expires_after_s),
         )
-        await self._store.put(file.path, source)
-        async with transaction(self._engine) as session:
+        await self._backend().store.put(file.path, source)
+        async with transaction(self._backend().engine) as session:
             await session.merge(
                 FileRow(
                     file_id=file.file_id,
@@ -228,9 +227,9 @@ class Files:
 
     async def get(self, file_id: str, reader: Reader) -> StoredFile:
         """Raises NotFound."""
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             row = await session.get(FileRow, file_id[:64])
-        if row is None or not _visible(row, reader, self._now()):
+        if row is None or not _visible(row, reader, self._clock.now()):
             raise NotFound(f"No such File object: {file_id[:64]}", field="id")
         return _file(row)
 
@@ -238,16 +237,18 @@ class Files:
         self, reader: Reader, *, purpose: str | None, limit: int, after: str | None, oldest_first: bool
     ) -> tuple[list[StoredFile], bool]:
         """A page, and whether more follow. Raises NotFound for an `after` that is no file."""
-        now = self._now()
+        now = self._clock.now()
         query = select(FileRow).where(
-            FileRow.deleted_at.is_(None), or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
+            FileRow.deleted_at.is_(None),
+            FileRow.purpose != INTERNAL,
+            or_(FileRow.expires_at.is_(None), FileRow.expires_at > now),
         )
         if not reader.everything:
             query = query.where(FileRow.key_id == reader.key_id)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         order = (FileRow.created_at, FileRow.file_id)
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             if after is not None:
                 last = await session.get(FileRow, after[:64])
                 if last is None or (last.key_id != reader.key_id and not reader.everything):
@@ -268,21 +269,25 @@ class Files:
 
     def content(self, file: StoredFile) -> AsyncIterator[bytes]:
         """The bytes, in pieces."""
-        return self._store.stream(file.path)
+        return self._backend().store.stream(file.path)
+
+    async def download(self, file: StoredFile, to: Path) -> None:
+        """The bytes as a local file."""
+        await self._backend().store.download(file.path, to)
 
     async def delete(self, file_id: str, reader: Reader) -> None:
         """Raises NotFound."""
         file = await self.get(file_id, reader)
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             await session.execute(
-                update(FileRow).where(FileRow.file_id == file.file_id).values(deleted_at=self._now())
+                update(FileRow).where(FileRow.file_id == file.file_id).values(deleted_at=self._clock.now())
             )
         await self._remove(file)
 
     async def sweep(self) -> None:
         """Remove what expired, and objects of deletions that were interrupted."""
-        async with transaction(self._engine) as session:
-            gone = or_(FileRow.expires_at <= self._now(), FileRow.deleted_at.is_not(None))
+        async with transaction(self._backend().engine) as session:
+            gone = or_(FileRow.expires_at <= self._clock.now(), FileRow.deleted_at.is_not(None))
             rows = (await session.scalars(select(FileRow).where(gone).limit(_AT_ONCE))).all()
         for row in rows:
             await self._remove(_file(row))
@@ -297,14 +302,11 @@ class Files:
                 log.warning("files_not_swept", reason=error.message)
 
     async def _remove(self, file: StoredFile) -> None:
-        await self._store.delete(file.path)
-        async with transaction(self._engine) as session:
+        await self._backend().store.delete(file.path)
+        async with transaction(self._backend().engine) as session:
             row = await session.get(FileRow, file.file_id)
             if row is not None:
                 await session.delete(row)
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.unix_us() / 1e6, UTC)
 
 
 def safe_name(filename: str) -> str:

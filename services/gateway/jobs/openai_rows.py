@@ -7,7 +7,7 @@ words per line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def record_batch(
 def _column(kind: pa.DataType, spec: InputSpec, tensors: Sequence[Tensor]) -> pa.Array:
     datatype = spec.datatype
     if datatype is BYTES or any(size < 0 for size in spec.row_shape):
-        return pa.array([row for tensor in tensors for row in _rows(tensor)], kind)
+        return pa.array([row for tensor in tensors for row in rows_of(tensor)], kind)
     data = b"".join([tensor.data for tensor in tensors])
     array: pa.Array = pa.array(np.frombuffer(data, datatype.dtype))
     for at in range(len(spec.row_shape) - 1, -1, -1):
@@ -169,13 +169,13 @@ def _column(kind: pa.DataType, spec: InputSpec, tensors: Sequence[Tensor]) -> pa
     return array
 
 
-def _rows(tensor: Tensor) -> Iterator[Any]:
-    """The rows of a tensor as Python has them."""
+def rows_of(tensor: Tensor) -> list[Any]:
+    """The rows of a tensor: texts in lists, numbers as arrays, so that FP32 keeps its short form in JSON."""
     datatype = BY_NUMBER[tensor.datatype]
-    if datatype is BYTES:
-        parts = [part.decode() for part in bytes_elements(tensor.data)]
-        elements = np.empty(len(parts), dtype=object)
-        elements[:] = parts
-        yield from elements.reshape(tensor.shape).tolist()
-    else:
-        yield from np.frombuffer(tensor.data, datatype.dtype).reshape(tensor.shape).tolist()
+    if datatype is not BYTES:
+        return list(np.frombuffer(tensor.data, datatype.dtype).reshape(tensor.shape))
+    parts = [part.decode() for part in bytes_elements(tensor.data)]
+    elements = np.empty(len(parts), dtype=object)
+    elements[:] = parts
+    texts: list[Any] = elements.reshape(tensor.shape).tolist()
+    return texts

@@ -8,34 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 import structlog
 from headrace.v1.batch_pb2 import InputFormat
 from headrace.v1.tensor_pb2 import Code
 from sqlalchemy import select, update
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.clock import Clock
 from services.common.db import transaction
-from services.common.errors import HeadraceError, NotFound, Unavailable
-from services.common.objects import ArtifactStore
-from services.gateway.catalogue import Catalogue
+from services.common.errors import HeadraceError, NotFound, Unavailable, error_of
+from services.gateway.catalogue import Catalogue, ServedVersion
+from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.openai_answers import Counts, Rendering, shown_of, signature_of, write_answers
 from services.gateway.jobs.openai_batches import OPEN
-from services.gateway.jobs.openai_files import Files, Reader
+from services.gateway.jobs.openai_files import INTERNAL, OUTPUT, Files, Reader, StoredFile
 from services.gateway.jobs.openai_lines import EMBEDDINGS, Finding
 from services.gateway.jobs.openai_rows import LinePlan, Refused, compile_lines, first_line, plans
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
+from services.gateway.jobs.service import JobService
 from services.gateway.jobs.specs import JobSpec
 from services.gateway.jobs.views import Job
-from services.gateway.keys import KeyRing
+from services.gateway.keys import Key, KeyRing, Scope
 
 log = structlog.get_logger(__name__)
 
@@ -48,26 +48,11 @@ _RENEW_S = 20.0
 _RETRY_S = 3.0
 _MAX_ATTEMPTS = 20
 _PIECE_S = 60.0
+_KEPT_S = 3 * 24 * 3600
 
-
-class Jobs(Protocol):
-    """What batches need of jobs. Raises Unavailable while the database is away."""
-
-    async def submit_openai(self, spec: JobSpec, key_id: str) -> Job:
-        """The job of that `job_id`, a new one where there is none."""
-        ...
-
-    async def find(self, job_id: str) -> Job | None: ...
-
-    async def stop(self, job_id: str) -> None:
-        """Cancel it, where it has not ended."""
-        ...
-
-    def result_batches(self, job_id: str) -> AsyncIterator[pa.RecordBatch]:
-        """What the workers wrote, in the order of the rows."""
-        ...
-
-    def row_errors(self, job_id: str) -> AsyncIterator[tuple[int, HeadraceError]]: ...
+#: Stands for the platform itself where a job is looked at on behalf of nobody.
+PLATFORM = Key("", frozenset(Scope), frozenset(), 0, b"", None)
+_PLATFORM_READS = Reader("", everything=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +69,14 @@ class OpenAISteps:
     def __init__(
         self,
         *,
-        engine: AsyncEngine,
-        store: ArtifactStore,
+        backend: Callable[[], Backend],
         files: Files,
-        jobs: Jobs,
+        jobs: JobService,
         catalogue: Catalogue,
         keys: KeyRing,
         clock: Clock,
     ) -> None:
-        self._engine = engine
-        self._store = store
+        self._backend = backend
         self._files = files
         self._jobs = jobs
         self._catalogue = catalogue
@@ -138,65 +121,59 @@ class OpenAISteps:
 
     async def _validate(self, row: OpenAIBatchRow) -> Change:
         """Read the file, and make a job of its rows."""
-        everybody = Reader("", everything=True)
         async with self._files.workspace() as folder:
             source, rows_at, plans_at = folder / "lines", folder / "rows", folder / "plans"
-            file = await self._files.get(row.input_file_id, everybody)
-            await self._store.download(file.path, source)
+            file = await self._files.get(row.input_file_id, _PLATFORM_READS)
+            await self._files.download(file, source)
             model, version = await asyncio.to_thread(first_line, source, row.endpoint)
-            served = self._served(row, model, version)
+            key, served = self._served(row, model, version)
             compiled = await asyncio.to_thread(
                 compile_lines, source, row.endpoint, served.signature, rows_at, plans_at
             )
-            await self._store.put(_plans_path(row), plans_at)
-            if compiled.rows:
-                await self._store.put(_rows_path(row), rows_at)
+            await self._keep(row, "plans", plans_at)
+            rows = await self._keep(row, "rows", rows_at) if compiled.rows else None
         values = {
             "model": model,
             "version": served.name,
             "total": compiled.lines,
             "rows": compiled.rows,
             "shown": shown_of(served.signature),
-            "in_progress_at": self._now(),
+            "in_progress_at": self._clock.now(),
         }
-        if not compiled.rows:
-            return Change(values | {"state": "finalizing", "finalizing_at": self._now()})
-        left = max(1, int((row.expires_at - self._now()).total_seconds()))
+        if rows is None:
+            return Change(values | {"state": "finalizing", "finalizing_at": self._clock.now()})
+        left = max(1, int((row.expires_at - self._clock.now()).total_seconds()))
         spec = JobSpec(
             model=model,
             version=version,
-            input_uri=f"store://{_rows_path(row)}",
+            input_uri=rows.uri,
             input_format=InputFormat.INPUT_FORMAT_ARROW,
             expires_in_s=left,
             job_id=row.batch_id,
             kind="openai",
         )
         try:
-            job = await self._jobs.submit_openai(spec, row.key_id)
+            job = await self._jobs.submit(spec, key)
         except NotFound as error:
             raise Refused([Finding("model_not_found", error.message, None, "body.model")]) from None
         return Change(values | {"state": "running", "job_id": job.job_id, "version": job.version}, _LOOK_S)
 
     async def _follow(self, row: OpenAIBatchRow) -> Change:
-        job = await self._jobs.find(row.job_id or "")
-        if job is None:
-            return self._failed([Finding("internal_error", "The job of the batch is gone.").as_json()])
+        job = await self._jobs.get(row.job_id or "", PLATFORM)
         if not job.ended:
             if row.cancelling_at is not None:
-                await self._jobs.stop(job.job_id)
+                await self._jobs.cancel(job.job_id, PLATFORM)
             return Change({}, _LOOK_S)
         if job.state == "failed":
             message = job.error.message if job.error is not None else "The job failed."
             code = Code.Name(job.error.code).removeprefix("CODE_").lower() if job.error else "internal_error"
             return self._failed([Finding(code, message).as_json()])
-        return Change({"state": "finalizing", "finalizing_at": self._now()})
+        return Change({"state": "finalizing", "finalizing_at": self._clock.now()})
 
     async def _finalize(self, row: OpenAIBatchRow) -> Change:
         """Write output and error file, from what the job came to."""
-        ended = "completed"
-        if row.job_id is not None:
-            job = await self._jobs.find(row.job_id)
-            ended = job.state if job is not None else "completed"
+        job = None if row.job_id is None else await self._jobs.get(row.job_id, PLATFORM)
+        ended = "completed" if job is None else job.state
         rendering = Rendering(
             batch_id=row.batch_id,
             model=row.model,
@@ -207,10 +184,12 @@ class OpenAISteps:
         )
         async with self._files.workspace() as folder:
             outputs_at, errors_at, plans_at = folder / "output", folder / "errors", folder / "plans"
-            await self._store.download(_plans_path(row), plans_at)
+            await self._files.download(
+                await self._files.get(_file_id(row, "plans"), _PLATFORM_READS), plans_at
+            )
             loop = asyncio.get_running_loop()
-            results = self._jobs.result_batches(row.job_id) if row.job_id else _nothing()
-            errors = self._jobs.row_errors(row.job_id) if row.job_id else _nothing()
+            results = _nothing() if job is None else self._jobs.result_batches(job)
+            errors = _nothing() if job is None else self._row_errors(job)
             counts = await asyncio.to_thread(
                 _write,
                 rendering,
@@ -230,24 +209,44 @@ class OpenAISteps:
                         path,
                         f"{row.batch_id}_{name}.jsonl",
                         row.key_id,
-                        "batch_output",
+                        OUTPUT,
                         row.output_expires_s,
-                        file_id=f"file-{uuid.uuid5(uuid.NAMESPACE_OID, f'{row.batch_id}/{name}').hex}",
+                        file_id=_file_id(row, name),
                     )
                     values[f"{name}_file_id"] = file.file_id
-        for path in (_rows_path(row), _plans_path(row)):
-            await self._store.delete(path)
+        for name in ("rows", "plans") if row.rows else ("plans",):
+            await self._files.delete(_file_id(row, name), _PLATFORM_READS)
         state = ended if ended in ("cancelled", "expired") else "completed"
         return Change(values | self._ended(state).values)
 
-    def _served(self, row: OpenAIBatchRow, model: str, version: str) -> Any:
-        """The version that answers. Raises Refused where there is none, or it is not the key's to call."""
+    async def _keep(self, row: OpenAIBatchRow, name: str, source: Path) -> StoredFile:
+        """A file of the batch's own, forgotten with it or, where nobody does that, some days later."""
+        return await self._files.store(
+            source,
+            f"{name}.arrow" if name == "rows" else name,
+            row.key_id,
+            INTERNAL,
+            _KEPT_S,
+            _file_id(row, name),
+        )
+
+    async def _row_errors(self, job: Job) -> AsyncIterator[tuple[int, HeadraceError]]:
+        """Errors in the order of their rows: pieces are in order, what stands in one is not."""
+        async for piece in self._jobs.error_rows(job):
+            for one in sorted(piece, key=lambda error: int(error["row"])):
+                told = one["error"]
+                code = cast("Code", Code.Value(f"CODE_{told['code']}"))
+                yield one["row"], error_of(code, told["message"], field=told.get("field"))
+
+    def _served(self, row: OpenAIBatchRow, model: str, version: str) -> tuple[Key, ServedVersion]:
+        """The caller's key, and the version that answers. Raises Refused where there is none, or where it is
+        not for that key."""
         try:
             key = self._keys.by_id(row.key_id)
             if key is None:
                 raise NotFound("The key of the batch was revoked or has expired.")
             key.require_model(model)
-            return self._catalogue.model(model).version(version)
+            return key, self._catalogue.model(model).version(version)
         except HeadraceError as error:
             code = "model_not_found" if error.field in ("model", "version") else "invalid_api_key"
             param = f"body.{error.field}" if error.field else None
@@ -268,10 +267,10 @@ class OpenAISteps:
         return Change(self._ended("failed").values | {"errors": {"data": found}})
 
     def _ended(self, state: str) -> Change:
-        return Change({"state": state, "ended_at": self._now()})
+        return Change({"state": state, "ended_at": self._clock.now()})
 
     async def _claim(self) -> OpenAIBatchRow | None:
-        now = self._now()
+        now = self._clock.now()
         due = (
             select(OpenAIBatchRow)
             .where(OpenAIBatchRow.state.in_(OPEN), OpenAIBatchRow.due_at <= now)
@@ -279,7 +278,7 @@ class OpenAISteps:
             .limit(1)
             .with_for_update(skip_locked=True)
         )
-        async with transaction(self._engine) as session:
+        async with transaction(self._backend().engine) as session:
             row = (await session.scalars(due)).first()
             if row is not None:
                 row.due_at = now + timedelta(seconds=_LEASE_S)
@@ -308,16 +307,13 @@ class OpenAISteps:
         values = change.values
         if "state" in values:
             values = {"attempts": 0} | values
-        due = self._now() + timedelta(seconds=change.again_s)
-        async with transaction(self._engine) as session:
+        due = self._clock.now() + timedelta(seconds=change.again_s)
+        async with transaction(self._backend().engine) as session:
             await session.execute(
                 update(OpenAIBatchRow)
                 .where(OpenAIBatchRow.batch_id == batch_id, OpenAIBatchRow.state.in_(OPEN))
                 .values(due_at=due, **values)
             )
-
-    def _now(self) -> datetime:
-        return datetime.fromtimestamp(self._clock.unix_us() / 1e6, UTC)
 
 
 def _write(
@@ -352,13 +348,10 @@ def _on_loop(loop: asyncio.AbstractEventLoop, items: AsyncIterator[T]) -> Iterat
 
 
 async def _nothing() -> AsyncIterator[Any]:
-    for item in ():
+    items: tuple[Any, ...] = ()
+    for item in items:
         yield item
 
 
-def _rows_path(row: OpenAIBatchRow) -> str:
-    return f"files/{row.batch_id}/rows.arrow"
-
-
-def _plans_path(row: OpenAIBatchRow) -> str:
-    return f"files/{row.batch_id}/plans.jsonl"
+def _file_id(row: OpenAIBatchRow, name: str) -> str:
+    return f"file-{uuid.uuid5(uuid.NAMESPACE_OID, f'{row.batch_id}/{name}').hex}"

@@ -15,8 +15,9 @@ from services.common.clock import Clock
 from services.common.errors import InvalidArgument
 from services.gateway.jobs.openai_batches import JobCounts, OpenAIBatches, batch_json, decode_batch
 from services.gateway.jobs.openai_files import Files, Reader
-from services.gateway.jobs.openai_steps import Jobs
+from services.gateway.jobs.openai_steps import PLATFORM
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
+from services.gateway.jobs.service import JobService
 from services.gateway.keys import KeyRing, Scope
 from services.gateway.reading import BodyBudget
 from services.gateway.rest.door import authenticated, bounded_body
@@ -33,7 +34,7 @@ class OpenAIParts:
 
     files: Files
     batches: OpenAIBatches
-    jobs: Jobs
+    jobs: JobService
 
 
 def openai_routes(parts: OpenAIParts, keys: KeyRing, clock: Clock, bodies: BodyBudget) -> APIRouter:
@@ -127,9 +128,8 @@ def _add_batches(
     async def shown(row: OpenAIBatchRow) -> dict[str, Any]:
         counts = None
         if row.state == "running" and row.job_id is not None:
-            job = await parts.jobs.find(row.job_id)
-            if job is not None:
-                counts = JobCounts(job.total, job.completed, job.failed)
+            job = await parts.jobs.get(row.job_id, PLATFORM)
+            counts = JobCounts(job.total, job.completed, job.failed)
         return batch_json(row, counts)
 
 
