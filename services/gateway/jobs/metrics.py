@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.gateway.jobs.repository import Backlog
+
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
 
@@ -13,6 +15,7 @@ class JobMetrics:
     """Counts what this gateway did; gauges hold what the database said last."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._pools: set[str] = set()
         self._jobs = Gauge("headrace_batch_jobs", "Jobs that have not ended.", ["state"], registry=registry)
         self._chunks = Gauge(
             "headrace_batch_chunks", "Chunks that are not done: open or flying.", ["state"], registry=registry
@@ -22,7 +25,7 @@ class JobMetrics:
         )
         self._lag = Gauge(
             "headrace_batch_pool_lag_chunks",
-            "Chunks published to a pool that its workers have not finished.",
+            "Chunks of jobs under way that the pool's workers have not finished.",
             ["pool"],
             registry=registry,
         )
@@ -58,10 +61,13 @@ class JobMetrics:
         self._chunks.labels("flying").set(sum(one[2] for one in known.values()))
         self._rate.set(sum(one[3] for one in known.values()))
 
-    def lag(self, pool: str, chunks: int, rows: int) -> None:
-        """What waits for the workers of `pool`."""
-        self._lag.labels(pool).set(chunks)
-        self._lag_rows.labels(pool).set(rows)
+    def backlog(self, known: Mapping[str, Backlog]) -> None:
+        """What is not done, by pool; a pool that is not named any more has nothing."""
+        for pool in self._pools | known.keys():
+            one = known.get(pool, Backlog(0, 0, 0))
+            self._lag.labels(pool).set(one.open + one.flying)
+            self._lag_rows.labels(pool).set(one.rows)
+        self._pools |= known.keys()
 
     def result(self, done: int, failed: int, seconds: float | None) -> None:
         """One chunk is done."""
@@ -70,9 +76,9 @@ class JobMetrics:
         if seconds is not None:
             self._results.observe(max(0.0, seconds))
 
-    def repeated(self) -> None:
-        """A result came again."""
-        self._repeated.inc()
+    def repeated(self, count: int) -> None:
+        """Results came again."""
+        self._repeated.inc(count)
 
     def republished(self, chunks: int) -> None:
         """Chunks were lost."""

@@ -4,6 +4,7 @@ jobs are locked in the order of their ids. No rule of the domain lives here."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
@@ -16,6 +17,15 @@ from services.common.db import enqueue
 from services.gateway.jobs.tables import ChunkRow, FileRow, IdempotencyKeyRow, JobRow, Outbox
 
 _UNDER_WAY = JobRow.ended_at.is_(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Chunks of a pool that are open or with its workers, and the rows known so far that are not done."""
+
+    open: int
+    flying: int
+    rows: int
 
 
 class JobRepository:
@@ -100,10 +110,14 @@ class JobRepository:
         released = update(JobRow).where(JobRow.lease_owner == owner, _UNDER_WAY)
         await self._session.execute(released.values(lease_owner=None, lease_until=None))
 
-    async def flying_by_pool(self) -> dict[str, int]:
-        """Chunks with the workers, by pool."""
-        counted = select(JobRow.pool, func.sum(JobRow.flying_chunks)).where(_UNDER_WAY).group_by(JobRow.pool)
-        return {pool: int(count) for pool, count in await self._session.execute(counted)}
+    async def backlog(self) -> dict[str, Backlog]:
+        """What is not done, by pool."""
+        left = func.greatest(JobRow.rows - JobRow.completed - JobRow.failed, 0)
+        counted = select(
+            JobRow.pool, func.sum(JobRow.open_chunks), func.sum(JobRow.flying_chunks), func.sum(left)
+        )
+        rows = await self._session.execute(counted.where(_UNDER_WAY).group_by(JobRow.pool))
+        return {pool: Backlog(int(o), int(f), int(n)) for pool, o, f, n in rows}
 
     async def states(self) -> dict[str, tuple[int, int, int, float]]:
         """Jobs under way by state: how many, their open and flying chunks, their rows per second."""

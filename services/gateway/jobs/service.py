@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Any
@@ -200,7 +200,7 @@ class JobService:
         self._changed(job_id)
         return job_of(row, self._clock.now())
 
-    def watch(self, job: Job) -> AsyncIterator[Job]:
+    def watch(self, job: Job) -> AsyncGenerator[Job, None]:
         """`job` as it is and as it changes, a few times a second at most; ends with the job."""
         return self._watching.follow(job)
 

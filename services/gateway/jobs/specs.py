@@ -155,7 +155,7 @@ def validated(spec: JobSpec) -> JobSpec:
         raise InvalidArgument("model is missing.", field="model")
     if (spec.inputs is None) == (not spec.input_uri):
         raise InvalidArgument("Send inputs or input_uri, one of them.", field="inputs")
-    if spec.job_id and not _JOB_ID.fullmatch(spec.job_id):
+    if spec.job_id and not is_job_id(spec.job_id):
         raise InvalidArgument("A job id has 1 to 128 letters, digits, `.`, `_` or `-`.", field="job_id")
     if not 0 <= spec.expires_in_s <= _MAX_EXPIRES_S:
         raise InvalidArgument(f"expires_in_s must be 1 … {_MAX_EXPIRES_S}.", field="expires_in_s")
@@ -177,6 +177,11 @@ def validated(spec: JobSpec) -> JobSpec:
         priority=spec.priority or Priority.PRIORITY_NORMAL,
         expires_in_s=spec.expires_in_s or DAY_S,
     )
+
+
+def is_job_id(text: str) -> bool:
+    """Whether a job can have that id."""
+    return _JOB_ID.fullmatch(text) is not None
 
 
 def rows_as_lines(inputs: bytes) -> tuple[bytes, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Self
 
@@ -71,7 +71,7 @@ class Watching:
         if job_id in self._watchers:
             self._wake.set()
 
-    async def follow(self, job: Job) -> AsyncIterator[Job]:
+    async def follow(self, job: Job) -> AsyncGenerator[Job, None]:
         """`job` as it is now, then as it changes, the last time when it has ended. Raises ResourceExhausted
         where too many follow."""
         if self._count >= _MAX_WATCHERS:

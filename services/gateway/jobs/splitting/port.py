@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Cut:
 
 #: Cuts without gaps; the last one, and only that, is `done`. Raises InvalidArgument with field `input_uri`
 #: where the input is not what its format says, and what InputSources raises.
-Cuts = AsyncIterator[Cut]
+Cuts = AsyncGenerator[Cut, None]
 
 
 class TextSource(Protocol):

@@ -1,0 +1,268 @@
+"""Moves jobs on: leases them, cuts their inputs, publishes chunks while there is room, and ends what is over.
+
+Everything it knows is in the database. Whatever it does is decided again under the job's lock, so that two
+controllers, or one that was taken for dead, do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import structlog
+from headrace.v1.batch_pb2 import InputFormat
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import HeadraceError
+from services.gateway.jobs.backend import Backend
+from services.gateway.jobs.changes import JobChanges
+from services.gateway.jobs.decisions import OF_THE_JOB, Claim, Ending, allotted, next_step, window_of
+from services.gateway.jobs.metrics import JobMetrics
+from services.gateway.jobs.pools import Pools
+from services.gateway.jobs.publishing import ChunkPublisher
+from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.sizing import chunk_limits
+from services.gateway.jobs.splitting import Cut, Input, cuts
+from services.gateway.jobs.tables import JobRow
+from services.gateway.jobs.views import JobError
+
+log = structlog.get_logger(__name__)
+
+_LEASE = timedelta(seconds=15)
+_MAX_JOBS = 256
+_CUTTING_AT_ONCE = 4
+_TICK_S = 1.0
+#: Wake-ups closer together than this are one.
+_PAUSE_S = 0.02
+_MEASURE_EVERY_S = 5.0
+_CLOSE_S = 5.0
+
+
+class Controller:
+    """One gateway's share of the jobs under way."""
+
+    def __init__(
+        self,
+        owner: str,
+        backend: Backend,
+        publisher: ChunkPublisher,
+        pools: Pools,
+        clock: Clock,
+        metrics: JobMetrics,
+        changed: Callable[[str], None],
+    ) -> None:
+        """`owner` names this process; `changed` is told the ids of jobs that changed."""
+        #: The jobs leased when it looked last.
+        self.jobs: Sequence[JobRow] = ()
+        self._owner = owner
+        self._backend = backend
+        self._publisher = publisher
+        self._pools = pools
+        self._clock = clock
+        self._metrics = metrics
+        self._changed = changed
+        self._cutting: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._measured_at = -_MEASURE_EVERY_S
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="jobs:controller")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping = True
+        self._wake.set()
+        tasks = {*self._cutting.values(), *([self._task] if self._task is not None else [])}
+        for task in self._cutting.values():
+            task.cancel()
+        if tasks:
+            _done, late = await asyncio.wait(tasks, timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with transaction(self._backend.engine) as session:
+                await JobRepository(session).release(self._owner)
+        except HeadraceError as lost:
+            log.warning("jobs_not_released", reason=lost.message)
+
+    def wake(self) -> None:
+        """Something changed; do not wait for the next look."""
+        self._wake.set()
+
+    async def tick(self) -> None:
+        """Look once at every job that this gateway leases, and do what is next."""
+        now = self._clock.now()
+        async with transaction(self._backend.engine) as session:
+            self.jobs = await JobRepository(session).claim(self._owner, now, _LEASE, _MAX_JOBS)
+        wanting: list[JobRow] = []
+        for job in self.jobs:
+            step = next_step(job, now)
+            if step.stop is not None or step.end is not None:
+                await self._finish(job.job_id)
+            if step.cut:
+                self._cut(job)
+            if step.publish:
+                wanting.append(job)
+        if wanting:
+            await self._publish(wanting)
+        if self._clock.monotonic() - self._measured_at >= _MEASURE_EVERY_S:
+            self._measured_at = self._clock.monotonic()
+            await self._measure()
+
+    async def fail(self, job_id: str, error: JobError) -> None:
+        """The job cannot go on."""
+        await self._stop(job_id, "failed", error)
+
+    async def _finish(self, job_id: str) -> None:
+        """Take the step that ends a job, where it is still the next one."""
+        async with transaction(self._backend.engine) as session:
+            changes = JobChanges(session, self._clock.now())
+            job = await changes.repository.job(job_id, lock=True)
+            if job is None:
+                return
+            step = next_step(job, self._clock.now())
+            if step.stop is not None:
+                await changes.stop(job, step.stop)
+            elif step.end is not None:
+                await changes.end(job, step.end)
+            await changes.finish()
+        self._told(job)
+
+    async def _stop(self, job_id: str, ending: Ending, error: JobError | None = None) -> None:
+        async with transaction(self._backend.engine) as session:
+            changes = JobChanges(session, self._clock.now())
+            job = await changes.repository.job(job_id, lock=True)
+            if job is None:
+                return
+            await changes.stop(job, ending, error)
+            await changes.finish()
+        self._told(job)
+
+    def _told(self, job: JobRow) -> None:
+        if job.ended_at is not None:
+            self._metrics.ended(job.state)
+            log.info("job_ended", job=job.job_id, state=job.state, rows=job.completed, failed=job.failed)
+        self._changed(job.job_id)
+
+    # cutting
+
+    def _cut(self, job: JobRow) -> None:
+        if job.job_id in self._cutting or len(self._cutting) >= _CUTTING_AT_ONCE:
+            return
+        task = asyncio.create_task(self._cut_to_end(job), name=f"jobs:cut:{job.job_id}")
+        self._cutting[job.job_id] = task
+        task.add_done_callback(lambda _task: self._cutting.pop(job.job_id, None))
+
+    async def _cut_to_end(self, job: JobRow) -> None:
+        speed = self._pools.speed(job.pool, job.model, job.version)
+        limits = chunk_limits(speed.best_rows, speed.rows_per_s)
+        given = Input(job.input_uri, _format(job), job.etag, job.inline_input)
+        chunks = job.chunks
+        try:
+            async with aclosing(cuts(self._backend.sources, given, limits, job.cursor)) as found:
+                async for cut in found:
+                    if not await self._add(job.job_id, cut, chunks):
+                        return
+                    chunks += len(cut.chunks)
+        except HeadraceError as error:
+            if error.code not in OF_THE_JOB:  # the store or the database is away: the next look goes on
+                log.warning("job_not_cut", job=job.job_id, reason=error.message)
+                return
+            await self._failed(job.job_id, JobError(error.code, error.message, error.field or ""))
+        except Exception:
+            log.exception("job_cut_crashed", job=job.job_id)
+            error_of_ours = JobError(
+                Code.CODE_INTERNAL, "The input could not be cut into chunks.", "input_uri"
+            )
+            await self._failed(job.job_id, error_of_ours)
+
+    async def _failed(self, job_id: str, error: JobError) -> None:
+        try:
+            await self.fail(job_id, error)
+        except HeadraceError as lost:  # found wrong once more, by whoever leases it then
+            log.warning("job_not_failed", job=job_id, reason=lost.message)
+
+    async def _add(self, job_id: str, cut: Cut, chunks: int) -> bool:
+        """Store a cut behind `chunks`; False where somebody else cuts the job now, or nobody should."""
+        async with transaction(self._backend.engine) as session:
+            changes = JobChanges(session, self._clock.now())
+            job = await changes.repository.job(job_id, lock=True)
+            if job is None or job.lease_owner != self._owner or job.chunks != chunks or job.is_split:
+                return False
+            if job.cancelling_at is not None or job.ended_at is not None:
+                return False
+            await changes.add_cut(job, cut)
+            await changes.finish()
+        self._told(job)
+        self.wake()
+        return True
+
+    # publishing
+
+    async def _publish(self, wanting: Sequence[JobRow]) -> None:
+        async with transaction(self._backend.engine) as session:
+            flying = {pool: one.flying for pool, one in (await JobRepository(session).backlog()).items()}
+        by_pool: dict[str, list[JobRow]] = defaultdict(list)
+        for job in wanting:
+            by_pool[job.pool].append(job)
+        for pool, jobs in by_pool.items():
+            window = window_of(self._publisher.partitions, self._pools.workers(pool))
+            others = flying.get(pool, 0) - sum(job.flying_chunks for job in jobs)
+            claims = [Claim(job.job_id, job.priority, job.flying_chunks, job.open_chunks) for job in jobs]
+            given = allotted(claims, window - max(0, others))
+            for job in jobs:
+                if given.get(job.job_id):
+                    await self._publish_some(job, given[job.job_id])
+
+    async def _publish_some(self, job: JobRow, count: int) -> None:
+        async with transaction(self._backend.engine) as session:
+            chunks = await JobRepository(session).open_chunks(job.job_id, count)
+        if not chunks:
+            return
+        attempts = await self._publisher.publish(job, chunks)
+        # A crash from here on publishes them once more: results count once.
+        async with transaction(self._backend.engine) as session:
+            changes = JobChanges(session, self._clock.now())
+            locked = await changes.repository.job(job.job_id, lock=True)
+            if locked is None:
+                return
+            await changes.published(locked, attempts, again=False)
+            await changes.finish()
+
+    async def _measure(self) -> None:
+        async with transaction(self._backend.engine) as session:
+            repository = JobRepository(session)
+            self._metrics.states(await repository.states())
+            self._metrics.backlog(await repository.backlog())
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                await self.tick()
+            except HeadraceError as error:
+                log.warning("jobs_wait", reason=error.message)
+            except Exception:
+                log.exception("jobs_wait")
+            await asyncio.sleep(_PAUSE_S)
+            try:
+                async with asyncio.timeout(_TICK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+
+def _format(job: JobRow) -> InputFormat:
+    return job.input_format  # type: ignore[return-value]  # stored as its number
