@@ -2,10 +2,12 @@
 
 Read in this order: `client` or `async_client` (what can be asked), `operations` (each call as a request and
 the reading of its answer), `exchange` (one request, its retries and errors), then `results`, `errors`,
-`tensors` (Open Inference Protocol bodies), `uploads` (multipart with progress) and `cli`.
+`batches` with `batch_calls` and `async_batch_calls` (jobs over many rows, files, dead letters), `tensors`
+(Open Inference Protocol bodies), `uploads` (multipart with progress), `cli` and `batch_cli`.
 """
 
 from headrace_client.async_client import AsyncHeadrace
+from headrace_client.batches import Batch, Pending, StoredFile
 from headrace_client.client import Headrace
 from headrace_client.errors import (
     Conflict,
@@ -23,6 +25,7 @@ from headrace_client.results import Embeddings, Inference, NewKey, Outcome, Pred
 
 __all__ = [
     "AsyncHeadrace",
+    "Batch",
     "Conflict",
     "ConnectionFailed",
     "DeadlineExceeded",
@@ -34,9 +37,11 @@ __all__ = [
     "NewKey",
     "NotFound",
     "Outcome",
+    "Pending",
     "PermissionDenied",
     "Prediction",
     "RateLimited",
+    "StoredFile",
     "Unauthenticated",
     "Unavailable",
 ]

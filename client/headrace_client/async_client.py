@@ -14,6 +14,7 @@ import httpx
 from numpy.typing import ArrayLike
 
 from headrace_client import operations
+from headrace_client.async_batch_calls import AsyncBatches, AsyncDeadLetters, AsyncFiles, AsyncLater
 from headrace_client.errors import Conflict
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
@@ -47,6 +48,10 @@ class AsyncHeadrace:
         self._retries = retries
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self.batches = AsyncBatches(self)
+        self.files = AsyncFiles(self)
+        self.async_predictions = AsyncLater(self)
+        self.dead_letters = AsyncDeadLetters(self)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -77,13 +82,13 @@ class AsyncHeadrace:
         call = operations.predict(
             model, inputs, user_id=user_id, version=version, outputs=outputs, single=single
         )
-        return await self._run(call, timeout)
+        return await self.run(call, timeout)
 
     async def embed(
         self, model: str, texts: Sequence[str], *, version: str | None = None, timeout: float | None = None
     ) -> Embeddings:
         """One vector per text."""
-        return await self._run(operations.embed(model, texts, version=version), timeout)
+        return await self.run(operations.embed(model, texts, version=version), timeout)
 
     async def infer(
         self,
@@ -97,11 +102,11 @@ class AsyncHeadrace:
     ) -> Inference:
         """The Open Inference Protocol with binary tensors: arrays in, arrays out."""
         call = operations.infer(model, inputs, version=version, outputs=outputs, request_id=request_id)
-        return await self._run(call, timeout)
+        return await self.run(call, timeout)
 
     async def outcomes(self, given: Iterable[Outcome], *, timeout: float | None = None) -> list[str]:
         """Report what became of predictions; returns an event id for each."""
-        return await self._run(operations.outcomes(given), timeout)
+        return await self.run(operations.outcomes(given), timeout)
 
     # Models and their serving.
 
@@ -125,29 +130,29 @@ class AsyncHeadrace:
         wanted = dict(metadata or {}) | ({"version": version} if version is not None else {})
         upload = Upload.of(wanted, paths, progress)
         with contextlib.suppress(Conflict):  # it is there already
-            await self._run(operations.create_model(name, description), None)
-        return await self._run(operations.push_version(name, upload), timeout)
+            await self.run(operations.create_model(name, description), None)
+        return await self.run(operations.push_version(name, upload), timeout)
 
     async def models(self) -> AsyncIterator[Json]:
         """All models, page by page."""
         after: str | None = ""
         while after is not None:
-            page = await self._run(operations.models(after), None)
+            page = await self.run(operations.models(after), None)
             for found in page["models"]:
                 yield found
             after = page["next"]
 
     async def model(self, name: str) -> Json:
         """One model with its aliases."""
-        return await self._run(operations.model(name), None)
+        return await self.run(operations.model(name), None)
 
     async def versions(self, model: str) -> list[Json]:
         """All versions of a model."""
-        return await self._run(operations.versions(model), None)
+        return await self.run(operations.versions(model), None)
 
     async def set_alias(self, model: str, alias: str, version: str) -> Json:
         """Let `alias` (champion, challenger, …) stand for `version`."""
-        return await self._run(operations.set_alias(model, alias, version), None)
+        return await self.run(operations.set_alias(model, alias, version), None)
 
     async def deploy(
         self,
@@ -158,25 +163,25 @@ class AsyncHeadrace:
         **options: Any,
     ) -> Json:
         """Serve `model` by these versions, weights in percent. `options`: pool, batching, balancing, …"""
-        return await self._run(operations.deploy(model, weights, variants=variants, options=options), None)
+        return await self.run(operations.deploy(model, weights, variants=variants, options=options), None)
 
     async def deployment(self, model: str) -> Json:
         """How `model` is served."""
-        return await self._run(operations.deployment(model), None)
+        return await self.run(operations.deployment(model), None)
 
     async def undeploy(self, model: str) -> None:
         """Serve it no longer."""
-        await self._run(operations.undeploy(model), None)
+        await self.run(operations.undeploy(model), None)
 
     # What is known about what was served.
 
     async def compare(self, model: str, a: str, b: str, metric: str) -> Json:
         """Two versions by one metric, with tests and confidence intervals."""
-        return await self._run(operations.compare(model, a, b, metric), None)
+        return await self.run(operations.compare(model, a, b, metric), None)
 
     async def alerts(self, model: str | None = None, state: str | None = None) -> list[Json]:
         """Drift alerts, newest first. `state`: open, acknowledged or resolved."""
-        return await self._run(operations.alerts(model, state), None)
+        return await self.run(operations.alerts(model, state), None)
 
     async def create_key(
         self,
@@ -191,9 +196,12 @@ class AsyncHeadrace:
         call = operations.create_key(
             name, scopes, rate_per_second=rate_per_second, burst=burst, models=models
         )
-        return await self._run(call, None)
+        return await self.run(call, None)
 
-    async def _run(self, call: Exchange[T], timeout: float | None) -> T:
+    # For the calls of other modules.
+
+    async def run(self, call: Exchange[T], timeout: float | None) -> T:
+        """Carry out `call` within `timeout` seconds, by default those of the client."""
         budget = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + budget
         attempt = 0
@@ -212,6 +220,24 @@ class AsyncHeadrace:
                     raise error_of(failure)
                 raise transport_error(failure, str(self._http.base_url)) from failure
             await asyncio.sleep(pause)
+
+    @contextlib.asynccontextmanager
+    async def stream(self, call: Exchange[Any], timeout: float) -> AsyncIterator[httpx.Response]:
+        """The answer of `call`, to be read piece by piece; `timeout` is the longest silence. Not retried."""
+        try:
+            async with self._http.stream(
+                call.method,
+                call.path,
+                params=dict(call.params) or None,
+                headers=dict(call.headers),
+                timeout=timeout,
+            ) as answer:
+                if not answer.is_success:
+                    await answer.aread()
+                    raise error_of(answer)
+                yield answer
+        except httpx.TransportError as error:
+            raise transport_error(error, str(self._http.base_url)) from error
 
     async def _send(self, call: Exchange[Any], timeout: float) -> httpx.Response:
         content = _off_the_loop(call.content) if callable(call.content) else call.content

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from headrace_client.client import DEFAULT_URL, Headrace
+from headrace_client.batch_cli import batch_app, dlq_app, files_app
+from headrace_client.client import DEFAULT_URL
+from headrace_client.commands import (
+    AsJson,
+    CommandFailed,
+    Key,
+    Url,
+    connected,
+    pair_of,
+    print_json,
+    upload_bar,
+    value_of,
+)
 from headrace_client.errors import HeadraceError
-
-T = TypeVar("T")
 
 app = typer.Typer(help="Headrace: serve models, split their traffic, watch them.", no_args_is_help=True)
 models_app = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
-
-Url = Annotated[str, typer.Option("--url", envvar="HEADRACE_URL", help="Where the gateway answers.")]
-Key = Annotated[
-    str | None,
-    typer.Option(
-        "--key", envvar="HEADRACE_API_KEY", help="API key; otherwise .headrace/admin.key.", show_default=False
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print what the server answered.")]
-
-
-class CommandFailed(Exception):
-    """One sentence for standard error, and exit code 1."""
+app.add_typer(batch_app, name="batch")
+app.add_typer(files_app, name="files")
+app.add_typer(dlq_app, name="dlq")
 
 
 def main() -> None:
@@ -56,26 +52,6 @@ def main() -> None:
 def _refuse(sentence: str) -> None:
     sys.stderr.write(f"headrace: {sentence}\n")
     sys.exit(1)
-
-
-@contextmanager
-def _client(url: str, key: str | None) -> Iterator[Headrace]:
-    with Headrace(url, key or _kept_key()) as client:
-        yield client
-
-
-def _kept_key() -> str | None:
-    """The key that `up` wrote, of the nearest folder upwards that has one."""
-    for folder in (Path.cwd(), *Path.cwd().parents):
-        file = folder / ".headrace" / "admin.key"
-        if file.is_file():
-            try:
-                return file.read_text().strip()
-            except PermissionError:
-                raise CommandFailed(
-                    f"{file} belongs to somebody else: give --key or HEADRACE_API_KEY."
-                ) from None
-    return None
 
 
 # The stack on this machine.
@@ -153,45 +129,36 @@ def push(  # noqa: PLR0913 - options of a command line
     if backend:
         metadata["backend"] = backend
     if metrics:
-        metadata["metrics"] = _value(metrics, "--metrics")
+        metadata["metrics"] = value_of(metrics, "--metrics")
     if tag:
-        metadata["tags"] = dict(_pair(text, "--tag") for text in tag)
+        metadata["tags"] = dict(pair_of(text, "--tag") for text in tag)
     if feature_names:
         if input_name is None:
             raise CommandFailed(
                 "--feature-names needs --input-name: the model's input that has these columns."
             )
-        columns = (
-            _value(feature_names, "--feature-names") if feature_names[0] in "@[" else feature_names.split(",")
-        )
+        is_json = feature_names[0] in "@["
+        columns = value_of(feature_names, "--feature-names") if is_json else feature_names.split(",")
         metadata["signature"] = {"inputs": [{"name": input_name, "columns": columns}]}
-    with _client(url, key) as client, _upload_bar(name) as progress:
+    with connected(url, key) as client, upload_bar(name) as progress:
         pushed = client.push_model(
             name, files, version=version, description=description, metadata=metadata, progress=progress
         )
     if alias:
-        with _client(url, key) as client:
+        with connected(url, key) as client:
             client.set_alias(name, alias, pushed["version"])
     Console().print(
         f"{name} version [bold]{pushed['version']}[/] ({pushed['artifact_digest'][:19]})", highlight=False
     )
 
 
-@contextmanager
-def _upload_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"pushing {name}", total=None)
-        yield lambda sent, total: bar.update(task, completed=sent, total=total)
-
-
 @models_app.command("list")
 def list_models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
     """All models with their aliases."""
-    with _client(url, key) as client:
+    with connected(url, key) as client:
         found = list(client.models())
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("model", "aliases", "description"):
@@ -214,10 +181,10 @@ def deploy(
     """Serve a model by these versions."""
     weights = dict(_share(text) for text in shares)
     options: dict[str, Any] = {"pool": pool} if pool else {}
-    with _client(url, key) as client:
+    with connected(url, key) as client:
         deployed = client.deploy(name, weights, **options)
     if as_json:
-        _print_json(deployed)
+        print_json(deployed)
         return
     split = ", ".join(f"{it['version']} {it['weight']:g}%" for it in deployed["versions"])
     Console().print(f"{name}: {split} (revision {deployed['revision']})", highlight=False)
@@ -234,9 +201,9 @@ def predict(
     key: Key = None,
 ) -> None:
     """One prediction."""
-    with _client(url, key) as client:
-        answer = client.predict(model, _value(inputs, "--inputs"), user_id=user, version=version)
-    _print_json(
+    with connected(url, key) as client:
+        answer = client.predict(model, value_of(inputs, "--inputs"), user_id=user, version=version)
+    print_json(
         {name: getattr(answer, name) for name in answer.__slots__ if getattr(answer, name) is not None}
     )
 
@@ -252,7 +219,7 @@ def create_key(
     key: Key = None,
 ) -> None:
     """A new API key. It is shown this once: on standard output, everything else on standard error."""
-    with _client(url, key) as client:
+    with connected(url, key) as client:
         made = client.create_key(
             name, tuple(scope or ("predict",)), rate_per_second=rate, burst=burst, models=tuple(model or ())
         )
@@ -262,38 +229,11 @@ def create_key(
     typer.echo(made.key)
 
 
-def _value(text: str, option: str) -> Any:
-    try:
-        if text == "-":
-            return json.loads(sys.stdin.read())
-        return json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
-    except OSError as error:
-        raise CommandFailed(f"{option}: {text[1:]} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise CommandFailed(f"{option} is not JSON: {error}.") from None
-
-
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=")
-    if not equals or not name:
-        raise CommandFailed(f"{option} {text!r} must look like name=value.")
-    return name, value
-
-
 def _share(text: str) -> tuple[str, float]:
-    version, weight = _pair(text, "A share")
+    version, weight = pair_of(text, "A share")
     try:
         return version, float(weight)
     except ValueError:
         raise CommandFailed(
             f"{text!r}: the weight must be a number of percent, such as {version}=90."
         ) from None
-
-
-def _print_json(value: Any) -> None:
-    if not isinstance(value, dict):
-        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-        return
-    # One line per field: an embedding of hundreds of numbers stays one line.
-    lines = [f"  {json.dumps(name)}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items()]
-    typer.echo("{\n" + ",\n".join(lines) + "\n}")

@@ -13,6 +13,7 @@ import httpx
 from numpy.typing import ArrayLike
 
 from headrace_client import operations
+from headrace_client.batch_calls import AsyncPredictions, Batches, DeadLetters, Files
 from headrace_client.errors import Conflict
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
@@ -46,6 +47,10 @@ class Headrace:
         self._retries = retries
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self.batches = Batches(self)
+        self.files = Files(self)
+        self.async_predictions = AsyncPredictions(self)
+        self.dead_letters = DeadLetters(self)
 
     def close(self) -> None:
         """Close the connections."""
@@ -76,13 +81,13 @@ class Headrace:
         call = operations.predict(
             model, inputs, user_id=user_id, version=version, outputs=outputs, single=single
         )
-        return self._run(call, timeout)
+        return self.run(call, timeout)
 
     def embed(
         self, model: str, texts: Sequence[str], *, version: str | None = None, timeout: float | None = None
     ) -> Embeddings:
         """One vector per text."""
-        return self._run(operations.embed(model, texts, version=version), timeout)
+        return self.run(operations.embed(model, texts, version=version), timeout)
 
     def infer(
         self,
@@ -96,11 +101,11 @@ class Headrace:
     ) -> Inference:
         """The Open Inference Protocol with binary tensors: arrays in, arrays out."""
         call = operations.infer(model, inputs, version=version, outputs=outputs, request_id=request_id)
-        return self._run(call, timeout)
+        return self.run(call, timeout)
 
     def outcomes(self, given: Iterable[Outcome], *, timeout: float | None = None) -> list[str]:
         """Report what became of predictions; returns an event id for each."""
-        return self._run(operations.outcomes(given), timeout)
+        return self.run(operations.outcomes(given), timeout)
 
     # Models and their serving.
 
@@ -124,28 +129,28 @@ class Headrace:
         wanted = dict(metadata or {}) | ({"version": version} if version is not None else {})
         upload = Upload.of(wanted, paths, progress)
         with contextlib.suppress(Conflict):  # it is there already
-            self._run(operations.create_model(name, description), None)
-        return self._run(operations.push_version(name, upload), timeout)
+            self.run(operations.create_model(name, description), None)
+        return self.run(operations.push_version(name, upload), timeout)
 
     def models(self) -> Iterator[Json]:
         """All models, page by page."""
         after: str | None = ""
         while after is not None:
-            page = self._run(operations.models(after), None)
+            page = self.run(operations.models(after), None)
             yield from page["models"]
             after = page["next"]
 
     def model(self, name: str) -> Json:
         """One model with its aliases."""
-        return self._run(operations.model(name), None)
+        return self.run(operations.model(name), None)
 
     def versions(self, model: str) -> list[Json]:
         """All versions of a model."""
-        return self._run(operations.versions(model), None)
+        return self.run(operations.versions(model), None)
 
     def set_alias(self, model: str, alias: str, version: str) -> Json:
         """Let `alias` (champion, challenger, …) stand for `version`."""
-        return self._run(operations.set_alias(model, alias, version), None)
+        return self.run(operations.set_alias(model, alias, version), None)
 
     def deploy(
         self,
@@ -156,25 +161,25 @@ class Headrace:
         **options: Any,
     ) -> Json:
         """Serve `model` by these versions, weights in percent. `options`: pool, batching, balancing, …"""
-        return self._run(operations.deploy(model, weights, variants=variants, options=options), None)
+        return self.run(operations.deploy(model, weights, variants=variants, options=options), None)
 
     def deployment(self, model: str) -> Json:
         """How `model` is served."""
-        return self._run(operations.deployment(model), None)
+        return self.run(operations.deployment(model), None)
 
     def undeploy(self, model: str) -> None:
         """Serve it no longer."""
-        self._run(operations.undeploy(model), None)
+        self.run(operations.undeploy(model), None)
 
     # What is known about what was served.
 
     def compare(self, model: str, a: str, b: str, metric: str) -> Json:
         """Two versions by one metric, with tests and confidence intervals."""
-        return self._run(operations.compare(model, a, b, metric), None)
+        return self.run(operations.compare(model, a, b, metric), None)
 
     def alerts(self, model: str | None = None, state: str | None = None) -> list[Json]:
         """Drift alerts, newest first. `state`: open, acknowledged or resolved."""
-        return self._run(operations.alerts(model, state), None)
+        return self.run(operations.alerts(model, state), None)
 
     def create_key(
         self,
@@ -189,9 +194,12 @@ class Headrace:
         call = operations.create_key(
             name, scopes, rate_per_second=rate_per_second, burst=burst, models=models
         )
-        return self._run(call, None)
+        return self.run(call, None)
 
-    def _run(self, call: Exchange[T], timeout: float | None) -> T:
+    # For the calls of other modules.
+
+    def run(self, call: Exchange[T], timeout: float | None) -> T:
+        """Carry out `call` within `timeout` seconds, by default those of the client."""
         budget = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + budget
         attempt = 0
@@ -210,6 +218,24 @@ class Headrace:
                     raise error_of(failure)
                 raise transport_error(failure, str(self._http.base_url)) from failure
             time.sleep(pause)
+
+    @contextlib.contextmanager
+    def stream(self, call: Exchange[Any], timeout: float) -> Iterator[httpx.Response]:
+        """The answer of `call`, to be read piece by piece; `timeout` is the longest silence. Not retried."""
+        try:
+            with self._http.stream(
+                call.method,
+                call.path,
+                params=dict(call.params) or None,
+                headers=dict(call.headers),
+                timeout=timeout,
+            ) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise error_of(answer)
+                yield answer
+        except httpx.TransportError as error:
+            raise transport_error(error, str(self._http.base_url)) from error
 
     def _send(self, call: Exchange[Any], timeout: float) -> httpx.Response:
         content = call.content() if callable(call.content) else call.content

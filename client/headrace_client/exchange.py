@@ -49,6 +49,9 @@ def error_of(response: httpx.Response) -> HeadraceError:
     except ValueError:
         body = None
     said = body if isinstance(body, dict) else {}
+    if isinstance(said.get("error"), dict):  # OpenAI's shape
+        inner = said["error"]
+        said = {"detail": inner.get("message"), "code": inner.get("code"), "field": inner.get("param")}
     message = said.get("detail") or said.get("error") or said.get("title")
     return BY_STATUS.get(response.status_code, HeadraceError)(
         str(message or f"The server answered {response.status_code}."),

@@ -88,10 +88,16 @@ class Upload:
         return f"{head}Content-Type: application/json\r\n\r\n{text}\r\n".encode()
 
     def _file_head(self, name: str) -> bytes:
-        # As browsers escape it (HTML standard, multipart/form-data encoding).
-        quoted = name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
-        head = f'--{self.boundary}\r\nContent-Disposition: form-data; name="files"; filename="{quoted}"\r\n'
+        head = (
+            f"--{self.boundary}\r\n"
+            f'Content-Disposition: form-data; name="files"; filename="{quoted(name)}"\r\n'
+        )
         return f"{head}Content-Type: application/octet-stream\r\n\r\n".encode()
 
     def _end(self) -> bytes:
         return f"--{self.boundary}--\r\n".encode()
+
+
+def quoted(name: str) -> str:
+    """A file's name as browsers escape it (HTML standard, multipart/form-data encoding)."""
+    return name.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")

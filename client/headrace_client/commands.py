@@ -1,0 +1,84 @@
+"""What the commands share: where the gateway is, with which key, and how values are read and printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from headrace_client.client import Headrace
+
+Url = Annotated[str, typer.Option("--url", envvar="HEADRACE_URL", help="Where the gateway answers.")]
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key", envvar="HEADRACE_API_KEY", help="API key; otherwise .headrace/admin.key.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print what the server answered.")]
+
+
+class CommandFailed(Exception):
+    """One sentence for standard error, and exit code 1."""
+
+
+@contextmanager
+def connected(url: str, key: str | None) -> Iterator[Headrace]:
+    with Headrace(url, key or _kept_key()) as client:
+        yield client
+
+
+def _kept_key() -> str | None:
+    """The key that `up` wrote, of the nearest folder upwards that has one."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        file = folder / ".headrace" / "admin.key"
+        if file.is_file():
+            try:
+                return file.read_text().strip()
+            except PermissionError:
+                raise CommandFailed(
+                    f"{file} belongs to somebody else: give --key or HEADRACE_API_KEY."
+                ) from None
+    return None
+
+
+def value_of(text: str, option: str) -> Any:
+    try:
+        if text == "-":
+            return json.loads(sys.stdin.read())
+        return json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except OSError as error:
+        raise CommandFailed(f"{option}: {text[1:]} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise CommandFailed(f"{option} is not JSON: {error}.") from None
+
+
+def pair_of(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not equals or not name:
+        raise CommandFailed(f"{option} {text!r} must look like name=value.")
+    return name, value
+
+
+def print_json(value: Any) -> None:
+    if not isinstance(value, dict):
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        return
+    # One line per field: an embedding of hundreds of numbers stays one line.
+    lines = [f"  {json.dumps(name)}: {json.dumps(item, ensure_ascii=False)}" for name, item in value.items()]
+    typer.echo("{\n" + ",\n".join(lines) + "\n}")
+
+
+@contextmanager
+def upload_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"pushing {name}", total=None)
+        yield lambda sent, total: bar.update(task, completed=sent, total=total)
