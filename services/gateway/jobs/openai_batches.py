@@ -82,10 +82,14 @@ class OpenAIBatches:
     """The batches of all keys. Methods raise Unavailable while the database is away, NotFound for what is
     not the reader's."""
 
-    def __init__(self, backend: Callable[[], Backend], files: Files, clock: Clock) -> None:
+    def __init__(
+        self, backend: Callable[[], Backend], files: Files, clock: Clock, changed: Callable[[], None]
+    ) -> None:
+        """`changed` is called when somebody should look at the batches."""
         self._backend = backend
         self._files = files
         self._clock = clock
+        self._changed = changed
 
     async def create(self, request: BatchRequest, reader: Reader) -> OpenAIBatchRow:
         """A new batch; its file is read later. Raises InvalidArgument where it can be none."""
@@ -122,6 +126,7 @@ class OpenAIBatches:
         )
         async with transaction(self._backend().engine) as session:
             session.add(row)
+        self._changed()
         return row
 
     async def get(self, batch_id: str, reader: Reader) -> OpenAIBatchRow:
@@ -165,6 +170,7 @@ class OpenAIBatches:
                 row.cancelling_at = now
                 if row.state == "running":
                     row.due_at = now
+        self._changed()
         return row
 
 

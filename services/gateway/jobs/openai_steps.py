@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -82,6 +82,11 @@ class OpenAISteps:
         self._catalogue = catalogue
         self._keys = keys
         self._clock = clock
+        self._news = asyncio.Event()
+
+    def wake(self) -> None:
+        """There is something to do now."""
+        self._news.set()
 
     async def running(self) -> None:
         """Take one step after another until cancelled. Run several for several batches at once."""
@@ -95,7 +100,10 @@ class OpenAISteps:
                 log.exception("openai_batches_failed")
                 worked = False
             if not worked:
-                await asyncio.sleep(_IDLE_S)
+                self._news.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_IDLE_S):
+                        await self._news.wait()
 
     async def step(self) -> bool:
         """Take the next step that is due; False where none is."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -13,11 +12,11 @@ from starlette.responses import Response, StreamingResponse
 
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument
-from services.gateway.jobs.openai_batches import JobCounts, OpenAIBatches, batch_json, decode_batch
+from services.gateway.jobs.openai_batches import JobCounts, batch_json, decode_batch
 from services.gateway.jobs.openai_files import Files, Reader
+from services.gateway.jobs.openai_runtime import OpenAIParts
 from services.gateway.jobs.openai_steps import PLATFORM
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
-from services.gateway.jobs.service import JobService
 from services.gateway.keys import KeyRing, Scope
 from services.gateway.reading import BodyBudget
 from services.gateway.rest.door import authenticated, bounded_body
@@ -26,15 +25,6 @@ from services.gateway.rest.multipart import receive_form
 _MAX_FILES_PAGE, _FILES_PAGE = 10_000, 10_000
 _MAX_BATCHES_PAGE, _BATCHES_PAGE = 100, 20
 _BODY_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class OpenAIParts:
-    """What the routes are made of."""
-
-    files: Files
-    batches: OpenAIBatches
-    jobs: JobService
 
 
 def openai_routes(parts: OpenAIParts, keys: KeyRing, clock: Clock, bodies: BodyBudget) -> APIRouter:

@@ -1,0 +1,52 @@
+"""OpenAI's files and batches, wired and kept going beside real-time serving."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.clock import Clock
+from services.gateway.catalogue import Catalogue
+from services.gateway.jobs.openai_batches import OpenAIBatches
+from services.gateway.jobs.openai_files import Files
+from services.gateway.jobs.openai_steps import OpenAISteps
+from services.gateway.jobs.service import JobService
+from services.gateway.keys import KeyRing
+
+#: Batches that take a step at the same time.
+_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIParts:
+    """What the routes are made of."""
+
+    files: Files
+    batches: OpenAIBatches
+    jobs: JobService
+
+
+@asynccontextmanager
+async def openai_running(
+    jobs: JobService, catalogue: Catalogue, keys: KeyRing, clock: Clock, folder: Path, max_file_bytes: int
+) -> AsyncIterator[OpenAIParts]:
+    """Files and batches while the block runs. `folder` is this process's own, for what is on its way; what a
+    killed one left there is removed."""
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    files = Files(jobs.ready, clock, folder, max_bytes=max_file_bytes)
+    steps = OpenAISteps(
+        backend=jobs.ready, files=files, jobs=jobs, catalogue=catalogue, keys=keys, clock=clock
+    )
+    batches = OpenAIBatches(jobs.ready, files, clock, steps.wake)
+    tasks = [asyncio.create_task(steps.running(), name=f"openai-batches-{n}") for n in range(_AT_ONCE)]
+    tasks.append(asyncio.create_task(files.sweeping(), name="files-sweep"))
+    try:
+        yield OpenAIParts(files, batches, jobs)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
