@@ -6,7 +6,7 @@ import asyncio
 import functools
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -14,17 +14,19 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from services.common.bus import Bus, KafkaBus, Table
+from services.common.bus.admin import ensure_topics
 from services.common.clock import Clock
 from services.common.errors import Unavailable
 from services.common.frames import FrameCalls
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
-from services.common.topics import DEPLOYMENTS, KEYS
+from services.common.topics import DEPLOYMENTS, KEYS, Topic
 from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
 from services.gateway.followed import followed
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
+from services.gateway.jobs.runtime import Around, JobSettings, jobs_running
 from services.gateway.keys import KeyRing
 from services.gateway.leases import leased
 from services.gateway.metrics import GatewayMetrics
@@ -36,6 +38,8 @@ from services.gateway.router_client import RouterClient, WaitingRoom
 from services.gateway.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+_TOPICS_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,16 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         router = RouterClient(await _channels(stack, cfg, process, waiting), waiting, admission)
         services = upstreams(cfg.registry_url, cfg.analytics_url, cfg.drift_url)
         client = await enter(management_client(cfg.internal_token, services))
+        around = Around(
+            bus=events,
+            ensure=functools.partial(_ensure_topics, cfg, is_memory=bus is not None),
+            catalogue=catalogue,
+            keys=keys,
+            registry=registry,
+            clock=clock,
+            is_known=lambda: all(table.caught_up for table in tables),
+        )
+        jobs = await enter(jobs_running(_job_settings(cfg, process), around))
 
         service = PredictService(
             catalogue=catalogue,
@@ -99,7 +113,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             limits=limits,
         )
         stack.callback(service.close)
-        parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services)
+        parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services, jobs)
         front = HotFront(service, HttpLimits(max_connections=cfg.max_connections), hot=cfg.hot_routes)
         health.add_check("control", lambda: _unknown(tables, keys))
         health.add_check("router", lambda: None if router.usable else "no router can be reached")
@@ -147,8 +161,31 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         finally:
             health.start_draining()
             front.draining = True
+            jobs.close()
             await oip.announce_end()
             await asyncio.sleep(cfg.drain_notice_s)
+
+
+def _job_settings(cfg: Settings, process: str) -> JobSettings:
+    return JobSettings(
+        owner=process,
+        database_url=cfg.database_url,
+        artifact_store_url=cfg.artifact_store_url,
+        artifact_store_options=cfg.artifact_store_options(),
+        input_allow=cfg.batch_input_allow,
+        partitions=cfg.batch_partitions,
+        callback_allow=cfg.callback_allow,
+        callback_secret=cfg.callback_secret,
+        max_jobs_per_key=cfg.batch_max_jobs_per_key,
+        retention_s=cfg.batch_retention_s,
+    )
+
+
+async def _ensure_topics(cfg: Settings, topics: Sequence[Topic], *, is_memory: bool) -> None:
+    if not is_memory:
+        await ensure_topics(
+            cfg.kafka_bootstrap_servers, topics, replication=cfg.kafka_replication, timeout=_TOPICS_S
+        )
 
 
 async def _channels(

@@ -6,10 +6,16 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from services.common.settings import CommaSeparated, Port, RedisSettings, ServiceSettings
+from services.common.settings import (
+    ArtifactSettings,
+    CommaSeparated,
+    Port,
+    RedisSettings,
+    ServiceSettings,
+)
 
 
-class Settings(ServiceSettings, RedisSettings):
+class Settings(ServiceSettings, RedisSettings, ArtifactSettings):
     """What the gateway reads. Durations are seconds, sizes bytes."""
 
     http_port: Port = 8000
@@ -44,6 +50,24 @@ class Settings(ServiceSettings, RedisSettings):
     control_wait_s: Annotated[float, Field(gt=0)] = 10.0
     #: Several gateways on one port, where the kernel spreads the connections.
     reuse_port: bool = False
+
+    #: Batch jobs need a database and the artifact store; without them the gateway serves and takes none.
+    database_url: Annotated[str, Field(repr=False, pattern=r"^postgres(ql)?://")] = ""
+    artifact_store_url: Annotated[str, Field(pattern=r"^(file:///|s3://)")] = ""
+    #: Where inputs of jobs may lie: prefixes such as `file:///srv/data/` or `s3://bucket/inputs/`. Workers
+    #: are told the same.
+    batch_input_allow: CommaSeparated = ("store://files/",)
+    #: Partitions of a pool's chunks: how many workers can share them.
+    batch_partitions: Annotated[int, Field(gt=0, le=1024)] = 8
+    batch_max_jobs_per_key: Annotated[int, Field(gt=0)] = 1000
+    #: How long jobs and their results are kept after their end.
+    batch_retention_s: Annotated[float, Field(gt=0)] = 30 * 24 * 3600.0
+    #: Hosts that callbacks may go to, wherever they lie; `public` stands for every public address.
+    callback_allow: CommaSeparated = ("public",)
+    #: Signs callbacks; without it jobs with a callback are refused.
+    callback_secret: Annotated[str, Field(repr=False)] = ""
+    #: Copies of the topics that jobs make.
+    kafka_replication: Annotated[int, Field(gt=0)] = 1
 
     @model_validator(mode="after")
     def _some_router(self) -> Settings:

@@ -17,10 +17,12 @@ from services.common.lifecycle import Health
 from services.common.telemetry import Tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.gateway.catalogue import Catalogue
+from services.gateway.jobs.service import JobService
 from services.gateway.keys import KeyRing
 from services.gateway.keys import Scope as KeyScope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictService
+from services.gateway.rest.batch import JobRoutes
 from services.gateway.rest.door import RequestIds, authenticated, bounded_body, install_errors
 from services.gateway.rest.hot_routes import hot_routes
 from services.gateway.rest.management import Upstream, management_routes
@@ -43,6 +45,7 @@ class Parts:
     clock: Clock
     client: httpx.AsyncClient
     upstreams: tuple[Upstream, ...]
+    jobs: JobService
 
 
 def rest_app(parts: Parts) -> ASGIApp:
@@ -58,6 +61,9 @@ def rest_app(parts: Parts) -> ASGIApp:
     app.include_router(
         v2_routes(parts.catalogue, parts.keys, parts.health, parts.metrics, parts.clock, parts.service.bodies)
     )
+    service = parts.service
+    jobs = JobRoutes(parts.jobs, parts.keys, parts.clock, service.limits, service.bodies)
+    app.include_router(jobs.router())
     app.include_router(management_routes(parts.client, parts.upstreams, parts.keys, parts.clock))
 
     @app.post("/v1/outcomes", status_code=202, tags=["outcomes"], summary="Say what became of predictions")
