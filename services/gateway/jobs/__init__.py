@@ -1,8 +1,10 @@
 """Jobs over many rows.
 
 Read in this order: specs (what is asked for), tables, views, progress (what is told), sizing and splitting/
-(cutting inputs), decisions (what happens next; pure), repository (what is stored, one transaction per
-decision), pools (what workers say of themselves), publishing, controller (acts), consumers (records from
-Kafka), results and formats (what comes out), watching and events (progress), addresses and callbacks
-(webhooks), retention, service (what routes call), routes, runtime (all of it in the background), metrics.
+(cutting inputs), decisions (what happens next; pure), repository (what is stored), changes (one transaction
+per decision), pools (what workers say of themselves), publishing, controller (acts), losses (what the broker
+lost), consumers (records from Kafka), results and formats (what comes out), watching and events (progress),
+addresses and callbacks (webhooks), retention, backend, service (what routes call; the routes are
+rest/batch.py), metrics, runtime (all of it, in the background). Beside them, openai_*: the Batch API of
+OpenAI on top.
 """

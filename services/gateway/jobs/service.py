@@ -78,6 +78,10 @@ class JobService:
         self._clock = clock
         self._limits = limits
 
+    def close(self) -> None:
+        """The process ends: whoever follows a job asks another gateway."""
+        self._watching.close()
+
     def ready(self) -> Backend:
         """Database and store, for what else lives in the schema `gateway`."""
         return self._availability.ready()
