@@ -43,6 +43,7 @@ _IN_THREAD_BYTES = 64 << 10
 MAX_PAGE = 100
 _FILES = "store://files/"
 _RETRY_MS = 10_000
+_DEFAULT_POOL = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class JobService:
             "model": model.name,
             "version": version.name,
             "artifact_digest": version.artifact_digest,
-            "pool": model.pool,
+            "pool": model.pool or _DEFAULT_POOL,
             "state": "validating",
             "input_format": spec.input_format,
             "output_format": spec.output_format,
