@@ -7,21 +7,24 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 COLORS = ("#1f6feb", "#d4720b", "#2e8b57", "#8250df", "#c2255c", "#57606a")
+#: From few to many, for what has an order.
+SHADES = ("#9ecbff", "#4a9eff", "#1f6feb", "#0a3d91", "#05204a")
 FONT = "font-family='system-ui,sans-serif'"
 
 
 def bars(title: str, series: Mapping[str, Mapping[str, float]]) -> str:
-    """Horizontal bars: a group for each name, in it a bar for each key of its values."""
+    """Horizontal bars: a group for each name, in it a bar for each key of its values. Shades show
+    the keys' order."""
     names = list(series)
     keys = list(dict.fromkeys(key for values in series.values() for key in values))
-    top, left, width, bar, gap = 56, 270, 430, 13, 12
+    top, left, width, bar, gap = 56, 170, 480, 14, 14
     group = bar * len(keys) + gap
     height = top + group * len(names) + 16
     most = max((value for values in series.values() for value in values.values()), default=1.0) or 1.0
     out = [_open(left + width + 90, height), _text(12, 24, title, size=15, weight="600")]
     for index, key in enumerate(keys):
-        x = left + index * 90
-        out.append(f"<rect x='{x}' y='36' width='11' height='11' fill='{COLORS[index]}'/>")
+        x = left - 150 + index * 140
+        out.append(f"<rect x='{x}' y='36' width='11' height='11' fill='{SHADES[index % len(SHADES)]}'/>")
         out.append(_text(x + 16, 46, key))
     for row, name in enumerate(names):
         y = top + row * group
@@ -33,7 +36,8 @@ def bars(title: str, series: Mapping[str, Mapping[str, float]]) -> str:
             length = max(1.0, value / most * width)
             at = y + index * bar
             out.append(
-                f"<rect x='{left}' y='{at}' width='{length:.1f}' height='{bar - 2}' fill='{COLORS[index]}'/>"
+                f"<rect x='{left}' y='{at}' width='{length:.1f}' height='{bar - 2}' "
+                f"fill='{SHADES[index % len(SHADES)]}'/>"
             )
             out.append(_text(left + length + 6, at + bar - 3, f"{value:,.0f}", size=11))
     return "\n".join([*out, "</svg>\n"])

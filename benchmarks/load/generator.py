@@ -32,6 +32,7 @@ from benchmarks.load.requests import read_requests
 
 #: uvloop rounds this to a millisecond: a request is up to that late, which its latency includes.
 TICK_S = 0.001
+RECONNECT_S = 0.05
 REFUSED = (429, 503)
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked", re.IGNORECASE)
@@ -54,6 +55,8 @@ class Tally:
     #: Answers that do not count because they came after the patience was over.
     late: int = 0
     refused_without_retry_after: int = 0
+    #: Attempts to connect again, after a connection was lost, that failed.
+    not_connected: int = 0
     #: Every response, also those outside the measured time.
     responses: int = 0
 
@@ -86,7 +89,7 @@ class Load:
         self._due: deque[float] = deque()
         self._scheduled = 0
         self.started = self.opens = self.closes = 0.0
-        self.over = False
+        self.over = self._ticking = False
         self.tally = Tally()
 
     def begin(self, warm_up_s: float, seconds: float) -> None:
@@ -138,10 +141,14 @@ class Load:
             task.add_done_callback(self._connecting.discard)
 
     async def _reconnect(self) -> None:
-        try:
-            await self.connect()
-        except OSError:
-            self.tally.note("connection refused")
+        while time.perf_counter() < self.closes + self._patience_s:
+            try:
+                await self.connect()
+            except OSError:
+                self.tally.not_connected += 1
+                await asyncio.sleep(RECONNECT_S)
+            else:
+                return
 
     def give_up(self) -> None:
         """The run is over: what waits for a connection was never sent, what is under way not answered."""
@@ -153,8 +160,8 @@ class Load:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is not answered yet."""
-        return bool(self._due) or any(connection.waits for connection in self.connections)
+        """Whether anything is not answered yet, or not even due."""
+        return self._ticking or bool(self._due) or any(connection.waits for connection in self.connections)
 
     def late(self, took: float) -> bool:
         """Whether an answer that took `took` seconds from when it was due came too late to be of use."""
@@ -180,7 +187,8 @@ class Load:
                 self._due.append(due)
         while self._due and now - self._due[0] > self._wait_s:
             self._abandon(self._due.popleft())
-        if now < self.closes:
+        self._ticking = now < self.closes
+        if self._ticking:
             loop.call_later(TICK_S, self._tick)
 
     def _send(self, connection: Connection, due: float) -> None:
@@ -304,6 +312,7 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
         "late": tally.late,
         "unanswered": tally.unanswered,
         "abandoned": tally.abandoned,
+        "not_connected": tally.not_connected,
         "responses": tally.responses,
         "other": tally.other,
         "p50_us": _quantile_us(tally.answered, 0.5),
