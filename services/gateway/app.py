@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import Bus, KafkaBus, Table
+from services.common.bus import Bus, DeadLetters, KafkaBus, Table
 from services.common.bus.admin import ensure_topics
 from services.common.clock import Clock
 from services.common.errors import Unavailable
@@ -26,6 +26,7 @@ from services.gateway.catalogue import Catalogue
 from services.gateway.followed import followed
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
+from services.gateway.jobs.openai_runtime import openai_running
 from services.gateway.jobs.runtime import Around, JobSettings, jobs_running
 from services.gateway.keys import KeyRing
 from services.gateway.leases import leased
@@ -102,6 +103,8 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             is_known=lambda: all(table.caught_up for table in tables),
         )
         jobs = await enter(jobs_running(_job_settings(cfg, process), around))
+        uploads = folder / "uploads" / process
+        openai = await enter(openai_running(jobs, catalogue, keys, clock, uploads, cfg.max_file_bytes))
 
         service = PredictService(
             catalogue=catalogue,
@@ -113,16 +116,25 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             limits=limits,
         )
         stack.callback(service.close)
-        parts = Parts(service, catalogue, keys, events, health, metrics, tracing, clock, client, services, jobs)
+        parts = Parts(
+            service,
+            catalogue,
+            keys,
+            events,
+            health,
+            metrics,
+            tracing,
+            clock,
+            client,
+            services,
+            jobs,
+            openai,
+            DeadLetters(cfg.kafka_bootstrap_servers, events.publish),
+        )
         front = HotFront(service, HttpLimits(max_connections=cfg.max_connections), hot=cfg.hot_routes)
         health.add_check("control", lambda: _unknown(tables, keys))
         health.add_check("router", lambda: None if router.usable else "no router can be reached")
-        gauge = metrics.gauge
-        gauge("headrace_gateway_connections", "Open HTTP connections.", lambda: len(front.connections))
-        gauge("headrace_gateway_in_flight", "Requests waiting for a router.", lambda: router.in_flight)
-        gauge("headrace_gateway_in_flight_limit", "What may be in flight.", lambda: admission.limit)
-        gauge("headrace_gateway_models", "Models in service.", lambda: len(catalogue))
-        gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
+        _gauges(metrics, front, router, admission, catalogue, keys)
 
         await _control_known(tables, cfg.control_wait_s, bool(len(keys)))
         oip = await enter(
@@ -166,6 +178,22 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             await asyncio.sleep(cfg.drain_notice_s)
 
 
+def _gauges(
+    metrics: GatewayMetrics,
+    front: HotFront,
+    router: RouterClient,
+    admission: Admission,
+    catalogue: Catalogue,
+    keys: KeyRing,
+) -> None:
+    gauge = metrics.gauge
+    gauge("headrace_gateway_connections", "Open HTTP connections.", lambda: len(front.connections))
+    gauge("headrace_gateway_in_flight", "Requests waiting for a router.", lambda: router.in_flight)
+    gauge("headrace_gateway_in_flight_limit", "What may be in flight.", lambda: admission.limit)
+    gauge("headrace_gateway_models", "Models in service.", lambda: len(catalogue))
+    gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
+
+
 def _job_settings(cfg: Settings, process: str) -> JobSettings:
     return JobSettings(
         owner=process,
@@ -199,6 +227,7 @@ async def _channels(
             role="gateway",
             instance=process,
             on_state=waiting.changed,
+            sealed=True,
         )
         stack.push_async_callback(calls.close)
         calls.start()

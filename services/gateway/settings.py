@@ -59,6 +59,8 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings):
     batch_input_allow: CommaSeparated = ("store://files/",)
     #: Partitions of a pool's chunks: how many workers can share them.
     batch_partitions: Annotated[int, Field(gt=0, le=1024)] = 8
+    #: Largest file that a key may upload as data of a job; files of OpenAI batches have 200 MB.
+    max_file_bytes: Annotated[int, Field(gt=0)] = 8 << 30
     batch_max_jobs_per_key: Annotated[int, Field(gt=0)] = 1000
     #: How long jobs and their results are kept after their end.
     batch_retention_s: Annotated[float, Field(gt=0)] = 30 * 24 * 3600.0

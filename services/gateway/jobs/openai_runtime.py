@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from services.gateway.keys import KeyRing
 
 #: Batches that take a step at the same time.
 _AT_ONCE = 2
+_LEFT_S = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,9 @@ class OpenAIParts:
 async def openai_running(
     jobs: JobService, catalogue: Catalogue, keys: KeyRing, clock: Clock, folder: Path, max_file_bytes: int
 ) -> AsyncIterator[OpenAIParts]:
-    """Files and batches while the block runs. `folder` is this process's own, for what is on its way; what a
-    killed one left there is removed."""
-    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    """Files and batches while the block runs. `folder` is this process's own, for what is on its way; what
+    killed ones left beside it is removed after a day."""
+    await asyncio.to_thread(_clear, folder.parent)
     files = Files(jobs.ready, clock, folder, max_bytes=max_file_bytes)
     steps = OpenAISteps(
         backend=jobs.ready, files=files, jobs=jobs, catalogue=catalogue, keys=keys, clock=clock
@@ -50,3 +52,10 @@ async def openai_running(
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _clear(parent: Path) -> None:
+    for folder in parent.glob("*"):
+        if time.time() - folder.stat().st_mtime > _LEFT_S:
+            shutil.rmtree(folder, ignore_errors=True)

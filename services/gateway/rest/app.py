@@ -17,15 +17,20 @@ from services.common.lifecycle import Health
 from services.common.telemetry import Tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.gateway.catalogue import Catalogue
+from services.gateway.jobs.async_requests import AsyncRequests
+from services.gateway.jobs.openai_runtime import OpenAIParts
 from services.gateway.jobs.service import JobService
 from services.gateway.keys import KeyRing
 from services.gateway.keys import Scope as KeyScope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictService
+from services.gateway.rest.async_routes import async_routes
 from services.gateway.rest.batch import JobRoutes
+from services.gateway.rest.dead_letter_routes import DeadLetterOffice, dead_letter_routes
 from services.gateway.rest.door import RequestIds, authenticated, bounded_body, install_errors
 from services.gateway.rest.hot_routes import hot_routes
 from services.gateway.rest.management import Upstream, management_routes
+from services.gateway.rest.openai_routes import openai_routes
 from services.gateway.rest.outcomes import parse_outcomes, publish_outcomes
 from services.gateway.rest.v2_routes import server_version, v2_health_routes, v2_routes
 from services.gateway.targets import target_of
@@ -46,6 +51,8 @@ class Parts:
     client: httpx.AsyncClient
     upstreams: tuple[Upstream, ...]
     jobs: JobService
+    openai: OpenAIParts
+    dead_letters: DeadLetterOffice
 
 
 def rest_app(parts: Parts) -> ASGIApp:
@@ -64,6 +71,12 @@ def rest_app(parts: Parts) -> ASGIApp:
     service = parts.service
     jobs = JobRoutes(parts.jobs, parts.keys, parts.clock, service.limits, service.bodies)
     app.include_router(jobs.router())
+    app.include_router(openai_routes(parts.openai, parts.keys, parts.clock, service.bodies))
+    later = AsyncRequests(parts.jobs, parts.catalogue)
+    app.include_router(
+        async_routes(later, parts.keys, parts.clock, service.bodies, service.limits.max_body_bytes)
+    )
+    app.include_router(dead_letter_routes(parts.dead_letters, parts.keys, parts.clock, service.bodies))
     app.include_router(management_routes(parts.client, parts.upstreams, parts.keys, parts.clock))
 
     @app.post("/v1/outcomes", status_code=202, tags=["outcomes"], summary="Say what became of predictions")
