@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictRequest, SealedReply
 from opentelemetry.trace import SpanContext
 
 from services.gateway.catalogue import ServedModel
+from services.gateway.keys import Key
+from services.gateway.plans import Plan
 from services.gateway.router_client import Cancellable
 from services.gateway.targets import Target
 
@@ -17,33 +19,65 @@ if TYPE_CHECKING:
     from services.gateway.dialects import Speaker
     from services.gateway.predict import PredictService
 
-#: Headers that a hot request is read by, and the attribute of Call that takes each.
+#: Headers that a hot request is read by, and the attribute of Head that takes each.
 HEADERS = {
     b"authorization": "authorization",
     b"x-api-key": "api_key",
     b"x-request-id": "caller_id",
     b"x-request-timeout-ms": "timeout",
+    b"x-request-priority": "priority",
     b"traceparent": "traceparent",
     b"inference-header-content-length": "json_length",
     b"content-encoding": "content_encoding",
 }
 
 
+class Head:
+    """What is said of a request before its body. Headers are raw bytes, None where absent."""
+
+    __slots__ = (
+        "api_key",
+        "authorization",
+        "caller_id",
+        "content_encoding",
+        "generation",
+        "json_length",
+        "key",
+        "length",
+        "plain",
+        "priority",
+        "target",
+        "timeout",
+        "traceparent",
+    )
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.authorization: bytes | None = None
+        self.api_key: bytes | None = None
+        self.caller_id: bytes | None = None
+        self.timeout: bytes | None = None
+        self.priority: bytes | None = None
+        self.traceparent: bytes | None = None
+        self.json_length: bytes | None = None
+        self.content_encoding: bytes | None = None
+        #: Bytes of the body; -1: not known beforehand.
+        self.length = -1
+        #: Whose key it carries, as of that generation of the key ring.
+        self.key: Key | None = None
+        self.generation = -1
+        #: Whether its bodies were of the most common form so far.
+        self.plain = True
+
+
 class Call(ABC):
     """A request and what was found out about it.
 
-    A transport fills in the header attributes (raw bytes, None where absent) and `body`, hands the call to
-    `PredictService.begin` and gets `answer` exactly once, unless it gives the call up by
-    `PredictService.abandon`. Defaults are class attributes: most calls set few of them.
+    A transport makes the head, sets `body`, hands the call to `PredictService.begin` and gets `answer`
+    exactly once, unless it gives the call up by `PredictService.abandon`. Defaults are class attributes: most
+    calls set few of them.
     """
 
-    authorization: bytes | None = None
-    api_key: bytes | None = None
-    caller_id: bytes | None = None
-    timeout: bytes | None = None
-    traceparent: bytes | None = None
-    json_length: bytes | None = None
-    content_encoding: bytes | None = None
     body: bytes | bytearray = b""
 
     # Set by PredictService and the speakers.
@@ -54,7 +88,14 @@ class Call(ABC):
     #: What the body asks for, seconds; 0: nothing.
     asked_timeout_s = 0.0
     started_ns = 0
+    #: A `Priority`.
+    priority = 0
     model: ServedModel | None = None
+    #: Where it is set, the answer is written by it.
+    plan: Plan | None = None
+    #: The serialized PredictRequest, and as a message where it was made as one.
+    payload = b""
+    request: PredictRequest
     #: Where the call is now, and so what cancels it by `ticket`.
     channel: Cancellable | None = None
     ticket = 0
@@ -64,17 +105,21 @@ class Call(ABC):
     v2: V2State | None = None
     trace_parent: SpanContext | None = None
     trace_context: SpanContext | None = None
-    request: PredictRequest
 
-    def __init__(self, service: PredictService, target: Target) -> None:
+    def __init__(self, service: PredictService, head: Head) -> None:
         self.service = service
-        self.target = target
-        self.speaker = service.speakers[target.dialect]
+        self.head = head
+        self.speaker = service.speakers[head.target.dialect]
+
+    @property
+    def target(self) -> Target:
+        """The route."""
+        return self.head.target
 
     @abstractmethod
     def answer(self, status: int, headers: bytes, body: bytes) -> None:
         """Send the answer. `headers` are whole lines, each with its CRLF, content-length not among them."""
 
-    def on_reply(self, reply: PredictReply) -> None:
+    def on_reply(self, reply: SealedReply) -> None:
         """What the router's channel calls."""
         self.service.finish(self, reply)

@@ -54,6 +54,8 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._models: dict[str, ServedModel] = {}
+        #: The model of a name, None where there is none.
+        self.find = self._models.get
 
     def apply(self, key: bytes, value: bytes | None) -> bool:
         """Take one record of the topic. Older revisions are ignored, which the answer False says. Raises

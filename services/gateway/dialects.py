@@ -11,11 +11,13 @@ from services.common.problems import problem_headers
 from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, openai, v2
+from services.gateway.codecs.compiled import decode_rows
 from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.keys import Key
+from services.gateway.plans import plan_of
 from services.gateway.targets import Dialect
 
-_JSON = b"content-type: application/json\r\n"
+JSON = b"content-type: application/json\r\n"
 _FALLBACK = b"x-headrace-fallback: true\r\n"
 #: The backend whose models say how many tokens a text has.
 _COUNTS_TOKENS = "embedding"
@@ -23,7 +25,13 @@ _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-l
 
 
 class Speaker(Protocol):
-    """One dialect. `read` sets `call.model` as soon as it is known; headers are lines with their CRLF."""
+    """One dialect. `read` sets `call.model` as soon as it is known; headers are lines with their CRLF.
+
+    `quick` gives the serialized request where the body is of the most common form, and sets `call.plan` by
+    which its answer is written; None, and nothing set, where `read` is needed. It raises nothing.
+    """
+
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None: ...
 
     def read(self, call: Call, key: Key, request: PredictRequest) -> None: ...
 
@@ -45,6 +53,9 @@ def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:
 class _Speaker:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
+
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        return None
 
     def _version(
         self, call: Call, key: Key, request: PredictRequest, model: str, asked: str
@@ -70,6 +81,41 @@ class _Speaker:
 class NativeSpeaker(_Speaker):
     """`/v1/predict` and `/v1/models/{model}/predict`."""
 
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        head = call.head
+        if not head.plain:
+            return None
+        body = decode_rows(call.body)
+        if body is None:
+            head.plain = False  # nor will the next of this client be
+            return None
+        name, named = body.model, head.target.model
+        if named and (name and name != named):
+            return None
+        name = named or name
+        plan = key.plans.get(name)
+        model = self._catalogue.find(name)
+        if plan is None or plan.model is not model:
+            plan = plan_of(key, model) if model is not None else None
+            if plan is None:
+                return None
+            key.plans[name] = plan
+        rows, row = body.inputs, body.input
+        if row is not None:
+            if rows is not None or not plan.takes_single_rows:
+                return None
+            rows = [row]
+        elif rows is None:
+            return None
+        request: bytes | None = plan.rows.serialized(rows, call.request_id, received_at_us, body.user_id)
+        if request is None:
+            return None
+        call.model = model
+        call.single = row is not None
+        if len(rows) == 1:
+            call.plan = plan
+        return request
+
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         body = native.decode_body(call.body)
         model = body.model
@@ -85,9 +131,9 @@ class NativeSpeaker(_Speaker):
         call.single = native.fill_request(request, version.signature, body)
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
-        return _JSON, native.encode_answer(
+        return JSON, native.encode_answer(
             call.request_id.hex(),
-            call.request.model,
+            _name(call),
             self._answered_by(call, reply).signature,
             reply,
             single=call.single,
@@ -102,6 +148,9 @@ class NativeSpeaker(_Speaker):
 class EmbedSpeaker(NativeSpeaker):
     """`/v1/embed`."""
 
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        return None
+
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         super().read(call, key, request)
         served = call.model
@@ -110,8 +159,8 @@ class EmbedSpeaker(NativeSpeaker):
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
         signature = self._answered_by(call, reply).signature
-        return _JSON, native.encode_embeddings(
-            call.request_id.hex(), call.request.model, signature, reply, latency_ms
+        return JSON, native.encode_embeddings(
+            call.request_id.hex(), _name(call), signature, reply, latency_ms
         )
 
 
@@ -121,7 +170,7 @@ class V2Speaker(_Speaker):
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         target = call.target
         version = self._version(call, key, request, target.model, target.version)
-        asked, binary = v2.decode_request(call.body, call.json_length)
+        asked, binary = v2.decode_request(call.body, call.head.json_length)
         call.asked_timeout_s = v2.timeout_of(asked.parameters)
         call.v2 = v2.fill_request(request, version.signature, asked, binary)
 
@@ -129,14 +178,14 @@ class V2Speaker(_Speaker):
         state = call.v2
         if state is None:
             raise ValueError("a reply to a request that was not read")
-        body, json_length = v2.encode_answer(call.request.model, state, call.request_id.hex(), reply)
-        headers = _JSON if json_length is None else _BINARY % json_length
+        body, json_length = v2.encode_answer(_name(call), state, call.request_id.hex(), reply)
+        headers = JSON if json_length is None else _BINARY % json_length
         return (headers + _FALLBACK if reply.fallback else headers), body
 
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
         status, body = as_oip(error)
         headers = [pair for pair in problem_headers(error) if pair[0] != b"content-type"]
-        return status, _JSON + _lines(headers), body
+        return status, JSON + _lines(headers), body
 
 
 class OpenAIEmbeddingsSpeaker(_Speaker):
@@ -153,12 +202,16 @@ class OpenAIEmbeddingsSpeaker(_Speaker):
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
         signature = self._answered_by(call, reply).signature
-        return _JSON, openai.encode_embeddings(call.request.model, signature, reply, base64=call.base64)
+        return JSON, openai.encode_embeddings(_name(call), signature, reply, base64=call.base64)
 
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
         status, body = as_openai(error)
         headers = [pair for pair in problem_headers(error) if pair[0] != b"content-type"]
-        return status, _JSON + _lines(headers), body
+        return status, JSON + _lines(headers), body
+
+
+def _name(call: Call) -> str:
+    return call.model.name if call.model is not None else ""
 
 
 def _lines(headers: list[tuple[bytes, bytes]]) -> bytes:

@@ -6,8 +6,9 @@ with their key until any key changes; bad ones are not, so guessing fills no mem
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 from headrace.v1.control_pb2 import ApiKey
 
@@ -38,6 +39,8 @@ class Key:
     expires_at_us: int
     digest: bytes
     bucket: Bucket | None
+    #: What was found out about calls of this key, by model (`plans.Plan`); forgotten with the key.
+    plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def require(self, scope: Scope) -> None:
         """Raise PermissionDenied without `scope`."""
@@ -60,6 +63,8 @@ class KeyRing:
         self._revisions: dict[str, int] = {}
         self._by_authorization: dict[bytes, Key] = {}
         self._by_api_key: dict[bytes, Key] = {}
+        #: Grows with every change: who remembers a key asks again when it has.
+        self.generation = 0
 
     def apply(self, key: bytes, value: bytes | None) -> bool:
         """Take one record of the topic; older revisions are ignored, which the answer False says. Revoked and
@@ -74,6 +79,7 @@ class KeyRing:
             self._revisions[key_id] = record.revision
         self._by_authorization.clear()
         self._by_api_key.clear()
+        self.generation += 1
         known = self._by_id.pop(key_id, None)
         if known is not None:
             self._by_digest.pop(known.digest, None)

@@ -15,7 +15,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code
 from open_inference import open_inference_pb2 as oip_pb2
 from open_inference import open_inference_pb2_grpc as oip_grpc
@@ -163,7 +163,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         said = [one for one in (left, oip.timeout_of(asked) or None) if one is not None]
         timeout = min(said or [model.timeout_s or self._limits.default_timeout_s])
         timeout = min(timeout, self._limits.max_timeout_s)
-        reply = await self._router.predict(request, began + timeout)
+        reply = await self._router.predict(request.SerializeToString(), began + timeout)
         if trace is not None:
             self._tracing.record_span(
                 "ModelInfer",
@@ -179,7 +179,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             raise failure(reply)
         now = self._clock.monotonic()
         self._router.answered(reply, now - began, now)
-        return oip.to_response(asked, id_text(request.request_id), reply)
+        opened = PredictReply.FromString(reply.SerializeToString())
+        return oip.to_response(asked, id_text(request.request_id), opened)
 
     async def _answered(self, context: Context, answer: Callable[[], Awaitable[Answer]]) -> Answer:
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority, SealedReply
 from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanKind
 
@@ -22,10 +22,11 @@ from services.common.errors import HeadraceError, Internal, InvalidArgument, Una
 from services.common.frames import lost
 from services.common.ids import new_id
 from services.common.telemetry import Tracing, parse_traceparent, trace_bytes
-from services.gateway.call import Call
+from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
+from services.gateway.codecs.priority import PRIORITIES, priority_of
 from services.gateway.compression import decompressed
-from services.gateway.dialects import speakers
+from services.gateway.dialects import JSON, speakers
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget, BodyReaders
@@ -37,6 +38,9 @@ _CLIENT_GONE = 499
 _MAX_CORRELATION = 128
 _MAX_DIGITS = 9
 _OK = Code.CODE_OK
+_LOW = Priority.PRIORITY_LOW
+#: Tag of PredictRequest's trace (9), and the length that every context has.
+_TRACE = b"\x4a\x19"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +87,31 @@ class PredictService:
     def admit(self, call: Call) -> None:
         """Say whether the body of `call` is worth waiting for: `begin` checks again, for a key may be revoked
         meanwhile. Raises Unauthenticated or PermissionDenied."""
-        self._keys.authenticate(call.authorization, call.api_key).require(Scope.PREDICT)
+        self._caller(call.head)
 
     def begin(self, call: Call) -> None:
         """Start `call`, whose headers and body are complete."""
         now = call.began = self._monotonic()
         call.request_id = new_id()
         try:
-            key = self._keys.authenticate(call.authorization, call.api_key)
-            key.require(Scope.PREDICT)
+            head = call.head
+            key = head.key
+            if key is None or head.generation != self._keys.generation or key.expires_at_us:
+                key = self._caller(head)
             self._router.admit()
             if key.bucket is not None:
                 key.bucket.admit(now)
-            request = call.request = PredictRequest(
-                request_id=call.request_id, received_at_us=self._unix_us(), key_id=key.key_id
-            )
-            if len(call.body) > self._inline_bytes or call.content_encoding is not None:
+            received_at_us = self._unix_us()
+            if len(call.body) > self._inline_bytes or head.content_encoding is not None:
                 call.channel = self._readers.read(
-                    partial(self._read, call, key), partial(self._was_read, call)
+                    partial(self._read, call, key, received_at_us), partial(self._was_read, call)
                 )
                 return
-            call.speaker.read(call, key, request)
-            self._send(call, request)
+            request = call.speaker.quick(call, key, received_at_us)
+            if request is None:
+                request = self._as_message(call, key, received_at_us)
+            call.payload = request
+            self._send(call)
         except Exception as error:
             self._failed(call, error)
 
@@ -112,14 +119,31 @@ class PredictService:
         """Read no more large bodies."""
         self._readers.close()
 
-    def _read(self, call: Call, key: Key) -> None:
+    def _caller(self, head: Head) -> Key:
+        """Whose key `head` carries, once it may predict; remembered there."""
+        keys = self._keys
+        key = keys.authenticate(head.authorization, head.api_key)
+        key.require(Scope.PREDICT)
+        head.key, head.generation = key, keys.generation
+        return key
+
+    def _as_message(self, call: Call, key: Key, received_at_us: int) -> bytes:
+        request = call.request = PredictRequest(
+            request_id=call.request_id, received_at_us=received_at_us, key_id=key.key_id
+        )
+        call.speaker.read(call, key, request)
+        call.priority = request.priority
+        return request.SerializeToString()
+
+    def _read(self, call: Call, key: Key, received_at_us: int) -> None:
         """In a thread: unpack and read the body. Nobody else looks at `call` meanwhile."""
-        if call.content_encoding is not None:
+        head = call.head
+        if head.content_encoding is not None:
             limits = self.limits
-            json_only = call.json_length is None
+            json_only = head.json_length is None
             limit = limits.max_unpacked_json_bytes if json_only else limits.max_body_bytes
-            call.body = decompressed(call.body, call.content_encoding, min(limit, limits.max_body_bytes))
-        call.speaker.read(call, key, call.request)
+            call.body = decompressed(call.body, head.content_encoding, min(limit, limits.max_body_bytes))
+        call.payload = self._as_message(call, key, received_at_us)
 
     def _was_read(self, call: Call, failure: BaseException | None) -> None:
         call.channel = None
@@ -127,17 +151,21 @@ class PredictService:
             self._failed(call, failure)
             return
         try:
-            self._send(call, call.request)
+            self._send(call)
         except Exception as error:
             self._failed(call, error)
 
-    def _send(self, call: Call, request: PredictRequest) -> None:
+    def _send(self, call: Call) -> None:
         """Pass on what was read."""
         call.body = b""
-        if request.priority == Priority.PRIORITY_LOW:
+        head = call.head
+        if head.priority is not None:
+            call.priority = priority_of(head.priority)
+            call.payload += PRIORITIES[call.priority]
+        if call.priority == _LOW:
             self._router.admit_low()
-        if call.traceparent is not None or self._tracing.enabled:
-            self._trace(call, request)
+        if head.traceparent is not None or self._tracing.enabled:
+            self._trace(call)
         call.deadline = call.began + self._timeout_s(call)
         self._submit(call)
 
@@ -151,7 +179,7 @@ class PredictService:
             call.channel = router.waiting
             return
         call.channel = channel
-        call.ticket = channel.submit(call.request, call.deadline, call.on_reply)
+        call.ticket = channel.submit_raw(call.payload, call.deadline, call.on_reply)
 
     def _resume(self, call: Call) -> None:
         call.channel = None
@@ -166,7 +194,7 @@ class PredictService:
             error = Internal("The gateway failed to handle this request.")
         self.refuse(call, error)
 
-    def finish(self, call: Call, reply: PredictReply) -> None:
+    def finish(self, call: Call, reply: SealedReply) -> None:
         """Answer `call` with the router's reply."""
         if reply.code != _OK:
             if not self._retried(call, reply):
@@ -176,17 +204,26 @@ class PredictService:
         now = self._monotonic()
         took = now - call.began
         self._router.answered(reply, took, now)
+        request_id = call.request_id.hex()
         try:
-            headers, body = call.speaker.write(call, reply, took * 1000)
+            body = None
+            if call.plan is not None:
+                headers = JSON
+                body = call.plan.answer(reply, request_id.encode(), took * 1000, single=call.single)
+            if body is None:
+                # Opened only here: the quick way needs no tensor as a message.
+                opened = PredictReply.FromString(reply.SerializeToString())
+                headers, body = call.speaker.write(call, opened, took * 1000)
         except HeadraceError as error:
             self.refuse(call, error)
             return
         except Exception:
-            log.exception("answer_crashed", model=call.request.model, version=reply.version)
+            model = call.model.name if call.model is not None else ""
+            log.exception("answer_crashed", model=model, version=reply.version)
             self.refuse(call, Internal("The gateway failed to write the answer."))
             return
-        if call.caller_id is None:
-            lines = b"%sx-request-id: %s\r\n" % (headers, call.request_id.hex().encode())
+        if call.head.caller_id is None:
+            lines = b"%bx-request-id: %b\r\n" % (headers, request_id.encode())
         else:
             lines = headers + _ids(call)
         call.answer(200, lines, body)
@@ -211,18 +248,20 @@ class PredictService:
             channel.cancel(call.ticket)
             self._over(call, _CLIENT_GONE, self._monotonic() - call.began)
 
-    def _trace(self, call: Call, request: PredictRequest) -> None:
-        if call.traceparent is not None:
-            call.trace_parent = parse_traceparent(call.traceparent)
+    def _trace(self, call: Call) -> None:
+        traceparent = call.head.traceparent
+        if traceparent is not None:
+            call.trace_parent = parse_traceparent(traceparent)
         context = call.trace_context = self._tracing.start(call.trace_parent)
         if context is not None:
             call.started_ns = time.time_ns()
-            request.trace = trace_bytes(context)
+            call.payload += _TRACE + trace_bytes(context)
 
     def _timeout_s(self, call: Call) -> float:
         limits = self.limits
-        if call.timeout is not None:
-            told = int(call.timeout) if call.timeout.isdigit() and len(call.timeout) <= _MAX_DIGITS else 0
+        said = call.head.timeout
+        if said is not None:
+            told = int(said) if said.isdigit() and len(said) <= _MAX_DIGITS else 0
             if not 0 < told <= limits.max_timeout_s * 1000:
                 raise InvalidArgument(
                     f"X-Request-Timeout-Ms must be 1 … {limits.max_timeout_s * 1000:.0f}.",
@@ -234,7 +273,7 @@ class PredictService:
         model = call.model
         return (model.timeout_s if model is not None else 0.0) or limits.default_timeout_s
 
-    def _retried(self, call: Call, reply: PredictReply) -> bool:
+    def _retried(self, call: Call, reply: SealedReply) -> bool:
         """Whether the call goes on, since the connection to its router was lost: to another, or to the same
         once it is back."""
         if call.retried or not lost(reply):
@@ -275,7 +314,7 @@ def correlation_of(header: bytes | None) -> bytes | None:
 
 def _ids(call: Call) -> bytes:
     """The lines of an answer that name its request."""
-    correlation = correlation_of(call.caller_id)
+    correlation = correlation_of(call.head.caller_id)
     if correlation is None:
         return b"x-request-id: %s\r\n" % call.request_id.hex().encode()
     return b"x-request-id: %s\r\nx-correlation-id: %s\r\n" % (call.request_id.hex().encode(), correlation)

@@ -10,14 +10,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import SealedReply
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import HeadraceError, Unavailable, error_of
 from services.common.frames import lost
 from services.gateway.admission import Admission
 
-OnReply = Callable[[PredictReply], None]
+OnReply = Callable[[SealedReply], None]
 
 #: Of the limit on what is in flight, what requests of low priority may fill.
 _LOW_SHARE = 0.5
@@ -30,7 +30,8 @@ class Cancellable(Protocol):
 
 
 class Channel(Protocol):
-    """What `services.common.frames.FrameCalls` gives. `on_reply` is called exactly once, on the loop, never
+    """What `services.common.frames.FrameCalls` with sealed replies gives. `request` is a serialized
+    PredictRequest. `on_reply` is called exactly once, on the loop, never
     before `submit` returned; never after `cancel`."""
 
     @property
@@ -39,7 +40,7 @@ class Channel(Protocol):
     @property
     def in_flight(self) -> int: ...
 
-    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int: ...
+    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int: ...
 
     def cancel(self, local_id: int, /) -> None: ...
 
@@ -136,14 +137,14 @@ class RouterClient:
         if self.in_flight >= self.admission.limit * _LOW_SHARE:
             raise self.admission.refusal()
 
-    def answered(self, reply: PredictReply, took_s: float, now: float) -> None:
+    def answered(self, reply: SealedReply, took_s: float, now: float) -> None:
         """A request was answered after `took_s`; model and queue are told apart from the way there."""
         way_s = took_s - (reply.queue_us + reply.compute_us) * 1e-6
         self.admission.observe(way_s, self.in_flight, now)
 
-    async def predict(self, request: PredictRequest, deadline: float) -> PredictReply:
-        """For callers that have one request and can wait: held and sent again as the others are. Cancelling
-        the await cancels the item."""
+    async def predict(self, request: bytes, deadline: float) -> SealedReply:
+        """For callers that have one request, serialized, and can wait: held and sent again as the others are.
+        Cancelling the await cancels the item."""
         channel = await self._picked(deadline)
         reply = await self._asked(channel, request, deadline)
         if not lost(reply):
@@ -166,14 +167,14 @@ class RouterClient:
             self.waiting.cancel(ticket)
         return self.pick()
 
-    async def _asked(self, channel: Channel, request: PredictRequest, deadline: float) -> PredictReply:
-        answered: asyncio.Future[PredictReply] = asyncio.get_running_loop().create_future()
+    async def _asked(self, channel: Channel, request: bytes, deadline: float) -> SealedReply:
+        answered: asyncio.Future[SealedReply] = asyncio.get_running_loop().create_future()
 
-        def settle(reply: PredictReply) -> None:
+        def settle(reply: SealedReply) -> None:
             if not answered.done():
                 answered.set_result(reply)
 
-        local_id = channel.submit(request, deadline, settle)
+        local_id = channel.submit_raw(request, deadline, settle)
         try:
             return await answered
         except asyncio.CancelledError:
@@ -181,7 +182,7 @@ class RouterClient:
             raise
 
 
-def failure(reply: PredictReply) -> HeadraceError:
+def failure(reply: SealedReply) -> HeadraceError:
     """What a reply without an answer means to a client."""
     retry_ms = reply.retry_after_ms
     if not retry_ms and reply.code in (Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED):

@@ -48,7 +48,7 @@ _SWEEP: Final = 0.002
 _SWEEP_PER_CALL: Final = 4e-6
 
 
-def lost(reply: PredictReply) -> bool:
+def lost(reply: PredictReply | SealedReply) -> bool:
     """Whether the reply says that the connection was not there or went away before the answer."""
     return reply.code == Code.CODE_UNAVAILABLE and reply.message.startswith(_LOST)
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from services.common.errors import HeadraceError
-from services.gateway.call import Call
+from services.gateway.call import Call, Head
 from services.gateway.predict import PredictService
-from services.gateway.targets import Target
 
 if TYPE_CHECKING:
     from services.gateway.hot.hardened import HardenedProtocol
@@ -46,8 +45,8 @@ class HotExchange(Call):
     held = 0
     refusal: HeadraceError | None = None
 
-    def __init__(self, service: PredictService, target: Target, protocol: HardenedProtocol) -> None:
-        super().__init__(service, target)
+    def __init__(self, service: PredictService, head: Head, protocol: HardenedProtocol) -> None:
+        super().__init__(service, head)
         self.protocol = protocol
 
     def take(self, chunk: bytes, limit: int) -> bool:
@@ -96,7 +95,7 @@ class HotExchange(Call):
             return
         keep_alive = self.keep_alive and not protocol.front.draining
         protocol.transport.write(
-            b"%s%s%scontent-length: %d\r\n%s\r\n%s"
+            b"%b%b%bcontent-length: %d\r\n%b\r\n%b"
             % (
                 STATUS_LINE[status],
                 protocol.default_lines(),

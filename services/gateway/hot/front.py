@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from services.gateway.hot.heads import KnownHeads
 from services.gateway.predict import PredictService
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class HotFront:
         self.hot = hot
         self.draining = False
         self.connections: set[HardenedProtocol] = set()
+        self.heads = KnownHeads()
 
     @asynccontextmanager
     async def sweeping(self, every_s: float = 1.0) -> AsyncIterator[None]:

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
 from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody, Unavailable
+from services.gateway.call import Head
 from services.gateway.errors import HeadTooLarge
 from services.gateway.hot.deadlines import Phase, TimedProtocol
 from services.gateway.hot.exchange import HotExchange, no_app, refused
@@ -53,6 +54,8 @@ class HardenedProtocol(TimedProtocol):
         self._stalled = False
         self._crowded = False
         self._half_closed = False
+        # The parser stands where a request begins, and nothing is unanswered.
+        self._at_start = False
         # Whose answer is next, and whose message is being read; the same most of the time.
         self._running: HotExchange | RequestResponseCycle | None = None
         self._reading: HotExchange | RequestResponseCycle | None = None
@@ -70,6 +73,7 @@ class HardenedProtocol(TimedProtocol):
             self._crowded = True
             if excess > self.front.limits.max_connections // 10:
                 transport.abort()
+        self._at_start = self.front.hot and not self._crowded
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.front.connections.discard(self)
@@ -87,6 +91,40 @@ class HardenedProtocol(TimedProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._at_start:
+            self._at_start = False
+            known = self.front.heads.find(data)
+            if known is None:
+                self._read(data)
+                self._remember(data)
+                return
+            head, start = known
+            exchange = HotExchange(self.front.service, head, self)
+            exchange.body = data[start:]
+            exchange.complete = exchange.started = True
+            self._running = exchange
+            self.cycle = exchange  # type: ignore[assignment]  # has what uvicorn uses of a cycle
+            self._ticks = 0
+            exchange.service.begin(exchange)
+        else:
+            self._read(data)
+
+    def _remember(self, data: bytes) -> None:
+        """`data` began a request. Where it was one hot request that went on its way, know its head."""
+        exchange = self.cycle
+        if (
+            isinstance(exchange, HotExchange)
+            and exchange.complete
+            and exchange.channel is not None
+            and exchange.keep_alive
+            and not exchange.expects_continue
+            and not self._in_head
+            and not self._in_body
+        ):
+            self.front.heads.learn(data, exchange.head)
+
+    def _read(self, data: bytes) -> None:
+        """Let the parser read."""
         if self._last:
             if self._lingering and not self._in_body:
                 self.transport.close()
@@ -142,6 +180,7 @@ class HardenedProtocol(TimedProtocol):
     def on_message_begin(self) -> None:
         self.url = b""
         self.headers = []
+        self._at_start = False
         self._in_head = True
         self._reading = None
         self._head_bytes = 0
@@ -240,7 +279,7 @@ class HardenedProtocol(TimedProtocol):
         ]
         self._upgrade_ignored = False
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"\r\n".join(head) + b"\r\n\r\n" + rest)
+        self._read(b"\r\n".join(head) + b"\r\n\r\n" + rest)
 
     def _start(self, exchange: HotExchange) -> None:
         exchange.started = True
@@ -298,7 +337,7 @@ class HardenedProtocol(TimedProtocol):
             elif refused(broken, error).started:
                 self._start(broken)
             return
-        exchange = refused(HotExchange(self.front.service, _ANY, self), error)
+        exchange = refused(HotExchange(self.front.service, Head(_ANY), self), error)
         if broken is not None:
             self._forget(broken)
         previous = self.cycle
@@ -334,8 +373,11 @@ class HardenedProtocol(TimedProtocol):
         self._running = None
         self._ticks = 0
         if keep_alive:
-            if self.pipeline or self.flow.read_paused or self.flow.write_paused:
+            flow = self.flow
+            if self.pipeline or flow.read_paused or flow.write_paused:
                 self._advance()
+            elif not (self._in_head or self._in_body or self._last):
+                self._at_start = self.front.hot
             return
         self._last = True
         self._drop_pipeline()

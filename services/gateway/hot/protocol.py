@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from services.common.errors import MalformedBody
-from services.gateway.call import HEADERS
+from services.gateway.call import HEADERS, Head
 from services.gateway.hot.exchange import HotExchange, no_app
 from services.gateway.hot.hardened import HardenedProtocol
 from services.gateway.targets import Target, target_of
@@ -31,7 +31,8 @@ class HotProtocol(HardenedProtocol):
             self._begin_asgi()
 
     def _begin_hot(self, target: Target) -> None:
-        exchange = HotExchange(self.front.service, target, self)
+        head = Head(target)
+        exchange = HotExchange(self.front.service, head, self)
         hosts = 0
         keep_alive = self.parser.should_keep_alive()
         names = self._names
@@ -45,14 +46,15 @@ class HotProtocol(HardenedProtocol):
             if meaning == "host":
                 hosts += 1
             elif meaning == "length":
-                if int(value) > self._max_body:
+                head.length = int(value)
+                if head.length > self._max_body:
                     exchange.refusal = self._body_too_large()
             elif meaning == "connection":
                 keep_alive = keep_alive and self.parser.get_http_version() != "1.0"
             elif meaning == "expect":
                 exchange.expects_continue = value.lower() == b"100-continue"
             else:
-                setattr(exchange, meaning, value)
+                setattr(head, meaning, value)
         if hosts != 1:
             if self.parser.get_http_version() == "1.1":
                 exchange.refusal = MalformedBody("A request has exactly one Host header.")

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from services.common.errors import HeadraceError
-from services.gateway.call import HEADERS, Call
+from services.gateway.call import HEADERS, Call, Head
 from services.gateway.predict import PredictService
 from services.gateway.rest.documents import EMBED, OPENAI_EMBEDDINGS, PREDICT, PREDICT_MODEL, V2_INFER
 from services.gateway.rest.door import bounded_body
@@ -20,8 +20,8 @@ from services.gateway.targets import Dialect, Target
 class _AsgiCall(Call):
     """A call whose answer somebody awaits."""
 
-    def __init__(self, service: PredictService, target: Target) -> None:
-        super().__init__(service, target)
+    def __init__(self, service: PredictService, head: Head) -> None:
+        super().__init__(service, head)
         self.answered: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: int, headers: bytes, body: bytes) -> None:
@@ -74,11 +74,12 @@ def hot_routes(service: PredictService) -> APIRouter:
 
 
 async def _answered(service: PredictService, target: Target, request: Request) -> Response:
-    call = _AsgiCall(service, target)
+    head = Head(target)
     for name, value in request.scope["headers"]:
         attribute = HEADERS.get(name)
         if attribute is not None:
-            setattr(call, attribute, value)
+            setattr(head, attribute, value)
+    call = _AsgiCall(service, head)
     try:
         service.admit(call)
         call.body = await bounded_body(request, service.limits.max_body_bytes, service.bodies)

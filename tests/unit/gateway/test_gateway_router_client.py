@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
 from headrace.v1.tensor_pb2 import Code
 from prometheus_client import CollectorRegistry
 
 from services.common.clock import SystemClock
 from services.common.errors import Unavailable
 from services.common.telemetry import setup_tracing
-from services.gateway.call import Call
+from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
 from services.gateway.keys import KeyRing
 from services.gateway.metrics import GatewayMetrics
@@ -31,17 +31,17 @@ class Channel:
         self.callbacks: dict[int, OnReply] = {}
         self.requests: list[PredictRequest] = []
 
-    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
-        self.requests.append(request)
+    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int:
+        self.requests.append(PredictRequest.FromString(request))
         self.callbacks[len(self.requests)] = on_reply
         return len(self.requests)
 
     def cancel(self, local_id: int) -> None:
         del self.callbacks[local_id]
 
-    def answer(self, reply: PredictReply) -> None:
+    def answer(self, reply: SealedReply | PredictReply) -> None:
         _id, on_reply = self.callbacks.popitem()
-        on_reply(reply)
+        on_reply(SealedReply.FromString(reply.SerializeToString()))
 
 
 class Answered(Call):
@@ -54,7 +54,7 @@ class Answered(Call):
         self.got = (status, body)
 
 
-LOST = PredictReply(code=Code.CODE_UNAVAILABLE, message="connection lost")
+LOST = SealedReply(code=Code.CODE_UNAVAILABLE, message="connection lost")
 
 
 def begun(*channels: Channel, waiting: WaitingRoom | None = None) -> Answered:
@@ -73,8 +73,8 @@ def begun(*channels: Channel, waiting: WaitingRoom | None = None) -> Answered:
         clock=clock,
         limits=PredictLimits(),
     )
-    call = Answered(service, Target(Dialect.NATIVE))
-    call.api_key = PREDICT_ONLY.encode()
+    call = Answered(service, Head(Target(Dialect.NATIVE)))
+    call.head.api_key = PREDICT_ONLY.encode()
     call.body = b'{"model": "cancer", "inputs": [[1, 2, 3]]}'
     service.begin(call)
     return call
@@ -159,22 +159,22 @@ async def test_a_wait_survives_a_lost_connection_too() -> None:
     first, second = Channel(), Channel(1)
     waiting = WaitingRoom()
     client = RouterClient([first, second], waiting)
-    asked = asyncio.create_task(client.predict(PredictRequest(model="cancer"), deadline))
+    asked = asyncio.create_task(client.predict(PredictRequest(model="cancer").SerializeToString(), deadline))
     await asyncio.sleep(0)
     first.answer(LOST)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     first.usable = second.usable = False
     waiting.changed(False)
-    second.answer(PredictReply(version="1"))
+    second.answer(SealedReply(version="1"))
     assert (await asked).version == "1"
-    held = asyncio.create_task(client.predict(PredictRequest(), deadline))
+    held = asyncio.create_task(client.predict(PredictRequest().SerializeToString(), deadline))
     await asyncio.sleep(0)
     second.usable = True
     waiting.changed(True)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    second.answer(PredictReply(version="2"))
+    second.answer(SealedReply(version="2"))
     assert (await held).version == "2"
 
 
@@ -185,7 +185,7 @@ def test_a_lost_connection_is_told_without_internals() -> None:
 
 async def test_cancelling_a_wait_cancels_the_item() -> None:
     channel = Channel()
-    waiting = asyncio.create_task(RouterClient([channel]).predict(PredictRequest(), 1.0))
+    waiting = asyncio.create_task(RouterClient([channel]).predict(PredictRequest().SerializeToString(), 1.0))
     await asyncio.sleep(0)
     assert channel.callbacks
     waiting.cancel()

@@ -1,0 +1,240 @@
+"""The most common request, decided as far as the signature allows before it comes: rows of numbers for a
+model's one input, and the answer for one row.
+
+A request is bytes that stand around its packed numbers, for protobuf messages may be written one after the
+other; an answer is text that stands around its printed numbers. Everything else, and everything that is
+wrong, is None here and goes the way of `native`, which gives the same answers (tests hold the two against
+each other) and finds the words for what is wrong.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+from headrace.v1.dataplane_pb2 import PredictRequest, SealedReply
+from headrace.v1.tensor_pb2 import Tensor
+from numpy.typing import NDArray
+
+from services.gateway.codecs.tensors import PARSE_ERRORS
+from services.gateway.signature import InputSpec, ModelSignature, OutputSpec
+
+#: Tags of PredictRequest: inputs (4), request_id (5, with its length), unit (6), received_at_us (12).
+_INPUTS, _REQUEST_ID, _RECEIVED_AT = b"\x22", b"\x2a\x10", b"\x61"
+_UNITS = tuple(bytes((0x32, size)) for size in range(128))
+#: Tag of Tensor's data (4).
+_DATA = b"\x22"
+_TAIL = struct.Struct("<2s16scQ")
+_REMEMBERED_ROWS = 256
+
+_MISFITS = (msgspec.ValidationError, *PARSE_ERRORS)
+
+
+class RowsBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A body with rows of numbers, or one row, and nothing that is rare."""
+
+    model: str = ""
+    inputs: list[list[float]] | None = None
+    input: list[float] | None = None
+    user_id: str | int | None = None
+
+
+_body = msgspec.json.Decoder(RowsBody)
+
+
+def decode_rows(raw: bytes | bytearray) -> RowsBody | None:
+    """`raw` read as that; None where it is something else."""
+    try:
+        return _body.decode(raw)
+    except _MISFITS:
+        return None
+
+
+class RowsRequest:
+    """Requests of one key to one model."""
+
+    __slots__ = ("_constant", "_heads", "_one", "_one_head", "_row", "_rows_allowed", "_spec")
+
+    def __init__(self, spec: InputSpec, row: struct.Struct, model: str, key_id: str) -> None:
+        self._spec = spec
+        self._row = row
+        self._rows_allowed = spec.shape[0]
+        self._constant = PredictRequest(model=model, key_id=key_id).SerializeToString()
+        self._heads: dict[int, bytes] = {}
+        self._one = struct.Struct(row.format + "2s16scQ")
+        self._one_head = self._head(1) if spec.shape[0] in (-1, 1) else b""
+
+    def serialized(
+        self, rows: list[list[float]], request_id: bytes, received_at_us: int, user_id: str | int | None
+    ) -> bytes | None:
+        """The request, without what its frame adds; None where rows or user do not fit."""
+        try:
+            if len(rows) == 1 and self._one_head:
+                # The row and what follows it, in one go.
+                packed = self._one.pack(*rows[0], _REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
+                request = self._one_head + packed
+            elif rows and self._rows_allowed in (-1, len(rows)):
+                pack = self._row.pack
+                parts = [pack(*row) for row in rows]
+                tail = _TAIL.pack(_REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
+                request = b"".join((self._head_of(len(rows)), *parts, tail))
+            else:
+                return None
+        except (struct.error, OverflowError):
+            return None
+        if user_id is None:
+            return request
+        unit = str(user_id).encode()
+        return request + _UNITS[len(unit)] + unit if len(unit) < 128 else None
+
+    def _head_of(self, rows: int) -> bytes:
+        head = self._heads.get(rows)
+        if head is None:
+            if len(self._heads) >= _REMEMBERED_ROWS:
+                self._heads.clear()
+            head = self._heads[rows] = self._head(rows)
+        return head
+
+    def _head(self, rows: int) -> bytes:
+        """Everything before the numbers of `rows` rows."""
+        spec = self._spec
+        head = tensor_head(spec.name, spec.datatype.number, (rows, spec.width), rows * self._row.size)
+        return self._constant + _INPUTS + _varint(len(head) + rows * self._row.size) + head
+
+
+def compile_request(signature: ModelSignature, model: str, key_id: str) -> RowsRequest | None:
+    """For models of one input that takes rows of a fixed number of floats; None for others."""
+    spec = signature.inputs[0]
+    if len(signature.inputs) != 1 or spec.row is None or spec.datatype.python is not float:
+        return None
+    return RowsRequest(spec, spec.row, model, key_id)
+
+
+class _Printed:
+    """One output of one row: the bytes that precede its numbers, and how these are read."""
+
+    __slots__ = ("at", "count", "dtype", "head", "label", "name", "nested", "unpack")
+
+    def __init__(self, spec: OutputSpec, dtype: np.dtype[np.generic]) -> None:
+        shape = (1, *spec.shape[1:])
+        self.count = shape[1] if len(shape) == 2 else 1
+        size = self.count * dtype.itemsize
+        self.head = tensor_head(spec.name, spec.datatype.number, shape, size)
+        self.at = len(self.head)
+        self.dtype = dtype
+        self.nested = len(shape) == 2
+        #: A single integer, printed without numpy.
+        self.label = self.count == 1 and dtype.kind in "iu"
+        self.unpack = struct.Struct(f"<{self.count}{spec.datatype.code}").unpack_from
+        self.name = orjson.dumps(spec.name)
+
+
+class RowAnswer:
+    """The text of answers of one version to one row; see `native_result` for what stands where."""
+
+    __slots__ = ("_begin", "_classes", "_outputs", "_prediction", "_probable")
+
+    def __init__(
+        self, model: str, version: str, variant: str, signature: ModelSignature, outputs: tuple[_Printed, ...]
+    ) -> None:
+        said = {"model": model, "version": version} | ({"variant": variant} if variant else {})
+        self._begin = b'","' + orjson.dumps(said)[2:-1] + b',"prediction":'
+        self._outputs = outputs
+        names = [spec.name for spec in signature.outputs]
+        self._prediction = names.index(signature.prediction)
+        classifier = signature.is_classifier
+        probable = signature.probabilities if classifier else ""
+        self._probable = names.index(probable) if probable in names else -1
+        self._classes = tuple(orjson.dumps(name) for name in signature.classes) if classifier else ()
+
+    def text(self, reply: SealedReply, request_id: bytes, latency_ms: float, *, single: bool) -> bytes | None:
+        """The body for `reply`; `request_id` is its text. None where the reply is of another form."""
+        sealed = reply.outputs[:]
+        if len(sealed) != len(self._outputs) or reply.fallback:
+            return None
+        printed = []
+        members = b""
+        for tensor, output in zip(sealed, self._outputs, strict=True):
+            if not tensor.startswith(output.head):
+                return None
+            if output.label:
+                flat = b"%d" % output.unpack(tensor, output.at)[0]
+            else:
+                numbers: NDArray[Any] = np.frombuffer(tensor, output.dtype, output.count, output.at)
+                flat = orjson.dumps(numbers, None, orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            printed.append(flat)
+            members += (
+                b",%b:[[%b]]" % (output.name, flat) if output.nested else b",%b:[%b]" % (output.name, flat)
+            )
+        best = 0
+        confidence = b""
+        if self._probable >= 0:
+            output = self._outputs[self._probable]
+            values = output.unpack(sealed[self._probable], output.at)
+            best = values.index(max(values))
+            confidence = printed[self._probable].split(b",")[best]
+            if b"null" in printed[self._probable]:
+                return None  # not numbers, which compare in ways of their own
+            confidence = b',"confidence":%b' % confidence if single else b',"confidence":[%b]' % confidence
+        prediction = self._predicted(sealed, printed, best)
+        return b'{"request_id":"%b%b%b,"outputs":{%b}%b,"cached":%b,"latency_ms":%.3f}' % (
+            request_id,
+            self._begin,
+            prediction if single else b"[%b]" % prediction,
+            members[1:],
+            confidence,
+            b"true" if reply.cached else b"false",
+            latency_ms,
+        )
+
+    def _predicted(self, sealed: list[bytes], printed: list[bytes], best: int) -> bytes:
+        """The entry for the row. `best` is its most likely class where there are probabilities."""
+        at = self._prediction
+        output = self._outputs[at]
+        if at == self._probable:
+            label = best
+        elif self._classes and output.label:
+            label = output.unpack(sealed[at], output.at)[0]
+        else:
+            return b"[%b]" % printed[at] if output.count > 1 else printed[at]
+        classes = self._classes
+        return classes[label] if 0 <= label < len(classes) else b"%d" % label
+
+
+def compile_answer(model: str, version: str, variant: str, signature: ModelSignature) -> RowAnswer | None:
+    """For versions whose outputs are a number or a vector of numbers per row; None for others."""
+    names = [spec.name for spec in signature.outputs]
+    if not signature.batched or signature.prediction not in names:
+        return None
+    outputs = []
+    for spec in signature.outputs:
+        dtype = spec.datatype.dtype
+        width = spec.shape[1] if len(spec.shape) == 2 else 1
+        if dtype is None or dtype.kind not in "iuf" or len(spec.shape) not in (1, 2) or width < 1:
+            return None
+        if signature.is_classifier:
+            probable = spec.name == signature.probabilities
+            if probable and (width < 2 or dtype.kind != "f"):
+                return None
+            if not probable and spec.name == signature.prediction and dtype.kind != "f" and width > 1:
+                return None  # several labels a row
+        outputs.append(_Printed(spec, dtype))
+    return RowAnswer(model, version, variant, signature, tuple(outputs))
+
+
+def tensor_head(name: str, datatype: int, shape: tuple[int, ...], size: int) -> bytes:
+    """A serialized Tensor up to its `size` bytes of data."""
+    described = Tensor(name=name, datatype=datatype, shape=shape)  # type: ignore[arg-type]  # a number is one
+    return described.SerializeToString() + _DATA + _varint(size)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
