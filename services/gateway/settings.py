@@ -52,8 +52,8 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings):
     reuse_port: bool = False
 
     #: Batch jobs need a database and the artifact store; without them the gateway serves and takes none.
-    database_url: Annotated[str, Field(repr=False, pattern=r"^postgres(ql)?://")] = ""
-    artifact_store_url: Annotated[str, Field(pattern=r"^(file:///|s3://)")] = ""
+    database_url: Annotated[str, Field(repr=False, pattern=r"^(postgres(ql)?://|$)")] = ""
+    artifact_store_url: Annotated[str, Field(pattern=r"^(file:///|s3://|$)")] = ""
     #: Where inputs of jobs may lie: prefixes such as `file:///srv/data/` or `s3://bucket/inputs/`. Workers
     #: are told the same.
     batch_input_allow: CommaSeparated = ("store://files/",)
