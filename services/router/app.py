@@ -76,6 +76,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
                 role="router",
                 instance=cfg.router_id,
                 on_state=on_state,
+                forwards=True,
             )
 
         def table_changed() -> None:

@@ -15,24 +15,25 @@ from headrace.v1.control_pb2 import BucketRange
 BUCKETS: Final = 10_000
 
 
-def unit_of(unit: str, request_id: bytes) -> bytes:
-    """The bytes that stand for the unit."""
-    return unit.encode() if unit else request_id
+def unit_digest(unit: bytes) -> bytes:
+    """The unit in prediction records: 64 bits, little-endian, the same for every model."""
+    return blake2b(unit, digest_size=8).digest()
 
 
-def unit_hash(unit: bytes) -> int:
-    """The unit in prediction records: 64 bits, the same for every model."""
-    return int.from_bytes(blake2b(unit, digest_size=8).digest(), "little")
+class Buckets:
+    """The bucket of every unit under one salt."""
 
+    __slots__ = ("_keyed",)
 
-def salt_key(salt: str) -> bytes:
-    """The part of `salt` that BLAKE2b takes as its key."""
-    return salt.encode()[:64]
+    def __init__(self, salt: str) -> None:
+        # Made once: taking the key costs as much as hashing a unit.
+        self._keyed = blake2b(digest_size=8, key=salt.encode()[:64])
 
-
-def bucket(unit: bytes, key: bytes) -> int:
-    """0 … 9999, uniform over units, and the same for a unit as long as the salt stays."""
-    return int.from_bytes(blake2b(unit, digest_size=8, key=key).digest(), "little") % BUCKETS
+    def of(self, unit: bytes) -> int:
+        """0 … 9999, uniform over units, and the same for a unit as long as the salt stays."""
+        state = self._keyed.copy()
+        state.update(unit)
+        return int.from_bytes(state.digest(), "little") % BUCKETS
 
 
 def fill(ranges: Iterable[BucketRange], versions: Sequence[str]) -> list[int]:

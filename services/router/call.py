@@ -13,19 +13,21 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import HeadraceError, NotFound
-from services.common.frames import lost
-from services.router.assignment import unit_hash, unit_of
+from services.common.frames import lost, timeout_override
+from services.router.assignment import unit_digest
 from services.router.endpoints import Endpoint, Group
 from services.router.outliers import Verdict, verdict
 from services.router.routing_table import Fallback, Route, Target
 from services.router.shadow import Mirror
 from services.router.span import RouteSpan
+from services.router.stats import NOWHERE
 
 if TYPE_CHECKING:
     from services.router.dispatch import Dispatcher
     from services.router.result_cache import Flight
 
 _OK: Final = Code.CODE_OK
+_CODES: Final = frozenset(Code.values())
 _RETRYABLE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED})
 #: Answers of versions that a shadow's are compared with.
 _COMPARED: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL})
@@ -40,6 +42,13 @@ _TIE_S: Final = 0.005
 _monotonic = time.monotonic
 
 
+#: What precedes fields that are appended to a request: unit_hash (16, fixed64), attempt (18, varint) and
+#: trace (9, 25 bytes). In protobuf the last value of a field counts.
+_UNIT_HASH: Final = b"\x81\x01"
+_ATTEMPT: Final = b"\x90\x01"
+_TRACE: Final = b"\x4a\x19"
+
+
 class Owner(Protocol):
     """Whoever asked."""
 
@@ -47,112 +56,101 @@ class Owner(Protocol):
         """Take the answer to `call`. The reply may be changed, and is not kept by anybody else."""
         ...
 
+    def pass_on(self, call: Call, reply: bytes) -> None:
+        """The same for an answer that nobody needs to change, as the worker sent it, but for its id."""
+        ...
+
 
 class Call:
-    """One request and where it is."""
+    """One request and where it is. It is sent as it came, with what the router decided appended."""
 
-    __slots__ = (
-        "_dispatcher",
-        "_fallback",
-        "_last_attempt",
-        "_local_id",
-        "_lost",
-        "_retrying",
-        "_span",
-        "attempt",
-        "began_at",
-        "deadline",
-        "done",
-        "endpoint",
-        "fell_back",
-        "flight",
-        "group",
-        "mirrored",
-        "owner",
-        "owner_id",
-        "request",
-        "route",
-        "sent_at",
-        "target",
-        "tried",
-        "unit_hash",
-    )
+    # What few requests have stands here once, so that the others need not say that they have it not.
 
-    def __init__(self, dispatcher: Dispatcher, request: PredictRequest, owner: Owner, now: float) -> None:
-        """`now` is monotonic, the same for all requests of a frame."""
+    #: None until there is a deployment for the model.
+    route: Route | None = None
+    target: Target | None = None
+    endpoint: Endpoint | None = None
+    deadline = 0.0
+    unit_hash = 0
+    #: Of the version that was assigned, whoever answers in the end.
+    propensity = 1.0
+    tried: tuple[Endpoint, ...] = ()
+    attempt = 0
+    done = False
+    #: Whether a success goes back as it is, and nobody else wants to know.
+    plain = True
+    #: Whether another version answers than was routed.
+    fell_back = False
+    #: Whether a shadow gets a copy once it is answered.
+    mirrored = False
+    #: Where it is with others that want the same of the result cache.
+    flight: Flight | None = None
+    _fallback: Fallback | None = None
+    #: The first one of the version that is asked.
+    _first_attempt = 0
+    _retrying = False
+    _lost = False
+    _span: RouteSpan | None = None
+
+    group: Group
+    _local_id: int
+
+    def __init__(
+        self, dispatcher: Dispatcher, request: PredictRequest, payload: bytes, owner: Owner, now: float
+    ) -> None:
+        """`payload` is `request` serialized. `now` is monotonic, the same for all requests of a frame."""
         self._dispatcher = dispatcher
         self.request = request
+        self.payload = payload
+        #: What is appended to `payload`.
+        self.stamp = b""
         self.owner = owner
         self.owner_id: int = request.id
         self.began_at = self.sent_at = now
-        self.deadline = now
-        self.route: Route | None = None
-        self.target: Target | None = None
-        self.unit_hash = 0
-        self.endpoint: Endpoint | None = None
-        self.group: Group
-        self.tried: tuple[Endpoint, ...] = ()
-        self.attempt = 0
-        self.done = False
-        #: Whether another version answers than was routed.
-        self.fell_back = False
-        #: Whether a shadow gets a copy once it is answered.
-        self.mirrored = False
-        #: Where it is with others that want the same of the result cache.
-        self.flight: Flight | None = None
-        self._fallback: Fallback | None = None
-        self._last_attempt = dispatcher.max_attempts - 1
-        self._retrying = False
-        self._lost = False
-        self._span: RouteSpan | None = None
 
     def begin(self) -> None:
         """Route the request and send it."""
-        dispatcher, request = self._dispatcher, self.request
+        dispatcher, request, now = self._dispatcher, self.request, self.began_at
         dispatcher.budget.active += 1
-        route = self.route = dispatcher.table.find(request.model)
+        route = self.route = dispatcher.find(request.model)
         if route is None:
             self.refuse(dispatcher.unknown_model(request.model))
             return
+        unit = request.unit.encode() or request.request_id
+        digest = unit_digest(unit)
+        self.unit_hash = int.from_bytes(digest, "little")
         timeout_us = request.timeout_us
-        self.deadline = self.began_at + (timeout_us / 1e6 if timeout_us else route.timeout_s)
-        unit = unit_of(request.unit, request.request_id)
-        self.unit_hash = hashed = unit_hash(unit)
+        self.deadline = now + (timeout_us * 1e-6 if timeout_us else route.timeout_s)
         if request.version:
             try:
                 target = route.named(request.version)
             except NotFound as error:
                 self.refuse(error)
                 return
-            request.propensity = 1.0
+            stamp = target.stamp_named
         else:
             target = route.assign(unit)
-            request.propensity = target.propensity
-            fallback = route.fallback
-            if fallback is not None and fallback.target is not target:
-                self._fallback = fallback
-            shadow = route.shadow
-            if shadow is not None and shadow.target is not target and not request.origin:
-                self.mirrored = Mirror.chosen(shadow, request)
+            self.propensity = target.propensity
+            stamp = target.stamp
+            if route.watched:
+                self._watch(route, target)
         self.target = target
-        request.version = target.version
-        request.variant = target.variant
-        request.unit_hash = hashed
-        request.revision = route.revision
+        stamp += _UNIT_HASH + digest
+        self.stamp = stamp if timeout_us else stamp + route.timeout
         if request.trace:
-            self._span = RouteSpan.begin(dispatcher.tracing, self)
+            self._trace()
         if route.cache is not None and dispatcher.cache is not None:
+            self.plain = False
             dispatcher.cache.enter(self, route.cache)
         else:
-            self.send(self.began_at)
+            self.send(now)
 
     def send(self, now: float) -> None:
         """Give the request to an endpoint that was not tried, or wait for one, or refuse."""
         route, target = self.route, self.target
         if route is None or target is None:
             raise RuntimeError("a call is sent before it was routed")
-        dispatcher = self._dispatcher
-        group = self.group = dispatcher.endpoints.group(target.key)
+        group = self.group = (target.way or self._dispatcher.way(target)).group
         if group.broken and self._spare_broken(group, now):
             return
         endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried)
@@ -162,7 +160,10 @@ class Call:
         self.endpoint = endpoint
         self.sent_at = now
         endpoint.in_flight += 1
-        self._local_id = endpoint.calls.submit(self.request, self.deadline, self._on_reply)
+        stamp = self.stamp
+        if now != self.began_at:
+            stamp += timeout_override(int((self.deadline - now) * 1e6))
+        self._local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_reply)
 
     def cancel(self) -> None:
         """Nobody waits any more; the worker is told."""
@@ -185,7 +186,7 @@ class Call:
         if late:
             # The caller saw a timeout; a worker that drops what is cancelled logs nothing of it.
             self._dispatcher.log.note(self, Code.CODE_DEADLINE_EXCEEDED)
-        self._end(Code.CODE_DEADLINE_EXCEEDED if late else Code.CODE_CANCELLED)
+        self._end(Code.CODE_DEADLINE_EXCEEDED if late else Code.CODE_CANCELLED, now)
         if self.flight is not None and self._dispatcher.cache is not None:
             self._dispatcher.cache.leave(self)
 
@@ -225,6 +226,27 @@ class Call:
 
     # Inner steps
 
+    def _watch(self, route: Route, target: Target) -> None:
+        """Note who else has to do with requests that were assigned."""
+        fallback, shadow = route.fallback, route.shadow
+        if fallback is not None and fallback.target is not target:
+            self._fallback = fallback
+        if shadow is not None and shadow.target is not target and not self.request.origin:
+            self.mirrored = Mirror.chosen(shadow, self.request)
+            if self.mirrored:
+                self.plain = False
+
+    def _trace(self) -> None:
+        self._span = RouteSpan.begin(self._dispatcher.tracing, self)
+        if self._span is not None:
+            self.plain = False
+            self.stamp += _TRACE + self._span.context
+
+    def _send_as(self, attempt: int) -> None:
+        """The worker and its log learn how many were asked before."""
+        self.attempt = attempt
+        self.stamp += _ATTEMPT + bytes((attempt,))
+
     def _find_none(self) -> None:
         """No endpoint can take it now: the fallback does, or it waits for one."""
         target = self.target
@@ -256,40 +278,55 @@ class Call:
         self._fallback = None
         self.fell_back = True
         dispatcher.stats.fell_back(target.key, reason)
-        request = self.request
+        self.plain = False
         self.target = fallback.target
-        request.version, request.variant = fallback.target.version, fallback.target.variant
+        self.stamp += fallback.target.name
         if self.tried:
-            self.attempt += 1
-            request.attempt = self.attempt
+            self._send_as(self.attempt + 1)
             self.tried = ()
-        self._last_attempt = self.attempt + dispatcher.max_attempts - 1
+        self._first_attempt = self.attempt
         self.send(now)
         return True
 
-    def _on_reply(self, reply: PredictReply) -> None:
+    def _on_reply(self, reply: PredictReply, payload: bytes | None) -> None:
+        """`payload` is `reply` serialized; None where the connection made it."""
         endpoint = self.endpoint
         if endpoint is None or self.done:
             return
         self.endpoint = None
         endpoint.in_flight -= 1
         now = _monotonic()
+        if reply.code:
+            self._on_failure(endpoint, reply, now)
+            return
+        # A success where nothing is on record says nothing new, and that is nearly every request.
+        if self.group.outliers.breakers:
+            self._judge(endpoint, reply, now)
+        endpoint.latency.observe(now - self.sent_at, now)
+        if self.plain and payload is not None:
+            self._end(_OK, now)
+            self.owner.pass_on(self, payload)
+        else:
+            self._finish(reply, ran=True)
+
+    def _on_failure(self, endpoint: Endpoint, reply: PredictReply, now: float) -> None:
+        """Another endpoint, the fallback, or the failure is the answer."""
         code = reply.code
+        if code not in _CODES:
+            code = reply.code = Code.CODE_UNKNOWN
         self._judge(endpoint, reply, now)
-        if code == _OK:
-            endpoint.latency.observe(now - self.sent_at, now)
-        elif code == Code.CODE_DEADLINE_EXCEEDED:
+        if code == Code.CODE_DEADLINE_EXCEEDED:
             self._held_too_long(endpoint, now)
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
                 return
-        if self._fallback is not None and code != _OK:
+        if self._fallback is not None:
             self.tried = (*self.tried, endpoint)
             if self._fall_back(code, Code.Name(code).removeprefix("CODE_").lower(), now):
                 return
         # What ran is in the worker's log, failures too: the worker says so by the time it took.
-        self._finish(reply, ran=code == _OK or reply.compute_us > 0)
+        self._finish(reply, ran=reply.compute_us > 0)
 
     def _held_too_long(self, endpoint: Endpoint, now: float) -> None:
         """An endpoint that keeps requests until they are late is at least as slow as that."""
@@ -300,9 +337,6 @@ class Call:
     def _judge(self, endpoint: Endpoint, reply: PredictReply, now: float) -> None:
         """Tell the version's endpoints how this one did."""
         group, code = self.group, reply.code
-        # A success where nothing is on record says nothing new, and that is nearly every request.
-        if code == _OK and not group.outliers.breakers:
-            return
         held = now - self.sent_at
         said = verdict(
             code,
@@ -318,7 +352,7 @@ class Call:
         if route is None or target is None:
             return False
         self.tried = (*self.tried, endpoint)
-        if self.attempt >= self._last_attempt or now >= self.deadline:
+        if self.attempt - self._first_attempt >= dispatcher.max_attempts - 1 or now >= self.deadline:
             return False
         gone = lost(reply)
         if gone and self._lost:
@@ -332,8 +366,8 @@ class Call:
             if not dispatcher.budget.take():
                 return False
             self._retrying = True
-        self.attempt += 1
-        self.request.attempt = self.attempt
+            self.plain = False
+        self._send_as(self.attempt + 1)
         dispatcher.stats.retried(target.key, "lost" if gone else "refused")
         self.send(now)
         return True
@@ -345,7 +379,7 @@ class Call:
             self._explain(reply)
         if not ran:
             self._dispatcher.log.note(self, code)
-        self._end(code)
+        self._end(code, _monotonic())
         if self.flight is not None and self._dispatcher.cache is not None:
             self._dispatcher.cache.settle(self, reply)
         if self.fell_back:
@@ -356,10 +390,11 @@ class Call:
             self._mirror(reply)
 
     def _mirror(self, reply: PredictReply) -> None:
-        """Leave request and reply to the mirror; nobody changes them any more."""
+        """Leave the request as it was sent, and its reply, to the mirror; nobody changes them any more."""
         mirror, route, target = self._dispatcher.mirror, self.route, self.target
         if mirror is not None and route is not None and target is not None:
-            mirror.offer(self.request, route, target, reply, _monotonic() - self.sent_at)
+            sent = PredictRequest.FromString(self.payload + self.stamp)
+            mirror.offer(sent, route, target, reply, _monotonic() - self.sent_at)
 
     def _explain(self, reply: PredictReply) -> None:
         """Complete a reply that no worker made: its words are about our connection, not the caller's."""
@@ -370,14 +405,16 @@ class Call:
             reply.version = self.target.version
             reply.variant = self.target.variant
 
-    def _end(self, code: Code) -> None:
-        dispatcher = self._dispatcher
+    def _end(self, code: Code, now: float) -> None:
+        dispatcher, target = self._dispatcher, self.target
         self.done = True
         dispatcher.budget.active -= 1
         if self._retrying:
             dispatcher.budget.give_back()
-        dispatcher.stats.answered(
-            self.target.key if self.target is not None else None, code, _monotonic() - self.began_at
-        )
+        if target is not None and target.way is not None:
+            totals = target.way.totals
+        else:
+            totals = dispatcher.stats.of(target.key if target is not None else NOWHERE)
+        totals.answered(code, now - self.began_at)
         if self._span is not None:
             self._span.end(self, code)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 import structlog
 from headrace.v1.dataplane_pb2 import PredictReply, RequestFrame
 
 from services.common.errors import HeadraceError, Internal, NotFound, Unavailable
-from services.common.frames import Peer
+from services.common.frames import Peer, item_payloads
 from services.common.telemetry import Tracing
 from services.router.call import Call
-from services.router.endpoints import Endpoints
+from services.router.endpoints import Endpoints, Group
 from services.router.prediction_log import RefusalLog
 from services.router.result_cache import ResultCache
 from services.router.retry_budget import RetryBudget
-from services.router.routing_table import RoutingTable
+from services.router.routing_table import RoutingTable, Target
 from services.router.shadow import Mirror
-from services.router.stats import Stats
+from services.router.stats import Stats, VersionStats
 from services.router.waiting import Waiting
 
 log = structlog.get_logger(__name__)
 
 _monotonic = time.monotonic
+
+
+class Way(NamedTuple):
+    """What every request for one version has to do with."""
+
+    group: Group
+    totals: VersionStats
 
 
 class Dispatcher:
@@ -44,6 +52,7 @@ class Dispatcher:
         mirror: Mirror | None = None,
     ) -> None:
         self.table = table
+        self.find = table.find
         self.endpoints = endpoints
         self.log = refusals
         self.stats = stats
@@ -54,6 +63,12 @@ class Dispatcher:
         self.mirror = mirror
         self.waiting = Waiting(self, endpoints, wait_s=endpoint_wait_s, limit=max_waiting)
 
+    def way(self, target: Target) -> Way:
+        """The way to `target`."""
+        if target.way is None:
+            target.way = Way(self.endpoints.group(target.key), self.stats.of(target.key))
+        return target.way
+
     def unknown_model(self, model: str) -> HeadraceError:
         """Why there is no route."""
         if not self.table.known:
@@ -62,7 +77,8 @@ class Dispatcher:
 
     def no_endpoint(self, call: Call) -> HeadraceError:
         """Why nobody answers."""
-        name = f"{call.request.model} version {call.request.version}"
+        version = call.target.version if call.target is not None else call.request.version
+        name = f"{call.request.model} version {version}"
         return Unavailable(f"no worker is ready for {name}", retry_after_ms=1000)
 
 
@@ -83,8 +99,8 @@ class GatewayConnection:
                 cancelled.cancel()
         now = _monotonic()
         dispatcher = self._dispatcher
-        for item in frame.items:
-            call = calls[item.id] = Call(dispatcher, item, self, now)
+        for item, payload in zip(frame.items, item_payloads(self._peer.payload), strict=False):
+            call = calls[item.id] = Call(dispatcher, item, payload, self, now)
             try:
                 call.begin()
             except Exception:
@@ -96,6 +112,11 @@ class GatewayConnection:
         """Part of Owner: reply to the gateway; what a loop turn brings leaves in one frame."""
         self._calls.pop(call.owner_id, None)
         self._peer.reply(reply)
+
+    def pass_on(self, call: Call, reply: bytes) -> None:
+        """Part of Owner."""
+        self._calls.pop(call.owner_id, None)
+        self._peer.forward(call.owner_id, reply)
 
     def on_closed(self) -> None:
         """The gateway has gone: nobody waits for its requests any more."""

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import structlog
 from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictRequest
 
 from services.common.clock import Clock
 from services.router.balancing import PeakEwma, Picker, picker
@@ -31,6 +31,10 @@ _FORGOTTEN_S: Final = 3600.0
 _SWEEP_S: Final = 0.5
 
 
+#: Takes a PredictReply, and the same serialized, or None where the connection made it.
+OnReply = Callable[..., None]
+
+
 class Calls(Protocol):
     """The part of FrameCalls that the router uses."""
 
@@ -43,10 +47,12 @@ class Calls(Protocol):
         """Connect, and stay connected."""
         ...
 
-    def submit(
-        self, request: PredictRequest, deadline: float | None, on_reply: Callable[[PredictReply], None]
-    ) -> int:
+    def submit(self, request: PredictRequest, deadline: float | None, on_reply: OnReply) -> int:
         """Send; exactly one reply follows."""
+        ...
+
+    def forward(self, request: bytes, more: bytes, deadline: float, on_reply: OnReply) -> int:
+        """Send a serialized request and `more` fields of it, of which the last value counts."""
         ...
 
     def cancel(self, local_id: int) -> None:

@@ -34,6 +34,12 @@ class _Waiter:
         if not self.reply.done():
             self.reply.set_result(reply)
 
+    def pass_on(self, call: Call, reply: bytes) -> None:
+        """Part of Owner."""
+        answer = PredictReply.FromString(reply)
+        answer.id = call.owner_id
+        self.answer(call, answer)
+
 
 class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
     """`Predict` answers with a reply that carries its code, as a frame's item would; the stream is served on
@@ -55,7 +61,8 @@ class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
         if not request.received_at_us:
             request.received_at_us = self._clock.unix_us()
         waiter = _Waiter()
-        call = Call(self._dispatcher, request, waiter, self._clock.monotonic())
+        payload = request.SerializeToString()
+        call = Call(self._dispatcher, request, payload, waiter, self._clock.monotonic())
         call.begin()
         try:
             return await waiter.reply

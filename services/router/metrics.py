@@ -89,8 +89,10 @@ class RouterMetrics(Collector):
             "headrace_router_latency_seconds", "From the frame's arrival to the answer", labels=_VERSION
         )
         for key, stats in self._dispatcher.stats.versions.items():
-            for code, count in stats.codes.items():
-                requests.add_metric((*key, Code.Name(Code.ValueType(code)).removeprefix("CODE_")), count)
+            for code, count in enumerate(stats.codes):
+                if count:
+                    name = Code.Name(Code.ValueType(code)).removeprefix("CODE_")
+                    requests.add_metric((*key, name), count)
             for reason, count in stats.retries.items():
                 retries.add_metric((*key, reason), count)
             for result, count in stats.shadows.items():

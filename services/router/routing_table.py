@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 from headrace.v1.control_pb2 import Balancing, ServedVersion, ServingConfig
+from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import NotFound
-from services.router.assignment import BUCKETS, bucket, fill, salt_key
+from services.common.frames import timeout_override
+from services.router.assignment import BUCKETS, Buckets, fill
+
+if TYPE_CHECKING:
+    from services.router.dispatch import Way
 
 log = structlog.get_logger(__name__)
 
@@ -21,9 +26,20 @@ VersionKey = tuple[str, str]
 class Target:
     """One version that can be routed to."""
 
-    __slots__ = ("batched", "digest", "key", "propensity", "variant", "version")
+    __slots__ = (
+        "batched",
+        "digest",
+        "key",
+        "name",
+        "propensity",
+        "stamp",
+        "stamp_named",
+        "variant",
+        "version",
+        "way",
+    )
 
-    def __init__(self, model: str, served: ServedVersion, propensity: float) -> None:
+    def __init__(self, model: str, served: ServedVersion, propensity: float, revision: int = 0) -> None:
         self.key: VersionKey = (model, served.version)
         self.version = served.version
         self.variant = served.variant or served.version
@@ -32,6 +48,14 @@ class Target:
         self.batched = served.signature.batched
         #: Share of the units that its buckets get, 0 … 1.
         self.propensity = propensity
+        #: Fields of a serialized PredictRequest: who answers; and with them how it came to that, assigned or
+        #: named by the request.
+        self.name = PredictRequest(version=self.version, variant=self.variant).SerializeToString()
+        known = self.name + PredictRequest(revision=revision).SerializeToString()
+        self.stamp = known + PredictRequest(propensity=propensity).SerializeToString()
+        self.stamp_named = known + PredictRequest(propensity=1.0).SerializeToString()
+        #: What the dispatcher keeps about the version, once it was asked for.
+        self.way: Way | None = None
 
 
 _TOLERANCE: Final = 0.001
@@ -70,7 +94,7 @@ class Route:
     __slots__ = (
         "_buckets",
         "_by_name",
-        "_salt",
+        "_of_unit",
         "_sole",
         "_targets",
         "balancing",
@@ -80,7 +104,9 @@ class Route:
         "model",
         "revision",
         "shadow",
+        "timeout",
         "timeout_s",
+        "watched",
     )
 
     def __init__(self, config: ServingConfig, default_timeout_s: float) -> None:
@@ -95,9 +121,11 @@ class Route:
         self.revision = config.revision
         self.balancing: Balancing = config.balancing or Balancing.BALANCING_LEAST_LATENCY
         self.timeout_s = config.default_timeout_ms / 1e3 or default_timeout_s
-        self._salt = salt_key(config.salt)
+        #: The field of a serialized PredictRequest that says the same.
+        self.timeout = timeout_override(int(self.timeout_s * 1e6))
+        self._of_unit = Buckets(config.salt).of
         self._targets = tuple(
-            Target(config.model, served, filled.count(index) / BUCKETS)
+            Target(config.model, served, filled.count(index) / BUCKETS, config.revision)
             for index, served in enumerate(config.versions)
         )
         self._buckets = array("H", filled)
@@ -119,6 +147,8 @@ class Route:
         self.fallback: Fallback | None = None
         if config.HasField("fallback"):
             self.fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)
+        #: Whether somebody else may have to do with a request that was assigned.
+        self.watched = self.shadow is not None or self.fallback is not None
 
     def _served(self, version: str, role: str) -> Target:
         for target in self._targets:
@@ -135,7 +165,7 @@ class Route:
         """The version that answers `unit`: always the same one while the configuration stays."""
         if self._sole is not None:
             return self._sole
-        return self._targets[self._buckets[bucket(unit, self._salt)]]
+        return self._targets[self._buckets[self._of_unit(unit)]]
 
     def named(self, name: str) -> Target:
         """The version or alias `name`. Raises NotFound."""
@@ -154,12 +184,10 @@ class RoutingTable:
         self._routes: dict[str, Route] = {}
         self._raw: dict[str, bytes] = {}
         self._unconfirmed: set[str] = set()
+        #: The model's route, or None.
+        self.find = self._routes.get
         #: False until something is known of what is deployed, be it nothing.
         self.known = False
-
-    def find(self, model: str) -> Route | None:
-        """The model's route."""
-        return self._routes.get(model)
 
     def __iter__(self) -> Iterator[Route]:
         return iter(list(self._routes.values()))

@@ -80,7 +80,7 @@ class Mirror:
     def offer(
         self, request: PredictRequest, route: Route, target: Target, reply: PredictReply, latency_s: float
     ) -> None:
-        """`request` was answered with `reply` by `target`; neither may be changed from here on."""
+        """`request`, as sent to `target`, was answered with `reply`; both are the mirror's from here on."""
         shadow = route.shadow
         if shadow is None:
             return
@@ -110,8 +110,6 @@ class Mirror:
         if endpoint is None:
             self._drop(copy)
             return
-        # A copy: whoever logs the first way may not have read it yet.
-        request = PredictRequest.FromString(request.SerializeToString())
         request.version, request.variant = target.version, target.variant
         request.origin, request.priority = Origin.ORIGIN_SHADOW, Priority.PRIORITY_LOW
         request.attempt, request.propensity, request.trace = 0, 1.0, b""
@@ -120,7 +118,7 @@ class Mirror:
         endpoint.calls.submit(
             request,
             now + min(copy.route.timeout_s, _PATIENCE_S),
-            lambda reply: self._on_reply(copy, group, endpoint, reply),
+            lambda reply, _payload: self._on_reply(copy, group, endpoint, reply),
         )
 
     def _on_reply(self, copy: Copy, group: Group, endpoint: Endpoint, reply: PredictReply) -> None:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class RouteSpan:
     """Begun when the request was routed; what the worker records becomes its child."""
 
-    __slots__ = ("_context", "_parent", "_started_ns", "_tracing")
+    __slots__ = ("_parent", "_span", "_started_ns", "_tracing", "context")
 
     def __init__(self, tracing: Tracing, parent: SpanContext | None, context: SpanContext) -> None:
         self._tracing = tracing
         self._parent = parent
-        self._context = context
+        self._span = context
+        #: What the worker records below; PredictRequest.trace.
+        self.context = trace_bytes(context)
         self._started_ns = time.time_ns()
 
     @classmethod
@@ -32,26 +34,25 @@ class RouteSpan:
         context = tracing.start(parent)
         if context is None or not tracing.enabled:
             return None
-        call.request.trace = trace_bytes(context)
         return cls(tracing, parent, context)
 
     def end(self, call: Call, code: Code) -> None:
         """The request ended with `code`."""
-        request = call.request
+        model, target = call.request.model, call.target
         self._tracing.record_span(
-            f"route {request.model}",
+            f"route {model}",
             self._started_ns,
             time.time_ns(),
             self._parent,
             attributes={
-                "headrace.model": request.model,
-                "headrace.version": request.version,
-                "headrace.variant": request.variant,
+                "headrace.model": model,
+                "headrace.version": target.version if target is not None else "",
+                "headrace.variant": target.variant if target is not None else "",
                 "headrace.attempts": call.attempt + 1,
                 "headrace.fallback": call.fell_back,
                 "headrace.code": Code.Name(code),
             },
-            context=self._context,
+            context=self._span,
             kind=SpanKind.SERVER,
             error=None if code == Code.CODE_OK else Code.Name(code),
         )

@@ -22,13 +22,19 @@ NOWHERE: Final[VersionKey] = ("", "")
 class VersionStats:
     """Totals of one version."""
 
-    codes: dict[int, int] = field(default_factory=dict)
+    codes: list[int] = field(default_factory=lambda: [0] * (max(Code.values()) + 1))
     retries: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     cache: dict[str, int] = field(default_factory=dict)
     shadows: dict[str, int] = field(default_factory=dict)
     latency: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
     latency_sum_s: float = 0.0
+
+    def answered(self, code: Code, seconds: float) -> None:
+        """A request ended with `code`, `seconds` after it came."""
+        self.codes[code] += 1
+        self.latency[bisect_left(LATENCY_S, seconds)] += 1
+        self.latency_sum_s += seconds
 
 
 class Stats:
@@ -39,35 +45,29 @@ class Stats:
         #: Comparisons with shadows that never reached Kafka.
         self.unpublished_shadows = 0
 
-    def answered(self, key: VersionKey | None, code: Code, seconds: float) -> None:
-        """A request ended with `code`, `seconds` after it came."""
-        stats = self._of(key or NOWHERE)
-        stats.codes[code] = stats.codes.get(code, 0) + 1
-        stats.latency[bisect_left(LATENCY_S, seconds)] += 1
-        stats.latency_sum_s += seconds
-
     def retried(self, key: VersionKey, reason: str) -> None:
         """A request was sent once more: its endpoint was "lost" or "refused" it."""
-        retries = self._of(key).retries
+        retries = self.of(key).retries
         retries[reason] = retries.get(reason, 0) + 1
 
     def fell_back(self, key: VersionKey, reason: str) -> None:
         """The fallback was asked instead of the version: it had "no_endpoint", only "ejected" ones, or
         answered with the code that `reason` names."""
-        fallbacks = self._of(key).fallbacks
+        fallbacks = self.of(key).fallbacks
         fallbacks[reason] = fallbacks.get(reason, 0) + 1
 
     def cache(self, key: VersionKey, how: str) -> None:
         """The result cache was asked: a "hit", a "miss", or "joined" to an equal request under way."""
-        asked = self._of(key).cache
+        asked = self.of(key).cache
         asked[how] = asked.get(how, 0) + 1
 
     def shadowed(self, key: VersionKey, how: str) -> None:
         """A copy for the shadow `key` was "dropped" or compared: the verdict's name."""
-        shadows = self._of(key).shadows
+        shadows = self.of(key).shadows
         shadows[how] = shadows.get(how, 0) + 1
 
-    def _of(self, key: VersionKey) -> VersionStats:
+    def of(self, key: VersionKey) -> VersionStats:
+        """The totals of `key`; the same object for as long as the process lives."""
         stats = self.versions.get(key)
         if stats is None:
             stats = self.versions[key] = VersionStats()

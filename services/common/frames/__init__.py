@@ -53,8 +53,20 @@ server_connection, server, outbox, client_connection, client, tls.
 
 from services.common.frames.client import FrameCalls, lost
 from services.common.frames.limits import Limits
+from services.common.frames.messages import item_payloads, timeout_override
 from services.common.frames.peer import FrameHandler, Peer
 from services.common.frames.server import FrameServer
 from services.common.frames.tls import client_tls, server_tls
 
-__all__ = ["FrameCalls", "FrameHandler", "FrameServer", "Limits", "Peer", "client_tls", "lost", "server_tls"]
+__all__ = [
+    "FrameCalls",
+    "FrameHandler",
+    "FrameServer",
+    "Limits",
+    "Peer",
+    "client_tls",
+    "item_payloads",
+    "lost",
+    "server_tls",
+    "timeout_override",
+]

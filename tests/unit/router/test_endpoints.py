@@ -36,6 +36,9 @@ class FakeCalls:
     ) -> int:
         raise AssertionError("nothing is sent here")
 
+    def forward(self, request: bytes, more: bytes, deadline: float, on_reply: Callable[..., None]) -> int:
+        raise AssertionError("nothing is sent here")
+
     def cancel(self, local_id: int) -> None:
         raise AssertionError("nothing is sent here")
 
