@@ -56,14 +56,19 @@ class Runner:
     def execute(self, batch: Batch, max_rows: int) -> Execution:
         """Run `batch`. Never raises: what fails stands in the result. A member fails only by its own doing:
         when the run of several fails, its halves are run, until who fails is alone."""
-        return self._isolated(batch.items, max_rows)
-
-    def _isolated(self, items: Sequence[Item], max_rows: int) -> Execution:
-        whole = self._attempt(items, sum(item.rows for item in items), max_rows)
-        if not whole.failures or len(items) == 1:
+        whole = self._attempt(batch.items, batch.rows, max_rows)
+        if not whole.failures or len(batch.items) == 1:
             return whole
+        return self._isolated(batch.items, whole, max_rows)
+
+    def _isolated(self, items: Sequence[Item], whole: Execution, max_rows: int) -> Execution:
+        """The halves of `items`, whose run together was `whole` and failed."""
         middle = len(items) // 2
-        halves = [self._isolated(items[:middle], max_rows), self._isolated(items[middle:], max_rows)]
+        halves = []
+        for half in (items[:middle], items[middle:]):
+            attempt = self._attempt(half, sum([item.rows for item in half]), max_rows)
+            single = not attempt.failures or len(half) == 1
+            halves.append(attempt if single else self._isolated(half, attempt, max_rows))
         return Execution(
             parts=[part for half in halves for part in half.parts],
             failures=[failure for half in halves for failure in half.failures],

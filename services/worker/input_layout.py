@@ -136,6 +136,8 @@ class InputLayout:
 
     def arrays(self, key: MergeKey, data: list[bytes], rows: int) -> dict[str, Array]:
         """The inputs of a batch: `data` holds per input the joined bytes of all its requests."""
+        if (plain := self._plain) is not None:
+            return {plain.name: to_array(data[0], plain.datatype, (rows, *plain.shape))}
         shapes = key[1]
         return {
             spec.name: to_array(joined, spec.datatype, (rows, *shape) if self.batched else shape)

@@ -57,13 +57,14 @@ class RunTime:
         return fastest if fastest < inf else 0.0
 
     def _fit(self) -> None:
-        mean_n, mean_t = self._n / self._w, self._t / self._w
-        variance = self._nn / self._w - mean_n * mean_n
+        weight = self._w
+        mean_n, mean_t = self._n / weight, self._t / weight
+        variance = self._nn / weight - mean_n * mean_n
         # With all batches of one size lately, a slope cannot be told from the offset: the last known one
         # stays.
         slope = self.per_row
         if variance > 1e-6 * mean_n * mean_n:
-            slope = max(0.0, (self._nt / self._w - mean_n * mean_t) / variance)
+            slope = max(0.0, (self._nt / weight - mean_n * mean_t) / variance)
         slope = min(slope, mean_t / mean_n)
         self.per_row = slope
         self.fixed = mean_t - slope * mean_n

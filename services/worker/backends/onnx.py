@@ -46,10 +46,10 @@ class OnnxBackend:
         self._texts = [spec.name for spec in signature.inputs if spec.datatype == DataType.DATA_TYPE_BYTES]
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        names = list(outputs) or self._outputs
-        feed = dict(inputs)
-        for name in self._texts:
-            feed[name] = _decoded(name, feed[name])
+        names = outputs or self._outputs
+        feed = inputs
+        if self._texts:
+            feed = {**inputs, **{name: _decoded(name, inputs[name]) for name in self._texts}}
         try:
             return dict(zip(names, self._session.run(names, feed), strict=True))
         except OrtInvalidArgument as error:
