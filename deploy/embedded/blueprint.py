@@ -110,6 +110,9 @@ def _services(
         "STATE_DIR": str(configuration.home / "state"),
         "INTERNAL_TOKEN": secrets.internal_token,
         "ARTIFACT_STORE_URL": configuration.artifact_store_url,
+        "BATCH_INPUT_ALLOW": ",".join(
+            (configuration.shared["BATCH_INPUT_ALLOW"], f"{(configuration.home / 'data').as_uri()}/")
+        ),
     }
 
     def service(
@@ -134,6 +137,8 @@ def _services(
         "REGISTRY_URL": f"http://{LOOPBACK}:{ports['REGISTRY_HTTP_PORT']}",
         "ANALYTICS_URL": f"http://{LOOPBACK}:{ports['ANALYTICS_HTTP_PORT']}",
         "DRIFT_URL": f"http://{LOOPBACK}:{ports['DRIFT_HTTP_PORT']}",
+        "CALLBACK_ALLOW": f"{configuration.shared['CALLBACK_ALLOW']},{LOOPBACK},localhost",
+        "CALLBACK_SECRET": secrets.callback_secret,
     }
     router = {
         "FRAMES_PORT": ports["ROUTER_FRAMES_PORT"],
@@ -145,6 +150,7 @@ def _services(
         "GRPC_PORT": ports["REGISTRY_GRPC_PORT"],
         "BOOTSTRAP_ADMIN_KEY": secrets.admin_key,
     }
+    tansu = configuration.kafka_bootstrap_servers is None and configuration.kafka_home is None
     workers = [
         {
             "WORKER_ID": f"worker-{index}",
@@ -152,6 +158,8 @@ def _services(
             "FRAMES_PORT": configuration.worker_port(index, "FRAMES"),
             "GRPC_PORT": configuration.worker_port(index, "GRPC"),
             "OPS_PORT": configuration.worker_port(index, "OPS"),
+            # Tansu ends a cooperative rebalance with partitions that nobody has.
+            "BATCH_ASSIGNMENT": "range" if tansu else "cooperative-sticky",
         }
         for index in range(configuration.workers)
     ]
@@ -178,7 +186,7 @@ def make_directories(home: Path) -> None:
     """The folders that must be there before anything starts. What holds data is closed to other users; `home`
     itself is not, since PostgreSQL, started by root, runs as one of them in a folder of its own."""
     home.mkdir(parents=True, exist_ok=True)
-    for name in ("logs", "state", "artifacts"):
+    for name in ("logs", "state", "artifacts", "data"):
         folder = home / name
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)  # one of an earlier version, too

@@ -23,6 +23,9 @@ from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS
 from services.worker.artifacts import ArtifactCache
 from services.worker.backends.port import BackendOptions
+from services.worker.batch.app import BatchOptions, BatchWorker, OpenChunks, kafka_chunks
+from services.worker.batch.metrics import BatchMetrics
+from services.worker.batch.work import WorkOptions
 from services.worker.batch_queue import BatchPolicy
 from services.worker.desired import Defaults, Deployments
 from services.worker.grpc_server import serve_grpc
@@ -38,8 +41,10 @@ from services.worker.status import StatusReport
 
 log = structlog.get_logger(__name__)
 
-# Of the time to drain, the share that goes to answering what is queued; the rest flushes the prediction log.
+# Of the time to drain, the share that goes to answering what is queued, and the part of it in which chunks of
+# batch jobs end; the rest flushes the prediction log.
 _ANSWER_SHARE = 0.6
+_CHUNK_SHARE = 0.25
 _FLUSH_SHARE = 0.25
 # How long one wait for the deployments lasts; it is repeated for as long as the broker is away.
 _TABLE_S = 30.0
@@ -58,28 +63,27 @@ class Worker:
 
 
 @asynccontextmanager
-async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Worker]:
+async def worker_app(
+    cfg: Settings, clock: Clock, bus: Bus | None = None, open_chunks: OpenChunks | None = None
+) -> AsyncIterator[Worker]:
     """Serve while the block runs, then drain: routers are told, what is queued is answered, the prediction
-    log is flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests."""
+    log is flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests, `open_chunks` the group of the
+    batch jobs; without it such a worker does none."""
     async with AsyncExitStack() as stack:
         if bus is None:
+            open_chunks = kafka_chunks(
+                cfg.kafka_bootstrap_servers, f"worker-{cfg.worker_id}", cfg.batch_assignment
+            )
             bus = await stack.enter_async_context(
                 KafkaBus(cfg.kafka_bootstrap_servers, f"worker-{cfg.worker_id}")
             )
         tracing = setup_tracing("worker", cfg.otel_exporter_otlp_endpoint, cfg.otel_traces_sample_ratio)
         stack.push_async_callback(tracing.close)
 
-        events = EventLog(
-            cfg.directory / "spool", bus, PREDICTIONS.name,
-            clock=clock, max_bytes=cfg.log_max_bytes, join=join_predictions,
-        )  # fmt: skip
-        await events.start()
-        stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
-
+        events = await stack.enter_async_context(_prediction_log(cfg, bus, clock))
         pool = ThreadPoolExecutor(cfg.run_threads, thread_name_prefix="run")
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
-        stack.push_async_callback(store.close)
+        store = await stack.enter_async_context(_artifact_store(cfg))
         artifacts = ArtifactCache(store, cfg.directory / "artifacts")
         await artifacts.clear_partial()
 
@@ -127,6 +131,10 @@ async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         stack.push_async_callback(_end, beating)
         reading = asyncio.create_task(_follow(table, health, heartbeat), name="deployments")
         stack.push_async_callback(_end, reading)
+        batch = None
+        if open_chunks is not None:
+            batch = BatchWorker(_batch(cfg), host, store, bus, open_chunks, lambda: health.ready, clock)
+            await stack.enter_async_context(_batch_work(batch, registry))
         log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, worker=cfg.worker_id)
         try:
             yield Worker(host, health, events, frames_port, grpc_port, ops_port)
@@ -134,20 +142,58 @@ async def worker_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             health.start_draining()
             report.state = WorkerStatus.STATE_DRAINING
             heartbeat.changed()
-            await _drain(server, servicer, host, cfg.drain_s * _ANSWER_SHARE)
+            await _drain(server, servicer, host, batch, cfg.drain_s)
             await _end(beating)
             report.state = WorkerStatus.STATE_GONE
             await heartbeat.last(report())
 
 
-async def _drain(server: FrameServer, servicer: Servicer, host: ModelHost, seconds: float) -> None:
-    """Tell the routers, answer what is queued, then take nothing more."""
+async def _drain(
+    server: FrameServer, servicer: Servicer, host: ModelHost, batch: BatchWorker | None, drain_s: float
+) -> None:
+    """Tell the routers, answer what is queued and end the chunks in work, then take nothing more."""
+    seconds = drain_s * _ANSWER_SHARE
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            await server.drain(seconds)
+            chunks = [batch.drain(drain_s * _CHUNK_SHARE)] if batch is not None else []
+            await asyncio.gather(server.drain(seconds), *chunks)
             servicer.closed = True
             await host.drain()
     servicer.closed = True
+
+
+@asynccontextmanager
+async def _prediction_log(cfg: Settings, bus: Bus, clock: Clock) -> AsyncIterator[EventLog]:
+    events = EventLog(
+        cfg.directory / "spool", bus, PREDICTIONS.name,
+        clock=clock, max_bytes=cfg.log_max_bytes, join=join_predictions,
+    )  # fmt: skip
+    await events.start()
+    try:
+        yield events
+    finally:
+        await events.close(clock.monotonic() + cfg.drain_s * _FLUSH_SHARE)
+        if events.pending_records:
+            log.warning("log_left", records=events.pending_records, reason="the next start publishes them")
+
+
+@asynccontextmanager
+async def _artifact_store(cfg: Settings) -> AsyncIterator[ArtifactStore]:
+    store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@asynccontextmanager
+async def _batch_work(batch: BatchWorker, registry: CollectorRegistry) -> AsyncIterator[BatchWorker]:
+    registry.register(BatchMetrics(batch))
+    working = asyncio.create_task(batch.run(), name="batch")
+    try:
+        yield batch
+    finally:
+        await _end(working)
 
 
 async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:
@@ -159,16 +205,21 @@ async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:
     heartbeat.changed()
 
 
-async def _close_log(events: EventLog, clock: Clock, seconds: float) -> None:
-    await events.close(clock.monotonic() + seconds)
-    if events.pending_records:
-        log.warning("log_left", records=events.pending_records, reason="the next start publishes them")
-
-
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
+
+
+def _batch(cfg: Settings) -> BatchOptions:
+    return BatchOptions(
+        pool=cfg.pool,
+        allow=cfg.batch_input_allow,
+        s3_options=cfg.artifact_store_options(),
+        directory=cfg.directory,
+        work=WorkOptions(cfg.worker_id, cfg.batch_patience_s, payload_rows=cfg.batch_payload_rows),
+        partitions=cfg.batch_partitions,
+    )
 
 
 def _defaults(cfg: Settings) -> Defaults:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from services.common.settings import ArtifactSettings, Port, ServiceSettings
+from services.common.settings import ArtifactSettings, CommaSeparated, Port, ServiceSettings
 
 
 class Settings(ServiceSettings, ArtifactSettings):
@@ -45,6 +45,17 @@ class Settings(ServiceSettings, ArtifactSettings):
     log_max_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
     #: Larger requests are logged without their tensors.
     log_payload_max_bytes: Annotated[int, Field(ge=0)] = 1 << 20
+
+    #: Prefixes of what batch jobs may read; the gateway's must be the same.
+    batch_input_allow: CommaSeparated = ("store://files/",)
+    #: Partitions of the pool's chunks: the most workers that can share one pool's jobs.
+    batch_partitions: Annotated[int, Field(ge=1)] = 8
+    #: How the pool's workers share them. `range` is for brokers that do not carry cooperative rebalances.
+    batch_assignment: Literal["cooperative-sticky", "range"] = "cooperative-sticky"
+    #: How long a chunk waits for a version that cannot be loaded, or an input that cannot be reached.
+    batch_patience_s: Annotated[float, Field(gt=0)] = 300.0
+    #: Rows of each chunk that are logged with their tensors; all others are logged without.
+    batch_payload_rows: Annotated[int, Field(ge=0)] = 8192
 
     heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
     #: How long a version that is no longer deployed goes on answering.

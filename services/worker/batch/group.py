@@ -19,8 +19,10 @@ from typing import Any, Literal, Self
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from services.common.bus import Record
+from services.common.bus.admin import ensure_topics
 from services.common.bus.port import MAX_RECORD_BYTES
-from services.common.topics import Topic
+from services.common.errors import HeadraceError, Unavailable
+from services.common.topics import JOB_RESULTS, Topic, dead_letters
 from services.worker.batch.port import Delivery
 from services.worker.batch.producer import AckedProducer
 
@@ -71,7 +73,10 @@ class KafkaChunks:
         assignment: Assignment = "cooperative-sticky",
         session_timeout: float = 6.0,
     ) -> None:
+        self._bootstrap = bootstrap
         self._topic = topic
+        self._group = group
+        self._starting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._consumer_options: dict[str, Any] = {
             "bootstrap.servers": bootstrap,
@@ -113,14 +118,16 @@ class KafkaChunks:
 
     async def __aenter__(self) -> Self:
         await self._producer.__aenter__()
-        self._thread = threading.Thread(target=self._run, name="batch-group", daemon=True)
-        self._thread.start()
+        self._starting = asyncio.create_task(self._start(), name="batch group")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping.set()
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, _CLOSE_S)
         await self._producer.__aexit__(kind, error, trace)
@@ -145,6 +152,23 @@ class KafkaChunks:
     async def publish(self, records: Sequence[Record]) -> None:
         """See Chunks."""
         await self._producer.publish(records)
+
+    async def _start(self) -> None:
+        """Join once the topics are there: a broker that makes them on first use gives them another number of
+        partitions."""
+        while True:
+            try:
+                await ensure_topics(
+                    self._bootstrap, [self._topic, dead_letters(self._topic, self._group), JOB_RESULTS]
+                )
+                break
+            except Unavailable as error:
+                log.warning("no topics of the pool yet: %s", error.message)
+            except HeadraceError as error:
+                log.warning("topics of the pool: %s", error.message)
+                break
+        self._thread = threading.Thread(target=self._run, name="batch-group", daemon=True)
+        self._thread.start()
 
     def _settled(self, partition: int, offset: int) -> None:
         owned = self._ours.get(partition)
@@ -258,9 +282,9 @@ class KafkaChunks:
 def _record(message: Message) -> Record:
     return Record(
         topic=message.topic() or "",
-        key=message.key(),  # type: ignore[arg-type]  # bytes: no deserialiser was given
-        value=message.value(),  # type: ignore[arg-type]
-        headers=tuple(message.headers() or ()),  # type: ignore[arg-type]
+        key=message.key(),
+        value=message.value(),
+        headers=tuple(message.headers() or ()),  # type: ignore[arg-type]  # pairs of text and bytes
         partition=_number(message.partition()),
         offset=_number(message.offset()),
         timestamp_ms=message.timestamp()[1],

@@ -102,7 +102,7 @@ class AckedProducer:
                     break
                 except BufferError:
                     if self._stopping.is_set():
-                        raise KafkaException(KafkaError(KafkaError._DESTROY)) from None
+                        raise Unavailable("the worker is leaving") from None
                     time.sleep(_FULL_PAUSE_S)
 
     def _poll(self) -> None:
