@@ -313,10 +313,12 @@ class Endpoints:
         for key in keys:
             group = self._groups.get(key)
             if group is not None:
-                # Where nobody has it in memory, whoever loads it on demand.
+                # Where nobody has it in memory, whoever loads it on demand; and a version that was taken away
+                # and is wanted again is answered by those who are not rid of it yet.
                 group.fill(
                     self._having(key, LoadedVersion.STATE_READY)
                     or self._having(key, LoadedVersion.STATE_EVICTED)
+                    or self._having(key, LoadedVersion.STATE_UNLOADING)
                 )
 
     def _having(self, key: VersionKey, state: LoadedVersion.State) -> tuple[Endpoint, ...]:
