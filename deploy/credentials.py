@@ -1,6 +1,7 @@
-"""Writes the secrets of an installation, once: what every service reads, and what only the registry may.
+"""Writes the secrets of an installation, once: what every service reads, and what only the registry or the
+gateway may.
 
-python credentials.py <folder of all services> <folder of the registry>
+python credentials.py <folder of all services> <folder of the registry> <folder of the gateway>
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ def admin_key() -> str:
     return f"hr_{key_id}_{secrets.token_urlsafe(32)}"
 
 
-def write(shared: Path, registry: Path) -> None:
+def write(shared: Path, registry: Path, gateway: Path) -> None:
     """Make what is missing; what is there stays, so that a restart changes nothing.
 
-    `registry` holds all that the registry reads. The admin key is nowhere else: a worker, which loads models
-    that others wrote, must not be able to become an administrator.
+    `registry` and `gateway` hold all that these two read. The admin key and the key that signs callbacks are
+    nowhere else: a worker, which loads models that others wrote, must not be able to become an administrator,
+    or to speak for the gateway.
     """
-    for folder in (shared, registry):
+    for folder in (shared, registry, gateway):
         folder.mkdir(parents=True, exist_ok=True)
     token = _keep(shared / "internal_token", secrets.token_urlsafe(32))
     _keep(registry / "internal_token", token)
+    _keep(gateway / "internal_token", token)
+    _keep(gateway / "callback_secret", secrets.token_urlsafe(32))
     once_shared = shared / "bootstrap_admin_key"  # by an earlier version
     _keep(registry / "bootstrap_admin_key", once_shared.read_text() if once_shared.exists() else admin_key())
     once_shared.unlink(missing_ok=True)
@@ -41,4 +45,4 @@ def _keep(path: Path, fresh: str) -> str:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]))
+    write(*map(Path, sys.argv[1:4]))

@@ -12,16 +12,22 @@ from deploy.credentials import admin_key
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What the services share, and the first key of the gateway."""
+    """What the services share, the first key of the gateway, and what only the gateway knows."""
 
     internal_token: str
     admin_key: str
+    #: The gateway signs callbacks with it.
+    callback_secret: str = ""
 
 
 def load_or_create(home: Path) -> Secrets:
     """Read `secrets` and `admin.key` in `home`; what is missing is made (0600) and stays as it is."""
     line = _keep(home / "secrets", f"INTERNAL_TOKEN={secrets.token_urlsafe(32)}")
-    return Secrets(internal_token=line.partition("=")[2], admin_key=_keep(home / "admin.key", admin_key()))
+    return Secrets(
+        internal_token=line.partition("=")[2],
+        admin_key=_keep(home / "admin.key", admin_key()),
+        callback_secret=_keep(home / "callback.secret", secrets.token_urlsafe(32)),
+    )
 
 
 def _keep(path: Path, fresh: str) -> str:

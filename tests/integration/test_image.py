@@ -53,7 +53,8 @@ def test_an_image_starts_answers_and_drains(
         HEALTH_PORT=str(health),
     )
     no_other_service(image, service)
-    credentials.write(tmp_path / "shared", image.inside(image.environment["SECRETS_DIR"]))
+    secrets = image.inside(image.environment["SECRETS_DIR"])
+    credentials.write(tmp_path / "shared", secrets, tmp_path / "gateway-secrets")
     environment = image.container_environment(
         {
             "KAFKA_BOOTSTRAP_SERVERS": kafka_bootstrap,

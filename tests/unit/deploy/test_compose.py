@@ -107,6 +107,8 @@ def test_a_container_gives_its_service_every_setting(
     cfg = settings(service)
     assert cfg.host == "0.0.0.0"
     assert cfg.internal_token == (tmp_path / "secrets" / "internal_token").read_text()
+    if service == "gateway":
+        assert cfg.callback_secret == (tmp_path / "gateway-secrets" / "callback_secret").read_text()  # type: ignore[attr-defined]  # the gateway's own
     assert cfg.otel_exporter_otlp_endpoint == "http://jaeger:4317"
     assert cfg.log_level == PLATFORM["LOG_LEVEL"]
     assert cfg.log_format == "json"
@@ -167,8 +169,8 @@ def test_every_variable_is_read_by_somebody(project: Composed) -> None:
     """A misspelt variable would be ignored without a word."""
     known = {name.upper() for service in SERVICES for name in settings_kind(service).model_fields}
     given = {name for service in SERVICES for name in project["services"][service]["environment"]}
-    # platform.env names each port by its service; KAFKA_REPLICATION is for the one that makes the topics.
-    assert given - known - {name for name in PLATFORM if name.endswith("_PORT")} == {"KAFKA_REPLICATION"}
+    # platform.env names each port by its service.
+    assert not given - known - {name for name in PLATFORM if name.endswith("_PORT")}
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -205,7 +207,7 @@ def test_a_container_is_told_what_the_embedded_stack_tells(
 
 def written_secrets(folder: Path) -> dict[str, Path]:
     """What the job `secrets` writes, by volume."""
-    volumes = {name: folder / name for name in ("secrets", "registry-secrets")}
+    volumes = {name: folder / name for name in ("secrets", "registry-secrets", "gateway-secrets")}
     credentials.write(*volumes.values())
     return volumes
 
@@ -216,11 +218,12 @@ def mounted_secrets(composed: Composed) -> str:
     return str(source)
 
 
-def test_only_the_registry_can_read_the_admin_key(project: Composed, tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner", ["registry", "gateway"])
+def test_only_its_owner_can_read_a_secret(owner: str, project: Composed, tmp_path: Path) -> None:
     job = project["services"]["secrets"]
     targets = {mount["source"]: mount["target"] for mount in job["volumes"] if mount["type"] == "volume"}
     # The job writes into the volumes in the order in which the test does.
-    assert job["command"][2:] == [targets["secrets"], targets["registry-secrets"]]
+    assert job["command"][2:] == [targets[name] for name in written_secrets(tmp_path)]
     volumes = written_secrets(tmp_path)
     written = {name: (folder / "internal_token").read_text() for name, folder in volumes.items()}
     assert len(set(written.values())) == 1
@@ -231,9 +234,9 @@ def test_only_the_registry_can_read_the_admin_key(project: Composed, tmp_path: P
         name
         for name, service in project["services"].items()
         for mount in service.get("volumes", ())
-        if mount["source"] == "registry-secrets"
+        if mount["source"] == f"{owner}-secrets"
     }
-    assert readers == {"registry", "secrets"}
+    assert readers == {owner, "secrets"}
 
 
 def test_an_admin_key_that_was_shared_moves_to_the_registry(tmp_path: Path) -> None:
@@ -293,7 +296,7 @@ def test_state_and_secrets_are_mounted_where_the_image_looks(service: str, proje
     assert not mounts[image["STATE_DIR"]].get("read_only")
     assert mounts[image["SECRETS_DIR"]]["read_only"] is True
     assert mounts[image["SECRETS_DIR"]]["source"] == (
-        "registry-secrets" if service == "registry" else "secrets"
+        f"{service}-secrets" if service in ("registry", "gateway") else "secrets"
     )
 
 

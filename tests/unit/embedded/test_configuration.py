@@ -108,7 +108,7 @@ def test_secrets_are_made_once_and_closed(tmp_path: Path) -> None:
     assert load_or_create(tmp_path) == made
     assert re.fullmatch(r"hr_[a-z2-7]{12}_[A-Za-z0-9_-]{43}", made.admin_key)
     assert len(made.internal_token) >= 32
-    for name in ("secrets", "admin.key"):
+    for name in ("secrets", "admin.key", "callback.secret"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
