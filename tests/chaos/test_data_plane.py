@@ -1,0 +1,167 @@
+"""Parts of the data plane die, drain and change what they serve under an open-loop load: what was answered is
+counted once, and nothing is refused that another part could answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.load.drive import OpenLoop, open_loop
+from benchmarks.load.requests import Endpoint
+from benchmarks.workload import Dialect
+from deploy.embedded.stack import Stack
+from examples import cancer
+from tests.e2e.rest import caller, settled, total, until
+from tests.fixtures.platform import register_examples
+
+RATE = 500.0
+SECONDS = 6.0
+MODEL = "cancer"
+pytestmark = pytest.mark.timeout(600)  # a whole platform is started
+#: Requests that wait for a part to come back wait longer than usual on machines with one or two cores.
+PATIENCE_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def stack(stacks_directory: Path) -> Iterator[Stack]:
+    """Two workers, the examples deployed. Every test leaves all parts running."""
+    home = Path(tempfile.mkdtemp(dir=stacks_directory))
+    home.chmod(0o755)
+    running = Stack.on_free_ports(home, workers=2)
+    running.start()
+    try:
+        register_examples(running)
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+def requests_file(tmp_path: Path, stack: Stack) -> Path:
+    """Requests of different users, as the generator reads them."""
+    path = tmp_path / "requests"
+    with path.open("wb") as file:
+        for number, row in enumerate(cancer.load().held_out_rows[:100]):
+            said = {"model": MODEL, "inputs": [row.tolist()], "user_id": f"user-{number}"}
+            body = json.dumps(said).encode()
+            head = (
+                "POST /v1/predict HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\n"
+                f"Authorization: Bearer {stack.admin_key}\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            file.write(b"%d\n" % (len(head) + len(body)) + head.encode() + body)
+    return path
+
+
+def load(stack: Stack, requests: Path) -> asyncio.Future[dict[str, Any]]:
+    """RATE requests a second for SECONDS, whatever the answers, from a process of its own."""
+    port = stack.configuration.ports["GATEWAY_HTTP_PORT"]
+    endpoint = Endpoint("127.0.0.1", port, "/v1/predict", Dialect.NATIVE)
+    offered = OpenLoop(RATE, 128, SECONDS, PATIENCE_S, PATIENCE_S, warm_up_s=0.0)
+    return asyncio.get_running_loop().run_in_executor(None, open_loop, endpoint, requests, offered)
+
+
+async def counted_since(client: httpx.AsyncClient, before: int, at_least: int) -> int:
+    """Requests that analytics counted after `before`, once nothing is on its way any more."""
+    await until(
+        client,
+        f"/v1/analytics/models/{MODEL}",
+        lambda shown: total(shown) >= before + at_least,
+        within_s=60,
+    )
+    return await settled(client, MODEL) - before
+
+
+def sent(said: dict[str, Any]) -> int:
+    """Every request of the load, whatever became of it."""
+    kinds = ("answered", "late", "refused", "unanswered", "abandoned")
+    return sum(int(said[kind]) for kind in kinds) + sum(int(count) for count in said["other"].values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_worker_that_dies_or_drains_costs_no_request(
+    stack: Stack, requests_file: Path, number: signal.Signals
+) -> None:
+    async with caller(stack) as client:
+        before = await settled(client, MODEL)
+        running = load(stack, requests_file)
+        await asyncio.sleep(SECONDS / 3)
+        pid = await asyncio.to_thread(stack.kill, "worker-0", number)
+        said = await running
+        assert said["answered"] == sent(said) == RATE * SECONDS, json.dumps(said)
+        assert await counted_since(client, before, said["answered"]) == said["answered"]
+        await asyncio.to_thread(stack.wait_ready, "worker-0", not_pid=pid)
+
+
+async def test_a_killed_router_loses_and_doubles_nothing(stack: Stack, requests_file: Path) -> None:
+    async with caller(stack) as client:
+        before = await settled(client, MODEL)
+        running = load(stack, requests_file)
+        await asyncio.sleep(SECONDS / 3)
+        pid = await asyncio.to_thread(stack.kill, "router")
+        said = await running
+        # Where it is back within two seconds everything waits for it; on a slow machine some are refused.
+        assert said["answered"] + said["late"] + said["refused"] == sent(said) == RATE * SECONDS, json.dumps(
+            said
+        )
+        assert said["refused_without_retry_after"] == 0
+        served = said["answered"] + said["late"]
+        counted = await counted_since(client, before, served)
+        # What was served as its gateway gave up was answered with a refusal, and is counted all the same.
+        assert served <= counted <= served + said["refused"]
+        await asyncio.to_thread(stack.wait_ready, "router", not_pid=pid)
+
+
+async def test_a_killed_gateway_loses_only_what_was_on_its_connections(
+    stack: Stack, requests_file: Path
+) -> None:
+    async with caller(stack) as client:
+        before = await settled(client, MODEL)
+    running = load(stack, requests_file)
+    await asyncio.sleep(SECONDS / 3)
+    pid = await asyncio.to_thread(stack.kill, "gateway")
+    said = await running
+    assert sent(said) == RATE * SECONDS, json.dumps(said)
+    # Nothing else than lost connections: no wrong answer, and none that was begun and never came.
+    assert set(said["other"]) <= {"connection lost"}, json.dumps(said)
+    assert said["unanswered"] == 0, json.dumps(said)
+    await asyncio.to_thread(stack.wait_ready, "gateway", not_pid=pid)
+    async with caller(stack) as client:
+        assert (await client.get(f"/v2/models/{MODEL}/ready")).status_code == 200
+        served = said["answered"] + said["late"]
+        lost = said["other"].get("connection lost", 0)
+        assert served <= await counted_since(client, before, served) <= served + lost
+
+
+async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requests_file: Path) -> None:
+    async def share(client: httpx.AsyncClient, *shares: tuple[str, int]) -> None:
+        versions = [{"version": version, "weight": weight} for version, weight in shares]
+        answer = await client.put(f"/v1/deployments/{MODEL}", json={"versions": versions})
+        assert answer.status_code == 200, answer.text
+
+    async with caller(stack) as client:
+        before = await settled(client, MODEL)
+        running = load(stack, requests_file)
+        for shares in (
+            [("1", 0), ("2", 100)],
+            [("1", 100), ("2", 0)],
+            [("2", 100)],
+            [("1", 100)],
+            [("1", 10), ("2", 90)],
+        ):
+            await asyncio.sleep(SECONDS / 7)
+            await share(client, *shares)
+        said = await running
+        assert said["answered"] == sent(said) == RATE * SECONDS, json.dumps(said)
+        assert await counted_since(client, before, said["answered"]) == said["answered"]
+        await share(client, ("2", 100))
+        await asyncio.sleep(1.0)
+        body = {"model": MODEL, "inputs": [cancer.load().held_out_rows[0].tolist()], "user_id": "last"}
+        assert (await client.post("/v1/predict", json=body)).json()["version"] == "2"
