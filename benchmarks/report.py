@@ -36,6 +36,8 @@ OPEN = (
     "the generator was late itself and was the limit."
 )
 DIRECT = "One thread, no server."
+#: Between these lines of PROFILE.md stands what was measured.
+_MEASURED, _END = "<!-- measured -->", "<!-- end -->"
 MEMORY = (
     "Proportional (PSS: shared pages counted once). *Serving* are the processes without which nothing is "
     "answered; *everything* includes databases, broker and the services that read events."
@@ -43,7 +45,8 @@ MEMORY = (
 
 
 def write_report(results: Results, folder: Path = FOLDER) -> None:
-    """RESULTS.md, throughput.svg and, where curves were run, their charts of goodput and latency."""
+    """RESULTS.md, throughput.svg and, where curves were run, their charts of goodput and latency; and the
+    table of PROFILE.md."""
     main, overload = FULL.main, FULL.overload
     rest = [front for front in fronts_of(results, main) if not front.endswith(", gRPC")]
     (folder / "throughput.svg").write_text(_throughput(results, main))
@@ -71,6 +74,12 @@ def write_report(results: Results, folder: Path = FOLDER) -> None:
     lines += ["## Memory after load", "", MEMORY, "", *tables.memory(results), ""]
     lines += ["## What was compared", "", *tables.setups(results)]
     (folder / "RESULTS.md").write_text("\n".join(lines).rstrip() + "\n")
+    profile = folder / "PROFILE.md"
+    if profile.exists() and good(results.of(tables.MAIN, count, main)):
+        before, _, rest_of_it = profile.read_text().partition(_MEASURED)
+        after = rest_of_it.partition(_END)[2]
+        measured = "\n".join(tables.hops(results, main))
+        profile.write_text(f"{before}{_MEASURED}\n{measured}\n{_END}{after}")
 
 
 def _throughput(results: Results, workload: str) -> str:

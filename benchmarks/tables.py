@@ -194,6 +194,23 @@ def cpu(results: Results, workload: str, count: int) -> list[str]:
     return table(["", "µs", "by process"], rows)
 
 
+def hops(results: Results, workload: str) -> list[str]:
+    """CPU time per answer of each process of Headrace, by concurrency."""
+    counts = connections_of(results, workload, [MAIN])
+    by_count = {count: good(results.of(MAIN, count, workload)) for count in counts}
+    parts = dict.fromkeys(part for points in by_count.values() for point in points for part in point.cpu_us)
+    medians = {
+        part: [
+            Spread.of([point.cpu_us.get(part, 0.0) for point in points]).median if points else 0.0
+            for points in by_count.values()
+        ]
+        for part in parts
+    }
+    rows = [[part, *[f"{us:,.0f}" for us in each]] for part, each in medians.items()]
+    rows.append(["together", *[f"{sum(each):,.0f}" for each in zip(*medians.values(), strict=True)]])
+    return table(["", *[f"c = {count}" for count in counts]], rows)
+
+
 def memory(results: Results) -> list[str]:
     """PSS after load."""
     rows = []
