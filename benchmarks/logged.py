@@ -38,7 +38,11 @@ def deployment() -> ServingConfig:
 
 
 def record(
-    rng: np.random.Generator, requests: int, *, at_us: int | None = None, origin: Origin = Origin.ORIGIN_ONLINE
+    rng: np.random.Generator,
+    requests: int,
+    *,
+    at_us: int | None = None,
+    origin: Origin = Origin.ORIGIN_ONLINE,
 ) -> PredictionBatch:
     """One executed batch of so many requests of one row each: 30 float32 features and an int64 answer."""
     x = rng.normal(size=(requests, FEATURES)).astype("<f4")

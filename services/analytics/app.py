@@ -76,7 +76,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
 
         await signatures.load(database)
         files = SegmentFiles(store, cfg.state_dir / "analytics" / "segments")
-        writer = SegmentWriter(store, signatures, clock, metrics)
+        writer = SegmentWriter(database, store, signatures, clock, metrics)
         spill = cfg.state_dir / "analytics" / "spill"
         await asyncio.to_thread(spill.mkdir, parents=True, exist_ok=True)
         reader = Reader(database, files, signatures, metrics, spill)
@@ -96,7 +96,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
             log.warning("deployments_late", reason=error.message)
         health.set_ready("deployments")
         await stack.enter_async_context(
-            Flusher(database, writer, files, store, signatures, sizes, clock, metrics)
+            Flusher(database, writer, files, signatures, sizes, clock, metrics, cfg.retention())
         )
         consumers = Consumers(database, writer, sizes, clock, tracing, metrics)
         await stack.enter_async_context(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
 from numpy.typing import NDArray
 
+from services.analytics.arrays import numbers_array, texts_array
 from services.analytics.payload import Answered, predictions, tensors_by_name
 from services.common.errors import InvalidArgument
 
@@ -50,6 +52,13 @@ _VERSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})?")
 #: The end of the year 9999.
 _LATEST_US = 253_402_300_799_000_000
 
+#: Names that were looked at before: most records are of a few versions.
+_known_names: set[tuple[str, str]] = set()
+_MAX_KNOWN = 10_000
+
+#: Bytes of a record below which it is mostly numbers.
+_SMALL = 64 << 10
+
 _NUMBERS: tuple[tuple[str, str, str], ...] = (
     # field of the record, column, numpy type
     ("unit_hashes", "unit_hash", "u8"),
@@ -66,6 +75,19 @@ _NUMBERS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+class Logged(NamedTuple):
+    """A record of the prediction log, as it came and parsed, with how many requests it tells of."""
+
+    batch_id: bytes
+    value: bytes
+    batch: PredictionBatch
+    requests: int
+
+    @classmethod
+    def of(cls, batch: PredictionBatch, value: bytes) -> Logged:
+        return cls(batch.batch_id, value, batch, len(batch.request_ids) // 16)
+
+
 def parse(value: bytes | None) -> PredictionBatch:
     """One record of inference.predictions.v1. Raises InvalidArgument for one that cannot be kept: whatever
     passes here can be stored, so that no record stops the others behind it.
@@ -79,76 +101,110 @@ def parse(value: bytes | None) -> PredictionBatch:
     n, rest = divmod(len(batch.request_ids), 16)
     if len(batch.batch_id) != 16 or rest or not n:
         raise InvalidArgument("batch_id or request_ids are missing or cut")
-    if not MODEL.fullmatch(batch.model) or not _VERSION.fullmatch(batch.version):
-        raise InvalidArgument("model or version is no name")
+    name = (batch.model, batch.version)
+    if name not in _known_names:
+        _check_names(*name)
     if not 0 <= batch.answered_at_us <= _LATEST_US:
         raise InvalidArgument("answered_at_us is no time")
-    for name in (*(field for field, _, _ in _NUMBERS), "variants"):
-        length = len(getattr(batch, name))
-        if length not in (0, n):
-            raise InvalidArgument(f"{name} has {length} entries for {n} requests")
-    if batch.variants and max(batch.variants) >= len(batch.variant_names):
+    # Repeated fields are sliced wherever they are read: iterating them is several times as slow.
+    codes, origins, variants = batch.codes, batch.origins, batch.variants
+    lengths = {
+        len(batch.unit_hashes),
+        len(batch.propensities),
+        len(batch.revisions),
+        len(codes),
+        len(origins),
+        len(batch.attempts),
+        len(batch.cached),
+        len(batch.latency_us),
+        len(batch.queue_us),
+        len(batch.compute_us),
+        len(batch.rows),
+        len(variants),
+        len(batch.answered_before_us),
+    }
+    if not lengths <= {0, n}:
+        _blame_column(batch, n)
+    if max(variants[:], default=-1) >= len(batch.variant_names):
         raise InvalidArgument("a variant is not named")
-    for name in ("codes", "origins"):
-        numbers = getattr(batch, name)
-        if numbers and not 0 <= min(numbers) <= max(numbers) <= 255:
-            raise InvalidArgument(f"{name} holds numbers that are none")
-    if not 0 <= batch.writer <= 255 or any(
-        "\0" in tensor.name for tensors in (batch.inputs, batch.outputs) for tensor in tensors
-    ):
-        raise InvalidArgument("the writer is unknown or a tensor has no proper name")
+    numbers = {*codes[:], *origins[:], batch.writer}
+    if not 0 <= min(numbers) <= max(numbers) <= 255:
+        raise InvalidArgument("codes, origins or the writer hold numbers that are none")
+    for tensor in batch.inputs[:] + batch.outputs[:]:
+        if "\0" in tensor.name:
+            raise InvalidArgument("a tensor has no proper name")
     return batch
 
 
-def without_payload(batch: PredictionBatch, prediction_output: str | None) -> PredictionBatch:
-    """The record as statistics need it: of its tensors only the answer (see `to_table`) is left."""
-    slim = PredictionBatch()
-    slim.CopyFrom(batch)
-    del slim.inputs[:]
-    kept = [tensor for tensor in batch.outputs if tensor.name == prediction_output]
+def _check_names(model: str, version: str) -> None:
+    if not MODEL.fullmatch(model) or not _VERSION.fullmatch(version):
+        raise InvalidArgument("model or version is no name")
+    if len(_known_names) >= _MAX_KNOWN:
+        _known_names.clear()
+    _known_names.add((model, version))
+
+
+def _blame_column(batch: PredictionBatch, n: int) -> None:
+    for name in (*(field for field, _, _ in _NUMBERS), "variants", "answered_before_us"):
+        length = len(getattr(batch, name))
+        if length not in (0, n):
+            raise InvalidArgument(f"{name} has {length} entries for {n} requests")
+
+
+def drop_payload(batch: PredictionBatch, prediction_output: str | None) -> PredictionBatch:
+    """The record, changed to what statistics need: of its tensors only the answer (see `to_table`) stays."""
+    del batch.inputs[:]
+    outputs = batch.outputs
     if prediction_output == "":
-        kept = list(batch.outputs[:1])
-    del slim.outputs[:]
-    slim.outputs.extend(kept)
-    return slim
+        del outputs[1:]
+    elif len(outputs) != 1 or outputs[0].name != prediction_output:
+        kept = [tensor for tensor in outputs if tensor.name == prediction_output]
+        del outputs[:]
+        outputs.extend(kept)
+    return batch
 
 
 def layout(batch: PredictionBatch) -> str:
     """Names and types of the record's payload: records of one layout share a file."""
     parts = [
         f"{kind}:{tensor.name}:{tensor.datatype}"
-        for kind, tensors in (("input", batch.inputs), ("output", batch.outputs))
+        for kind, tensors in (("input", batch.inputs[:]), ("output", batch.outputs[:]))
         for tensor in tensors
     ]
     return ",".join(parts)
 
 
-def to_table(batches: Sequence[PredictionBatch], prediction_output: str | None = "") -> pa.Table:
+def to_table(
+    batches: Sequence[PredictionBatch],
+    prediction_output: str | None = "",
+    values: Sequence[bytes] | None = None,
+) -> pa.Table:
     """Records of one layout as one table. `prediction_output` names the output that holds the answer (empty:
     the first; None: not known, so no answer is taken from any). A payload that does not fit its requests is
-    left out, never its requests.
+    left out, never its requests. `values` are the serialized records, where they are at hand.
     """
+    whole = _whole(values)
     counts = np.array([len(batch.request_ids) // 16 for batch in batches], dtype=np.int64)
     total = int(counts.sum())
     columns: dict[str, pa.Array] = {
         "request_id": _binary(b"".join([batch.request_ids for batch in batches])),
         "batch_id": _binary(b"".join([batch.batch_id * n for batch, n in zip(batches, counts, strict=True)])),
-        "position": pa.array(np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts), pa.uint32()),
-        "writer": pa.array(np.repeat([batch.writer for batch in batches], counts), pa.uint8()),
-        "answered_at_us": pa.array(
-            np.repeat([batch.answered_at_us for batch in batches], counts), pa.int64()
+        "position": numbers_array(
+            (np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)).astype("u4")
         ),
-        "variant": _variants(batches, counts),
+        "writer": numbers_array(np.repeat([batch.writer for batch in batches], counts).astype("u1")),
+        "answered_at_us": numbers_array(_answered_at(batches, counts, whole)),
+        "variant": _variants(batches, counts, whole),
     }
     for name in ("source", "model", "version", "artifact_digest"):
         columns[name] = _repeated([getattr(batch, name) for batch in batches], counts)
-    numbers = {column: _numbers(batches, counts, field, kind) for field, column, kind in _NUMBERS}
+    numbers = {column: _numbers(batches, counts, whole, field, kind) for field, column, kind in _NUMBERS}
     numbers["origin"] = np.maximum(numbers["origin"], 1)  # unspecified is online
-    for column, values in numbers.items():
-        columns[column] = pa.array(values, CORE.field(column).type)
+    for column, figures in numbers.items():
+        columns[column] = numbers_array(figures)
     answered = Answered.of(counts, numbers["code"] == Code.CODE_OK, numbers["rows"].astype(np.int64))
-    inputs = tensors_by_name([batch.inputs for batch in batches], answered)
-    outputs = tensors_by_name([batch.outputs for batch in batches], answered)
+    inputs = tensors_by_name([batch.inputs[:] for batch in batches], answered)
+    outputs = tensors_by_name([batch.outputs[:] for batch in batches], answered)
     answer = None
     if prediction_output is not None:
         answer = outputs.get(prediction_output) if prediction_output else next(iter(outputs.values()), None)
@@ -164,27 +220,63 @@ def _binary(data: bytes) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(16), len(data) // 16, [None, pa.py_buffer(data)])
 
 
+def _whole(values: Sequence[bytes] | None) -> PredictionBatch | None:
+    """All records as one: serialized messages end to end are one message in which repeated fields are
+    joined. That is a tenth of the work of asking each, unless their tensors, which are copied, are large."""
+    if values is None or sum(map(len, values)) > _SMALL * len(values):
+        return None
+    return PredictionBatch.FromString(b"".join(values))
+
+
 def _numbers(
-    batches: Sequence[PredictionBatch], counts: NDArray[np.int64], field: str, kind: str
+    batches: Sequence[PredictionBatch],
+    counts: NDArray[np.int64],
+    whole: PredictionBatch | None,
+    field: str,
+    kind: str,
 ) -> NDArray[np.generic]:
-    values: list[float] = []
+    if whole is not None:
+        values = getattr(whole, field)[:]
+        # A record has an entry for each of its requests, or none: as many as requests are all of them.
+        if len(values) == counts.sum():
+            return np.array(values, dtype=kind)
+        if not values:
+            return np.zeros(counts.sum(), dtype=kind)
+    values = []
     for batch, n in zip(batches, counts.tolist(), strict=True):
-        values.extend(getattr(batch, field) or [0] * n)
+        values += getattr(batch, field)[:] or [0] * n
     return np.array(values, dtype=kind)
+
+
+def _answered_at(
+    batches: Sequence[PredictionBatch], counts: NDArray[np.int64], whole: PredictionBatch | None
+) -> NDArray[np.int64]:
+    at = np.repeat(np.array([batch.answered_at_us for batch in batches], dtype=np.int64), counts)
+    before = _numbers(batches, counts, whole, "answered_before_us", "i8")
+    return at - before.astype(np.int64)
 
 
 def _repeated(names: Sequence[str], counts: NDArray[np.int64]) -> pa.Array:
     known = list(dict.fromkeys(names))
-    places = np.repeat(np.array([known.index(name) for name in names], dtype=np.int32), counts)
-    return pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), pa.array(known, pa.string()))
+    place_of = {name: place for place, name in enumerate(known)}
+    places = np.repeat(np.array([place_of[name] for name in names], dtype=np.int32), counts)
+    return pa.DictionaryArray.from_arrays(numbers_array(places), texts_array(known))
 
 
-def _variants(batches: Sequence[PredictionBatch], counts: NDArray[np.int64]) -> pa.Array:
+def _variants(
+    batches: Sequence[PredictionBatch], counts: NDArray[np.int64], whole: PredictionBatch | None
+) -> pa.Array:
+    if whole is not None and not any(whole.variants[:]) and _one_name_each(batches, whole):
+        return _repeated(whole.variant_names[:], counts)
     known: dict[str, int] = {}
     parts = []
     for batch, n in zip(batches, counts.tolist(), strict=True):
-        names = list(batch.variant_names) or [batch.version]
+        names = batch.variant_names[:] or [batch.version]
         places = np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int32)
-        parts.append(places[np.array(batch.variants or [0] * n, dtype=np.int64)])
-    indices = pa.array(np.concatenate(parts), pa.int32())
-    return pa.DictionaryArray.from_arrays(indices, pa.array(list(known), pa.string()))
+        parts.append(places[np.array(batch.variants[:] or [0] * n, dtype=np.int64)])
+    return pa.DictionaryArray.from_arrays(numbers_array(np.concatenate(parts)), texts_array(list(known)))
+
+
+def _one_name_each(batches: Sequence[PredictionBatch], whole: PredictionBatch) -> bool:
+    names = len(whole.variant_names)
+    return names == len(batches) and all(len(batch.variant_names) == 1 for batch in batches)

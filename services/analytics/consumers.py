@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
-from headrace.v1.events_pb2 import Outcome, OutcomeBatch, PredictionBatch
+from headrace.v1.events_pb2 import Outcome, OutcomeBatch
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.analytics import repository
-from services.analytics.columns import MODEL, parse
+from services.analytics.chunks import pack, split
+from services.analytics.columns import MODEL, Logged, parse
 from services.analytics.flushing import SegmentWriter, Sizes
 from services.analytics.metrics import Metrics
 from services.analytics.tables import InboxRow
 from services.common.bus.port import Handler, Malformed, Record
 from services.common.clock import Clock
-from services.common.db import is_refused, transaction
+from services.common.db import claim, claimed, is_refused, transaction
 from services.common.errors import Aborted, InvalidArgument
 from services.common.telemetry import Tracing, context_from_kafka
 
@@ -26,6 +28,10 @@ _MAX_METRIC = 128
 _MAX_TEXT = 4096
 #: The end of the year 9999.
 _LATEST_US = 253_402_300_799_000_000
+
+
+class _Repeated(Exception):
+    """Records that were to be claimed were claimed before."""
 
 
 class Consumers:
@@ -58,19 +64,26 @@ class Consumers:
 
     async def _take_predictions(self, records: Sequence[Record]) -> None:
         started = self._clock.unix_us()
-        batches = await asyncio.to_thread(_parse_all, records)
-        async with transaction(self._engine) as session:
-            seen = await repository.claimed(session, [batch.batch_id for batch in batches])
-        new: list[tuple[PredictionBatch, Record]] = []
-        for batch, record in zip(batches, records, strict=True):
-            if batch.batch_id not in seen:
-                seen.add(batch.batch_id)  # it may come twice in one delivery
-                new.append((batch, record))
-        if new:
-            await self._keep(new)
+        new = _once(await asyncio.to_thread(_parse_all, records))
+        # What comes again is rare enough to be asked for only where it has come: claiming tells.
+        if not await self._keep(new):
+            async with transaction(self._engine) as session:
+                seen = await claimed(session, [logged.batch_id for logged in new])
+            new = _once(
+                [
+                    logged
+                    for logged in await asyncio.to_thread(_parse_all, records)
+                    if logged.batch_id not in seen
+                ]
+            )
+            if not await self._keep(new):
+                raise Aborted("Another replica has taken some of these records in meanwhile.")
         self._count("predictions", len(records), len(records) - len(new))
-        for batch, _ in new:
-            self._metrics.requests.labels(batch.model).inc(len(batch.request_ids) // 16)
+        requests: Counter[str] = Counter()
+        for logged in new:
+            requests[logged.batch.model] += logged.requests
+        for model, count in requests.items():
+            self._metrics.requests.labels(model).inc(count)
         self._trace("analytics.predictions", records, started)
 
     async def _take_outcomes(self, records: Sequence[Record]) -> None:
@@ -86,36 +99,65 @@ class Consumers:
         self._count("outcomes", len(records), 0)
         self._trace("analytics.outcomes", records, started)
 
-    async def _keep(self, new: Sequence[tuple[PredictionBatch, Record]]) -> None:
-        """Write large deliveries as objects and only then claim and name what was written, so that no
-        transaction waits for the object store. Raises Aborted where another replica was faster: the next
-        delivery finds what it claimed, and an object that nothing names is never read."""
-        rows = sum(len(batch.request_ids) // 16 for batch, _ in new)
-        size = sum(len(record.value or b"") for _, record in new)
+    async def _keep(self, new: Sequence[Logged]) -> bool:
+        """Take the records in. Large deliveries are written as objects first and only then claimed and named,
+        so that no transaction waits for the object store. False where some were taken in before: nothing has
+        changed then, and an object that nothing names is never read."""
+        if not new:
+            return True
+        rows = sum([logged.requests for logged in new])
+        size = sum([len(logged.value) for logged in new])
         large = rows >= self._sizes.direct_rows or size >= self._sizes.direct_bytes
-        direct = [batch for batch, _ in new if large and self._writer.knows(batch.model, batch.version)]
-        written = await self._writer.put(direct)
-        now, held = self._clock.now(), {batch.batch_id for batch in direct}
-        waiting = [
-            InboxRow(
-                batch_id=batch.batch_id,
-                model=batch.model,
-                version=batch.version,
-                rows=len(batch.request_ids) // 16,
-                received_at=now,
-                request_ids=batch.request_ids,
-                value=record.value,
-                core=self._writer.core(batch),
-            )
-            for batch, record in new
-            if batch.batch_id not in held
+        ids = [logged.batch_id for logged in new]
+        versions: dict[tuple[str, str], list[Logged]] = {}
+        for logged in new:
+            versions.setdefault((logged.batch.model, logged.batch.version), []).append(logged)
+        direct = [
+            logged
+            for (model, version), members in versions.items()
+            if large and self._writer.knows(model, version)
+            for logged in members
         ]
-        async with transaction(self._engine) as session:
-            fresh = await repository.claim(session, [batch.batch_id for batch, _ in new], now)
-            if len(fresh) < len(new):
-                raise Aborted("Another replica has taken some of these records in meanwhile.")
-            await self._writer.name(session, written, "direct")
-            await repository.add_to_inbox(session, waiting)
+        written = await self._writer.put(direct)
+        waiting = [
+            members
+            for (model, version), members in versions.items()
+            if not (large and self._writer.knows(model, version))
+        ]
+        chunks = await asyncio.to_thread(self._chunks, waiting) if waiting else []
+        try:
+            async with transaction(self._engine) as session:
+                await self._claim(session, ids)
+                await self._writer.name(session, written, "direct")
+                await repository.add_to_inbox(session, chunks)
+        except _Repeated:
+            return False
+        return True
+
+    async def _claim(self, session: AsyncSession, ids: Sequence[bytes]) -> None:
+        if await claim(session, ids, self._clock.now()):
+            raise _Repeated
+
+    def _chunks(self, versions: Sequence[Sequence[Logged]]) -> list[InboxRow]:
+        now, chunks = self._clock.now(), []
+        for members in versions:
+            for run in split([len(logged.value) for logged in members], self._sizes.flush_bytes):
+                part = members[run]
+                model, version = part[0].batch.model, part[0].batch.version
+                ids = b"".join([logged.batch.request_ids for logged in part])
+                chunks.append(
+                    InboxRow(
+                        model=model,
+                        version=version,
+                        records=len(part),
+                        rows=len(ids) // 16,
+                        received_at=now,
+                        request_ids=ids,
+                        value=pack([logged.value for logged in part]),
+                        core=pack([self._writer.core(logged.batch) for logged in part]),
+                    )
+                )
+        return chunks
 
     def _count(self, topic: str, records: int, repeated: int) -> None:
         self._metrics.records.labels(topic).inc(records)
@@ -155,14 +197,20 @@ async def _isolated(take: Handler, records: Sequence[Record]) -> None:
             raise Malformed(found.index + half, found.reason) from found
 
 
-def _parse_all(records: Sequence[Record]) -> list[PredictionBatch]:
-    batches = []
+def _parse_all(records: Sequence[Record]) -> list[Logged]:
+    parsed = []
     for index, record in enumerate(records):
         try:
-            batches.append(parse(record.value))
+            batch = parse(record.value)
         except InvalidArgument as error:
             raise Malformed(index, error.message) from error
-    return batches
+        parsed.append(Logged.of(batch, record.value or b""))
+    return parsed
+
+
+def _once(parsed: Sequence[Logged]) -> list[Logged]:
+    """Without those that come twice in one delivery."""
+    return list({logged.batch_id: logged for logged in parsed}.values())
 
 
 def _outcomes(index: int, record: Record) -> list[Outcome]:

@@ -19,22 +19,28 @@ from headrace.v1.events_pb2 import PredictionBatch
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.analytics import repository
-from services.analytics.columns import CORE, layout, to_table, without_payload
+from services.analytics.chunks import unpack
+from services.analytics.columns import CORE, Logged, drop_payload, layout, to_table
 from services.analytics.metrics import Metrics
 from services.analytics.segments import Segment, SegmentFiles, encode
 from services.analytics.signatures import Signatures
 from services.analytics.tables import SegmentRow
 from services.common.clock import Clock
 from services.common.db import transaction
-from services.common.errors import HeadraceError
+from services.common.errors import Aborted, HeadraceError
+from services.common.ids import new_id
 from services.common.objects import ArtifactStore
 
 log = structlog.get_logger(__name__)
 
 _PERIOD_S = 2.0
 _TAKEN_AT_ONCE = 5_000
-#: How often in a period claims are pruned.
+#: How often in a row something is dropped that is dropped in pieces.
 _TIMES = 20
+#: What is seldom needed is done every so many periods.
+_RARE = 10
+#: So long a replica that vanished keeps the others waiting; meanwhile records wait in the inbox.
+_LEASE = timedelta(seconds=30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +60,29 @@ class Sizes:
     join_bytes: int = 256 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long what was logged is kept: predictions by the time of their answer, and at most so many bytes of
+    them, the oldest going first; outcomes by the time at which they came."""
+
+    predictions: timedelta = timedelta(days=90)
+    prediction_bytes: int = 1 << 40
+    outcomes: timedelta = timedelta(days=90)
+
+
 class SegmentWriter:
     """Writes objects. An object counts from the commit of the transaction that names it, so one whose
-    transaction failed is never read."""
+    transaction failed is never read; it is noted before it is written, and so found and swept up later."""
 
-    def __init__(self, store: ArtifactStore, signatures: Signatures, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        store: ArtifactStore,
+        signatures: Signatures,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
         self._store = store
         self._signatures = signatures
         self._clock = clock
@@ -70,61 +94,74 @@ class SegmentWriter:
         return self._signatures.knows(model, version)
 
     def core(self, batch: PredictionBatch) -> bytes:
-        """The record without inputs, and without outputs other than the answer."""
+        """The record without inputs, and without outputs other than the answer; `batch` itself is changed."""
         answer = self._signatures.prediction_output(batch.model, batch.version)
-        slim = without_payload(batch, answer)
-        return slim.SerializeToString()
+        return drop_payload(batch, answer).SerializeToString()
 
-    async def put(self, batches: Sequence[PredictionBatch]) -> list[Segment]:
+    async def put(self, records: Sequence[Logged]) -> list[Segment]:
         """Write one object for each model version and layout among the records, without answers where it is
         not known which output they are. None of them counts before it is named."""
-        groups: dict[tuple[str, str, str], list[PredictionBatch]] = defaultdict(list)
-        for batch in batches:
-            groups[batch.model, batch.version, layout(batch)].append(batch)
-        segments = []
+        groups: dict[tuple[str, str, str], list[Logged]] = defaultdict(list)
+        for logged in records:
+            batch = logged.batch
+            groups[batch.model, batch.version, layout(batch)].append(logged)
+        encoded = []
         for (model, version, kind), members in groups.items():
             output = self._signatures.prediction_output(model, version)
-            segment, data = await asyncio.to_thread(_encode_batches, members, version, kind, output)
+            encoded.append(await asyncio.to_thread(_encode_batches, members, version, kind, output))
+        return await self._write(encoded)
+
+    async def put_joined(self, rows: Sequence[SegmentRow], files: Sequence[str]) -> list[Segment]:
+        """Write one object instead of several of the same version and layout."""
+        return await self._write([await asyncio.to_thread(_encode_joined, rows, files)])
+
+    async def _write(self, encoded: Sequence[tuple[Segment, bytes]]) -> list[Segment]:
+        segments = [segment for segment, _ in encoded]
+        if segments:
+            async with transaction(self._engine) as session:
+                names = [segment.object for segment in segments]
+                await repository.note_written(session, names, self._clock.now())
+        for segment, data in encoded:
             await self._store.put(segment.object, data)
-            segments.append(segment)
         return segments
 
+    async def delete(self, name: str) -> None:
+        """Remove an object that does not count; that it is gone already is fine."""
+        await self._store.delete(name)
+
     async def name(self, session: AsyncSession, segments: Sequence[Segment], why: str) -> None:
-        """From the commit on the objects count."""
+        """From the commit on the objects count. Raises Aborted where one was given up meanwhile."""
+        if not segments:
+            return
+        if not await repository.settle_written(session, [segment.object for segment in segments]):
+            raise Aborted("It took so long to name an object that it was given up.")
         for segment in segments:
             await repository.add_segment(session, segment, self._clock.now())
             self._metrics.segments.labels(why).inc()
 
-    async def write_joined(
-        self, session: AsyncSession, rows: Sequence[SegmentRow], files: Sequence[str]
-    ) -> None:
-        """One object instead of several of the same version and layout."""
-        segment, data = await asyncio.to_thread(_encode_joined, rows, files)
-        await self._store.put(segment.object, data)
-        await self.name(session, [segment], "joined")
-        await repository.drop_segments(session, [row.id for row in rows], self._clock.now())
-
 
 class Flusher:
-    """Turns a full or old inbox into objects, joins small objects, forgets what nobody needs. Several
-    replicas may run it: each passes over what another has locked."""
+    """Turns a full or old inbox into objects, joins small objects, forgets what nobody needs. Of several
+    replicas one at a time does it; should two, one of them finds that the other was faster. No transaction is
+    open while an object is read, written or deleted."""
 
     def __init__(
         self,
         engine: AsyncEngine,
         writer: SegmentWriter,
         files: SegmentFiles,
-        store: ArtifactStore,
         signatures: Signatures,
         sizes: Sizes,
         clock: Clock,
         metrics: Metrics,
+        retention: Retention | None = None,
     ) -> None:
         self._engine = engine
         self._signatures = signatures
+        self._retention = retention or Retention()
+        self._holder = new_id()
         self._writer = writer
         self._files = files
-        self._store = store
         self._sizes = sizes
         self._clock = clock
         self._metrics = metrics
@@ -141,16 +178,30 @@ class Flusher:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
+            await _tried(partial(self._hold, -_LEASE))
 
     async def _run(self) -> None:
+        rare = (self.join_small, self.forget_claims, self.forget_old, self.forget, self.sweep)
+        periods = 0
         while True:
-            for step in (self._save, self.flush_due, self.join_small, self.forget_claims, self.forget):
-                await _tried(step)
+            await _tried(self._save)
+            if await _tried(partial(self._hold, _LEASE)):
+                if await _tried(self.flush_due):
+                    await _tried(self.join_small)
+                for step in rare if periods % _RARE == 0 else ():
+                    await _tried(step)
+                periods += 1
             await asyncio.sleep(_PERIOD_S)
 
     async def _save(self) -> int:
         await self._signatures.save(self._engine)
         return 0
+
+    async def _hold(self, lease: timedelta) -> int:
+        """1 where it is this replica's turn, for so long."""
+        now = self._clock.now()
+        async with transaction(self._engine) as session:
+            return await repository.hold(session, "flusher", self._holder, now, now + lease)
 
     async def flush_due(self) -> int:
         """Write what the inbox has held for long enough or enough of; how many objects' worth."""
@@ -172,13 +223,17 @@ class Flusher:
 
     async def _flush(self, model: str, version: str) -> int:
         async with transaction(self._engine) as session:
-            values = await repository.take_from_inbox(
+            chunks = await repository.oldest_in_inbox(
                 session, model, version, _TAKEN_AT_ONCE, self._sizes.flush_bytes
             )
-            if not values:
-                return 0
-            batches = await asyncio.to_thread(lambda: [PredictionBatch.FromString(value) for value in values])
-            await self._writer.name(session, await self._writer.put(batches), "flushed")
+        if not chunks:
+            return 0
+        records = await asyncio.to_thread(_records, [value for _, value in chunks])
+        written = await self._writer.put(records)
+        async with transaction(self._engine) as session:
+            if await repository.remove_from_inbox(session, [id_ for id_, _ in chunks]) < len(chunks):
+                raise Aborted("Another replica has written these records meanwhile.")
+            await self._writer.name(session, written, "flushed")
         return 1
 
     async def join_small(self) -> int:
@@ -191,11 +246,16 @@ class Flusher:
     async def _join(self, model: str, version: str, layout: str, small: repository.Small) -> int:
         async with transaction(self._engine) as session:
             rows = await repository.small_segments(session, model, version, layout, small)
-            chosen = _up_to(rows, self._sizes.segment_rows, self._sizes.join_bytes)
-            if len(chosen) < 2:
-                return 0
-            async with self._files.held([row.object for row in chosen]) as files:
-                await self._writer.write_joined(session, chosen, files)
+        chosen = _up_to(rows, self._sizes.segment_rows, self._sizes.join_bytes)
+        if len(chosen) < 2:
+            return 0
+        async with self._files.held([row.object for row in chosen]) as files:
+            written = await self._writer.put_joined(chosen, files)
+        async with transaction(self._engine) as session:
+            ids = [row.id for row in chosen]
+            if await repository.drop_segments(session, ids, self._clock.now()) < len(chosen):
+                raise Aborted("Another replica has joined these objects meanwhile.")
+            await self._writer.name(session, written, "joined")
         return 1
 
     async def forget_claims(self) -> int:
@@ -206,16 +266,45 @@ class Flusher:
                     return times
         return _TIMES
 
+    async def forget_old(self) -> int:
+        """Drop some of what is kept no longer; how much. Objects count no more from then on, and are deleted
+        later by `forget`."""
+        now, dropped = self._clock.now(), 0
+        before_us = round((now - self._retention.predictions).timestamp() * 1e6)
+        for _ in range(_TIMES):
+            async with transaction(self._engine) as session:
+                old = await repository.old_segments(session, before_us)
+                old = old or await repository.segments_beyond(session, self._retention.prediction_bytes)
+                count = await repository.drop_segments(session, old, now) if old else 0
+                count += await repository.forget_old_outcomes(session, now - self._retention.outcomes)
+            dropped += count
+            if not count:
+                break
+        return dropped
+
     async def forget(self) -> int:
-        """Delete some of the objects that were joined into others; how many. What is deleted and not
-        forgotten, since the transaction failed, is deleted again."""
+        """Delete some of the objects that were dropped, then what is known of them; how many. What is deleted
+        and not forgotten, since the transaction failed, is deleted again."""
         async with transaction(self._engine) as session:
             gone = await repository.forgotten_segments(session, self._clock.now())
-            for row in gone:
-                await self._store.delete(row.object)
-            if gone:
+        for row in gone:
+            await self._writer.delete(row.object)
+        if gone:
+            async with transaction(self._engine) as session:
                 await repository.forget_segments(session, [row.id for row in gone])
         return len(gone)
+
+    async def sweep(self) -> int:
+        """Delete some of the objects that were written and never named, since who wrote them did not get so
+        far; how many."""
+        async with transaction(self._engine) as session:
+            given_up = await repository.give_up_written(session, self._clock.now())
+        for name in given_up:
+            await self._writer.delete(name)
+        if given_up:
+            async with transaction(self._engine) as session:
+                await repository.forget_written(session, given_up)
+        return len(given_up)
 
 
 async def _tried(step: Callable[[], Awaitable[int]]) -> int:
@@ -240,10 +329,16 @@ def _up_to(segments: Sequence[SegmentRow], rows: int, size: int) -> list[Segment
     return chosen
 
 
+def _records(chunks: Sequence[bytes]) -> list[Logged]:
+    values = [value for chunk in chunks for value in unpack(chunk)]
+    return [Logged.of(PredictionBatch.FromString(value), value) for value in values]
+
+
 def _encode_batches(
-    batches: Sequence[PredictionBatch], version: str, kind: str, output: str | None
+    records: Sequence[Logged], version: str, kind: str, output: str | None
 ) -> tuple[Segment, bytes]:
-    return encode(to_table(batches, output), version, kind, [batch.batch_id for batch in batches])
+    table = to_table([logged.batch for logged in records], output, [logged.value for logged in records])
+    return encode(table, version, kind, [logged.batch_id for logged in records])
 
 
 def _encode_joined(rows: Sequence[SegmentRow], files: Sequence[str]) -> tuple[Segment, bytes]:

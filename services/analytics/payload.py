@@ -11,6 +11,7 @@ import pyarrow as pa
 from headrace.v1.tensor_pb2 import DataType, Tensor
 from numpy.typing import NDArray
 
+from services.analytics.arrays import bytes_array, numbers_array, texts_array, to_numpy
 from services.common.errors import InvalidArgument
 from services.common.tensors import NUMPY_TYPES, decode_bytes
 
@@ -68,8 +69,9 @@ class Tensors:
         """Each request's elements, row-major; null where it has none. The metadata say datatype and shape of
         a row."""
         lengths = self.rows(answered) * np.repeat(self.widths, answered.counts)
-        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int64())
-        values = pa.LargeListArray.from_arrays(offsets, self.flat, mask=pa.array(~self.here(answered)))
+        offsets = numbers_array(np.concatenate(([0], np.cumsum(lengths))))
+        absent = numbers_array(~self.here(answered))
+        values = pa.LargeListArray.from_arrays(offsets, self.flat, mask=absent)
         shape = ",".join(str(size) for size in self.row_shape)
         return pa.field(
             name, values.type, metadata={"datatype": str(self.datatype), "row_shape": shape}
@@ -81,60 +83,69 @@ def tensors_by_name(tensors_of: Sequence[Sequence[Tensor]], answered: Answered) 
     by_name: dict[str, list[Tensor | None]] = {}
     for place, tensors in enumerate(tensors_of):
         for tensor in tensors:
-            if tensor.name not in by_name:
-                by_name[tensor.name] = [None] * len(tensors_of)
-            by_name[tensor.name][place] = tensor
+            name = tensor.name
+            column = by_name.get(name)
+            if column is None:
+                column = by_name[name] = [None] * len(tensors_of)
+            column[place] = tensor
     joined = {name: _join(tensors, answered) for name, tensors in by_name.items()}
     return {name: tensors for name, tensors in joined.items() if tensors is not None}
 
 
 def _join(tensors: Sequence[Tensor | None], answered: Answered) -> Tensors | None:
     """None where no tensor is one of its requests."""
-    widths = np.zeros(len(tensors), dtype=np.int64)
-    whole, fits = np.zeros(len(tensors), dtype=bool), np.zeros(len(tensors), dtype=bool)
+    widths, whole, fits = [0] * len(tensors), [False] * len(tensors), [False] * len(tensors)
     datatype, data, shapes = 0, [], set()
     ok_rows, ok_counts = answered.ok_rows.tolist(), answered.ok_counts.tolist()
     for place, tensor in enumerate(tensors):
         if tensor is None or datatype not in (0, tensor.datatype):
             continue
-        shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape[:])
         batched = bool(shape) and shape[0] == ok_rows[place]
         # A model without a batch dimension answers one request a run, which owns the tensor as it is.
         if not batched and ok_counts[place] != 1:
             continue
-        row_shape = shape[1:] if batched else shape
-        if not _fills(tensor, prod(shape)):
+        content, kind = tensor.data, tensor.datatype
+        if not _fills(content, kind, prod(shape)):
             continue
-        datatype = tensor.datatype
+        row_shape = shape[1:] if batched else shape
+        datatype = kind
         widths[place], whole[place], fits[place] = prod(row_shape), not batched, True
-        data.append(tensor.data)
+        data.append(content)
         shapes.add(row_shape)
     if not data:
         return None
     row_shape = shapes.pop() if len(shapes) == 1 else ()
-    return Tensors(_flat(b"".join(data), datatype), datatype, row_shape, widths, whole, fits)
+    return Tensors(
+        _flat(b"".join(data), datatype),
+        datatype,
+        row_shape,
+        np.array(widths, dtype=np.int64),
+        np.array(whole),
+        np.array(fits),
+    )
 
 
-def _fills(tensor: Tensor, elements: int) -> bool:
-    if tensor.datatype in NUMPY_TYPES:
-        return len(tensor.data) == elements * NUMPY_TYPES[tensor.datatype].itemsize
-    if tensor.datatype != DataType.DATA_TYPE_BYTES:
+def _fills(data: bytes, datatype: int, elements: int) -> bool:
+    if datatype in NUMPY_TYPES:
+        return len(data) == elements * NUMPY_TYPES[datatype].itemsize
+    if datatype != DataType.DATA_TYPE_BYTES:
         return False
     try:
-        return len(decode_bytes(tensor.data)) == elements
+        return len(decode_bytes(data)) == elements
     except InvalidArgument:
         return False
 
 
 def _flat(data: bytes, datatype: int) -> pa.Array:
     if datatype == DataType.DATA_TYPE_BYTES:
-        return pa.array(decode_bytes(data), pa.binary())
+        return bytes_array(decode_bytes(data))
     array = np.frombuffer(data, NUMPY_TYPES[datatype])
     if datatype == DataType.DATA_TYPE_BF16:
-        return pa.array((array.astype(np.uint32) << 16).view(np.float32))
+        return numbers_array((array.astype(np.uint32) << 16).view(np.float32))
     if datatype == DataType.DATA_TYPE_FP16:
-        return pa.array(array.astype(np.float32))
-    return pa.array(array)
+        return numbers_array(array.astype(np.float32))
+    return numbers_array(array)
 
 
 def predictions(tensors: Tensors | None, answered: Answered) -> tuple[pa.Array, pa.Array]:
@@ -143,7 +154,7 @@ def predictions(tensors: Tensors | None, answered: Answered) -> tuple[pa.Array, 
     One value a row is the answer; several are scores of classes, whose best is.
     """
     nothing = np.zeros(answered.ok.size, dtype=np.int64)
-    numbers, texts = pa.array([], pa.float64()), pa.array([], pa.string())
+    numbers, texts = numbers_array(np.zeros(0)), texts_array([])
     number_rows = text_rows = None
     if tensors is not None and np.unique(tensors.widths[tensors.fits]).size == 1:
         width = int(tensors.widths[tensors.fits][0])
@@ -151,11 +162,11 @@ def predictions(tensors: Tensors | None, answered: Answered) -> tuple[pa.Array, 
         if tensors.datatype == DataType.DATA_TYPE_BYTES:
             if width == 1:
                 words = [one.decode("utf-8", "replace") for one in tensors.flat.to_pylist()]
-                texts, text_rows = pa.array(words, pa.string()), rows
+                texts, text_rows = texts_array(words), rows
         elif 1 <= width <= _MAX_CLASSES:
-            table = tensors.flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+            table = to_numpy(tensors.flat).reshape(-1, width)
             best = table[:, 0] if width == 1 else np.argmax(table, axis=1)
-            numbers, number_rows = pa.array(best.astype(np.float64)), rows
+            numbers, number_rows = numbers_array(best.astype(np.float64)), rows
     here = np.zeros(answered.ok.size, dtype=bool) if tensors is None else tensors.here(answered)
     return (
         _lists(numbers, nothing if number_rows is None else number_rows, here & (number_rows is not None)),
@@ -165,4 +176,4 @@ def predictions(tensors: Tensors | None, answered: Answered) -> tuple[pa.Array, 
 
 def _lists(flat: pa.Array, lengths: NDArray[np.int64], here: NDArray[np.bool_]) -> pa.Array:
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, mask=pa.array(~here))
+    return pa.ListArray.from_arrays(numbers_array(offsets), flat, mask=numbers_array(~here))

@@ -15,9 +15,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import structlog
+from headrace.v1.events_pb2 import PredictionBatch
 
 from services.analytics import queries, repository
-from services.analytics.columns import CORE, layout, parse, to_table
+from services.analytics.chunks import unpack
+from services.analytics.columns import CORE, Logged, layout, to_table
 from services.analytics.metrics import Metrics
 from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
 from services.analytics.segments import SegmentFiles
@@ -170,14 +172,18 @@ class Reader:
             await session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
 
-    def _tables(self, values: Sequence[bytes]) -> list[pa.Table]:
-        groups = defaultdict(list)
-        for value in values:
-            batch = parse(value)
-            groups[batch.model, batch.version, layout(batch)].append(batch)
+    def _tables(self, chunks: Sequence[bytes]) -> list[pa.Table]:
+        groups: dict[tuple[str, str, str], list[Logged]] = defaultdict(list)
+        for value in [value for chunk in chunks for value in unpack(chunk)]:
+            batch = PredictionBatch.FromString(value)
+            groups[batch.model, batch.version, layout(batch)].append(Logged.of(batch, value))
         return [
-            to_table(batches, self._signatures.prediction_output(model, version))
-            for (model, version, _), batches in groups.items()
+            to_table(
+                [logged.batch for logged in records],
+                self._signatures.prediction_output(model, version),
+                [logged.value for logged in records],
+            )
+            for (model, version, _), records in groups.items()
         ]
 
     async def _twice(self, attempt: Callable[[], Awaitable[T]]) -> T:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from itertools import accumulate
 
 import asyncpg
 from headrace.v1.events_pb2 import Outcome
-from sqlalchemy import ColumnElement, and_, delete, func, select, text, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.analytics.segments import Segment
-from services.analytics.tables import ClaimRow, InboxRow, OutcomeRow, SegmentRow, SignatureRow
+from services.analytics.tables import InboxRow, LeaseRow, OutcomeRow, SegmentRow, SignatureRow, WrittenRow
+from services.common.db import forget_claims
 
 #: Longer than Kafka redelivers anything, or a spool waits for a broker.
 KEPT_CLAIMS = timedelta(days=14)
 #: Longer than any query reads objects that were joined meanwhile.
 KEPT_DROPPED = timedelta(minutes=10)
+#: Far longer than anybody takes from writing an object to naming it.
+KEPT_UNNAMED = timedelta(hours=1)
 
 #: What one transaction deletes, and what one object is joined of: each is bounded in time.
 AT_ONCE = 100
@@ -47,12 +49,6 @@ _OUTCOMES = """
     FROM outcomes
     WHERE model IN ($1, '') AND ($2::text IS NULL OR metric = $2::text) AND observed_at_us >= $3
 """
-_CLAIM = text(
-    """
-    INSERT INTO claims (batch_id, claimed_at) SELECT b, :now FROM unnest(CAST(:ids AS bytea[])) AS given (b)
-    ON CONFLICT DO NOTHING RETURNING batch_id
-    """
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +71,15 @@ class Small:
     size: int
 
 
-async def claimed(session: AsyncSession, batch_ids: Collection[bytes]) -> set[bytes]:
-    """Those of `batch_ids` that were claimed before."""
-    wanted = select(ClaimRow.batch_id).where(ClaimRow.batch_id.in_(set(batch_ids)))
-    return set((await session.scalars(wanted)).all())
-
-
-async def claim(session: AsyncSession, batch_ids: Collection[bytes], now: datetime) -> set[bytes]:
-    """Those of `batch_ids` that were never claimed before; they are from now on."""
-    # Sorted, so that two replicas never wait for each other's rows.
-    found = await session.execute(_CLAIM, {"ids": sorted(set(batch_ids)), "now": now})
-    return set(found.scalars())
+async def hold(session: AsyncSession, name: str, holder: bytes, now: datetime, until: datetime) -> bool:
+    """Whether `holder` is the one who does `name` until then: nobody else is, or its time is over."""
+    lease = insert(LeaseRow).values(name=name, holder=holder, until=until)
+    taken = lease.on_conflict_do_update(
+        index_elements=[LeaseRow.name],
+        set_={"holder": holder, "until": until},
+        where=or_(LeaseRow.holder == holder, LeaseRow.until < now),
+    )
+    return (await session.scalar(taken.returning(LeaseRow.name))) is not None
 
 
 async def add_to_inbox(session: AsyncSession, rows: Sequence[InboxRow]) -> None:
@@ -99,53 +93,84 @@ async def waiting(session: AsyncSession) -> list[Waiting]:
     statement = select(
         InboxRow.model,
         InboxRow.version,
-        func.count(),
+        func.sum(InboxRow.records),
         func.sum(InboxRow.rows),
         func.sum(func.octet_length(InboxRow.value)),
         func.min(InboxRow.received_at),
     ).group_by(InboxRow.model, InboxRow.version)
     return [
-        Waiting(model, version, records, int(rows), int(size), oldest)
+        Waiting(model, version, int(records), int(rows), int(size), oldest)
         for model, version, records, rows, size, oldest in await session.execute(statement)
     ]
 
 
-async def take_from_inbox(
+async def oldest_in_inbox(
     session: AsyncSession, model: str, version: str, records: int, size: int
-) -> list[bytes]:
-    """The oldest records of a version, removed when the transaction commits: at most so many, of at most
-    `size` bytes together unless one alone is larger. Records that another replica is taking are passed
-    over."""
+) -> list[tuple[int, bytes]]:
+    """The oldest chunks of a version, with their ids: at most so many records, of at most `size` bytes
+    together, unless one chunk alone is larger."""
     statement = (
-        select(InboxRow.batch_id, func.octet_length(InboxRow.value))
+        select(InboxRow.id, InboxRow.records, func.octet_length(InboxRow.value))
         .where(InboxRow.model == model, InboxRow.version == version)
-        .order_by(InboxRow.received_at, InboxRow.batch_id)
+        .order_by(InboxRow.id)
         .limit(records)
-        .with_for_update(skip_locked=True)
     )
-    found = (await session.execute(statement)).all()
-    held = list(accumulate(int(row[1]) for row in found))
-    taken = [row[0] for row, bytes_ in zip(found, held, strict=True) if bytes_ <= size]
-    taken = taken or [row[0] for row in found[:1]]
-    if not taken:
-        return []
-    removed = delete(InboxRow).where(InboxRow.batch_id.in_(taken)).returning(InboxRow.value)
-    return list((await session.scalars(removed)).all())
+    taken: list[int] = []
+    for id_, held, bytes_ in await session.execute(statement):
+        records, size = records - held, size - bytes_
+        if taken and (records < 0 or size < 0):
+            break
+        taken.append(id_)
+    values = select(InboxRow.id, InboxRow.value).where(InboxRow.id.in_(taken)).order_by(InboxRow.id)
+    return [(id_, value) for id_, value in await session.execute(values)] if taken else []
+
+
+async def remove_from_inbox(session: AsyncSession, ids: Sequence[int]) -> int:
+    """Forget chunks; how many of them were there."""
+    removed = delete(InboxRow).where(InboxRow.id.in_(ids)).returning(InboxRow.id)
+    return len((await session.scalars(removed)).all())
 
 
 async def inbox(session: AsyncSession, model: str) -> list[bytes]:
-    """Every record of a model that is not in Parquet yet, without the tensors that no statistic needs."""
+    """Every record of a model that is not in Parquet yet, without the tensors that no statistic needs, in
+    chunks."""
     statement = select(func.coalesce(InboxRow.core, InboxRow.value)).where(InboxRow.model == model)
     return list((await session.scalars(statement)).all())
 
 
 async def inbox_of_request(session: AsyncSession, request_id: bytes) -> list[bytes]:
-    """Records of the inbox that name the request."""
+    """Chunks of the inbox with a record that names the request."""
     # position() may also hit across two ids; the reader looks again.
     statement = select(InboxRow.value).where(
         text("position(CAST(:wanted AS bytea) IN request_ids) > 0").bindparams(wanted=request_id)
     )
     return list((await session.scalars(statement)).all())
+
+
+async def note_written(session: AsyncSession, objects: Sequence[str], now: datetime) -> None:
+    """These objects will be written: what is never named of them is swept up later."""
+    session.add_all([WrittenRow(object=name, since=now) for name in objects])
+    await session.flush()
+
+
+async def settle_written(session: AsyncSession, objects: Sequence[str]) -> bool:
+    """The objects are named in this transaction; False where one was given up meanwhile."""
+    noted = delete(WrittenRow).where(WrittenRow.object.in_(objects), WrittenRow.given_up.is_(False))
+    return len((await session.scalars(noted.returning(WrittenRow.object))).all()) == len(objects)
+
+
+async def give_up_written(session: AsyncSession, now: datetime) -> list[str]:
+    """Some objects that were written long ago and never named; from the commit on nobody names them."""
+    old = select(WrittenRow.object).where(WrittenRow.since < now - KEPT_UNNAMED).limit(AT_ONCE)
+    given_up = update(WrittenRow).where(WrittenRow.object.in_(old)).values(given_up=True)
+    return list((await session.scalars(given_up.returning(WrittenRow.object))).all())
+
+
+async def forget_written(session: AsyncSession, objects: Sequence[str]) -> None:
+    """Remove what is known of objects that were given up and deleted."""
+    await session.execute(
+        delete(WrittenRow).where(WrittenRow.object.in_(objects), WrittenRow.given_up.is_(True))
+    )
 
 
 async def add_segment(session: AsyncSession, segment: Segment, now: datetime) -> None:
@@ -202,8 +227,7 @@ async def crowds(session: AsyncSession, below: Small, at_least: int) -> list[tup
 async def small_segments(
     session: AsyncSession, model: str, version: str, layout: str, below: Small
 ) -> list[SegmentRow]:
-    """The small objects of one kind, oldest first, locked until the transaction ends; those that another
-    replica is joining are passed over."""
+    """The small objects of one kind, oldest first."""
     statement = (
         select(SegmentRow)
         .where(
@@ -214,7 +238,6 @@ async def small_segments(
         )
         .order_by(SegmentRow.id)
         .limit(MAX_JOINED)
-        .with_for_update(skip_locked=True)
     )
     return list((await session.scalars(statement)).all())
 
@@ -223,20 +246,48 @@ def _is_small(below: Small) -> ColumnElement[bool]:
     return and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below.rows, SegmentRow.size < below.size)
 
 
-async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime) -> None:
-    """From the commit on the objects do not count; running queries may still read them."""
-    await session.execute(update(SegmentRow).where(SegmentRow.id.in_(ids)).values(dropped_at=now))
+async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime) -> int:
+    """From the commit on the objects do not count; running queries may still read them. How many of them did
+    count."""
+    dropped = update(SegmentRow).where(SegmentRow.id.in_(ids), SegmentRow.dropped_at.is_(None))
+    dropped = dropped.values(dropped_at=now).execution_options(synchronize_session=False)
+    return len((await session.scalars(dropped.returning(SegmentRow.id))).all())
+
+
+async def old_segments(session: AsyncSession, before_us: int) -> list[int]:
+    """Some objects that hold no answer of that time or later."""
+    statement = select(SegmentRow.id).where(
+        SegmentRow.dropped_at.is_(None), SegmentRow.last_at_us < before_us
+    )
+    return list((await session.scalars(statement.order_by(SegmentRow.last_at_us).limit(AT_ONCE))).all())
+
+
+async def segments_beyond(session: AsyncSession, size: int) -> list[int]:
+    """Some of the oldest objects: those without which all others take at most `size` bytes."""
+    held = select(func.coalesce(func.sum(SegmentRow.size), 0)).where(SegmentRow.dropped_at.is_(None))
+    excess = int((await session.scalar(held)) or 0) - size
+    if excess <= 0:
+        return []
+    oldest = select(SegmentRow.id, SegmentRow.size).where(SegmentRow.dropped_at.is_(None))
+    chosen: list[int] = []
+    for id_, bytes_ in await session.execute(oldest.order_by(SegmentRow.last_at_us).limit(AT_ONCE)):
+        if excess <= 0:
+            break
+        chosen.append(id_)
+        excess -= bytes_
+    return chosen
+
+
+async def forget_old_outcomes(session: AsyncSession, before: datetime) -> int:
+    """Drop some outcomes that came before that time; how many."""
+    old = select(OutcomeRow.event_id).where(OutcomeRow.received_at < before).limit(10 * AT_ONCE)
+    dropped = delete(OutcomeRow).where(OutcomeRow.event_id.in_(old)).returning(OutcomeRow.event_id)
+    return len((await session.scalars(dropped)).all())
 
 
 async def forgotten_segments(session: AsyncSession, now: datetime) -> list[SegmentRow]:
-    """Some dropped objects that no query reads any more, locked until the transaction ends; those that
-    another replica is deleting are passed over."""
-    statement = (
-        select(SegmentRow)
-        .where(SegmentRow.dropped_at < now - KEPT_DROPPED)
-        .limit(AT_ONCE)
-        .with_for_update(skip_locked=True)
-    )
+    """Some dropped objects that no query reads any more."""
+    statement = select(SegmentRow).where(SegmentRow.dropped_at < now - KEPT_DROPPED).limit(AT_ONCE)
     return list((await session.scalars(statement)).all())
 
 
@@ -247,9 +298,7 @@ async def forget_segments(session: AsyncSession, ids: Sequence[int]) -> None:
 
 async def forget_old_claims(session: AsyncSession, now: datetime) -> bool:
     """Drop some claims that no redelivery can reach any more; whether there may be more of them."""
-    old = select(ClaimRow.batch_id).where(ClaimRow.claimed_at < now - KEPT_CLAIMS).limit(10 * AT_ONCE)
-    dropped = delete(ClaimRow).where(ClaimRow.batch_id.in_(old)).returning(ClaimRow.batch_id)
-    return len((await session.scalars(dropped)).all()) == 10 * AT_ONCE
+    return await forget_claims(session, now - KEPT_CLAIMS, 10 * AT_ONCE) == 10 * AT_ONCE
 
 
 async def signatures(session: AsyncSession) -> list[SignatureRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -39,11 +40,11 @@ class Segment:
 
 
 def object_name(model: str, version: str, first_at_us: int, members: Iterable[bytes]) -> str:
-    """The name for exactly these members (batch ids, or names of joined objects): written twice, the object
-    is replaced by the same."""
+    """A new name for an object of these members (batch ids, or names of joined objects). Written again, it
+    has another name: who removes what was left of the first time cannot hit the second."""
     day = datetime.fromtimestamp(first_at_us / 1e6, UTC).strftime("%Y-%m-%d")
     digest = hashlib.blake2b(b"\n".join(sorted(members)), digest_size=16).hexdigest()
-    return f"{_FOLDER}/{model}/{version or '-'}/{day}/{digest}.parquet"
+    return f"{_FOLDER}/{model}/{version or '-'}/{day}/{digest}-{secrets.token_hex(4)}.parquet"
 
 
 def encode(table: pa.Table, version: str, layout: str, members: Sequence[bytes]) -> tuple[Segment, bytes]:

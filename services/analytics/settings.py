@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated
 
 from pydantic import Field
 
-from services.analytics.flushing import Sizes
+from services.analytics.flushing import Retention, Sizes
 from services.common.settings import ArtifactSettings, DatabaseSettings, Port, ServiceSettings
 
 
@@ -22,6 +23,11 @@ class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
     #: Segments below that size are joined once there are so many of them.
     analytics_segment_rows: Annotated[int, Field(ge=1)] = 200_000
     analytics_join_segments: Annotated[int, Field(ge=2)] = 8
+    #: Predictions go after so many days, and the oldest before that where they take more bytes; outcomes go
+    #: so many days after they came.
+    analytics_keep_days: Annotated[float, Field(gt=0)] = 90.0
+    analytics_keep_bytes: Annotated[int, Field(ge=1)] = 1 << 40
+    analytics_keep_outcomes_days: Annotated[float, Field(gt=0)] = 90.0
 
     def sizes(self) -> Sizes:
         """The same as the service's own terms."""
@@ -31,4 +37,12 @@ class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
             flush_after_s=self.analytics_flush_after_s,
             segment_rows=self.analytics_segment_rows,
             join_segments=self.analytics_join_segments,
+        )
+
+    def retention(self) -> Retention:
+        """How long is kept what was logged."""
+        return Retention(
+            predictions=timedelta(days=self.analytics_keep_days),
+            prediction_bytes=self.analytics_keep_bytes,
+            outcomes=timedelta(days=self.analytics_keep_outcomes_days),
         )

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, DateTime, Float, Identity, Integer, LargeBinary, Text
+from sqlalchemy import BigInteger, Boolean, DateTime, Float, Identity, Integer, LargeBinary, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from services.common.db import ClaimRow
 
 
 class TableBase(DeclarativeBase):
     """Common metadata."""
 
 
-class ClaimRow(TableBase):
-    """A record of inference.predictions.v1 that was taken in."""
-
-    __tablename__ = "claims"
-
-    batch_id: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
-    claimed_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), index=True)
+class Claims(ClaimRow, TableBase):
+    """Records of inference.predictions.v1 that were taken in."""
 
 
 class InboxRow(TableBase):
-    """A record that is not in Parquet yet, as it came; `core` is the same without the tensors that no
-    statistic needs. `request_ids` are 16 bytes each."""
+    """Records of one version that are not in Parquet yet, as they came, joined by `chunks.pack`; `core` are
+    the same without the tensors that no statistic needs. `request_ids` are 16 bytes each."""
 
     __tablename__ = "inbox"
 
-    batch_id: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     model: Mapped[str] = mapped_column(Text)
     version: Mapped[str] = mapped_column(Text)
+    records: Mapped[int] = mapped_column(Integer)
     rows: Mapped[int] = mapped_column(Integer)
     received_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     request_ids: Mapped[bytes] = mapped_column(LargeBinary)
@@ -37,8 +35,30 @@ class InboxRow(TableBase):
     core: Mapped[bytes | None] = mapped_column(LargeBinary)
 
 
+class WrittenRow(TableBase):
+    """An object that is being written and is named by no segment yet: noted before, so that what a crash
+    leaves behind is found. One that was given up is never named any more."""
+
+    __tablename__ = "written"
+
+    object: Mapped[str] = mapped_column(Text, primary_key=True)
+    since: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+    given_up: Mapped[bool] = mapped_column(Boolean, default=False)
+
+
+class LeaseRow(TableBase):
+    """What only one replica does at a time, and which one until when."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    holder: Mapped[bytes] = mapped_column(LargeBinary)
+    until: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
 class SegmentRow(TableBase):
-    """A Parquet object. Only objects named here count; one with `dropped_at` was joined into another."""
+    """A Parquet object. Only objects named here count; one with `dropped_at` was joined into
+    another, or is too old."""
 
     __tablename__ = "segments"
 
