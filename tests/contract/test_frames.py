@@ -9,6 +9,8 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -23,7 +25,7 @@ from headrace.v1.dataplane_pb2_grpc import DataPlaneServicer, DataPlaneStub, add
 from headrace.v1.tensor_pb2 import Code, Tensor
 
 from services.common.frames import FrameCalls, lost
-from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, until
+from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, serving_at, until
 
 ServicerContext = grpc.aio.ServicerContext[RequestFrame, ReplyFrame]
 Exchange = Callable[[RequestFrame], Awaitable[ReplyFrame]]
@@ -38,6 +40,13 @@ stub: Callable[[grpc.aio.Channel], Any] = DataPlaneStub
 async def own_server() -> AsyncIterator[str]:
     async with serving(Echoes()) as (_, address):
         yield address
+
+
+@asynccontextmanager
+async def own_path_server() -> AsyncIterator[str]:
+    with TemporaryDirectory() as folder:
+        async with serving_at(Path(folder) / "frames.sock", Echoes()) as (_, address):
+            yield address
 
 
 def echoed(frame: RequestFrame) -> ReplyFrame:
@@ -71,6 +80,19 @@ async def grpcio_server() -> AsyncIterator[str]:
         await server.stop(None)
 
 
+@asynccontextmanager
+async def grpcio_path_server() -> AsyncIterator[str]:
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+    register(GrpcioEcho(), server)
+    with TemporaryDirectory() as folder:
+        server.add_insecure_port(f"unix:{folder}/frames.sock")
+        await server.start()
+        try:
+            yield f"unix:{folder}/frames.sock"
+        finally:
+            await server.stop(None)
+
+
 class GrpclibEcho:
     async def frames(self, stream) -> None:  # type: ignore[no-untyped-def]
         async for frame in stream:
@@ -97,6 +119,18 @@ async def grpclib_server() -> AsyncIterator[str]:
     finally:
         server.close()
         await server.wait_closed()
+
+
+@asynccontextmanager
+async def grpclib_path_server() -> AsyncIterator[str]:
+    server = GrpclibServer([GrpclibEcho()])
+    with TemporaryDirectory() as folder:
+        await server.start(path=f"{folder}/frames.sock")
+        try:
+            yield f"unix:{folder}/frames.sock"
+        finally:
+            server.close()
+            await server.wait_closed()
 
 
 # Clients, each an exchange of one frame for the frames that answer all its items.
@@ -147,8 +181,8 @@ async def grpcio_client(address: str) -> AsyncIterator[Exchange]:
 
 @asynccontextmanager
 async def grpclib_client(address: str) -> AsyncIterator[Exchange]:
-    host, _, port = address.rpartition(":")
-    async with Channel(host, int(port)) as channel:
+    kind, _, rest = address.rpartition(":")
+    async with Channel(path=rest) if kind == "unix" else Channel(kind, int(rest)) as channel:
         method = StreamStreamMethod(channel, PATH, RequestFrame, ReplyFrame)
         async with method.open(metadata={"authorization": f"Bearer {TOKEN}"}) as stream:
             await stream.send_message(
@@ -175,6 +209,11 @@ PAIRS = [
         (own_server, grpclib_client),
         (grpcio_server, own_client),
         (grpclib_server, own_client),
+        (own_path_server, own_client),
+        (own_path_server, grpcio_client),
+        (own_path_server, grpclib_client),
+        (grpcio_path_server, own_client),
+        (grpclib_path_server, own_client),
     )
 ]
 

@@ -6,8 +6,8 @@ other end; the HTTP/2 part here knows one stream and no more (RFC 9113, gRPC's P
 
 Client side, one object per remote address; it reconnects by itself and never raises for a lost peer:
 
-    calls = FrameCalls("127.0.0.1:8010", credential=token, role="gateway", instance="gateway-1",
-                       limits=Limits(), ssl=None, on_state=lambda usable: ...)
+    calls = FrameCalls("127.0.0.1:8010",         # or "unix:/path"
+                       credential=token, role="gateway", instance="gateway-1", limits=Limits(), ssl=None, on_state=lambda usable: ...)
     calls.start()                                # owned task; also: await calls.wait_connected(timeout_s)
     local_id = calls.submit(request, deadline, on_reply)
         # request: PredictRequest; its `id` and `timeout_us` do not count and it is serialized at once, so
@@ -34,6 +34,7 @@ Server side:
     server = FrameServer(handler_factory, credential=token, instance="worker-1", role="worker",
                          limits=Limits(), ssl=None)
     port = await server.start("127.0.0.1", 0)    # reuse_port=True to share the port between processes
+    address = await server.start_unix(path)      # as well or instead, for processes of this user
     peer.reply(reply)                            # reply.id = the item's id; at any time
         # one reply per item: replies to unknown, cancelled or already answered ids are dropped, and so is
         # every reply after on_closed. The reply is serialized at once and may be changed afterwards.
@@ -46,8 +47,8 @@ RESOURCE_EXHAUSTED. An item's deadline is `loop.time() + item.timeout_us / 1e6` 
 
 TLS: pass `server_tls(...)` / `client_tls(...)`; ALPN must settle on h2.
 
-Reading order: limits, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound and
-connection (the data path that both sides share: sending and ending, reading and checking), peer,
+Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound
+and connection (the data path that both sides share: sending and ending, reading and checking), peer,
 server_connection, server, outbox, client_connection, client, tls.
 """
 

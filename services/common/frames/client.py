@@ -22,6 +22,7 @@ from headrace.v1.dataplane_pb2 import (
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import Unavailable
+from services.common.frames.address import Address
 from services.common.frames.client_connection import ClientConnection
 from services.common.frames.limits import Limits
 from services.common.frames.messages import (
@@ -80,7 +81,9 @@ class FrameCalls:
         self.limits = limits or Limits()
         self.peer: Hello | None = None
         self.last_error = ""  # why the last attempt or connection ended
-        self._host, self._port = _split(address)
+        self._where = Address.parse(address)
+        self.authority = self._where.authority
+        self.scheme = "https" if ssl is not None and not self._where.path else "http"
         self._ssl = ssl
         self._credential = credential
         self._hello = Hello(protocol=PROTOCOL, role=role, instance=instance)
@@ -402,19 +405,12 @@ class FrameCalls:
 
         def build() -> ClientConnection:
             nonlocal connection
-            scheme = "http" if self._ssl is None else "https"
-            connection = ClientConnection(self, self._credential, scheme, self._loop)
+            connection = ClientConnection(self, self._credential, self._loop)
             return connection
 
         try:
             async with asyncio.timeout(self.limits.handshake_s):
-                await self._loop.create_connection(
-                    build,
-                    self._host,
-                    self._port,
-                    ssl=self._ssl,
-                    server_hostname=self._host if self._ssl else None,
-                )
+                await self._where.connect(build, self._ssl)
         except (OSError, TimeoutError, tls.SSLError) as error:
             self.last_error = str(error) or "no answer in time"
             return False
@@ -426,10 +422,3 @@ class FrameCalls:
             if not connection.lost.done() and self._connection is not connection:
                 connection.abort()
         return connection.greeted
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"{address!r} is not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -22,7 +22,9 @@ from services.common.frames.wire import ErrorCode, Violation
 class Caller(Protocol):
     """Whose connection it is."""
 
-    address: str
+    #: Of the requests: what HTTP/2 wants to know of the address.
+    authority: str
+    scheme: str
     limits: Limits
     #: What its messages are read as.
     reply_frame: type[ReplyFrame] | type[SealedReplyFrame]
@@ -70,11 +72,10 @@ class Caller(Protocol):
 class ClientConnection(Http2Connection):
     """One connection of a FrameCalls."""
 
-    def __init__(self, calls: Caller, credential: str, scheme: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, calls: Caller, credential: str, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(calls.limits, loop)
         self._calls = calls
         self._credential = credential
-        self._scheme = scheme
         self._answered = False  # response headers are in
         self.greeted = False
         self._handshake: asyncio.TimerHandle | None = None
@@ -100,9 +101,9 @@ class ClientConnection(Http2Connection):
         self._send_headers(
             [
                 (":method", "POST"),
-                (":scheme", self._scheme),
+                (":scheme", self._calls.scheme),
                 (":path", PATH),
-                (":authority", self._calls.address),
+                (":authority", self._calls.authority),
                 ("te", "trailers"),
                 ("content-type", "application/grpc"),
                 ("grpc-accept-encoding", "identity"),

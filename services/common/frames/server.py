@@ -1,4 +1,4 @@
-"""The serving side: accepts frame connections on one address."""
+"""The serving side: accepts frame connections on a port, on a path of this machine, or on both."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import hmac
 import ssl as tls
 from collections.abc import Callable
+from pathlib import Path
 
 from headrace.v1.dataplane_pb2 import Hello
 
+from services.common.frames.address import PathListener
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PROTOCOL
 from services.common.frames.peer import FrameHandler, Peer
@@ -16,7 +18,7 @@ from services.common.frames.server_connection import ServerConnection
 
 
 class FrameServer:
-    """Accepts frame connections on one address."""
+    """Accepts frame connections where it was told to listen."""
 
     def __init__(
         self,
@@ -38,7 +40,8 @@ class FrameServer:
         self.draining = False
         self._expected = f"Bearer {credential}".encode()
         self._ssl = ssl
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self._paths: list[PathListener] = []
         self._connections: set[ServerConnection] = set()
 
     @property
@@ -49,7 +52,7 @@ class FrameServer:
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen; returns the port, which the system picks where `port` is 0."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
+        server = await loop.create_server(
             lambda: ServerConnection(self, loop),
             host,
             port,
@@ -58,13 +61,31 @@ class FrameServer:
             reuse_port=reuse_port or None,
             backlog=512,
         )
-        return int(self._server.sockets[0].getsockname()[1])
+        self._servers.append(server)
+        return int(server.sockets[0].getsockname()[1])
+
+    async def start_unix(self, path: Path) -> str:
+        """Listen at `path` for processes of this user; returns the address for them. Without TLS: nothing
+        leaves the machine. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        at = await asyncio.to_thread(PathListener, path)
+        self._paths.append(at)
+        self._servers.append(
+            await loop.create_unix_server(lambda: ServerConnection(self, loop), sock=at.socket, backlog=512)
+        )
+        return f"unix:{path}"
+
+    def _stop_listening(self) -> None:
+        for path in self._paths:
+            path.remove()
+        self._paths.clear()
+        for server in self._servers:
+            server.close()
 
     async def drain(self, grace_s: float) -> None:
         """Take nothing new, answer what is open for at most `grace_s`, then close."""
         self.draining = True
-        if self._server is not None:
-            self._server.close()
+        self._stop_listening()
         for connection in list(self._connections):
             connection.say_draining()
         await self._wait_lost(grace_s)
@@ -72,8 +93,7 @@ class FrameServer:
 
     async def close(self) -> None:
         """End every connection and wait until the sockets are gone."""
-        if self._server is not None:
-            self._server.close()
+        self._stop_listening()
         for connection in list(self._connections):
             connection.shut()
         await self._wait_lost(self.limits.linger_s * 2)

@@ -250,7 +250,7 @@ class TestEnds:
 
     async def test_addresses_are_checked(self) -> None:
         for address in ("", "host", "host:", ":80", "host:0", "host:70000", "host:x"):
-            with pytest.raises(ValueError, match="not host:port"):
+            with pytest.raises(ValueError, match="neither host:port nor"):
                 FrameCalls(address, credential="t", role="r", instance="i")
 
 
