@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
+import pytest
+from headrace.v1.batch_pb2 import BatchChunkResult, BatchJob
+from headrace.v1.tensor_pb2 import Code
 
+from services.common.bus import Record
 from services.common.objects import ArtifactStore, InputSources
-from tests.fixtures.gateway import (
-    ADMIN,
-    Running,
-    running_gateway,
-)
+from services.common.topics import JOB_RESULTS, JOBS, dead_letters
+from tests.fixtures.gateway import ADMIN, OTHER_MODEL, PREDICT_ONLY, READ_ONLY, Running, running_gateway
 from tests.fixtures.jobs import PARTITIONS, StandInWorker, arrow_of, lines_of, numbers, parquet_of
-from tests.fixtures.servers import database_url as database_url
-from tests.fixtures.servers import postgres_server as postgres_server
-from tests.fixtures.servers import servers_directory as servers_directory
 
 SECRET = "secret-of-callbacks"
 
@@ -42,7 +42,7 @@ class Jobs:
                 job: dict[str, Any] = (await self.rest.get(f"/v1/batch/{batch_id}")).json()
                 if job["ended_at"] is not None:
                     return job
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # progress over REST is asked, not told
 
     async def submitted(self, **body: Any) -> str:
         """The id of a job."""
@@ -67,7 +67,7 @@ async def jobs(database_url: str, folder: Path, **settings: Any) -> AsyncIterato
     allow = ("store://files/", f"file://{data}/")
     store = ArtifactStore(url)
     sources = InputSources(store, allow)
-    own = {
+    own: dict[str, Any] = {
         "database_url": database_url,
         "artifact_store_url": url,
         "batch_input_allow": allow,
@@ -79,7 +79,7 @@ async def jobs(database_url: str, folder: Path, **settings: Any) -> AsyncIterato
         headers = {"authorization": f"Bearer {ADMIN}"}
         async with httpx.AsyncClient(base_url=running.base, headers=headers, timeout=20) as rest:
             async with asyncio.timeout(30):
-                while (await rest.get("/v1/batch")).status_code != 200:
+                while (await rest.get("/v1/batch")).status_code != 200:  # noqa: ASYNC110 - asked, not told
                     await asyncio.sleep(0.05)
             async with StandInWorker(running.bus, store, sources).running() as worker:
                 yield Jobs(running, worker, rest, data)
@@ -104,3 +104,273 @@ async def test_every_format_gives_every_row_once(database_url: str, tmp_path: Pa
             assert [line["row"] for line in found] == list(range(5000)), name
             assert [line["outputs"]["doubled"] for line in found] == [2 * value for value in values], name
             assert await here.lines(f"/v1/batch/{batch_id}/errors") == []
+
+
+async def test_rows_fail_alone(database_url: str, tmp_path: Path) -> None:
+    values = [1.0, -1.0, 2.0, -2.0, 3.0]
+    async with jobs(database_url, tmp_path) as here:
+        for inline_bytes in (10_000, 10):  # errors and results in the record, and as objects
+            here.worker.inline_bytes = inline_bytes
+            batch_id = await here.submitted(inputs=[{"x": value} for value in values])
+            job = await here.ended(batch_id)
+            assert (job["status"], job["counts"]) == ("completed", {"total": 5, "completed": 3, "failed": 2})
+            found = await here.lines(f"/v1/batch/{batch_id}/results")
+            assert [(line["row"], line["outputs"]["doubled"]) for line in found] == [(0, 2), (2, 4), (4, 6)]
+            errors = await here.lines(f"/v1/batch/{batch_id}/errors")
+            assert [(line["row"], line["error"]["field"]) for line in errors] == [(1, "x"), (3, "x")]
+
+
+async def test_a_chunk_that_fails_fails_its_rows(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        told = BatchChunkResult(code=Code.CODE_INTERNAL, message="It broke.")
+        here.worker.instead = lambda _chunk: told
+        batch_id = await here.submitted(inputs=[{"x": 1}, {"x": 2}])
+        job = await here.ended(batch_id)
+        assert (job["status"], job["counts"]) == ("completed", {"total": 2, "completed": 0, "failed": 2})
+        errors = await here.lines(f"/v1/batch/{batch_id}/errors")
+        assert errors == [
+            {"row": row, "error": {"code": "INTERNAL", "message": "It broke."}} for row in (0, 1)
+        ]
+        assert await here.lines(f"/v1/batch/{batch_id}/results") == []
+
+
+async def test_what_is_wrong_with_the_input_fails_the_job(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        (here.data / "magic.parquet").write_bytes(b"PAR2" + b"x" * 100)
+        (here.data / "short.parquet").write_bytes(parquet_of(numbers(100))[:-20])
+        (here.data / "long.jsonl").write_bytes(b'{"x": 1}\n' * 3 + b"[" * (9 << 20))
+        (here.data / "open.csv").write_bytes(b'x,y\n1,"a\n')
+        (here.data / "none.arrow").write_bytes(b"")
+        wanted = {
+            "magic.parquet": "does not begin with PAR1",
+            "short.parquet": "does not end with PAR1",
+            "long.jsonl": "Line 4 is longer than 8388608 bytes",
+            "open.csv": "Line 2: a quoted value is not closed",
+            "none.arrow": "does not begin with ARROW1",
+        }
+        for name, reason in wanted.items():
+            batch_id = await here.submitted(input_uri=f"file://{here.data}/{name}")
+            job = await here.ended(batch_id)
+            assert job["status"] == "failed", name
+            assert reason in job["error"]["message"], job["error"]
+            assert job["error"]["field"] == "input_uri"
+            assert job["error"]["code"] == "INVALID_ARGUMENT"
+
+        # A wrong column is found by the worker, and ends the job for all chunks.
+        told = BatchChunkResult(code=Code.CODE_INVALID_ARGUMENT, message="No column y.", field="y")
+        here.worker.instead = lambda _chunk: told
+        (here.data / "x.csv").write_bytes(b"x\n" + b"1\n" * 20_000)
+        job = await here.ended(await here.submitted(input_uri=f"file://{here.data}/x.csv"))
+        assert (job["status"], job["error"]["field"]) == ("failed", "y")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({"model": "cancer"}, 422, "inputs"),
+        ({"model": "cancer", "inputs": []}, 422, "inputs"),
+        ({"model": "cancer", "inputs": {"x": 1}}, 422, "inputs"),
+        ({"model": "nothing", "inputs": [1]}, 404, "model"),
+        ({"model": "cancer", "version": "9", "inputs": [1]}, 404, "version"),
+        ({"model": "cancer", "input_uri": "file:///etc/passwd", "input_format": "jsonl"}, 403, "input_uri"),
+        ({"model": "cancer", "input_uri": "http://127.0.0.1/x.csv"}, 422, "input_uri"),
+        ({"model": "cancer", "input_uri": "store://files/other/x.csv"}, 404, "input_uri"),
+        ({"model": "cancer", "input_uri": "store://jobs/other/x.csv"}, 403, "input_uri"),
+        ({"model": "cancer", "input_uri": "store://files/a/x.dat"}, 422, "input_format"),
+        ({"model": "cancer", "inputs": [1], "callback_url": "http://10.0.0.1/"}, 403, "callback_url"),
+        ({"model": "cancer", "inputs": [1], "callback_url": "ftp://127.0.0.1/"}, 422, "callback_url"),
+        ({"model": "cancer", "inputs": [1], "expires_in_s": 0}, 422, "expires_in_s"),
+        ({"model": "cancer", "inputs": [1], "metadata": {"a": "\u0000"}}, 422, "metadata.a"),
+        ({"model": "cancer", "inputs": [1], "job_id": "mine"}, 422, "job_id"),
+        ({"model": "cancer", "inputs": [1], "colour": "red"}, 422, "colour"),
+    ],
+)
+async def test_what_is_wrong_is_named(
+    body: dict[str, Any], status: int, field: str, shared_jobs: Jobs
+) -> None:
+    answer = await shared_jobs.rest.post("/v1/batch", json=body)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["field"] == field
+
+
+@pytest.fixture
+async def shared_jobs(database_url: str, tmp_path: Path) -> AsyncIterator[Jobs]:
+    async with jobs(database_url, tmp_path) as here:
+        yield here
+
+
+async def test_jobs_belong_to_their_key(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    own = {"authorization": f"Bearer {PREDICT_ONLY}"}
+    batch_id = (
+        await here.rest.post("/v1/batch", json={"model": "cancer", "inputs": [1]}, headers=own)
+    ).json()["batch_id"]
+    for headers, status in ((own, 200), ({}, 200), ({"authorization": f"Bearer {OTHER_MODEL}"}, 404)):
+        for path in ("", "/results?partial=true", "/errors?partial=true", "/events"):
+            if path != "/events" or status != 200:
+                answer = await here.rest.get(f"/v1/batch/{batch_id}{path}", headers=headers)
+                assert answer.status_code == status, (path, answer.text)
+    reader = {"authorization": f"Bearer {READ_ONLY}"}
+    assert (await here.rest.get(f"/v1/batch/{batch_id}", headers=reader)).status_code == 403
+    other = {"authorization": f"Bearer {OTHER_MODEL}"}
+    assert (await here.rest.get("/v1/batch", headers=other)).json() == {"batches": [], "has_more": False}
+    body = {"model": "cancer", "inputs": [1]}
+    assert (await here.rest.post("/v1/batch", json=body, headers=other)).status_code == 403
+    assert (await here.rest.delete(f"/v1/batch/{batch_id}", headers=other)).status_code == 404
+    for name in ("nothing", "%00", "a%00b", "x" * 300):
+        assert (await here.rest.get(f"/v1/batch/{name}")).status_code == 404
+
+
+async def test_the_list_is_paged_and_filtered(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    made = [await here.submitted(inputs=[number]) for number in range(5)]
+    for batch_id in made:
+        await here.ended(batch_id)
+    seen: list[str] = []
+    after: dict[str, str] = {}
+    while True:
+        page = (await here.rest.get("/v1/batch", params={"limit": "2", "model": "cancer", **after})).json()
+        seen += [job["batch_id"] for job in page["batches"]]
+        if not page["has_more"]:
+            break
+        after = {"after": seen[-1]}
+    assert seen == made[::-1]
+    assert (await here.rest.get("/v1/batch?status=failed")).json()["batches"] == []
+    assert (await here.rest.get("/v1/batch?status=done")).json()["field"] == "status"
+    assert (await here.rest.get("/v1/batch?limit=0")).json()["field"] == "limit"
+    assert (await here.rest.get("/v1/batch?after=nothing")).status_code == 404
+
+
+async def test_an_idempotency_key_makes_one_job(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    headers = {"idempotency-key": "order-17"}
+    body = {"model": "cancer", "inputs": [{"x": 1}]}
+    answers = await asyncio.gather(
+        *(here.rest.post("/v1/batch", json=body, headers=headers) for _ in range(8))
+    )
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["batch_id"] for answer in answers}) == 1
+    other = await here.rest.post("/v1/batch", json={"model": "cancer", "inputs": [2]}, headers=headers)
+    assert (other.status_code, other.json()["field"]) == (409, "Idempotency-Key")
+    own = {"authorization": f"Bearer {PREDICT_ONLY}", **headers}
+    mine = await here.rest.post("/v1/batch", json=body, headers=own)
+    assert mine.json()["batch_id"] != answers[0].json()["batch_id"]
+
+
+async def test_cancelling_keeps_what_is_finished(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        (here.data / "x.csv").write_bytes(b"x\n" + b"1\n" * 100_000)
+        batch_id = await here.submitted(input_uri=f"file://{here.data}/x.csv")
+        async with asyncio.timeout(20):
+            while (await here.rest.get(f"/v1/batch/{batch_id}")).json()["counts"]["completed"] == 0:  # noqa: ASYNC110 - asked, not told
+                await asyncio.sleep(0.02)
+        here.worker.gate.clear()
+        answer = await here.rest.delete(f"/v1/batch/{batch_id}")
+        assert answer.status_code == 202
+        assert answer.json()["status"] in ("cancelling", "cancelled")
+        assert (await here.rest.get(f"/v1/batch/{batch_id}/results")).status_code in (200, 409)
+        here.worker.gate.set()
+        job = await here.ended(batch_id)
+        assert job["status"] == "cancelled"
+        done = job["counts"]["completed"]
+        assert 0 < done < 100_000
+        assert len(await here.lines(f"/v1/batch/{batch_id}/results")) == done
+        assert here.worker.stopped[batch_id]
+        assert (await here.rest.delete(f"/v1/batch/{batch_id}")).status_code == 202  # again is fine
+
+
+async def test_a_job_expires(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        here.worker.gate.clear()
+        batch_id = await here.submitted(inputs=[1, 2, 3], expires_in_s=1)
+        async with asyncio.timeout(20):
+            while batch_id not in here.worker.stopped:  # noqa: ASYNC110 - a table has no event
+                await asyncio.sleep(0.02)
+        here.worker.gate.set()
+        job = await here.ended(batch_id)
+        assert job["status"] == "expired"
+        assert job["counts"]["completed"] == 0
+
+
+async def test_results_as_parquet(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    values = numbers(3000)
+    (here.data / "a.jsonl").write_bytes(lines_of(values))
+    batch_id = await here.submitted(input_uri=f"file://{here.data}/a.jsonl", output_format="parquet")
+    await here.ended(batch_id)
+    for query in ("", "?format=parquet"):
+        answer = await here.rest.get(f"/v1/batch/{batch_id}/results{query}")
+        table = pq.read_table(io.BytesIO(answer.content))
+        assert table.column_names == ["row", "custom_id", "doubled"]
+        assert table.column("row").to_pylist() == list(range(3000))
+        assert table.column("doubled").to_pylist() == [2 * value for value in values]
+    told = await here.rest.get(f"/v1/batch/{batch_id}/results?format=jsonl")
+    assert len(told.text.splitlines()) == 3000
+    assert (await here.rest.get(f"/v1/batch/{batch_id}/results?format=xml")).json()["field"] == "format"
+
+
+async def test_progress_as_events(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    here.worker.gate.clear()
+    batch_id = await here.submitted(inputs=[{"x": 1}])
+    events: list[tuple[str, dict[str, Any]]] = []
+    async with here.rest.stream("GET", f"/v1/batch/{batch_id}/events") as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        kind = ""
+        async for line in answer.aiter_lines():
+            if line.startswith("event: "):
+                kind = line.removeprefix("event: ")
+            if line.startswith("data: "):
+                events.append((kind, json.loads(line.removeprefix("data: "))))
+                here.worker.gate.set()
+    assert [kind for kind, _ in events][-1] == "end"
+    assert {kind for kind, _ in events[:-1]} == {"progress"}
+    assert events[-1][1]["status"] == "completed"
+    assert events[-1][1]["counts"]["completed"] == 1
+
+
+async def test_producers_submit_over_kafka(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    message = BatchJob(job_id="from-kafka", model="cancer", inputs_json=b'[{"x": 4}]')
+    as_json = {"model": "cancer", "inputs": [{"x": 5}], "job_id": "as-json"}
+    key = (("x-api-key", PREDICT_ONLY.encode()),)
+    await here.running.bus.publish(
+        [
+            Record(JOBS.name, b"k", message.SerializeToString()),
+            Record(JOBS.name, b"k", message.SerializeToString()),  # again: the same job
+            Record(JOBS.name, b"j", json.dumps(as_json).encode(), key),
+            Record(JOBS.name, b"key-is-id", b'{"model": "cancer", "inputs": [{"x": 6}]}'),
+            Record(JOBS.name, b"b", b"\xff\xff"),
+            Record(JOBS.name, b"b", b'{"model": "nothing", "inputs": [1]}'),
+        ]
+    )
+    for batch_id, doubled in (("from-kafka", 8), ("as-json", 10), ("key-is-id", 12)):
+        async with asyncio.timeout(10):
+            while (await here.rest.get(f"/v1/batch/{batch_id}")).status_code == 404:  # noqa: ASYNC110 - asked, not told
+                await asyncio.sleep(0.05)
+        await here.ended(batch_id)
+        found = await here.lines(f"/v1/batch/{batch_id}/results")
+        assert [line["outputs"]["doubled"] for line in found] == [doubled]
+    own = {"authorization": f"Bearer {PREDICT_ONLY}"}
+    assert (await here.rest.get("/v1/batch/as-json", headers=own)).status_code == 200
+    assert (await here.rest.get("/v1/batch/from-kafka", headers=own)).status_code == 404
+    dead = here.running.bus.records(dead_letters(JOBS, "gateway").name)
+    assert len(dead) == 2
+
+
+async def test_a_result_that_is_none_is_put_aside(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    batch_id = await here.submitted(inputs=[{"x": 1}])
+    await here.ended(batch_id)
+    strange = [
+        b"\xff",
+        BatchChunkResult(job_id=f"{batch_id}\0").SerializeToString(),
+        BatchChunkResult(job_id=batch_id, results_object="models/secret").SerializeToString(),
+        BatchChunkResult(job_id=batch_id, results_object=f"jobs/{batch_id}/../x").SerializeToString(),
+    ]
+    unknown = BatchChunkResult(job_id="nobody", index=7).SerializeToString()
+    await here.running.bus.publish([Record(JOB_RESULTS.name, b"k", value) for value in [*strange, unknown]])
+    second = await here.submitted(inputs=[{"x": 2}])
+    assert (await here.ended(second))["status"] == "completed"
+    dead = here.running.bus.records(dead_letters(JOB_RESULTS, "gateway").name)
+    assert len(dead) == len(strange)

@@ -76,13 +76,16 @@ class JobSpec:
     idempotency_key: str = ""
 
 
+_ABSENT = msgspec.Raw(b"")
+
+
 class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /v1/batch`, and the JSON form of a record of batch.jobs.v1 (which may have
     `job_id`)."""
 
     model: str
     version: str | int | None = None
-    inputs: msgspec.Raw | None = None
+    inputs: msgspec.Raw = _ABSENT
     input_uri: str = ""
     input_format: Literal["", "jsonl", "csv", "parquet", "arrow", "images"] = ""
     callback_url: str | None = None
@@ -112,7 +115,7 @@ def spec_of_json(raw: bytes) -> JobSpec:
         JobSpec(
             model=body.model,
             version="" if body.version is None else str(body.version),
-            inputs=None if body.inputs is None else bytes(body.inputs),
+            inputs=None if body.inputs is _ABSENT else bytes(body.inputs),
             input_uri=body.input_uri,
             input_format=INPUT_FORMATS.get(body.input_format, InputFormat.INPUT_FORMAT_UNSPECIFIED),
             output_format=OUTPUT_FORMATS[body.output_format],

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-import msgspec
 import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
@@ -17,7 +16,7 @@ from services.common.errors import InvalidArgument
 from services.gateway.jobs.events import as_events
 from services.gateway.jobs.formats import MEDIA_TYPES, Format
 from services.gateway.jobs.service import JobService
-from services.gateway.jobs.specs import OUTPUT_FORMATS, BatchBody, JobSpec, spec_of_json
+from services.gateway.jobs.specs import INPUT_FORMATS, OUTPUT_FORMATS, PRIORITIES, JobSpec, spec_of_json
 from services.gateway.jobs.views import Job, job_json
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.predict import PredictLimits
@@ -30,11 +29,32 @@ _MAX_LIMIT_DIGITS = 4
 _DEFAULT_PAGE = 20
 #: Proxies that gather answers would hold events back.
 _UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
-_SCHEMA = msgspec.json.schema(BatchBody)["$defs"]["BatchBody"]
+_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 1}
 _BODY = {
     "requestBody": {
         "required": True,
-        "content": {_JSON: {"schema": _SCHEMA}},
+        "content": {
+            _JSON: {
+                "schema": {
+                    "type": "object",
+                    "required": ["model"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "model": _TEXT,
+                        "version": {**_TEXT, "description": "A version or an alias."},
+                        "inputs": {"type": "array", "description": "Rows, or input_uri instead."},
+                        "input_uri": {**_TEXT, "description": "store://…, file:///… or s3://…"},
+                        "input_format": {"enum": list(INPUT_FORMATS)},
+                        "output_format": {"enum": list(OUTPUT_FORMATS)},
+                        "callback_url": _TEXT,
+                        "priority": {"enum": list(PRIORITIES)},
+                        "metadata": {"type": "object", "additionalProperties": _TEXT},
+                        "exclude_from": {"type": "array", "items": {"enum": ["drift", "experiments"]}},
+                        "expires_in_s": _COUNT,
+                    },
+                }
+            }
+        },
     }
 }
 

@@ -19,6 +19,7 @@ from services.gateway.jobs.splitting.port import CHUNKS_AT_ONCE, Chunk, Cursor, 
 
 _PIECE = 4 << 20
 _MAX_COLUMNS = 100_000
+_MARK_BYTES = 4
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 #: Makes the range of the rows that lie from one byte to before another, in these columns.
@@ -35,15 +36,20 @@ async def cut_text(
     if cursor is not None:
         cutter.go_on(cursor)
     tail, position = b"", cutter.start
+    is_marked = position == 0
     while True:
         piece = await source.read(position, min(position + _PIECE, source.size))
-        first, position = position == 0, position + len(piece)
+        position += len(piece)
         if not piece and position < source.size:
             raise refused("The input ends before its size.")
-        if first:
-            piece = cutter.without_mark(piece)
         last = position >= source.size
-        tail = await asyncio.to_thread(cutter.take, tail + piece, is_csv=is_csv, last=last)
+        text = tail + piece
+        if is_marked:
+            if len(text) < _MARK_BYTES and not last:
+                tail = text
+                continue
+            text, is_marked = cutter.without_mark(text), False
+        tail = await asyncio.to_thread(cutter.take, text, is_csv=is_csv, last=last)
         while len(cutter.ready) >= CHUNKS_AT_ONCE:
             yield cutter.cut(CHUNKS_AT_ONCE)
         if last:
@@ -76,14 +82,14 @@ class _Cutter:
     def cursor(self) -> Cursor:
         return {"at": self.start, "row": self.row, "line": self.line, "columns": self.columns}
 
-    def without_mark(self, piece: bytes) -> bytes:
-        """The first piece without a byte order mark of UTF-8."""
-        if piece.startswith(_WIDE_BOMS):
+    def without_mark(self, text: bytes) -> bytes:
+        """The beginning of the input without a byte order mark of UTF-8."""
+        if text.startswith(_WIDE_BOMS):
             raise refused("The input is not UTF-8.")
-        if piece.startswith(codecs.BOM_UTF8):
+        if text.startswith(codecs.BOM_UTF8):
             self.start = self.end = len(codecs.BOM_UTF8)
-            return piece[self.start :]
-        return piece
+            return text[self.start :]
+        return text
 
     def take(self, text: bytes, *, is_csv: bool, last: bool) -> bytes:
         """Cut `text`, which begins at byte `end`, and return what is not a whole line yet."""
