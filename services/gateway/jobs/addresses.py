@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from services.common.errors import InvalidArgument, PermissionDenied, Unavailable
+from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
 
 FIELD = "callback_url"
 #: Stands in a list of allowed hosts for every address that is reachable from everywhere.
@@ -50,8 +50,13 @@ class CallbackRules:
         self._public = PUBLIC in allow or not allow
 
     def check(self, url: str) -> Target:
-        """What `url` leads to. Raises InvalidArgument where it is no address, PermissionDenied where it may
-        not be called as far as its text tells; both with field `callback_url`."""
+        """What `url` leads to. All errors have the field `callback_url`: InvalidArgument where it is no
+        address, PermissionDenied where it may not be called as far as its text tells, FailedPrecondition
+        where callbacks cannot be signed."""
+        if not self._is_signed:
+            raise FailedPrecondition(
+                "This installation signs no callbacks: CALLBACK_SECRET is not set.", field=FIELD
+            )
         try:
             parts = urlsplit(url)
             port = parts.port
