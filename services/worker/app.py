@@ -131,10 +131,10 @@ async def worker_app(
         stack.push_async_callback(_end, beating)
         reading = asyncio.create_task(_follow(table, health, heartbeat), name="deployments")
         stack.push_async_callback(_end, reading)
-        batch = None
-        if open_chunks is not None:
-            batch = BatchWorker(_batch(cfg), host, store, bus, open_chunks, lambda: health.ready, clock)
-            await stack.enter_async_context(_batch_work(batch, registry))
+        batch = open_chunks and BatchWorker(
+            _batch(cfg), host, store, bus, open_chunks, lambda: health.ready, clock
+        )
+        await stack.enter_async_context(_batch_work(batch, registry))
         log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, worker=cfg.worker_id)
         try:
             yield Worker(host, health, events, frames_port, grpc_port, ops_port)
@@ -187,11 +187,14 @@ async def _artifact_store(cfg: Settings) -> AsyncIterator[ArtifactStore]:
 
 
 @asynccontextmanager
-async def _batch_work(batch: BatchWorker, registry: CollectorRegistry) -> AsyncIterator[BatchWorker]:
+async def _batch_work(batch: BatchWorker | None, registry: CollectorRegistry) -> AsyncIterator[None]:
+    if batch is None:
+        yield
+        return
     registry.register(BatchMetrics(batch))
     working = asyncio.create_task(batch.run(), name="batch")
     try:
-        yield batch
+        yield
     finally:
         await _end(working)
 
@@ -224,6 +227,9 @@ def _batch(cfg: Settings) -> BatchOptions:
 
 def _defaults(cfg: Settings) -> Defaults:
     batching = BatchPolicy(
-        max_rows=cfg.max_rows, max_queue_rows=cfg.max_queue_rows, max_queue_bytes=cfg.max_queue_bytes
+        max_rows=cfg.max_rows,
+        max_queue_rows=cfg.max_queue_rows,
+        max_queue_bytes=cfg.max_queue_bytes,
+        max_queue=cfg.max_queue_ms / 1e3,
     )
     return Defaults(batching, PayloadPolicy(request_bytes=cfg.log_payload_max_bytes), cfg.default_timeout_s)

@@ -97,7 +97,8 @@ class KafkaChunks:
             "allow.auto.create.topics": False,
         }
         self._cooperative = assignment == "cooperative-sticky"
-        self._consumer: Consumer | None = None
+        # The thread alone talks to the consumer: its calls wait for each other, also for a poll.
+        self._to_commit: deque[tuple[int, int]] = deque()
         self._producer = AckedProducer(bootstrap, client_id)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -173,12 +174,8 @@ class KafkaChunks:
     def _settled(self, partition: int, offset: int) -> None:
         owned = self._ours.get(partition)
         reached = owned.settle(offset) if owned is not None else None
-        consumer = self._consumer
-        if reached is not None and consumer is not None:
-            with suppress(KafkaException, RuntimeError):  # then it comes again, which does no harm
-                consumer.commit(
-                    offsets=[TopicPartition(self._topic.name, partition, reached)], asynchronous=True
-                )
+        if reached is not None:
+            self._to_commit.append((partition, reached))
 
     def _run(self) -> None:
         """In the thread: poll, until told to stop."""
@@ -189,7 +186,6 @@ class KafkaChunks:
         consumer.subscribe(
             [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
         )
-        self._consumer = consumer
         check_at = time.monotonic() + _CHECK_S
         try:
             while not self._stopping.is_set():
@@ -201,6 +197,7 @@ class KafkaChunks:
                     elif self._paused and at_hand < _FEW:
                         consumer.resume(consumer.assignment())
                         self._paused = False
+                    self._commit(consumer)
                     message = consumer.poll(_POLL_PAUSED_S if self._paused else _POLL_S)
                     if message is not None and not message.error():
                         self._loop.call_soon_threadsafe(self._on_record, _record(message))
@@ -211,9 +208,24 @@ class KafkaChunks:
                     log.warning("polling %s: %s", self._topic.name, error)
                     self._stopping.wait(0.2)
         finally:
-            self._consumer = None
             with suppress(KafkaException, RuntimeError):
+                self._commit(consumer, wait=True)
                 consumer.close()
+
+    def _commit(self, consumer: Consumer, *, wait: bool = False) -> None:
+        """Of each partition the last offset; one whose partition has gone is refused, which does no harm."""
+        offsets: dict[int, int] = {}
+        while self._to_commit:
+            partition, offset = self._to_commit.popleft()
+            offsets[partition] = offset
+        if not offsets:
+            return
+        parts = [TopicPartition(self._topic.name, number, offset) for number, offset in offsets.items()]
+        with suppress(KafkaException):
+            if wait:
+                consumer.commit(offsets=parts, asynchronous=False)
+            else:
+                consumer.commit(offsets=parts, asynchronous=True)
 
     def _on_record(self, record: Record) -> None:
         at = (record.partition, record.offset)

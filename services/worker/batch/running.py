@@ -25,8 +25,8 @@ from services.common.errors import (
 )
 from services.worker.batch.results import Answers
 from services.worker.batch.rows import Group, Inputs, Rows
-from services.worker.batch_queue import Item
 from services.worker.execution import Runner
+from services.worker.item import Item
 from services.worker.tensors import Array
 from services.worker.turn import Turn
 
