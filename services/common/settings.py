@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.common.errors import Fatal
@@ -17,6 +17,7 @@ __all__ = [
     "CommaSeparated",
     "ConfigurationError",
     "DatabaseSettings",
+    "FrameTlsSettings",
     "Port",
     "RedisSettings",
     "SecretStr",
@@ -65,6 +66,24 @@ class ServiceSettings(_Environment):
     state_dir: Path = Path(".headrace/state")
     #: How long the process may take to finish what it has after the first SIGTERM.
     drain_s: Annotated[float, Field(gt=0)] = 20.0
+
+
+class FrameTlsSettings(_Environment):
+    """For services that have frame streams: TLS between them, PEM files. None set: no TLS.
+
+    A certificate and its key make servers speak TLS; an authority makes clients demand it. With both, servers
+    ask their clients for a certificate too (mutual TLS). Streams over a path of the machine go without.
+    """
+
+    frames_tls_cert: Path | None = None
+    frames_tls_key: Path | None = None
+    frames_tls_ca: Path | None = None
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> FrameTlsSettings:
+        if (self.frames_tls_cert is None) != (self.frames_tls_key is None):
+            raise ValueError("set both FRAMES_TLS_CERT and FRAMES_TLS_KEY, or neither")
+        return self
 
 
 class DatabaseSettings(_Environment):

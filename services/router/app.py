@@ -14,7 +14,7 @@ from services.common.bus import Bus, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
 from services.common.eventlog import EventLog, join_predictions
-from services.common.frames import FrameCalls, FrameServer
+from services.common.frames import FrameCalls, FrameServer, client_tls_of, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
@@ -69,6 +69,8 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
         await events.start()
         stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
 
+        client_tls = client_tls_of(cfg)
+
         def connect(address: str, on_state: Callable[[bool], None]) -> FrameCalls:
             return FrameCalls(
                 address,
@@ -77,6 +79,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
                 instance=cfg.router_id,
                 on_state=on_state,
                 forwards=True,
+                ssl=client_tls,
             )
 
         def table_changed() -> None:
@@ -135,9 +138,10 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             credential=cfg.internal_token,
             instance=cfg.router_id,
             role="router",
+            ssl=server_tls_of(cfg),
         )
-        frames_port = await _listen(server, cfg.host, cfg.frames_port)
         stack.push_async_callback(server.close)
+        frames_port = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
             serve_grpc(dispatcher, clock, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
         )
@@ -172,12 +176,19 @@ async def _know(
     health.set_ready("routing table")
 
 
-async def _listen(server: FrameServer, host: str, port: int) -> int:
+async def _listen(server: FrameServer, cfg: Settings) -> int:
     try:
-        return await server.start(host, port)
+        port = await server.start(cfg.host, cfg.frames_port)
     except OSError as error:
         reason = error.strerror or error
-        raise Fatal(f"Cannot listen on {host}:{port} (FRAMES_PORT): {reason}.") from error
+        raise Fatal(f"Cannot listen on {cfg.host}:{cfg.frames_port} (FRAMES_PORT): {reason}.") from error
+    if cfg.frames_socket is not None:
+        try:
+            await server.start_unix(cfg.frames_socket)
+        except OSError as error:
+            reason = error.strerror or error
+            raise Fatal(f"Cannot listen at {cfg.frames_socket} (FRAMES_SOCKET): {reason}.") from error
+    return port
 
 
 async def _own(stack: AsyncExitStack, work: Coroutine[None, None, None], name: str) -> None:

@@ -7,16 +7,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.common.settings import Port, ServiceSettings
+from services.common.settings import FrameTlsSettings, Port, ServiceSettings
 from services.router.outliers import OutlierPolicy
 
 
-class Settings(ServiceSettings):
+class Settings(ServiceSettings, FrameTlsSettings):
     """What a router reads. Ports: 0 lets the system choose one."""
 
     #: Stays the same over restarts: the routing table and the prediction log on disk are found by it.
     router_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "router-0"
     frames_port: Port = 8010
+    #: Where gateways of this machine find the frame stream as well (their `unix:/path`); empty: nowhere.
+    frames_socket: Path | None = None
     grpc_port: Port = 8011
     ops_port: Port = 8012
 

@@ -7,7 +7,8 @@ other end; the HTTP/2 part here knows one stream and no more (RFC 9113, gRPC's P
 Client side, one object per remote address; it reconnects by itself and never raises for a lost peer:
 
     calls = FrameCalls("127.0.0.1:8010",         # or "unix:/path"
-                       credential=token, role="gateway", instance="gateway-1", limits=Limits(), ssl=None, on_state=lambda usable: ...)
+                       credential=token, role="gateway", instance="gateway-1",
+                       limits=Limits(), ssl=None, on_state=lambda usable: ...)
     calls.start()                                # owned task; also: await calls.wait_connected(timeout_s)
     local_id = calls.submit(request, deadline, on_reply)
         # request: PredictRequest; its `id` and `timeout_us` do not count and it is serialized at once, so
@@ -45,7 +46,8 @@ Server side:
 `frame.items` of a handler never hold more than the stream may have in flight; the rest was refused with
 RESOURCE_EXHAUSTED. An item's deadline is `loop.time() + item.timeout_us / 1e6` at its arrival.
 
-TLS: pass `server_tls(...)` / `client_tls(...)`; ALPN must settle on h2.
+TLS: pass `server_tls(...)` / `client_tls(...)`, or what `server_tls_of` / `client_tls_of` make of settings;
+ALPN must settle on h2. What stays on the machine (unix:) goes without.
 
 Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound
 and connection (the data path that both sides share: sending and ending, reading and checking), peer,
@@ -57,7 +59,7 @@ from services.common.frames.limits import Limits
 from services.common.frames.messages import item_payloads, timeout_override
 from services.common.frames.peer import FrameHandler, Peer
 from services.common.frames.server import FrameServer
-from services.common.frames.tls import client_tls, server_tls
+from services.common.frames.tls import client_tls, client_tls_of, server_tls, server_tls_of
 
 __all__ = [
     "FrameCalls",
@@ -66,8 +68,10 @@ __all__ = [
     "Limits",
     "Peer",
     "client_tls",
+    "client_tls_of",
     "item_payloads",
     "lost",
     "server_tls",
+    "server_tls_of",
     "timeout_override",
 ]

@@ -1,5 +1,5 @@
-"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on the same machine: each
-message is spared the way through TCP."""
+"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on the same machine, whose
+messages are spared the way through TCP."""
 
 from __future__ import annotations
 
