@@ -24,7 +24,7 @@ class Plan:
     each.
 
     `curved` servers are driven beyond their capacity by an open loop, `overloaded` ones with a model that
-    takes a millisecond a row: fractions are of the capacity that the open loop itself found before.
+    takes two milliseconds a row: fractions are of the capacity that the open loop itself found before.
     """
 
     name: str

@@ -25,9 +25,9 @@ CLOSED = (
 )
 GRPC = "ModelInfer of the Open Inference Protocol, by h2load: every connection has one call under way."
 OVERLOAD = (
-    "Each row keeps a core busy for about a millisecond, so the model is what limits and the generator has "
-    "time. Capacity, found by rising load: {capacities}. An answer counts where it came within 2 s of when "
-    "its request was due; a refusal's time counts from when it was sent."
+    "Each row keeps a core busy for about two milliseconds, so the model is what limits and the generator "
+    "has time. Capacity, found by rising load: {capacities}. An answer counts where it came within 2 s of "
+    "when its request was due; a refusal's time counts from when it was sent."
 )
 OPEN = (
     "The tiny model: here the machine limits, generator included. The load comes from up to 1,024 "

@@ -191,8 +191,8 @@ def pooled_image(seed: int) -> bytes:
     return _graph("image", nodes, (3, 224, 224), 10, {"w": rng.normal(size=(3, 10))})
 
 
-def busy(seed: int, milliseconds: float = 1.0) -> bytes:
-    """30→2 by way of convolutions that keep one core busy for about a millisecond a row on today's machines,
+def busy(seed: int, milliseconds: float = 2.0) -> bytes:
+    """30→2 by way of convolutions that keep one core busy for about `milliseconds` a row on today's machines,
     however many rows run together: the model is what limits, not the serving."""
     rng = np.random.default_rng(seed)
     channels = max(4, round(80 * milliseconds**0.5))
@@ -236,9 +236,9 @@ def image_workload() -> Workload:
 
 
 def busy_workload() -> Workload:
-    """30 floats a row, about a millisecond of computing each: what overload is shown with."""
+    """30 floats a row, about two milliseconds of computing each: what overload is shown with."""
     inputs = _random_inputs(DISTINCT_REQUESTS, 1, (30,))
-    return Workload("busy", "30 floats, 1 ms of computing", (busy(0), busy(1)), inputs, "y")
+    return Workload("busy", "30 floats, 2 ms of computing", (busy(0), busy(1)), inputs, "y")
 
 
 def cancer_workload(folder: Path) -> Workload:
