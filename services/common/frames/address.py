@@ -1,4 +1,4 @@
-"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on the same machine, whose
+"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on the same machine. Their
 messages are spared the way through TCP."""
 
 from __future__ import annotations
