@@ -1,5 +1,5 @@
-"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on the same machine. Their
-messages are spared the way through TCP."""
+"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on one machine, whose
+messages are spared TCP."""
 
 from __future__ import annotations
 
