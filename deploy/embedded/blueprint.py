@@ -16,6 +16,9 @@ from deploy.embedded.service import ServiceProcess
 from deploy.embedded.tansu import TansuServer
 from deploy.embedded.valkey import ValkeyServer
 
+#: What the path of a socket may have on every system.
+_SOCKET_PATH_BYTES = 104
+
 NOT_DURABLE = (
     "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "
     "every event stays in memory while it runs, so it grows with traffic. "
@@ -115,6 +118,16 @@ def _services(
         ),
     }
 
+    def frames(name: str, port: int) -> tuple[dict[str, object], str]:
+        """Where a service has its frame stream, and the address of it: by path, where that is short enough."""
+        listening: dict[str, object] = {"FRAMES_PORT": port}
+        path = configuration.home / "run" / f"{name}.sock"
+        if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+            return listening, f"{LOOPBACK}:{port}"
+        return {**listening, "FRAMES_SOCKET": path}, f"unix:{path}"
+
+    router_frames, router_address = frames("router", ports["ROUTER_FRAMES_PORT"])
+
     def service(
         name: str, own: Mapping[str, object], *, health: str, module: str | None = None
     ) -> ServiceProcess:
@@ -133,7 +146,7 @@ def _services(
         "HTTP_PORT": ports["GATEWAY_HTTP_PORT"],
         "GRPC_PORT": ports["GATEWAY_GRPC_PORT"],
         "OPS_PORT": ports["GATEWAY_OPS_PORT"],
-        "ROUTER_ADDRESSES": f"{LOOPBACK}:{ports['ROUTER_FRAMES_PORT']}",
+        "ROUTER_ADDRESSES": router_address,
         "REGISTRY_URL": f"http://{LOOPBACK}:{ports['REGISTRY_HTTP_PORT']}",
         "ANALYTICS_URL": f"http://{LOOPBACK}:{ports['ANALYTICS_HTTP_PORT']}",
         "DRIFT_URL": f"http://{LOOPBACK}:{ports['DRIFT_HTTP_PORT']}",
@@ -141,7 +154,7 @@ def _services(
         "CALLBACK_SECRET": secrets.callback_secret,
     }
     router = {
-        "FRAMES_PORT": ports["ROUTER_FRAMES_PORT"],
+        **router_frames,
         "GRPC_PORT": ports["ROUTER_GRPC_PORT"],
         "OPS_PORT": ports["ROUTER_OPS_PORT"],
     }
@@ -155,7 +168,7 @@ def _services(
         {
             "WORKER_ID": f"worker-{index}",
             "ADVERTISE_HOST": LOOPBACK,
-            "FRAMES_PORT": configuration.worker_port(index, "FRAMES"),
+            **frames(f"worker-{index}", configuration.worker_port(index, "FRAMES"))[0],
             "GRPC_PORT": configuration.worker_port(index, "GRPC"),
             "OPS_PORT": configuration.worker_port(index, "OPS"),
             # Tansu ends a cooperative rebalance with partitions that nobody has.
@@ -186,7 +199,7 @@ def make_directories(home: Path) -> None:
     """The folders that must be there before anything starts. What holds data is closed to other users; `home`
     itself is not, since PostgreSQL, started by root, runs as one of them in a folder of its own."""
     home.mkdir(parents=True, exist_ok=True)
-    for name in ("logs", "state", "artifacts", "data"):
+    for name in ("logs", "state", "artifacts", "data", "run"):
         folder = home / name
         folder.mkdir(mode=0o700, exist_ok=True)
         folder.chmod(0o700)  # one of an earlier version, too

@@ -117,6 +117,7 @@ def inherited_environment(home: Path) -> dict[str, str]:
     compiles some 2,000 modules at every start.
     """
     settings = {"HOST", "HTTP_PORT", "GRPC_PORT", "FRAMES_PORT", "OPS_PORT", "POOL", "WORKER_ID", "STATE_DIR"}
+    settings |= {"FRAMES_SOCKET", "FRAMES_TLS_CERT", "FRAMES_TLS_KEY", "FRAMES_TLS_CA"}
     inherited = {name: value for name, value in os.environ.items() if name not in settings}
     if inherited.pop("PYTHONDONTWRITEBYTECODE", ""):
         inherited.setdefault("PYTHONPYCACHEPREFIX", str(home / "bytecode"))

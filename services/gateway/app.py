@@ -17,7 +17,7 @@ from services.common.bus import Bus, DeadLetters, KafkaBus, Table
 from services.common.bus.admin import ensure_topics
 from services.common.clock import Clock
 from services.common.errors import Unavailable
-from services.common.frames import FrameCalls
+from services.common.frames import FrameCalls, client_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, KEYS, Topic
@@ -220,6 +220,7 @@ async def _channels(
     stack: AsyncExitStack, cfg: Settings, process: str, waiting: WaitingRoom
 ) -> list[FrameCalls]:
     channels = []
+    ssl = client_tls_of(cfg)
     for address in cfg.routers:
         calls = FrameCalls(
             address,
@@ -228,6 +229,7 @@ async def _channels(
             instance=process,
             on_state=waiting.changed,
             sealed=True,
+            ssl=ssl,
         )
         stack.push_async_callback(calls.close)
         calls.start()

@@ -9,20 +9,21 @@ from pydantic import Field, model_validator
 from services.common.settings import (
     ArtifactSettings,
     CommaSeparated,
+    FrameTlsSettings,
     Port,
     RedisSettings,
     ServiceSettings,
 )
 
 
-class Settings(ServiceSettings, RedisSettings, ArtifactSettings):
+class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSettings):
     """What the gateway reads. Durations are seconds, sizes bytes."""
 
     http_port: Port = 8000
     grpc_port: Port = 8001
     ops_port: Port = 8002
 
-    #: `host:port` of the routers' frame streams, `a:1,b:2`.
+    #: `host:port` of the routers' frame streams, `a:1,b:2`; `unix:/path` where they run on this machine.
     router_addresses: CommaSeparated = ()
     #: The same for one router.
     router_address: str = ""

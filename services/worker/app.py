@@ -16,7 +16,7 @@ from services.common.bus import Bus, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Unavailable
 from services.common.eventlog import EventLog, join_predictions
-from services.common.frames import FrameServer, Limits
+from services.common.frames import FrameServer, Limits, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
 from services.common.telemetry import setup_tracing
@@ -109,10 +109,14 @@ async def worker_app(
 
         server = FrameServer(
             lambda peer: FrameConnection(servicer, peer),
-            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(), ssl=None,
+            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(), ssl=server_tls_of(cfg),
         )  # fmt: skip
-        frames_port = await server.start(cfg.host, cfg.frames_port)
         stack.push_async_callback(server.close)
+        frames_port = await server.start(cfg.host, cfg.frames_port)
+        reached = cfg.advertise_host or cfg.host
+        frames_address = f"{reached}:{frames_port}"
+        if cfg.frames_socket is not None:
+            frames_address = await server.start_unix(cfg.frames_socket)
         grpc_port = await stack.enter_async_context(
             serve_grpc(servicer, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
         )
@@ -123,7 +127,7 @@ async def worker_app(
         )
 
         report = StatusReport(
-            cfg.worker_id, cfg.pool, cfg.advertise_host or cfg.host, (frames_port, grpc_port),
+            cfg.worker_id, cfg.pool, (frames_address, f"{reached}:{grpc_port}"),
             host, health, clock, memory_limit=cfg.memory_limit_bytes,
         )  # fmt: skip
         table = await stack.enter_async_context(bus.table(DEPLOYMENTS, host.apply))

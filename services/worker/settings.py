@@ -7,10 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from services.common.settings import ArtifactSettings, CommaSeparated, Port, ServiceSettings
+from services.common.settings import (
+    ArtifactSettings,
+    CommaSeparated,
+    FrameTlsSettings,
+    Port,
+    ServiceSettings,
+)
 
 
-class Settings(ServiceSettings, ArtifactSettings):
+class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     """What a worker reads. Ports: 0 lets the system choose one."""
 
     #: Stays the same over restarts: the prediction log that an earlier process left is found by it.
@@ -20,6 +26,8 @@ class Settings(ServiceSettings, ArtifactSettings):
     #: Host name under which routers reach this worker; empty: `host`.
     advertise_host: str = ""
     frames_port: Port = 8020
+    #: Where routers reach the frame stream instead, if all of them run on this machine; empty: by the port.
+    frames_socket: Path | None = None
     grpc_port: Port = 8021
     ops_port: Port = 8022
 

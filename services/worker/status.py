@@ -13,17 +13,17 @@ from services.worker.model_host import ModelHost
 
 
 class StatusReport:
-    """Makes a WorkerStatus each time it is called. `ports` are those of the frame stream and of gRPC."""
+    """Makes a WorkerStatus each time it is called. `addresses` are those of the frame stream and of gRPC."""
 
     def __init__(
-        self, worker_id: str, pool: str, address: str, ports: tuple[int, int],
+        self, worker_id: str, pool: str, addresses: tuple[str, str],
         host: ModelHost, health: Health, clock: Clock, *, memory_limit: int,
     ) -> None:  # fmt: skip
         self._fixed = WorkerStatus(
             worker_id=worker_id,
             incarnation=uuid4().hex,
-            frames_address=f"{address}:{ports[0]}",
-            grpc_address=f"{address}:{ports[1]}",
+            frames_address=addresses[0],
+            grpc_address=addresses[1],
             pool=pool,
             memory_limit_bytes=memory_limit,
         )
