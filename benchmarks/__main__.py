@@ -32,7 +32,10 @@ def main() -> int:
     plan.add_argument("--report", action="store_true", help="only write RESULTS.md anew from results.json")
     plan.add_argument("--install", action="store_true", help="only make the peers' environments")
     plan.add_argument(
-        "--instructions", action="store_true", help="only count instructions, and keep the numbers"
+        "--instructions", action="store_true", help="only count instructions, and add them to the report"
+    )
+    plan.add_argument(
+        "--keep-instructions", action="store_true", help="count them, and compare with these from now on"
     )
     parser.add_argument("--minutes", type=float, help="what the run may take; rounds are left out first")
     parser.add_argument("--only", default="", help=f"some of {','.join(TARGETS)}")
@@ -40,16 +43,20 @@ def main() -> int:
         "--out", type=Path, help="folder of the report (smoke: the cache, otherwise benchmarks/)"
     )
     given = parser.parse_args()
-    if given.instructions:
-        print(keep(count_instructions()))
-        return 0
     chosen = PLANS[given.plan or "full"]
     if given.minutes:
         chosen = replace(chosen, budget_s=given.minutes * 60)
     folder = given.out or (CACHE / "smoke" if chosen.name == "smoke" else FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
-    if given.report:
-        write_report(Results.load(folder / "results.json"), folder)
+    if given.report or given.instructions:
+        results = Results.load(folder / "results.json")
+        if given.instructions:
+            results.instructions = count_instructions()
+            results.save(folder / "results.json")
+        write_report(results, folder)
+        return 0
+    if given.keep_instructions:
+        print(keep(count_instructions()))
         return 0
     wanted = given.only.split(",") if given.only else list(TARGETS)
     unknown = set(wanted) - set(TARGETS)

@@ -16,8 +16,9 @@ from benchmarks.results import CurvePoint
 from benchmarks.targets.port import Front, Running
 from benchmarks.workload import Workload
 
-#: Between runs a server gets up to this long to finish what it put off.
+#: Between runs a server gets up to this long to finish what it put off, or what an overload left queued.
 SETTLE_S = 4.0
+SETTLE_OVERLOAD_S = 25.0
 QUIET_WINDOW_S = 0.3
 #: Share of a core below which it counts as having nothing to do.
 QUIET_SHARE = 0.35
@@ -60,7 +61,7 @@ def _offering(
     wait_s = patience_s if slow else POOL_WAIT_S
 
     def offer(rate: float) -> dict[str, Any]:
-        settle(running.processes())
+        settle(running.processes(), SETTLE_OVERLOAD_S if slow else SETTLE_S)
         load = OpenLoop(rate, connections, plan.curve_seconds, patience_s, wait_s)
         summary = open_loop(front.endpoint, requests, load)
         print(
@@ -73,10 +74,10 @@ def _offering(
     return offer
 
 
-def settle(processes: Mapping[str, Sequence[int]]) -> None:
-    """Return when the processes have nothing left to do, or after SETTLE_S."""
+def settle(processes: Mapping[str, Sequence[int]], most_s: float = SETTLE_S) -> None:
+    """Return when the processes have nothing left to do, or after `most_s`."""
     pids = [pid for part in processes.values() for pid in part]
-    deadline = time.monotonic() + SETTLE_S
+    deadline = time.monotonic() + most_s
     before = cpu_seconds(pids)
     while time.monotonic() < deadline:
         time.sleep(QUIET_WINDOW_S)

@@ -18,10 +18,10 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run. Of the main workload (30 floats) there are up to `rounds` rounds: the first comes first, the
-    others when everything else is done, as many as `budget_s` holds. In a round every server is started
-    afresh; its main front is measured with all `connections`, the others with `side_connections`, `seconds`
-    each.
+    """One run. Of the main workload (30 floats) there are up to `rounds` rounds, as many as `budget_s` holds.
+    In a round every server is started afresh. In the first its main front is measured with all
+    `connections`, the others with `side_connections`; in further ones the main front with
+    `core_connections`; `seconds` each.
 
     `curved` servers are driven beyond their capacity by an open loop, `overloaded` ones with a model that
     takes two milliseconds a row: fractions are of the capacity that the open loop itself found before.
@@ -32,6 +32,7 @@ class Plan:
     seconds: float
     connections: tuple[int, ...]
     side_connections: tuple[int, ...]
+    core_connections: tuple[int, ...]
     payloads: tuple[Payload, ...]
     curved: tuple[str, ...]
     overloaded: tuple[str, ...]
@@ -82,6 +83,7 @@ FULL = Plan(
     seconds=2,
     connections=(1, 32, 128, 512),
     side_connections=(1, 32, 128),
+    core_connections=(1, 32, 128),
     payloads=PAYLOADS,
     curved=("headrace", "triton"),
     overloaded=("headrace", "triton"),
@@ -97,6 +99,7 @@ QUICK = Plan(
     seconds=2,
     connections=(1, 32, 128),
     side_connections=(32,),
+    core_connections=(1, 32, 128),
     payloads=(),
     curved=("headrace",),
     overloaded=("headrace",),
@@ -112,6 +115,7 @@ SMOKE = Plan(
     seconds=1,
     connections=(1, 32),
     side_connections=(32,),
+    core_connections=(1, 32, 128),
     payloads=tuple(Payload(one.workload, (1,), one.without) for one in PAYLOADS),
     curved=("headrace",),
     overloaded=("headrace",),

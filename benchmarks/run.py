@@ -14,17 +14,21 @@ from benchmarks.direct import measure_direct
 from benchmarks.load.drive import closed_loop, generator_name, missing_generator
 from benchmarks.load.requests import write_requests
 from benchmarks.machine import load_average, machine
-from benchmarks.plan import Plan
+from benchmarks.plan import Payload, Plan
 from benchmarks.process_tree import Unavailable, cpu_seconds, usage
 from benchmarks.results import Memory, Point, Results
 from benchmarks.targets.port import Front, Running, Target, check_answers
 from benchmarks.workload import WORKLOADS, Workload
 
 WARM_UP_CONNECTIONS = 32
-#: What driving one server beyond its capacity takes, start and stop included.
+#: What driving one server beyond its capacity takes, start and stop included; the same with the slow model.
 BEYOND_S = 75.0
-#: The same for a round of a further payload, per server.
-PAYLOAD_S = 30.0
+OVERLOAD_S = 150.0
+#: The same for a round of a further payload, and of the main fronts, per server.
+PAYLOAD_S = 25.0
+CORE_S = 20.0
+#: Rounds of the main fronts before anything else is measured.
+FIRST_ROUNDS = 3
 
 
 class Benchmark:
@@ -35,6 +39,7 @@ class Benchmark:
         self._targets = dict(targets)
         self._folder = Path()
         self._began = time.monotonic()
+        self._longest_core_s = CORE_S * len(targets)
         self.results = Results(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             plan=plan.name,
@@ -55,25 +60,29 @@ class Benchmark:
             main = self._workload(plan.main)
             self._round(main, 0)
             self.results.rounds = 1
-            longest = time.monotonic() - self._began
-            self._beyond(main, plan.curved)
-            if plan.overloaded:
-                self._beyond(self._workload(plan.overload), plan.overloaded)
+            self._beyond(main, plan.curved, BEYOND_S)
+            overload = self._workload(plan.overload)
+            self._beyond(overload, plan.overloaded[:1], OVERLOAD_S)
+            self._core_rounds(main, 1, min(plan.rounds, FIRST_ROUNDS))
             for payload in plan.payloads:
                 if self._has_time(PAYLOAD_S * len(self._targets), payload.workload):
-                    workload = self._workload(payload.workload)
-                    self._round(workload, 0, connections=payload.connections, without=payload.without)
+                    self._round(self._workload(payload.workload), 0, payload=payload)
             for name, (needed_s, measure) in extras.items():
                 if self._has_time(needed_s, name):
                     measure(self.results)
-            for number in range(1, plan.rounds):
-                if not self._has_time(longest, f"round {number + 1} of {plan.main}"):
-                    break
-                started = time.monotonic()
-                self._round(main, number)
-                self.results.rounds = number + 1
-                longest = max(longest, time.monotonic() - started)
+            self._beyond(overload, plan.overloaded[1:], OVERLOAD_S)
+            self._core_rounds(main, FIRST_ROUNDS, plan.rounds)
         return self.results
+
+    def _core_rounds(self, main: Workload, first: int, after: int) -> None:
+        """Rounds `first` … `after` - 1 of the main fronts, as long as there is time."""
+        for number in range(first, after):
+            if not self._has_time(self._longest_core_s, f"round {number + 1} of {main.title}"):
+                return
+            started = time.monotonic()
+            self._round(main, number)
+            self.results.rounds = number + 1
+            self._longest_core_s = max(self._longest_core_s, time.monotonic() - started)
 
     def install(self) -> None:
         """Make every server's environment; those that cannot be made are left out."""
@@ -110,9 +119,7 @@ class Benchmark:
         self,
         workload: Workload,
         number: int,
-        *,
-        connections: tuple[int, ...] | None = None,
-        without: frozenset[str] = frozenset(),
+        payload: Payload | None = None,
     ) -> None:
         self.results.load_before.append(round(load_average(), 2))
         names = [name for name in self._targets if name not in self.results.absent]
@@ -122,7 +129,7 @@ class Benchmark:
             print(f"{workload.name}, round {number + 1}: {name}", flush=True)
             try:
                 with self._targets[name].running(workload) as running:
-                    self._measure(name, running, workload, number, connections, without)
+                    self._measure(name, running, workload, number, payload)
             except Unavailable as error:
                 key = name if workload.name == self._plan.main else f"{name}, {workload.name}"
                 self._leave_out(key, f"{self._targets[name].title}, {workload.title}: {error}")
@@ -133,13 +140,14 @@ class Benchmark:
         running: Running,
         workload: Workload,
         number: int,
-        connections: tuple[int, ...] | None,
-        without: frozenset[str],
+        payload: Payload | None,
     ) -> None:
         plan = self._plan
         for place, front in enumerate(running.fronts):
-            if front.name in without or front.name in self.results.absent:
+            if front.name in self.results.absent or (payload is not None and front.name in payload.without):
                 continue
+            if place and number:
+                return  # further rounds are of the main fronts
             missing = missing_generator(front.endpoint)
             if missing:
                 self._leave_out(front.name, f"{front.name}: {missing}")
@@ -157,11 +165,17 @@ class Benchmark:
             if plan.warm_up_s:
                 closed_loop(front.endpoint, requests, WARM_UP_CONNECTIONS, plan.warm_up_s, answer_bytes)
                 settle(running.processes())
-            usual = plan.side_connections if place else plan.connections
-            for count in connections or usual:
+            for count in self._connections(place, number, payload):
                 self._closed(name, front, running, workload, number, count, requests, answer_bytes)
             if workload.name == plan.main and not number and not place:
                 self._weigh(name, running)
+
+    def _connections(self, place: int, number: int, payload: Payload | None) -> tuple[int, ...]:
+        if payload is not None:
+            return payload.connections
+        if number:
+            return self._plan.core_connections
+        return self._plan.side_connections if place else self._plan.connections
 
     def _weigh(self, name: str, running: Running) -> None:
         for part, pids in running.processes().items():
@@ -214,13 +228,13 @@ class Benchmark:
             flush=True,
         )
 
-    def _beyond(self, workload: Workload, names: tuple[str, ...]) -> None:
+    def _beyond(self, workload: Workload, names: tuple[str, ...], needed_s: float) -> None:
         """Each server started afresh."""
         for name in names:
             if name not in self._targets or name in self.results.absent:
                 continue
             what = f"{self._targets[name].title} beyond its capacity, {workload.title}"
-            if not self._has_time(BEYOND_S, what):
+            if not self._has_time(needed_s, what):
                 continue
             print(f"{workload.name}, open loop: {name}", flush=True)
             try:
