@@ -1,0 +1,363 @@
+"""A job of a million rows on the platform, beside the same file through ONNX Runtime alone, pandas and Ray
+Data, and what an online request notices of it: `python -m benchmarks.batch_job [--rows N] [--no-peers]`.
+
+Writes `batch_job.json` and `BATCH.md` beside this module. Every way reads the same Parquet file (30 FP32
+columns) and has one thread of ONNX Runtime; everybody but the platform writes results as one Parquet file,
+the platform writes them to its store as it does always, with prediction log, events and analytics going on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnxruntime as ort
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.environments import REPOSITORY, PeerEnvironment
+from benchmarks.load.drive import OpenLoop, open_loop
+from benchmarks.load.requests import Endpoint, write_requests
+from benchmarks.machine import machine
+from benchmarks.process_tree import Unavailable, descendants, usage
+from benchmarks.servers.offline_job import session
+from benchmarks.workload import Dialect, cancer_workload
+from deploy.embedded.server import LOOPBACK
+from deploy.embedded.stack import Stack
+from examples import cancer
+
+FOLDER = Path(__file__).parent
+BATCHES = (256, 1024, 4096, 16_384, 65_536)
+GROUP_ROWS = 65_536
+SAMPLE_S = 0.2
+WITHIN_S = 300.0
+ONLINE_RATE = 200.0
+ONLINE_S = 10.0
+PEERS = {
+    "pandas": PeerEnvironment("pandas", ("pandas==2.3.3", "pyarrow==26.0.0")),
+    "ray": PeerEnvironment("ray-data", ("ray[data]==2.60.0", "pandas==2.3.3")),
+}
+
+
+@dataclass(slots=True)
+class Figures:
+    """Everything measured. Rates are rows per second, memory is bytes, latencies are milliseconds."""
+
+    rows: int
+    machine: dict[str, str]
+    model: dict[str, float] = field(default_factory=dict)
+    best_batch: int = 0
+    offline: dict[str, float] = field(default_factory=dict)
+    platform: dict[str, float] = field(default_factory=dict)
+    #: By part: proportional set size before the job, at its highest, and its second half over its first.
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    online: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--version", default="2", choices=["1", "2"], help="of the cancer example")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-online", action="store_true")
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    given = parser.parse_args()
+    figures = Figures(given.rows, machine())
+    with tempfile.TemporaryDirectory(prefix="headrace-batch-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        source = patients(folder / "rows.parquet", given.rows)
+        model, _metrics = cancer.build(given.version, folder / "model")
+        alone(figures, model, source)
+        offline(figures, model, source, [] if given.no_peers else list(PEERS))
+        with running(folder / "home") as stack:
+            on_the_platform(figures, stack, given.version, source)
+            if not given.no_online:
+                online(figures, stack, given.version, source, folder)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "batch_job.json").write_text(json.dumps(asdict(figures), indent=1) + "\n")
+    (given.out / "BATCH.md").write_text(report(figures))
+    print(report(figures))
+
+
+def patients(path: Path, rows: int) -> Path:
+    """Rows near those of the data set."""
+    data = cancer.load()
+    known = np.concatenate([data.train_rows, data.held_out_rows])
+    rng = np.random.default_rng(7)
+    schema = pa.schema([(name, pa.float32()) for name in data.columns])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, rows, GROUP_ROWS):
+            count = min(GROUP_ROWS, rows - first)
+            some = known[rng.integers(0, len(known), count)] * rng.normal(1, 0.01, (count, 30))
+            columns = [pa.array(column.astype(np.float32)) for column in some.T]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=GROUP_ROWS)
+    return path
+
+
+def alone(figures: Figures, model: Path, source: Path) -> None:
+    """ONNX Runtime over rows that are in memory already, by batch: no way from file to file reaches it."""
+    loaded = session(str(model))
+    table = pq.ParquetFile(source).read_row_group(0)
+    rows = np.stack([column.to_numpy() for column in table.columns], axis=1)
+    for batch in BATCHES:
+        if batch <= len(rows):
+            figures.model[str(batch)] = max(_rate(loaded, rows, batch) for _ in range(3))
+    figures.best_batch = int(max(figures.model, key=lambda batch: figures.model[batch]))
+
+
+def _rate(loaded: ort.InferenceSession, rows: Any, batch: int) -> float:
+    name = loaded.get_inputs()[0].name
+    began = time.perf_counter()
+    for first in range(0, len(rows), batch):
+        loaded.run(None, {name: rows[first : first + batch]})
+    return len(rows) / (time.perf_counter() - began)
+
+
+def offline(figures: Figures, model: Path, source: Path, peers: list[str]) -> None:
+    """From file to file without a platform."""
+    for way in ("ort", *peers):
+        environment = PEERS.get(way)
+        try:
+            if environment is not None:
+                environment.install()
+            best = min(
+                _offline(way, environment, model, source, folder, figures.best_batch) for _ in range(2)
+            )
+        except Unavailable as error:
+            figures.left_out[way] = str(error)
+            continue
+        figures.offline[way] = figures.rows / min(took)
+        print(f"{way}: {figures.offline[way]:,.0f} rows/s", flush=True)
+
+
+def _offline(way: str, environment: PeerEnvironment | None, model: Path, source: Path, batch: int) -> float:
+    target = source.parent / f"{way}-{time.monotonic_ns()}.parquet"
+    python = sys.executable if environment is None else str(environment.python)
+    variables = (environment or PEERS["pandas"]).environ()
+    done = subprocess.run(
+        [
+            python,
+            "-m",
+            "benchmarks.servers.offline_job",
+            way,
+            str(model),
+            str(source),
+            str(target),
+            str(batch),
+        ],
+        cwd=REPOSITORY,
+        env=variables | {"RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=WITHIN_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise Unavailable(f"ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+@contextmanager
+def running(home: Path) -> Iterator[Stack]:
+    """The embedded stack with one worker and the cancer model, as `make up` would have it."""
+    home.mkdir()
+    home.chmod(0o755)
+    stack = Stack.on_free_ports(home, workers=1)
+    stack.start()
+    try:
+        yield stack
+    finally:
+        stack.stop()
+
+
+def on_the_platform(figures: Figures, stack: Stack, version: str, source: Path) -> None:
+    """The job from its submission to `completed`, and its results as Parquet."""
+    headers = {"authorization": f"Bearer {stack.admin_key}"}
+    with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
+        deploy(client, version, source.parent / "model" / "model.onnx")
+        uri = readable(stack, source)
+        job_of(client, version, uri)  # the first one finds everything cold
+        with sampled(stack) as samples:
+            began = time.perf_counter()
+            job = job_of(client, version, uri)
+            took = time.perf_counter() - began
+        began = time.perf_counter()
+        size = 0
+        with client.stream("GET", f"/v1/batch/{job['batch_id']}/results?format=parquet") as answer:
+            for piece in answer.iter_bytes():
+                size += len(piece)
+        figures.platform = {
+            "rows_per_s": figures.rows / took,
+            "seconds": took,
+            "seconds_of_results": time.perf_counter() - began,
+            "bytes_of_results": size,
+        }
+    if job["counts"]["completed"] != figures.rows:
+        raise RuntimeError(f"not every row was answered: {job}")
+    for part, values in samples.items():
+        half = len(values) // 2 or 1
+        figures.memory[part] = {
+            "before": values[0],
+            "peak": max(values),
+            "growth": float(np.mean(values[half:]) / np.mean(values[:half])),
+        }
+    print(f"platform: {figures.platform['rows_per_s']:,.0f} rows/s", flush=True)
+
+
+def deploy(client: httpx.Client, version: str, model: Path) -> None:
+    """The cancer model, serving."""
+    client.post("/v1/models", json={"name": "cancer", "description": ""})
+    with model.open("rb") as file:
+        metadata = {"metadata": json.dumps({"version": version})}
+        answer = client.post(
+            "/v1/models/cancer/versions", data=metadata, files={"files": ("model.onnx", file)}
+        )
+    answer.raise_for_status()
+    shares = {"versions": [{"version": version, "weight": 100}]}
+    client.put("/v1/deployments/cancer", json=shares).raise_for_status()
+    row = cancer.load().held_out_rows[0].tolist()
+    deadline = time.monotonic() + WITHIN_S
+    while client.post("/v1/predict", json={"model": "cancer", "inputs": [row]}).status_code != 200:
+        if time.monotonic() > deadline:
+            raise RuntimeError("the model does not serve")
+        time.sleep(0.1)
+
+
+def readable(stack: Stack, source: Path) -> str:
+    """`source` where jobs may read it, without a copy."""
+    folder = stack.home / "data"
+    folder.mkdir(exist_ok=True)
+    target = folder / source.name
+    if not target.exists():
+        target.hardlink_to(source)
+    return target.as_uri()
+
+
+def job_of(client: httpx.Client, version: str, uri: str) -> dict[str, Any]:
+    """A job, once it has ended."""
+    body = {"model": "cancer", "version": version, "input_uri": uri, "output_format": "parquet"}
+    answer = client.post("/v1/batch", json=body)
+    answer.raise_for_status()
+    path = f"/v1/batch/{answer.json()['batch_id']}"
+    deadline = time.monotonic() + WITHIN_S
+    while True:
+        job: dict[str, Any] = client.get(path).json()
+        if job["status"] in {"completed", "failed", "cancelled", "expired"}:
+            return job
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the job does not end: {job}")
+        time.sleep(0.02)
+
+
+@contextmanager
+def sampled(stack: Stack) -> Iterator[dict[str, list[float]]]:
+    """Memory of every part while the block runs."""
+    samples: dict[str, list[float]] = defaultdict(list)
+    stop = threading.Event()
+    trees = {name: descendants(pid) for name, pid in stack.pids().items()}
+
+    def look() -> None:
+        while True:
+            for name, pids in trees.items():
+                samples[name].append(float(usage(pids).pss))
+            if stop.wait(SAMPLE_S):
+                return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+
+
+def online(figures: Figures, stack: Stack, version: str, source: Path, folder: Path) -> None:
+    """An open loop of one-row requests, while nothing else runs and while jobs saturate the worker."""
+    headers = {"authorization": f"Bearer {stack.admin_key}"}
+    port = stack.configuration.ports["GATEWAY_HTTP_PORT"]
+    endpoint = Endpoint(
+        LOOPBACK,
+        port,
+        "/v1/predict",
+        Dialect.NATIVE,
+        "cancer",
+        (("Authorization", headers["authorization"]),),
+    )
+    requests = write_requests(folder / "requests.bin", endpoint, cancer_workload(folder / "workload"))
+    load = OpenLoop(connections=16, seconds=ONLINE_S, rate=ONLINE_RATE)
+    figures.online["idle"] = told(open_loop(endpoint, requests, load))
+    stop = threading.Event()
+    jobs = 0
+
+    def saturate() -> None:
+        nonlocal jobs
+        with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
+            while not stop.is_set():
+                job_of(client, version, readable(stack, source))
+                jobs += 1
+
+    threads = [threading.Thread(target=saturate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(1.0)
+        figures.online["during jobs"] = told(open_loop(endpoint, requests, load))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    figures.online["during jobs"]["jobs"] = jobs
+
+
+def told(summary: dict[str, Any]) -> dict[str, float]:
+    """What counts of the generator's summary."""
+    return {name: value for name, value in summary.items() if isinstance(value, int | float)}
+
+
+def report(figures: Figures) -> str:
+    """The figures as Markdown."""
+    best = figures.model[str(figures.best_batch)]
+    lines = [
+        f"# A job of {figures.rows:,} rows",
+        "",
+        "Written by `python -m benchmarks.batch_job`; its docstring says what is compared.",
+        f"{figures.machine['processor']}, {figures.machine['cores']} cores.",
+        "",
+        "| way | rows/s | of ONNX Runtime from file to file |",
+        "|---|---:|---:|",
+    ]
+    rates = {f"ONNX Runtime, rows in memory, batch {figures.best_batch}": best}
+    rates["ONNX Runtime from file to file"] = figures.offline["ort"]
+    rates["Headrace, from submission to completed"] = figures.platform["rows_per_s"]
+    rates |= {way: rate for way, rate in figures.offline.items() if way != "ort"}
+    lines += [f"| {way} | {rate:,.0f} | {rate / figures.offline['ort']:.0%} |" for way, rate in rates.items()]
+    lines += [f"| {way} | left out: {why} | |" for way, why in figures.left_out.items()]
+    lines += ["", "| part | MB before | at most | second half / first half |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {part} | {told['before'] / 1e6:.0f} | {told['peak'] / 1e6:.0f} | {told['growth']:.2f} |"
+        for part, told in sorted(figures.memory.items())
+    ]
+    if figures.online:
+        lines += ["", f"Online requests at {ONLINE_RATE:.0f}/s, open loop, one row each:", ""]
+        lines += [f"- {name}: {json.dumps(values)}" for name, values in figures.online.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
