@@ -14,6 +14,7 @@ from headrace.v1.control_pb2 import LoadedVersion
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, Unavailable
 from services.worker.artifacts import ArtifactCache
+from services.worker.best_batch import best_batch
 from services.worker.desired import Deployments, Desired, VersionKey
 from services.worker.eviction import NoRoom, Resident, victims
 from services.worker.input_layout import InputLayout
@@ -130,6 +131,7 @@ class ModelHost:
         """Every version for the heartbeat; of two with one name only the one that is wanted."""
         slots = {slot.name: slot for slot in self._slots if slot.unwanted}
         slots |= {slot.name: slot for slot in self._slots if not slot.unwanted}
+        best = {name: _best(slot) for name, slot in slots.items()}
         return [
             LoadedVersion(
                 model=slot.key.model,
@@ -138,8 +140,10 @@ class ModelHost:
                 artifact_digest=slot.key.artifact_digest,
                 error=slot.error,
                 memory_bytes=slot.loaded.memory_bytes if slot.loaded else 0,
+                best_rows=best[name][0],
+                best_rows_per_s=best[name][1],
             )
-            for slot in slots.values()
+            for name, slot in slots.items()
         ]
 
     def unready(self) -> str | None:
@@ -339,3 +343,7 @@ class ModelHost:
     async def _forget_artifacts(self) -> None:
         if not self._stopping:
             await self._artifacts.keep_only({slot.key.artifact_digest for slot in self._slots})
+
+
+def _best(slot: Slot) -> tuple[int, float]:
+    return best_batch(slot.loaded.model.run_time) if slot.loaded is not None else (0, 0.0)
