@@ -6,85 +6,19 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pyarrow.parquet as pq
 import pytest
 from headrace.v1.batch_pb2 import BatchChunkResult, BatchJob
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.bus import Record
-from services.common.objects import ArtifactStore, InputSources
 from services.common.topics import JOB_RESULTS, JOBS, dead_letters
-from tests.fixtures.gateway import ADMIN, OTHER_MODEL, PREDICT_ONLY, READ_ONLY, Running, running_gateway
-from tests.fixtures.jobs import PARTITIONS, StandInWorker, arrow_of, lines_of, numbers, parquet_of
-
-SECRET = "secret-of-callbacks"
-
-
-@dataclass
-class Jobs:
-    """A gateway, a worker, and a client with the admin's key."""
-
-    running: Running
-    worker: StandInWorker
-    rest: httpx.AsyncClient
-    data: Path
-
-    async def ended(self, batch_id: str, within_s: float = 20.0) -> dict[str, Any]:
-        """The job once it has ended."""
-        async with asyncio.timeout(within_s):
-            while True:
-                job: dict[str, Any] = (await self.rest.get(f"/v1/batch/{batch_id}")).json()
-                if job["ended_at"] is not None:
-                    return job
-                await asyncio.sleep(0.05)  # progress over REST is asked, not told
-
-    async def submitted(self, **body: Any) -> str:
-        """The id of a job."""
-        answer = await self.rest.post("/v1/batch", json={"model": "cancer", **body})
-        assert answer.status_code == 202, answer.text
-        batch_id: str = answer.json()["batch_id"]
-        return batch_id
-
-    async def lines(self, path: str) -> list[dict[str, Any]]:
-        """JSON Lines from a path."""
-        answer = await self.rest.get(path)
-        assert answer.status_code == 200, answer.text
-        return [json.loads(line) for line in answer.text.splitlines()]
-
-
-@asynccontextmanager
-async def jobs(database_url: str, folder: Path, **settings: Any) -> AsyncIterator[Jobs]:
-    """Once jobs can be taken."""
-    data = folder / "data"
-    data.mkdir(exist_ok=True)
-    url = f"file://{folder}/artifacts"
-    allow = ("store://files/", f"file://{data}/")
-    store = ArtifactStore(url)
-    sources = InputSources(store, allow)
-    own: dict[str, Any] = {
-        "database_url": database_url,
-        "artifact_store_url": url,
-        "batch_input_allow": allow,
-        "batch_partitions": PARTITIONS,
-        "callback_secret": SECRET,
-        "callback_allow": ("127.0.0.1",),
-    }
-    async with running_gateway(folder / "state", **(own | settings)) as running:
-        headers = {"authorization": f"Bearer {ADMIN}"}
-        async with httpx.AsyncClient(base_url=running.base, headers=headers, timeout=20) as rest:
-            async with asyncio.timeout(30):
-                while (await rest.get("/v1/batch")).status_code != 200:  # noqa: ASYNC110 - asked, not told
-                    await asyncio.sleep(0.05)
-            async with StandInWorker(running.bus, store, sources).running() as worker:
-                yield Jobs(running, worker, rest, data)
-    await sources.close()
-    await store.close()
+from tests.fixtures.gateway import OTHER_MODEL, PREDICT_ONLY, READ_ONLY
+from tests.fixtures.gateway_jobs import Jobs, jobs
+from tests.fixtures.jobs import arrow_of, lines_of, numbers, parquet_of
 
 
 async def test_every_format_gives_every_row_once(database_url: str, tmp_path: Path) -> None:
@@ -261,9 +195,7 @@ async def test_cancelling_keeps_what_is_finished(database_url: str, tmp_path: Pa
     async with jobs(database_url, tmp_path) as here:
         (here.data / "x.csv").write_bytes(b"x\n" + b"1\n" * 100_000)
         batch_id = await here.submitted(input_uri=f"file://{here.data}/x.csv")
-        async with asyncio.timeout(20):
-            while (await here.rest.get(f"/v1/batch/{batch_id}")).json()["counts"]["completed"] == 0:  # noqa: ASYNC110 - asked, not told
-                await asyncio.sleep(0.02)
+        await here.until(batch_id, lambda job: job["counts"]["completed"] > 0)
         here.worker.gate.clear()
         answer = await here.rest.delete(f"/v1/batch/{batch_id}")
         assert answer.status_code == 202
@@ -345,9 +277,6 @@ async def test_producers_submit_over_kafka(shared_jobs: Jobs) -> None:
         ]
     )
     for batch_id, doubled in (("from-kafka", 8), ("as-json", 10), ("key-is-id", 12)):
-        async with asyncio.timeout(10):
-            while (await here.rest.get(f"/v1/batch/{batch_id}")).status_code == 404:  # noqa: ASYNC110 - asked, not told
-                await asyncio.sleep(0.05)
         await here.ended(batch_id)
         found = await here.lines(f"/v1/batch/{batch_id}/results")
         assert [line["outputs"]["doubled"] for line in found] == [doubled]

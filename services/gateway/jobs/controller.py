@@ -97,6 +97,11 @@ class Controller:
         except HeadraceError as lost:
             log.warning("jobs_not_released", reason=lost.message)
 
+    @property
+    def cutting(self) -> int:
+        """How many inputs are being cut."""
+        return len(self._cutting)
+
     def wake(self) -> None:
         """Something changed; do not wait for the next look."""
         self._wake.set()

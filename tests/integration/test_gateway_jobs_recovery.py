@@ -1,0 +1,127 @@
+"""Jobs go on whatever goes away: a gateway, the broker's data, the database; and they are forgotten in
+time."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from deploy.embedded.postgres import PostgresServer
+from services.common.clock import ManualClock, SystemClock
+from services.common.db import engine, transaction
+from services.common.objects import ArtifactStore, InputSources
+from services.gateway.jobs.backend import Backend
+from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.retention import Retention
+from tests.fixtures.gateway import ADMIN, running_gateway
+from tests.fixtures.gateway_jobs import Jobs, jobs
+from tests.fixtures.jobs import lines_of, numbers
+
+VALUES = numbers(60_000)
+
+
+async def begun(here: Jobs, **body: Any) -> str:
+    """A job of 60,000 rows of which some are done, and which does not go on by itself."""
+    (here.data / "a.jsonl").write_bytes(lines_of(VALUES))
+    batch_id = await here.submitted(input_uri=f"file://{here.data}/a.jsonl", **body)
+    await here.until(batch_id, lambda job: job["counts"]["completed"] > 0)
+    here.worker.gate.clear()
+    return batch_id
+
+
+async def check(here: Jobs, batch_id: str) -> None:
+    """The job completes, and every row has its result once."""
+    job = await here.ended(batch_id, within_s=60)
+    assert job["status"] == "completed", job
+    assert job["counts"] == {"total": len(VALUES), "completed": len(VALUES), "failed": 0}
+    found = await here.lines(f"/v1/batch/{batch_id}/results")
+    assert [line["row"] for line in found] == list(range(len(VALUES)))
+    assert [line["outputs"]["doubled"] for line in found] == [2 * value for value in VALUES]
+
+
+async def test_a_broker_that_loses_everything(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        batch_id = await begun(here)
+        here.running.bus.lose_everything()
+        here.worker.gate.set()
+        await check(here, batch_id)
+
+
+async def test_a_gateway_that_goes_with_its_broker_and_its_worker(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        batch_id = await begun(here)
+    async with jobs(database_url, tmp_path) as here:
+        await check(here, batch_id)
+
+
+async def test_a_database_that_goes_away(new_postgres: Any, tmp_path: Path) -> None:
+    server: PostgresServer = await asyncio.to_thread(new_postgres)
+    async with jobs(server.url, tmp_path) as here:
+        batch_id = await begun(here)
+        await asyncio.to_thread(server.kill)
+        here.worker.gate.set()
+        answer = await here.rest.get(f"/v1/batch/{batch_id}")
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        predicted = await here.rest.post("/v1/predict", json={"model": "cancer", "inputs": [[1.0, 2.0, 3.0]]})
+        assert predicted.status_code == 200
+        assert (await here.rest.get("/health/ready")).status_code == 200
+        await asyncio.to_thread(server.start, timeout=60)
+        await here.reachable()
+        await check(here, batch_id)
+
+
+async def test_a_gateway_without_a_database_takes_no_jobs_and_serves(tmp_path: Path) -> None:
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    never = "postgresql://nobody:x@127.0.0.1:1/none"
+    store = f"file://{tmp_path}/artifacts"
+    cases: tuple[tuple[dict[str, Any], int], ...] = (
+        ({}, 501),
+        ({"database_url": never, "artifact_store_url": store}, 503),
+        ({"database_url": never, "artifact_store_url": "file:///proc/none/x"}, 503),
+    )
+    for settings, status in cases:
+        async with (
+            running_gateway(tmp_path / "state", **settings) as running,
+            httpx.AsyncClient(base_url=running.base, headers=headers) as rest,
+        ):
+            body = {"model": "cancer", "inputs": [[1.0, 2.0, 3.0]]}
+            assert (await rest.post("/v1/batch", json=body)).status_code == status
+            assert (await rest.post("/v1/predict", json=body)).status_code == 200
+
+
+async def test_what_is_old_is_forgotten(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        here.worker.inline_bytes = 0
+        cancelled = await begun(here)
+        await here.rest.delete(f"/v1/batch/{cancelled}")
+        here.worker.gate.set()
+        await here.ended(cancelled)
+        large = [{"x": 1}] * 20_000  # more than travels with the job
+        completed = await here.submitted(inputs=large)
+        await here.ended(completed)
+    store = ArtifactStore(f"file://{tmp_path}/artifacts")
+    backend = Backend(engine(database_url, "gateway"), store, InputSources(store, ()))
+    clock = ManualClock(SystemClock().unix_us())
+    retention = Retention(backend, clock, timedelta(days=30))
+    assert {one.path.split("/")[1] for one in await store.list("files")} == {completed}
+    assert len(await store.list("jobs")) > 2
+    assert await retention.look() == 0
+    clock.advance(2 * 24 * 3600)
+    assert await retention.look() == 0
+    async with transaction(backend.engine) as session:
+        assert all(row.is_forgotten for row in await JobRepository(session).jobs([cancelled, completed]))
+    assert len(await store.list("jobs")) > 2
+    clock.advance(29 * 24 * 3600)
+    assert await retention.look() == 2
+    assert await retention.look() == 0
+    async with transaction(backend.engine) as session:
+        assert await JobRepository(session).jobs([cancelled, completed]) == []
+    assert [one.path for folder in ("files", "jobs") for one in await store.list(folder)] == []
+    await backend.engine.dispose()
+    await backend.sources.close()
+    await store.close()
