@@ -31,6 +31,8 @@ from deploy.embedded.stack import Stack
 from tests.e2e.batch import Json, Patients, check_results, ended, lines, receiving, submitted, uploaded
 
 PATIENTS = Patients.some(3000)
+#: Texts that keep two workers for some ten seconds.
+TEXTS = 10_000
 
 
 @pytest.fixture
@@ -301,6 +303,7 @@ async def test_single_predictions_are_answered_later(platform: Stack) -> None:
         assert answer.status == "completed"
         assert answer.result is not None
         assert answer.result["prediction"] == online.prediction
+        assert answer.result["outputs"] == online.outputs
         assert answer.result["confidence"] == pytest.approx(online.confidence)
         assert answer.result["version"] == "1"
 
@@ -339,7 +342,7 @@ def test_inputs_that_cannot_be_read_fail_the_job_clearly(client: httpx.Client, d
         "text.parquet": None,
         "missing.parquet": "mean radius",
         "more.parquet": "shoe size",
-        "endless.jsonl": "line",
+        "endless.jsonl": "Line 1",
     }
     jobs = {name: submitted(client, model="cancer", input_uri=(data / name).as_uri()) for name in expected}
     for name, word in expected.items():
@@ -388,8 +391,8 @@ def texts(platform: Stack) -> str:
     folder = platform.home / "data"
     folder.mkdir(exist_ok=True)
     path = folder / "texts.jsonl"
-    words = " ".join(["turbine"] * 60)
-    path.write_text("".join(json.dumps(f"{number} {words}") + "\n" for number in range(40_000)))
+    words = " ".join(["turbine"] * 30)
+    path.write_text("".join(json.dumps(f"{number} {words}") + "\n" for number in range(TEXTS)))
     return path.as_uri()
 
 
@@ -405,7 +408,7 @@ def test_cancelling_stops_and_keeps_what_was_done(client: httpx.Client, texts: s
     job = ended(client, batch_id)
     assert job["status"] == "cancelled"
     assert time.monotonic() - asked < 30
-    assert 0 < job["counts"]["completed"] < 40_000
+    assert 0 < job["counts"]["completed"] < TEXTS
     results = lines(client, f"/v1/batch/{batch_id}/results")
     assert len({one["row"] for one in results}) == len(results) == job["counts"]["completed"]
     assert client.delete(f"/v1/batch/{batch_id}").status_code == 202
@@ -415,7 +418,7 @@ def test_a_job_expires(client: httpx.Client, texts: str) -> None:
     job = ended(client, submitted(client, model="minilm", input_uri=texts, expires_in_s=2))
     assert job["status"] == "expired"
     results = lines(client, f"/v1/batch/{job['batch_id']}/results")
-    assert len(results) == job["counts"]["completed"] < 40_000
+    assert len(results) == job["counts"]["completed"] < TEXTS
 
 
 def test_progress_is_followed_to_the_end(platform: Stack, client: httpx.Client, data: Path) -> None:

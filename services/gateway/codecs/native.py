@@ -18,7 +18,8 @@ from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
 from services.gateway.datatypes import BYTES
 from services.gateway.signature import ModelSignature
 
-_ABSENT = msgspec.Raw(b"")
+#: Stands for a member that is not there.
+ABSENT = msgspec.Raw(b"")
 _MAX_UNIT = 512
 
 
@@ -26,8 +27,8 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     """`inputs` or `input` (one row); the rest is optional, `model` only where the path names it."""
 
     model: str = ""
-    inputs: msgspec.Raw = _ABSENT
-    input: msgspec.Raw = _ABSENT
+    inputs: msgspec.Raw = ABSENT
+    input: msgspec.Raw = ABSENT
     user_id: str | int | None = None
     version: str | int | None = None
     outputs: list[str] | None = None
@@ -82,11 +83,11 @@ def fill_request(request: PredictRequest, signature: ModelSignature, body: Predi
 
 def inputs_of(signature: ModelSignature, body: PredictBody) -> tuple[bool, list[Tensor]]:
     """Whether the body had the single `input`, and its tensors."""
-    if body.input is not _ABSENT:
-        if body.inputs is not _ABSENT:
+    if body.input is not ABSENT:
+        if body.inputs is not ABSENT:
             raise InvalidArgument("Send inputs or input, not both.", field="input")
         return True, tensors_of_input(signature, body.input)
-    if body.inputs is _ABSENT:
+    if body.inputs is ABSENT:
         raise InvalidArgument("inputs is missing.", field="inputs")
     return False, tensors_of_inputs(signature, body.inputs)
 

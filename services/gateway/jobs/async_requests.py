@@ -30,8 +30,8 @@ class AsyncBody(msgspec.Struct, forbid_unknown_fields=True):
     """A native body without `user_id`, since what is answered later is no experiment."""
 
     model: str = ""
-    inputs: msgspec.Raw | None = None
-    input: msgspec.Raw | None = None
+    inputs: msgspec.Raw = native.ABSENT
+    input: msgspec.Raw = native.ABSENT
     version: str | int | None = None
     outputs: list[str] | None = None
     callback_url: str = ""
@@ -115,8 +115,8 @@ class AsyncRequests:
             raise InvalidArgument("expires_in_s must be at least 1.", field="expires_in_s")
         asked = "" if body.version is None else str(body.version)
         signature = self._catalogue.model(model).version(asked).signature
-        given = {name: value for name in ("input", "inputs") if (value := getattr(body, name)) is not None}
-        single, tensors = native.inputs_of(signature, native.PredictBody(**given))
+        rows = native.PredictBody(inputs=body.inputs, input=body.input)
+        single, tensors = native.inputs_of(signature, rows)
         native.check_outputs(signature, body.outputs or ())
         metadata = {_SINGLE: "true"} if single else {}
         if body.outputs:
