@@ -40,16 +40,15 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import httpx
 import uvloop
+from fastapi import FastAPI
 from headrace.v1.control_pb2 import ApiKey, ServedVersion, ServingConfig
 from headrace.v1.dataplane_pb2 import PredictReply, SealedReply
 from headrace.v1.tensor_pb2 import Signature, Task, TensorSpec
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import MemoryBus
 from services.common.clock import SystemClock
-from services.common.lifecycle import Health, serve_asgi
+from services.common.lifecycle import serve_asgi
 from services.common.telemetry import setup_tracing
 from services.gateway.catalogue import Catalogue
 from services.gateway.hot.front import HotFront, HttpLimits
@@ -57,8 +56,8 @@ from services.gateway.hot.protocol import HotProtocol
 from services.gateway.keys import KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
-from services.gateway.rest.app import Parts, rest_app
-from services.gateway.rest.management import upstreams
+from services.gateway.rest.door import install_errors
+from services.gateway.rest.hot_routes import hot_routes
 from services.gateway.router_client import OnReply, RouterClient
 
 FEATURES = 30
@@ -140,13 +139,13 @@ async def serve(*, hot: bool) -> None:
         clock=clock,
         limits=PredictLimits(),
     )
-    client = httpx.AsyncClient()
-    services = upstreams("http://127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:1")
-    parts = Parts(service, catalogue, keys, MemoryBus(), Health(), metrics, tracing, clock, client, services)
+    app = FastAPI()
+    app.include_router(hot_routes(service))
+    install_errors(app)
     front = HotFront(service, HttpLimits(), hot=hot)
     async with (
         front.sweeping(),
-        serve_asgi(rest_app(parts), "127.0.0.1", 0, http=partial(HotProtocol, front)) as port,
+        serve_asgi(app, "127.0.0.1", 0, http=partial(HotProtocol, front)) as port,
     ):
         print(port, flush=True)
         await asyncio.Event().wait()
