@@ -6,8 +6,10 @@ import asyncio
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +131,26 @@ async def test_records_of_kafka_are_jobs_once(platform: Stack, client: httpx.Cli
         labels = [one["outputs"]["label"] for one in lines(client, f"/v1/batch/{job_id}/results")]
         assert labels == PATIENTS.labels[:20].tolist()
     await asyncio.to_thread(_broken_record_is_set_aside, platform)
+
+
+async def test_the_documented_producers_work(platform: Stack, client: httpx.Client) -> None:
+    text = (REPOSITORY / "proto" / "README.md").read_text()
+    script = textwrap.dedent(
+        text[text.index("    import asyncio, json") : text.index("The same with `kcat`")]
+    )
+    run = os.urandom(4).hex()
+    script = script.replace("127.0.0.1:19092", platform.kafka_bootstrap_servers).replace("job-1", f"py-{run}")
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
+    assert await asyncio.wait_for(process.wait(), 30) == 0
+    line = re.search(r"printf '(.*)\\n' \|", text)
+    assert line is not None
+    key, _, value = line[1].partition("\\t")
+    async with AIOKafkaProducer(bootstrap_servers=platform.kafka_bootstrap_servers) as producer:
+        await producer.send_and_wait("batch.jobs.v1", value.encode(), key=f"{key}-{run}".encode())
+    for job_id in (f"py-{run}", f"job-2-{run}"):
+        await asyncio.to_thread(_appears, client, job_id)
+        job = await asyncio.to_thread(ended, client, job_id)
+        assert job["counts"] == {"total": 1, "completed": 1, "failed": 0}, job
 
 
 def _appears(client: httpx.Client, job_id: str) -> None:
