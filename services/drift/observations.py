@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 #: A wider row is watched by its mean, spread and range instead of element by element.
 MAX_COLUMNS = 128
 
-_ONLINE = (Origin.ORIGIN_UNSPECIFIED, Origin.ORIGIN_ONLINE)
+_WATCHED = (Origin.ORIGIN_UNSPECIFIED, Origin.ORIGIN_ONLINE, Origin.ORIGIN_BATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,13 @@ class Observations:
 
 
 def observe(batch: PredictionBatch, signature: Signature) -> Observations:
-    """The online rows of `batch` that were answered.
+    """The rows of `batch` that were answered, of users and of batch jobs.
 
-    Shadow traffic and batch jobs are left out: they say nothing about what users send now. A record without
-    payloads gives zero rows. Raises InvalidArgument for tensors that are not what they say they are.
+    Shadow traffic is left out, since its rows are users' own a second time, and so are jobs whose owner wants
+    them in no window. A record without payloads gives zero rows. Raises InvalidArgument for tensors that are not what they say they are.
     """
-    kept = _online_rows(batch)
-    if not batch.inputs or not signature.batched or not kept.any():
+    kept = _watched_rows(batch)
+    if batch.exclude_from_drift or not batch.inputs or not signature.batched or not kept.any():
         return Observations(0)
     numeric: dict[str, Numbers] = {}
     specs = {spec.name: spec for spec in signature.inputs}
@@ -72,12 +72,12 @@ def observe(batch: PredictionBatch, signature: Signature) -> Observations:
     return Observations(int(kept.sum()), numeric, categorical)
 
 
-def _online_rows(batch: PredictionBatch) -> Mask:
-    """For every row of the record's tensors: whether it came from a user just now."""
+def _watched_rows(batch: PredictionBatch) -> Mask:
+    """For every row of the record's tensors: whether it counts."""
     answered = np.array(batch.codes, dtype=np.int64) == Code.CODE_OK
     rows = np.array(batch.rows, dtype=np.int64)[answered]
     origins = np.array(batch.origins or [0] * len(batch.codes), dtype=np.int64)[answered]
-    return np.repeat(np.isin(origins, _ONLINE), rows)
+    return np.repeat(np.isin(origins, _WATCHED), rows)
 
 
 def _rows(tensor: Tensor, kept: Mask) -> Array:

@@ -14,7 +14,7 @@ from services.common.errors import InvalidArgument
 from services.drift.observations import Observations, observe
 
 _UNREADABLE = (InvalidArgument, ValueError, IndexError, KeyError)
-Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
+Layout = tuple[bool, tuple[tuple[str, int, tuple[int, ...]], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,15 @@ def _runs(items: Sequence[Numbered]) -> Iterator[list[Numbered]]:
 
 
 def _layout(batch: PredictionBatch) -> Layout:
-    return tuple((t.name, t.datatype, tuple(t.shape[1:])) for t in (*batch.inputs, *batch.outputs))
+    tensors = tuple((t.name, t.datatype, tuple(t.shape[1:])) for t in (*batch.inputs, *batch.outputs))
+    return batch.exclude_from_drift, tensors
 
 
 def _joined(batches: Sequence[PredictionBatch]) -> PredictionBatch:
     """One record that holds the rows of all, in order. Row-major tensors are joined by their bytes."""
     if len(batches) == 1:
         return batches[0]
-    whole = PredictionBatch()
+    whole = PredictionBatch(exclude_from_drift=batches[0].exclude_from_drift)
     for batch in batches:
         count = len(batch.codes)
         if len(batch.rows) != count or len(batch.origins) not in (0, count):

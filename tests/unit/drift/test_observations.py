@@ -9,6 +9,7 @@ from headrace.v1.tensor_pb2 import Code, DataType, Signature, Task, Tensor, Tens
 from services.common.errors import InvalidArgument
 from services.common.tensors import encode_bytes
 from services.drift.observations import MAX_COLUMNS, observe
+from services.drift.reading import Numbered, observe_all
 
 SIGNATURE = Signature(
     inputs=[TensorSpec(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[-1, 2], columns=["age", "dose"])],
@@ -92,3 +93,15 @@ def test_a_tensor_shorter_than_it_says_is_an_error() -> None:
     record.inputs[0].data = record.inputs[0].data[:-1]
     with pytest.raises(InvalidArgument, match="do not fill"):
         observe(record, SIGNATURE)
+
+
+def test_rows_of_batch_jobs_count_unless_their_owner_wants_them_out() -> None:
+    counted = batch([Code.CODE_OK], [3], [Origin.ORIGIN_BATCH])
+    kept_out = batch([Code.CODE_OK], [3], [Origin.ORIGIN_BATCH])
+    kept_out.exclude_from_drift = True
+
+    assert observe(counted, SIGNATURE).rows == 3
+    assert observe(kept_out, SIGNATURE).rows == 0
+    # Read together, each keeps its own flag.
+    both = [Numbered(index, one) for index, one in enumerate([counted, kept_out, kept_out, counted])]
+    assert [seen.rows for seen, _ in observe_all(both, SIGNATURE)] == [3, 0, 3]
