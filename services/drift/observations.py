@@ -47,7 +47,8 @@ def observe(batch: PredictionBatch, signature: Signature) -> Observations:
     """The rows of `batch` that were answered, of users and of batch jobs.
 
     Shadow traffic is left out, since its rows are users' own a second time, and so are jobs whose owner wants
-    them in no window. A record without payloads gives zero rows. Raises InvalidArgument for tensors that are not what they say they are.
+    them in no window. A record without payloads gives zero rows. Raises InvalidArgument for tensors that are
+    not what they say they are.
     """
     kept = _watched_rows(batch)
     if batch.exclude_from_drift or not batch.inputs or not signature.batched or not kept.any():
