@@ -19,6 +19,7 @@ MEDIA_TYPES: dict[Format, str] = {
 }
 #: A row group gathers so many rows or bytes.
 _GROUP_ROWS, _GROUP_BYTES = 65_536, 16 << 20
+_LINES_AT_ONCE = 512
 _ROW, _CUSTOM_ID = "row", "custom_id"
 
 
@@ -26,7 +27,9 @@ async def as_json_lines(batches: AsyncIterator[pa.RecordBatch]) -> AsyncIterator
     """One line a row: `{"row", "custom_id"?, "outputs": {name: value}}`. NaN and the infinities become
     null."""
     async for batch in batches:
-        yield await asyncio.to_thread(json_lines, batch)
+        # Python holds its lock while it writes lines: short turns, or online requests would wait for them.
+        for first in range(0, batch.num_rows, _LINES_AT_ONCE):
+            yield await asyncio.to_thread(json_lines, batch.slice(first, _LINES_AT_ONCE))
 
 
 async def as_parquet(batches: AsyncIterator[pa.RecordBatch]) -> AsyncIterator[bytes]:
