@@ -81,8 +81,9 @@ def encode_embeddings(model: str, signature: ModelSignature, reply: PredictReply
 
 
 def embeddings_answer(model: str, vectors: Array, tokens: Array | None, *, base64: bool) -> dict[str, Any]:
-    """The answer as orjson takes it: `vectors` [n, d]; `tokens` [n], None where the model counts none."""
-    used = 0 if tokens is None else int(tokens.sum())
+    """The answer as orjson takes it: `vectors` [n, d]; `tokens` [n]. Without them `usage` is null: nothing is
+    known, which is not the same as nothing used."""
+    used = None if tokens is None else int(tokens.sum())
     return {
         "object": "list",
         "data": [
@@ -90,7 +91,7 @@ def embeddings_answer(model: str, vectors: Array, tokens: Array | None, *, base6
             for index, row in enumerate(vectors)
         ],
         "model": model,
-        "usage": {"prompt_tokens": used, "total_tokens": used},
+        "usage": None if used is None else {"prompt_tokens": used, "total_tokens": used},
     }
 
 
