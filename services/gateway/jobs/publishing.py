@@ -74,5 +74,6 @@ def _record(topic: Topic, job: JobRow, chunk: ChunkRow) -> Record:
         exclude_from_drift=job.exclude_from_drift,
         exclude_from_experiments=job.exclude_from_experiments,
         key_id=job.key_id,
+        run_rows=job.run_rows,
     )
     return Record(topic.name, f"{job.job_id}/{chunk.index}".encode(), told.SerializeToString())

@@ -23,7 +23,7 @@ from services.common.errors import (
     ResourceExhausted,
 )
 from services.common.ids import id_text, new_id
-from services.gateway.catalogue import Catalogue
+from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.backend import Availability, Backend
 from services.gateway.jobs.changes import JobChanges
@@ -31,6 +31,7 @@ from services.gateway.jobs.formats import Format, as_json_lines, as_parquet
 from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.results import error_lines, parsed_errors, result_batches
+from services.gateway.jobs.sizing import run_rows
 from services.gateway.jobs.specs import JobSpec, rows_as_lines, validated
 from services.gateway.jobs.tables import JobRow
 from services.gateway.jobs.views import STATES, Job, JobPage, job_of
@@ -121,6 +122,7 @@ class JobService:
             "metadata": dict(spec.metadata),
             "exclude_from_drift": spec.exclude_from_drift,
             "exclude_from_experiments": spec.exclude_from_experiments,
+            "run_rows": self._run_rows(model, version),
             "is_split": False,
             "chunks": 0,
             "open_chunks": 0,
@@ -230,6 +232,10 @@ class JobService:
         """The same, read: `row`, `custom_id` where it has one, `error`."""
         async for lines in error_lines(self.ready(), job.job_id):
             yield parsed_errors(lines)
+
+    def _run_rows(self, model: ServedModel, version: ServedVersion) -> int:
+        speed = self._pools.speed(model.pool or _DEFAULT_POOL, model.name, version.name)
+        return run_rows(speed.best_rows, speed.rows_per_s)
 
     async def _known(self, backend: Backend, spec: JobSpec, caller: Key, digest: bytes) -> Job | None:
         """The job that was made of this request before: looked up first, so that its input is not stored

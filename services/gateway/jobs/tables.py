@@ -52,6 +52,9 @@ class JobRow(Tables):
     job_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
     exclude_from_drift: Mapped[bool]
     exclude_from_experiments: Mapped[bool]
+    #: Rows of one run, decided when the job is accepted: a chunk done again must give the same bytes. 0: the
+    #: worker's rule.
+    run_rows: Mapped[int]
     #: Where the cutting goes on; None: at the start.
     cursor: Mapped[dict[str, Any] | None]
     #: Whether the input was cut to its end, so that `rows` is its number of rows.

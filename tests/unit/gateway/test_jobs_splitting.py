@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.objects import SourceInfo
-from services.gateway.jobs.sizing import MAX_ROWS, ChunkLimits, chunk_limits
+from services.gateway.jobs.sizing import MAX_ROWS, ChunkLimits, chunk_limits, run_rows
 from services.gateway.jobs.splitting.arrow_file import arrow_batches
 from services.gateway.jobs.splitting.groups import Group, cut_groups
 from services.gateway.jobs.splitting.images import cut_images
@@ -351,5 +351,12 @@ def test_chunks_are_whole_batches_of_about_a_second() -> None:
     assert chunk_limits(512, 5e6).rows == MAX_ROWS
     assert chunk_limits(1, 0.2).rows == 1
     assert chunk_limits(100_000, 1.0).rows == MAX_ROWS
+    assert [run_rows(best, rate) for best, rate in ((0, 9), (64, 0), (1, 5), (1000, 1e6), (8192, 1e6))] == [
+        0,
+        0,
+        1,
+        512,
+        2048,
+    ]
     for best in (1, 7, 64, 1000):
         assert chunk_limits(best, 12_345.6).rows % best == 0
