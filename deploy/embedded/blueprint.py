@@ -119,7 +119,7 @@ def _services(
     }
 
     def frames(name: str, port: int) -> tuple[dict[str, object], str]:
-        """Where a service has its frame stream, and the address of it: by path, where that is short enough."""
+        """Where a service has its frame stream, and the address: by path, where that is short enough."""
         listening: dict[str, object] = {"FRAMES_PORT": port}
         path = configuration.home / "run" / f"{name}.sock"
         if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:

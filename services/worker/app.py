@@ -109,14 +109,11 @@ async def worker_app(
 
         server = FrameServer(
             lambda peer: FrameConnection(servicer, peer),
-            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(), ssl=server_tls_of(cfg),
+            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(),
+            ssl=server_tls_of(cfg),
         )  # fmt: skip
         stack.push_async_callback(server.close)
-        frames_port = await server.start(cfg.host, cfg.frames_port)
-        reached = cfg.advertise_host or cfg.host
-        frames_address = f"{reached}:{frames_port}"
-        if cfg.frames_socket is not None:
-            frames_address = await server.start_unix(cfg.frames_socket)
+        frames_port, frames_address = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
             serve_grpc(servicer, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
         )
@@ -127,7 +124,7 @@ async def worker_app(
         )
 
         report = StatusReport(
-            cfg.worker_id, cfg.pool, (frames_address, f"{reached}:{grpc_port}"),
+            cfg.worker_id, cfg.pool, (frames_address, f"{cfg.reached_at}:{grpc_port}"),
             host, health, clock, memory_limit=cfg.memory_limit_bytes,
         )  # fmt: skip
         table = await stack.enter_async_context(bus.table(DEPLOYMENTS, host.apply))
@@ -216,6 +213,14 @@ async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
+
+
+async def _listen(server: FrameServer, cfg: Settings) -> tuple[int, str]:
+    """The port, and the address that routers are told."""
+    port = await server.start(cfg.host, cfg.frames_port)
+    if cfg.frames_socket is None:
+        return port, f"{cfg.reached_at}:{port}"
+    return port, await server.start_unix(cfg.frames_socket)
 
 
 def _batch(cfg: Settings) -> BatchOptions:

@@ -70,6 +70,11 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     linger_s: Annotated[float, Field(ge=0)] = 2.0
 
     @property
+    def reached_at(self) -> str:
+        """Under which host the others reach this worker."""
+        return self.advertise_host or self.host
+
+    @property
     def directory(self) -> Path:
         """This worker's own part of the state directory."""
         return self.state_dir / f"worker-{self.worker_id}"
