@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import time
 import uuid
 
@@ -15,16 +16,16 @@ _random = random.Random(os.urandom(16))
 _bits = _random.getrandbits
 os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(16)))
 
-_VERSION_AND_VARIANT = 0x7 << 76 | 0b10 << 62
+_VARIANT = 0b10 << 62
+_pack = struct.Struct(">QQ").pack
 
 
 def new_id() -> bytes:
     """A fresh id: 48 bits of Unix milliseconds, 12 bits of fraction (about 0.25 µs), 62 random bits (RFC
     9562, version 7, method 3). Unique, not a secret."""
     milliseconds, nanoseconds = divmod(time.time_ns(), 1_000_000)
-    fraction = (nanoseconds << 12) // 1_000_000
-    value = milliseconds << 80 | fraction << 64 | _VERSION_AND_VARIANT | _bits(62)
-    return value.to_bytes(16, "big")
+    # In two halves: integers beyond 64 bits cost more.
+    return _pack(milliseconds << 16 | 0x7000 | (nanoseconds << 12) // 1_000_000, _VARIANT | _bits(62))
 
 
 def id_text(identifier: bytes) -> str:

@@ -28,12 +28,19 @@ BUCKETS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.1, 0
 _FAILURES_LOGGED_PER_S = 10
 
 
-class _Cell:
+class Cell:
+    """The requests of one route, model and status."""
+
     __slots__ = ("buckets", "seconds")
 
     def __init__(self) -> None:
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one answered request."""
+        self.buckets[bisect_left(BUCKETS, seconds)] += 1
+        self.seconds += seconds
 
 
 @dataclass(slots=True)
@@ -50,7 +57,7 @@ class GatewayMetrics(Collector):
     """Counts requests; reads gauges when scraped."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._cells: dict[tuple[str, str, int], _Cell] = {}
+        self._cells: dict[tuple[str, str, int], Cell] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._logged_second = 0
         self._logged = 0
@@ -62,13 +69,16 @@ class GatewayMetrics(Collector):
 
     def observe(self, route: str, model: str, status: int, seconds: float) -> None:
         """Count one answered request."""
+        self.cell(route, model, status).observe(seconds)
+
+    def cell(self, route: str, model: str, status: int) -> Cell:
+        """What counts the requests of one route, model and status, for who has many of them."""
         key = (route, model, status)
         try:
-            cell = self._cells[key]
+            return self._cells[key]
         except KeyError:
-            cell = self._cells[key] = _Cell()
-        cell.buckets[bisect_left(BUCKETS, seconds)] += 1
-        cell.seconds += seconds
+            cell = self._cells[key] = Cell()
+            return cell
 
     def model_counts(self, model: str) -> ModelCounts:
         """What this process answered for `model` so far."""
@@ -112,10 +122,10 @@ class GatewayMetrics(Collector):
             "From the whole request read to the answer written.",
             labels=["route", "model"],
         )
-        merged: dict[tuple[str, str], _Cell] = {}
+        merged: dict[tuple[str, str], Cell] = {}
         for (route, model, status), cell in list(self._cells.items()):
             requests.add_metric([route, model, str(status)], sum(cell.buckets))
-            into = merged.setdefault((route, model), _Cell())
+            into = merged.setdefault((route, model), Cell())
             into.seconds += cell.seconds
             into.buckets = [a + b for a, b in zip(into.buckets, cell.buckets, strict=True)]
         for (route, model), cell in merged.items():

@@ -3,6 +3,8 @@ requests begin, how its answers read, how long they may take."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from headrace.v1.dataplane_pb2 import SealedReply
 
 from services.gateway.catalogue import ServedModel
@@ -17,12 +19,14 @@ class Plan:
     """Good for as long as `model` is what the catalogue has under its name; a key that changes is another
     key."""
 
-    __slots__ = ("_answers", "model", "rows", "takes_single_rows")
+    __slots__ = ("_answers", "answered", "model", "rows", "takes_single_rows")
 
     def __init__(self, model: ServedModel, rows: RowsRequest) -> None:
         self.model = model
         self.rows = rows
         self.takes_single_rows = model.default.signature.batched
+        #: Takes the seconds of every answer; set by who counts them.
+        self.answered: Callable[[float], None] | None = None
         self._answers: dict[tuple[str, str], RowAnswer | None] = {}
 
     def answer(

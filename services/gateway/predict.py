@@ -227,7 +227,15 @@ class PredictService:
         else:
             lines = headers + _ids(call)
         call.answer(200, lines, body)
-        self._over(call, 200, took)
+        if call.plan is not None and call.trace_context is None:
+            counted = call.plan.answered
+            if counted is None:
+                counted = call.plan.answered = self._metrics.cell(
+                    call.head.target.dialect, call.plan.model.name, 200
+                ).observe
+            counted(took)
+        else:
+            self._over(call, 200, took)
 
     def refuse(self, call: Call, error: HeadraceError) -> None:
         """Answer `call` with `error`. Transports use it too, for what they find wrong before `begin`."""

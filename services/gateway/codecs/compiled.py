@@ -9,6 +9,7 @@ each other) and finds the words for what is wrong.
 
 from __future__ import annotations
 
+import enum
 import struct
 from typing import Any
 
@@ -29,6 +30,9 @@ _UNITS = tuple(bytes((0x32, size)) for size in range(128))
 _DATA = b"\x22"
 _TAIL = struct.Struct("<2s16scQ")
 _REMEMBERED_ROWS = 256
+
+# Looked up once: these run for every answer.
+_frombuffer, _dumps, _NUMPY = np.frombuffer, orjson.dumps, orjson.OPT_SERIALIZE_NUMPY
 
 _MISFITS = (msgspec.ValidationError, *PARSE_ERRORS)
 
@@ -116,7 +120,7 @@ def compile_request(signature: ModelSignature, model: str, key_id: str) -> RowsR
 class _Printed:
     """One output of one row: the bytes that precede its numbers, and how these are read."""
 
-    __slots__ = ("at", "count", "dtype", "head", "label", "name", "nested", "unpack")
+    __slots__ = ("at", "count", "dtype", "head", "label", "member", "unpack")
 
     def __init__(self, spec: OutputSpec, dtype: np.dtype[np.generic]) -> None:
         shape = (1, *spec.shape[1:])
@@ -125,83 +129,94 @@ class _Printed:
         self.head = tensor_head(spec.name, spec.datatype.number, shape, size)
         self.at = len(self.head)
         self.dtype = dtype
-        self.nested = len(shape) == 2
         #: A single integer, printed without numpy.
         self.label = self.count == 1 and dtype.kind in "iu"
         self.unpack = struct.Struct(f"<{self.count}{spec.datatype.code}").unpack_from
-        self.name = orjson.dumps(spec.name)
+        #: Name and brackets around the numbers.
+        self.member = orjson.dumps(spec.name).replace(b"%", b"%%") + (
+            b":[[%b]]" if len(shape) == 2 else b":[%b]"
+        )
+
+
+class _How(enum.Enum):
+    """How an answer's prediction comes from the outputs."""
+
+    PRINTED = enum.auto()
+    PRINTED_VECTOR = enum.auto()
+    LABEL = enum.auto()
+    MOST_LIKELY = enum.auto()
 
 
 class RowAnswer:
     """The text of answers of one version to one row; see `native_result` for what stands where."""
 
-    __slots__ = ("_begin", "_classes", "_outputs", "_prediction", "_probable")
+    __slots__ = ("_classes", "_how", "_many", "_outputs", "_prediction", "_probable", "_single")
 
     def __init__(
         self, model: str, version: str, variant: str, signature: ModelSignature, outputs: tuple[_Printed, ...]
     ) -> None:
-        said = {"model": model, "version": version} | ({"variant": variant} if variant else {})
-        self._begin = b'","' + orjson.dumps(said)[2:-1] + b',"prediction":'
         self._outputs = outputs
         names = [spec.name for spec in signature.outputs]
-        self._prediction = names.index(signature.prediction)
+        at = names.index(signature.prediction)
+        #: Where the text of an output stands.
+        self._prediction = at + 2
         classifier = signature.is_classifier
         probable = signature.probabilities if classifier else ""
         self._probable = names.index(probable) if probable in names else -1
         self._classes = tuple(orjson.dumps(name) for name in signature.classes) if classifier else ()
+        if at == self._probable:
+            self._how = _How.MOST_LIKELY
+        elif self._classes and outputs[at].label:
+            self._how = _How.LABEL
+        else:
+            self._how = _How.PRINTED_VECTOR if outputs[at].count > 1 else _How.PRINTED
+        said = {"model": model, "version": version} | ({"variant": variant} if variant else {})
+        self._single = self._text_around(said, b"%b", b"%b")
+        self._many = self._text_around(said, b"[%b]", b"[%b]")
+
+    def _text_around(self, said: dict[str, str], prediction: bytes, confidence: bytes) -> bytes:
+        """A format of request id, prediction, each output, confidence where there is one, cached, latency."""
+        members = b",".join(output.member for output in self._outputs)
+        confidence = b',"confidence":' + confidence if self._probable >= 0 else b""
+        described = orjson.dumps(said)[1:-1].replace(b"%", b"%%")
+        head = b'{"request_id":"%b",' + described + b',"prediction":' + prediction
+        return head + b',"outputs":{' + members + b"}" + confidence + b',"cached":%b,"latency_ms":%.3f}'
 
     def text(self, reply: SealedReply, request_id: bytes, latency_ms: float, *, single: bool) -> bytes | None:
         """The body for `reply`; `request_id` is its text. None where the reply is of another form."""
         sealed = reply.outputs[:]
-        if len(sealed) != len(self._outputs) or reply.fallback:
+        outputs = self._outputs
+        if len(sealed) != len(outputs) or reply.fallback:
             return None
-        printed = []
-        members = b""
-        for tensor, output in zip(sealed, self._outputs, strict=True):
-            if not tensor.startswith(output.head):
+        texts = [request_id, b""]
+        for tensor, output in zip(sealed, outputs):  # noqa: B905 - checked above; saying so costs a tenth
+            at = output.at
+            if tensor[:at] != output.head:
                 return None
             if output.label:
-                flat = b"%d" % output.unpack(tensor, output.at)[0]
+                texts.append(b"%d" % output.unpack(tensor, at)[0])
             else:
-                numbers: NDArray[Any] = np.frombuffer(tensor, output.dtype, output.count, output.at)
-                flat = orjson.dumps(numbers, None, orjson.OPT_SERIALIZE_NUMPY)[1:-1]
-            printed.append(flat)
-            members += (
-                b",%b:[[%b]]" % (output.name, flat) if output.nested else b",%b:[%b]" % (output.name, flat)
-            )
-        best = 0
-        confidence = b""
-        if self._probable >= 0:
-            output = self._outputs[self._probable]
-            values = output.unpack(sealed[self._probable], output.at)
-            best = values.index(max(values))
-            confidence = printed[self._probable].split(b",")[best]
-            if b"null" in printed[self._probable]:
-                return None  # not numbers, which compare in ways of their own
-            confidence = b',"confidence":%b' % confidence if single else b',"confidence":[%b]' % confidence
-        prediction = self._predicted(sealed, printed, best)
-        return b'{"request_id":"%b%b%b,"outputs":{%b}%b,"cached":%b,"latency_ms":%.3f}' % (
-            request_id,
-            self._begin,
-            prediction if single else b"[%b]" % prediction,
-            members[1:],
-            confidence,
-            b"true" if reply.cached else b"false",
-            latency_ms,
-        )
-
-    def _predicted(self, sealed: list[bytes], printed: list[bytes], best: int) -> bytes:
-        """The entry for the row. `best` is its most likely class where there are probabilities."""
-        at = self._prediction
-        output = self._outputs[at]
-        if at == self._probable:
-            label = best
-        elif self._classes and output.label:
-            label = output.unpack(sealed[at], output.at)[0]
+                numbers: NDArray[Any] = _frombuffer(tensor, output.dtype, output.count, at)
+                texts.append(_dumps(numbers, None, _NUMPY)[1:-1])
+        label = 0
+        at = self._probable
+        if at >= 0:
+            output = outputs[at]
+            values = output.unpack(sealed[at], output.at)
+            label = values.index(max(values))
+            texts.append(texts[at + 2].split(b",")[label])
+        if self._how is _How.PRINTED:
+            texts[1] = texts[self._prediction]
+        elif self._how is _How.PRINTED_VECTOR:
+            texts[1] = b"[%b]" % texts[self._prediction]
         else:
-            return b"[%b]" % printed[at] if output.count > 1 else printed[at]
-        classes = self._classes
-        return classes[label] if 0 <= label < len(classes) else b"%d" % label
+            if self._how is _How.LABEL:
+                label = int(texts[self._prediction])
+            elif b"null" in texts[self._prediction]:
+                return None  # not numbers, among which the largest is found in another way
+            texts[1] = self._classes[label] if 0 <= label < len(self._classes) else b"%d" % label
+        texts.append(b"true" if reply.cached else b"false")
+        return (self._single if single else self._many) % (*texts, latency_ms)
 
 
 def compile_answer(model: str, version: str, variant: str, signature: ModelSignature) -> RowAnswer | None:

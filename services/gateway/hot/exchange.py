@@ -46,7 +46,10 @@ class HotExchange(Call):
     refusal: HeadraceError | None = None
 
     def __init__(self, service: PredictService, head: Head, protocol: HardenedProtocol) -> None:
-        super().__init__(service, head)
+        # As in Call, without the call.
+        self.service = service
+        self.head = head
+        self.speaker = service.speakers[head.target.dialect]
         self.protocol = protocol
 
     def take(self, chunk: bytes, limit: int) -> bool:
