@@ -187,7 +187,9 @@ class CallbackSender:
         while True:
             self._wake.clear()
             try:
-                await self.start_due()
+                # Again while some were begun: hosts that have their share now leave the rest to others.
+                while await self.start_due():
+                    pass
             except HeadraceError as error:
                 log.warning("callbacks_wait", reason=error.message)
             except Exception:

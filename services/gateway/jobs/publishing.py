@@ -31,11 +31,7 @@ class ChunkPublisher:
     async def publish(self, job: JobRow, given: Sequence[ChunkRow]) -> dict[int, int]:
         """Return once the broker has them; the attempt of each, by index. Raises Unavailable, and then some
         may have arrived."""
-        topic = chunks(job.pool, self.partitions)
-        now = self._clock.monotonic()
-        if now - self._ensured.get(job.pool, -_ENSURE_EVERY_S) >= _ENSURE_EVERY_S:
-            await self._ensure([topic, dead_letters(topic, job.pool)])
-            self._ensured[job.pool] = now
+        topic = await self._topic(job.pool)
         try:
             await self._bus.publish([_record(topic, job, chunk) for chunk in given])
         except Exception:
@@ -45,7 +41,20 @@ class ChunkPublisher:
 
     async def lag(self, pool: str) -> int:
         """Chunks that the pool's workers have not finished. Raises Unavailable."""
-        return await self._bus.lag(chunks(pool, self.partitions), pool)
+        topic = await self._topic(pool)
+        try:
+            return await self._bus.lag(topic, pool)
+        except Exception:
+            self.doubt(pool)  # a broker that lost its memory does not know the topic either
+            raise
+
+    async def _topic(self, pool: str) -> Topic:
+        topic = chunks(pool, self.partitions)
+        now = self._clock.monotonic()
+        if now - self._ensured.get(pool, -_ENSURE_EVERY_S) >= _ENSURE_EVERY_S:
+            await self._ensure([topic, dead_letters(topic, pool)])
+            self._ensured[pool] = now
+        return topic
 
     def doubt(self, pool: str) -> None:
         """The broker may have lost the topic: look again before publishing."""
