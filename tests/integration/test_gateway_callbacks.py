@@ -23,7 +23,7 @@ from services.gateway.jobs.callbacks import CallbackSender, signature
 from services.gateway.jobs.metrics import JobMetrics
 from services.gateway.jobs.tables import DeliveryRow
 from tests.fixtures.gateway_jobs import SECRET, jobs
-from tests.fixtures.registry import eventually
+from tests.fixtures.waiting import eventually
 
 MIGRATIONS = Path("services/gateway/migrations")
 
