@@ -3,116 +3,39 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
-from math import inf
-
-from headrace.v1.dataplane_pb2 import Origin, PredictRequest
+from math import ceil, inf
 
 from services.common.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ResourceExhausted
 from services.worker.input_layout import MergeKey
-from services.worker.priorities import RANKS, WEIGHTS, FairShare, Rank, most_of, rank_of, room_for, roomy
-from services.worker.run_time import RunTime
+from services.worker.item import Batch, Item, Release
+from services.worker.priorities import RANKS, WEIGHTS, FairShare, Rank, most_of, room_for, roomy
+from services.worker.run_time import Pace, RunTime
 
 # A run may take this much longer than estimated, and timers fire up to a tick late.
 _SAFETY = 1.25
 _TICK_S = 0.001
 _NORMAL = Rank.NORMAL
-_ONLINE = Origin.ORIGIN_ONLINE
-
-#: A PredictReply, serialised, or why there is none.
-Answer = bytes | HeadraceError
-
-
-class Release(Enum):
-    """Why a batch left the queue; the label of `headrace_worker_batches_total`."""
-
-    FULL = "full"  # as many rows as fit
-    PREFERRED = "preferred"  # a size that the deployment names was reached
-    TURN = "turn"  # no delay is asked for: what was queued when the event loop turned
-    DELAY = "delay"  # the longest wait was over
-    DEADLINE = "deadline"  # more rows or more waiting would have made a member late
-    ALONE = "alone"  # one request of more rows than a batch has
-    DRAIN = "drain"  # the worker is leaving
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
-    """How a model version is batched. Sizes are rows, not requests; `max_delay` is seconds, 0: never wait."""
+    """How a model version is batched. Sizes are rows, not requests; times are seconds. `max_delay` 0: never
+    wait for company. `max_queue`: who would wait longer is refused at once, unless the next run has room."""
 
     max_rows: int = 64
     max_delay: float = 0.0
     preferred_rows: tuple[int, ...] = ()
     max_queue_rows: int = 8192
     max_queue_bytes: int = 256 << 20
+    max_queue: float = inf
 
     def preferred(self, queued: int) -> int:
         """The largest preferred size that `queued` rows fill; 0 where there is none."""
         if not self.preferred_rows:
             return 0
         return max((rows for rows in self.preferred_rows if rows <= min(queued, self.max_rows)), default=0)
-
-
-class Item:
-    """One request on its way through the batcher. Settled exactly once, with a reply or an error, unless its
-    caller cancelled it."""
-
-    __slots__ = (
-        "_settle",
-        "data",
-        "deadline",
-        "done",
-        "id",
-        "key",
-        "nbytes",
-        "queue_us",
-        "queued_at",
-        "rank",
-        "request",
-        "rows",
-    )
-
-    def __init__(
-        self,
-        request: PredictRequest,
-        rows: int,
-        key: MergeKey,
-        data: tuple[bytes, ...],
-        deadline: float,
-        settle: Callable[[PredictRequest, Answer], None],
-    ) -> None:
-        self.request = request
-        self.id = request.id
-        self.rows = rows
-        self.key = key
-        self.data = data
-        self.nbytes = len(data[0]) if len(data) == 1 else sum(map(len, data))
-        self.deadline = deadline
-        self.rank = rank_of(request) if request.origin > _ONLINE or request.priority else _NORMAL
-        self.queued_at = 0.0
-        self.queue_us = 0
-        self.done = False
-        self._settle = settle
-
-    def settle(self, answer: Answer) -> None:
-        """Give the caller its answer; nothing happens where it has one or has gone."""
-        if not self.done:
-            self.done = True
-            self._settle(self.request, answer)
-
-    def abandon(self) -> None:
-        """Its caller has gone: no answer will be delivered."""
-        self.done = True
-
-
-@dataclass(slots=True)
-class Batch:
-    """Requests that run together: one merge key, those of one priority class in order of arrival."""
-
-    items: list[Item]
-    rows: int
-    reason: Release
 
 
 @dataclass(slots=True)
@@ -136,13 +59,15 @@ class BatchQueue:
     `priorities.py` share the rows by their weights, merge keys take turns within a class, and within both the
     oldest leaves first. Times are seconds on the scale of the `now` arguments."""
 
-    def __init__(self, policy: BatchPolicy, run_time: RunTime) -> None:
+    def __init__(self, policy: BatchPolicy, run_time: RunTime, slots: int = 1) -> None:
         self.policy = policy
         self.rows = 0
         self.nbytes = 0
         #: No later than the earliest deadline in the queue.
         self.earliest_deadline = inf
         self._run_time = run_time
+        self._slots = slots
+        self._pace = Pace()
         # What HIGH and LOW hold of `rows` and `nbytes`; the rest is NORMAL's, so counting costs it nothing.
         self._rows_beside = [0] * len(RANKS)
         self._nbytes_beside = [0] * len(RANKS)
@@ -176,17 +101,19 @@ class BatchQueue:
         is the common path."""
         refused: list[tuple[Item, HeadraceError]] = []
         soonest = now + floor
+        pace = self._per_row(now)
+        roomy_rows = min(self._roomy_rows, self._rows_in_time(pace))
         key: MergeKey | None = None
         rank = _NORMAL
         lane = queue = None
         for item in items:
             rows, nbytes, deadline = item.rows, item.nbytes, item.deadline
             if (
-                deadline <= soonest
-                or self.rows + rows > self._roomy_rows
+                deadline <= soonest + self.rows * pace
+                or self.rows + rows > roomy_rows
                 or self.nbytes + nbytes > self._roomy_bytes
             ):
-                refusal = self._refusal(item, now, floor)
+                refusal = self._refusal(item, now, floor, pace)
                 if refusal is not None:
                     refused.append((item, refusal))
                     continue
@@ -221,6 +148,13 @@ class BatchQueue:
     def release(self, now: float, *, drain: bool = False) -> tuple[Batch | None, list[Item]]:
         """The next batch that should run now, and the requests met on the way that cannot make their deadline
         any more. With `drain`, nothing waits for company."""
+        batch, late = self._release(now, drain=drain)
+        if batch is not None:
+            backlog = self.rows >= self._policy.max_rows
+            self._pace.left(batch.rows, now, self._expected_pace(), backlog=backlog)
+        return batch, late
+
+    def _release(self, now: float, *, drain: bool) -> tuple[Batch | None, list[Item]]:
         late: list[Item] = []
         if len(self._lanes) == 1 and not self._policy.max_delay and not self._policy.preferred_rows:
             # By far the most common: all that waits may leave, and fits.
@@ -257,7 +191,19 @@ class BatchQueue:
             for queue in lane.queues.values():
                 yield from queue
 
-    def _refusal(self, item: Item, now: float, floor: float) -> HeadraceError | None:
+    def _per_row(self, now: float) -> float:
+        """Seconds per row at which what waits will leave."""
+        return self._pace.per_row(now, self._expected_pace())
+
+    def _expected_pace(self) -> float:
+        most = self._policy.max_rows
+        return self._run_time.estimate(most) / (most * max(1, self._slots))
+
+    def _rows_in_time(self, pace: float) -> float:
+        """How many rows may wait so that none waits longer than it should: one batch in any case."""
+        return max(self._policy.max_rows, self._policy.max_queue / pace if pace > 0 else inf)
+
+    def _refusal(self, item: Item, now: float, floor: float, pace: float) -> HeadraceError | None:
         if item.deadline <= now + floor:
             return too_late()
         policy, rank = self.policy, item.rank
@@ -273,17 +219,23 @@ class BatchQueue:
                     field="inputs",
                 )
             if size > room_for(rank, held, most, one_batch):
-                return self._full(rank)
+                return _full(self._ahead(rank) * pace)
+        ahead = self._ahead(rank)
+        wait = ahead * pace
+        if ahead + item.rows > self._rows_in_time(pace):
+            return _full(wait)
+        if ahead + item.rows > policy.max_rows and item.deadline <= now + wait + floor:
+            # Better now than when its time is over: by then it would have kept a place from another.
+            return _full(wait, "too much waits for the model to answer before the deadline")
         return None
 
-    def _full(self, rank: Rank) -> HeadraceError:
-        """Come back when the rows of the class have left at its share, or all of them at once."""
+    def _ahead(self, rank: Rank) -> float:
+        """Rows that leave before a request of the class that comes now: those of its class and meanwhile the
+        others by their shares, or all that there are."""
         held = self.rows_of
         others = [other for other in RANKS if held[other] or other == rank]
-        by_share = held[rank] * sum(WEIGHTS[other] for other in others) / WEIGHTS[rank]
-        rows, most = min(self.rows, by_share), self.policy.max_rows
-        wait = self._run_time.estimate(most) * rows / most
-        return ResourceExhausted("the queue of the model is full", retry_after_ms=max(1, round(wait * 1e3)))
+        by_share = held[rank] * sum([WEIGHTS[other] for other in others]) / WEIGHTS[rank]
+        return min(self.rows, by_share)
 
     def _leaves_at(self, lane: _Lane) -> float:
         if not self.policy.max_delay:
@@ -389,6 +341,11 @@ class BatchQueue:
             self._nbytes_beside[rank] -= nbytes
         if not self.rows:
             self.earliest_deadline = inf
+
+
+def _full(wait: float, why: str = "the queue of the model is full") -> ResourceExhausted:
+    """To come back once those have left who wait now: in `wait` seconds."""
+    return ResourceExhausted(why, retry_after_ms=max(1, ceil(wait * 1e3)))
 
 
 def too_late() -> DeadlineExceeded:

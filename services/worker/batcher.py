@@ -12,7 +12,8 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, Unavailable
-from services.worker.batch_queue import Batch, BatchPolicy, BatchQueue, Item, too_late
+from services.worker.batch_queue import BatchPolicy, BatchQueue, too_late
+from services.worker.item import Batch, Item
 from services.worker.run_time import RunTime
 
 # Expired requests are told within this many seconds; a smaller step would scan a long queue for each of them.
@@ -68,7 +69,7 @@ class Batcher:
         slots: int = 1,
     ) -> None:
         self._turns = turns
-        self._queue = BatchQueue(policy, run_time)
+        self._queue = BatchQueue(policy, run_time, slots)
         self._run_time = run_time
         self._run = run
         self._slots = slots

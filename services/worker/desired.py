@@ -86,6 +86,7 @@ class Deployments:
             preferred_rows=tuple(sorted(rows for rows in given.preferred_rows if 0 < rows <= max_rows)),
             max_queue_rows=max(given.max_queue_rows or defaults.batching.max_queue_rows, max_rows),
             max_queue_bytes=defaults.batching.max_queue_bytes,
+            max_queue=given.max_queue_ms / 1e3 if given.max_queue_ms else defaults.batching.max_queue,
         )
         timeout = config.default_timeout_ms / 1e3 if config.default_timeout_ms else defaults.timeout
         return ServingPolicy(batching, payloads, timeout)

@@ -12,8 +12,8 @@ from headrace.v1.tensor_pb2 import Signature
 
 from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.worker.backends.port import Backend
-from services.worker.batch_queue import Batch, Item
 from services.worker.input_layout import InputLayout, MergeKey
+from services.worker.item import Batch, Item
 from services.worker.tensors import Array, OutputColumn, to_array, to_column
 
 

@@ -14,7 +14,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.errors import Fatal
 from services.common.grpc_auth import InternalAuthInterceptor
-from services.worker.batch_queue import Answer, Item
+from services.worker.item import Answer, Item
 from services.worker.replies import error_reply
 from services.worker.servicer import Servicer, Version
 

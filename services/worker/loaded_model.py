@@ -16,9 +16,10 @@ from opentelemetry.trace import SpanKind
 from services.common.clock import Clock
 from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers, log_fields
-from services.worker.batch_queue import Batch, BatchPolicy, Item
+from services.worker.batch_queue import BatchPolicy
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.execution import Execution, Runner
+from services.worker.item import Batch, Item
 from services.worker.outcome import Outcome, outcome_of
 from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords
 from services.worker.replies import Replies, error_reply

@@ -9,8 +9,8 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
 from services.common.errors import Cancelled, DeadlineExceeded
-from services.worker.batch_queue import Batch, Item
 from services.worker.execution import Execution
+from services.worker.item import Batch, Item
 from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
 
 _OK = Code.CODE_OK

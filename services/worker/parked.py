@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from services.common.clock import Clock
 from services.common.errors import HeadraceError
-from services.worker.batch_queue import Batch, Item
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.input_layout import InputLayout
+from services.worker.item import Batch, Item
 from services.worker.loaded_model import LoadedModel, ServingPolicy
 from services.worker.run_time import RunTime
 

@@ -14,9 +14,9 @@ from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.ids import new_id
-from services.worker.batch_queue import Item
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
+from services.worker.item import Item
 from services.worker.wire import Kept, tag, tensor_head, varint
 
 _OK: Final = Code.CODE_OK

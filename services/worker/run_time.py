@@ -9,6 +9,8 @@ _KEEP = 0.98
 # An optimistic bound older than this many seconds is forgotten: refusing on the strength of one slow minute
 # would leave nothing that could ever measure a faster one.
 _FLOOR_LIFE_S = 10.0
+# What is expected counts as so many measurements of the pace.
+_BEGIN = 10
 # A run counts as at most this many times what was expected, plus this many seconds.
 _OUTLIER = 4.0
 _OUTLIER_S = 1e-4
@@ -68,3 +70,35 @@ class RunTime:
         slope = min(slope, mean_t / mean_n)
         self.per_row = slope
         self.fixed = mean_t - slope * mean_n
+
+
+class Pace:
+    """Seconds per row at which a backlog leaves, whatever it is that takes the time: runs, slots that share
+    cores, the event loop between them. Measured only between two releases of which the first left a whole
+    batch behind; a version that merely waited for company says nothing."""
+
+    __slots__ = ("_at", "_known_at", "_leaving", "_rows", "_seconds")
+
+    def __init__(self) -> None:
+        self._rows = self._seconds = 0.0
+        self._leaving = 0
+        self._at = self._known_at = -inf
+
+    def left(self, rows: int, now: float, expected: float, *, backlog: bool) -> None:
+        """`rows` rows left for a run; `backlog`: a whole batch or more waits behind them. `expected` is the
+        pace to begin with: with two slots, every second release follows the one before it at once."""
+        if self._leaving:
+            if not self._rows:
+                self._rows = float(_BEGIN * self._leaving)
+                self._seconds = expected * self._rows
+            self._rows = self._rows * _KEEP + self._leaving
+            self._seconds = self._seconds * _KEEP + now - self._at
+            self._known_at = now
+        self._leaving, self._at = (rows if backlog else 0), now
+
+    def per_row(self, now: float, expected: float) -> float:
+        """Seconds per row; `expected` where nothing was measured lately."""
+        if now - self._known_at > _FLOOR_LIFE_S:
+            self._rows = self._seconds = 0.0
+            return expected
+        return self._seconds / self._rows

@@ -11,8 +11,8 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
 from services.common.frames import Peer
-from services.worker.batch_queue import Answer, Item
 from services.worker.input_layout import InputLayout
+from services.worker.item import Answer, Item
 from services.worker.loaded_model import Log
 from services.worker.replies import error_reply
 

@@ -34,6 +34,8 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     #: Where the deployment makes no statement: rows per batch, rows and bytes that may wait per version.
     max_rows: Annotated[int, Field(ge=1)] = 64
     max_queue_rows: Annotated[int, Field(ge=1)] = 8192
+    #: Who would wait longer for a run than this is refused at once.
+    max_queue_ms: Annotated[int, Field(ge=1)] = 1000
     max_queue_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
     default_timeout_s: Annotated[float, Field(gt=0)] = 30.0
 

@@ -10,9 +10,9 @@ from typing import Protocol
 from headrace.v1.dataplane_pb2 import Origin, PredictRequest
 
 from services.common.errors import HeadraceError
-from services.worker.batch_queue import Answer, Item
 from services.worker.execution import Runner
 from services.worker.input_layout import MergeKey
+from services.worker.item import Answer, Item
 
 
 class Bulk(Protocol):

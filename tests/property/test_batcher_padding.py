@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.backends.port import Padding
-from services.worker.batch_queue import Answer, Batch, Item, Release
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
+from services.worker.item import Answer, Batch, Item, Release
 from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords, entries_of
 from services.worker.replies import Replies
 from services.worker.tensors import Array, to_array

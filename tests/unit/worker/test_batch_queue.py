@@ -8,7 +8,8 @@ import pytest
 from headrace.v1.dataplane_pb2 import PredictRequest
 
 from services.common.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ResourceExhausted
-from services.worker.batch_queue import Answer, Batch, BatchPolicy, BatchQueue, Item, Release
+from services.worker.batch_queue import BatchPolicy, BatchQueue
+from services.worker.item import Answer, Batch, Item, Release
 from services.worker.run_time import RunTime
 
 

@@ -70,3 +70,10 @@ def test_a_model_that_is_not_batched_runs_its_requests_alone() -> None:
 def test_a_record_that_cannot_be_read_is_named() -> None:
     with pytest.raises(InvalidArgument, match="the deployment of net"):
         Deployments("default", DEFAULTS).apply(b"net", b"\xff\xff")
+
+
+def test_the_longest_wait_is_the_deployments_or_the_workers() -> None:
+    (desired,) = after(deployment(batching=Batching(max_queue_ms=250))).desired().values()
+    assert desired.policy.batching.max_queue == 0.25
+    (desired,) = after(deployment()).desired().values()
+    assert desired.policy.batching.max_queue == DEFAULTS.batching.max_queue

@@ -11,9 +11,9 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 
 from services.common.errors import InvalidArgument
-from services.worker.batch_queue import Answer, Batch, Item, Release
 from services.worker.execution import Execution, Runner
 from services.worker.input_layout import InputLayout
+from services.worker.item import Answer, Batch, Item, Release
 from services.worker.tensors import Array, to_column
 
 FP32 = DataType.DATA_TYPE_FP32

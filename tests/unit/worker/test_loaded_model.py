@@ -17,7 +17,7 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
 from services.worker import loaded_model
-from services.worker.batch_queue import Batch
+from services.worker.item import Batch
 from services.worker.outcome import Outcome, outcome_of
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import eventually

@@ -8,9 +8,9 @@ from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 from numpy.typing import NDArray
 
-from services.worker.batch_queue import Answer, Item
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
+from services.worker.item import Answer, Item
 from services.worker.prediction_log import Answered, Entry, Made, PayloadPolicy, PredictionRecords, entries_of
 from services.worker.tensors import OutputColumn
 

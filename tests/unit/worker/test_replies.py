@@ -9,8 +9,8 @@ from headrace.v1.tensor_pb2 import Code, DataType
 
 from services.common.errors import ResourceExhausted
 from services.common.tensors import decode_bytes
-from services.worker.batch_queue import Answer, Item
 from services.worker.execution import Part
+from services.worker.item import Answer, Item
 from services.worker.prediction_log import Answered
 from services.worker.replies import Replies, error_reply
 from services.worker.tensors import to_column
