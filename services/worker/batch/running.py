@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 _TURN_S = 0.05
 # Where a job says nothing: this many bytes of input a run, at most this many rows, fewer of unknown size.
 _RUN_BYTES = 1 << 20
+_RUN_S = 0.003
 _RUN_ROWS, _RUN_ROWS_OPEN = 1024, 32
 # What is not the row's fault, as far as one can know, is tried again: a row that fails this often, a chunk's
 # rows so many times in all, and a turn that is refused for this many times in a row.
@@ -113,7 +114,7 @@ class ChunkRun:
         threads: Executor,
         stop: Callable[[], HeadraceError | None],
     ) -> None:
-        self.run_rows = (run_rows or _by_size(inputs)) if inputs.batched else 1
+        self.run_rows = run_rows if inputs.batched else 1
         #: Why rows of the run failed, by place.
         self.failures: dict[int, HeadraceError] = {}
         #: Set where the run ended before its last row.
@@ -252,6 +253,16 @@ class ChunkRun:
             error = Internal("the model failed on this input")
         self.failures[int(group.places[task.first])] = error
         return True
+
+
+def rows_of_a_run(inputs: Inputs, seconds: Callable[[int], float] | None) -> int:
+    """For a job that says nothing: a power of two, so that workers of like speed agree, with at most a
+    megabyte of input. `seconds` is what so many rows take, where that is known: others wait for a run."""
+    rows = 1
+    most = _by_size(inputs)
+    while rows * 2 <= most and (seconds is None or seconds(rows * 2) <= _RUN_S):
+        rows *= 2
+    return rows
 
 
 def _by_size(inputs: Inputs) -> int:

@@ -33,8 +33,9 @@ from services.worker.batch.reading import ChunkReader
 from services.worker.batch.records import ChunkRecords
 from services.worker.batch.results import errors_bytes, output_shapes, results_bytes
 from services.worker.batch.rows import Inputs, Rows
-from services.worker.batch.running import ChunkRun, Version
+from services.worker.batch.running import ChunkRun, Version, rows_of_a_run
 from services.worker.desired import Desired
+from services.worker.loaded_model import LoadedModel
 from services.worker.model_host import ModelHost
 from services.worker.priorities import Rank, most_of
 
@@ -149,7 +150,9 @@ class ChunkWork:
                 self._check(chunk)
                 rows = await self._patiently(lambda: self._reader.read(chunk, inputs))
             async with self._running:
-                run = ChunkRun(rows, inputs, chunk.run_rows, self._device, lambda: self._jobs.stop(chunk))
+                await self._loaded(chunk)
+                run_rows = chunk.run_rows or self._run_rows(chunk, inputs)
+                run = ChunkRun(rows, inputs, run_rows, self._device, lambda: self._jobs.stop(chunk))
                 ended: HeadraceError | None = None
                 try:
                     ended = self._jobs.stop(chunk) or await self._run(chunk, run)
@@ -168,17 +171,22 @@ class ChunkWork:
 
     async def _run(self, chunk: BatchChunk, run: ChunkRun) -> HeadraceError | None:
         """Run to the end, or return why not. Waits for a version that is not loaded (any more)."""
-        while True:
-            await self._loaded(chunk)
-            policy = (await self._deployed(chunk)).policy.batching
-            most = most_of(Rank.LOW, policy.max_queue_rows, policy.max_rows)
-            try:
-                await run.run(lambda: self._version(chunk), most)
-            except _NotLoaded:
-                continue
-            except HeadraceError as error:
-                return error
-            return run.stopped
+        try:
+            while True:
+                policy = (await self._deployed(chunk)).policy.batching
+                most = most_of(Rank.LOW, policy.max_queue_rows, policy.max_rows)
+                try:
+                    await run.run(lambda: self._version(chunk), most)
+                except _NotLoaded:
+                    await self._loaded(chunk)
+                else:
+                    return run.stopped
+        except HeadraceError as error:  # what is done is kept
+            return error
+
+    def _run_rows(self, chunk: BatchChunk, inputs: Inputs) -> int:
+        version = self._host.find(chunk.model, chunk.version)
+        return rows_of_a_run(inputs, version.run_time.estimate if isinstance(version, LoadedModel) else None)
 
     def _version(self, chunk: BatchChunk) -> Version:
         found = self._host.find(chunk.model, chunk.version)
