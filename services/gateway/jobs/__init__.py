@@ -7,4 +7,8 @@ lost), consumers (records from Kafka), results and formats (what comes out), wat
 addresses and callbacks (webhooks), retention, backend, service (what routes call; the routes are
 rest/batch.py), metrics, runtime (all of it, in the background). Beside them, openai_*: the Batch API of
 OpenAI on top.
+
+Other ways in, built on service: async_requests (single predictions answered later), openai_lines, openai_rows
+(lines of a batch file to rows), openai_files, openai_tables, openai_batches (what callers see), openai_steps
+(what becomes of a batch), openai_answers (results back to lines), openai_runtime.
 """
