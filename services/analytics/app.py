@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from services.analytics.consumers import Consumers
-from services.analytics.endpoints import routes
+from services.analytics.endpoints import routes, shadow_routes
 from services.analytics.flushing import Flusher, SegmentWriter
 from services.analytics.metrics import Metrics
 from services.analytics.reading import Reader
 from services.analytics.segments import SegmentFiles
 from services.analytics.settings import Settings
+from services.analytics.shadows import ShadowConsumer
 from services.analytics.signatures import Signatures
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
@@ -30,7 +32,7 @@ from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
 from services.common.telemetry import setup_tracing
 from services.common.telemetry.asgi import TraceRequests
-from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, REPLAY, dead_letters
+from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, REPLAY, SHADOWS, dead_letters
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +84,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         reader = Reader(database, files, signatures, metrics, spill)
         app = FastAPI(title="Headrace analytics", version="1")
         app.include_router(routes(reader, clock))
+        app.include_router(shadow_routes(database, clock))
         install_problem_handlers(app)
         app.add_middleware(InternalAuth, token=cfg.internal_token)
         app.add_middleware(TraceRequests, tracing=tracing)
@@ -105,8 +108,14 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         await stack.enter_async_context(
             bus.consume(OUTCOMES, GROUP, consumers.on_outcomes, max_records=2000, collect_s=_COLLECT_S)
         )
+        shadows = ShadowConsumer(database, clock, metrics)
+        await stack.enter_async_context(
+            bus.consume(SHADOWS, GROUP, shadows.on_comparisons, max_records=500, collect_s=_COLLECT_S)
+        )
         lag = asyncio.create_task(_watch_lag(bus, metrics), name="lag")
         stack.push_async_callback(_cancelled, lag)
+        gc.freeze()  # what is there now stays: every full collection would look through all of it
+        stack.callback(gc.unfreeze)
         yield Analytics(port, health)
         health.start_draining()
 
@@ -125,7 +134,7 @@ async def _reach(store: ArtifactStore) -> None:
 
 async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
     while True:
-        for topic in (PREDICTIONS, OUTCOMES):
+        for topic in (PREDICTIONS, OUTCOMES, SHADOWS):
             try:
                 metrics.lag.labels(topic.name).set(await bus.lag(topic, GROUP))
                 aside = await bus.lag(dead_letters(topic, GROUP), REPLAY)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from scipy import stats
 
-from services.analytics.queries import Arms, Observations
+from services.analytics.queries import Arms, Observations, Quantile
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL, CountTest, contingency
 from services.analytics.statistics.effects import Arm, Effect, effect
 from services.analytics.statistics.fixed_horizon import Inference, t_test, z_test
@@ -109,6 +110,27 @@ def compare(
         assumptions=assumptions,
         warnings=warnings,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantileComparison:
+    """A quantile of both arms, and b's minus a's."""
+
+    a: Quantile
+    b: Quantile
+    difference: Inference
+
+
+def compare_quantiles(
+    a: Sequence[Quantile], b: Sequence[Quantile], *, alpha: float = 0.05
+) -> list[QuantileComparison]:
+    """The same quantiles of both arms; none where an arm has none."""
+    found = []
+    for one, other in zip(a, b, strict=False):
+        sides = [Arm.quantile(side.value, side.low, side.high, side.units) for side in (one, other)]
+        test = z_test(effect(sides[0], sides[1]), alpha=alpha)
+        found.append(QuantileComparison(one, other, replace(test, method="quantiles per unit, delta method")))
+    return found
 
 
 def sample_ratio(arms: Arms) -> CountTest | None:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import duckdb
 from fastapi import APIRouter, Query
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.analytics import queries, schemas
-from services.analytics.comparison import Missing, compare
+from services.analytics import queries, schemas, shadows
 from services.analytics.reading import Reader
 from services.analytics.schemas import Json
+from services.analytics.shadow_report import report
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument, NotFound
 from services.common.ids import parse_id
 
+if TYPE_CHECKING:
+    from services.analytics.comparison import Comparison
+
+#: As `comparison.Missing`.
+Missing = Literal["zero", "exclude"]
 Name = Annotated[str, Query(min_length=1, max_length=64)]
 Instant = Annotated[datetime | None, Query()]
 
 _BUILT_IN = {"error_rate": None, "latency_ms": None, "accuracy": "label"}
 _MAX_RECENT = 1000
+_SHARES = (0.5, 0.95, 0.99)
+_Quantiles = list[list[queries.Quantile]]
 _USUAL_US = 30 * 86_400 * 1_000_000
 
 
@@ -76,10 +84,13 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
         since_us, until_us = _period(since, until, clock)
         without: Missing = missing or ("exclude" if metric in (*_BUILT_IN, "label") else "zero")
 
-        def question(connection: duckdb.DuckDBPyConnection) -> tuple[queries.Arms, list[Json]]:
-            return queries.arms(connection, metric, a, b), queries.summary(connection)
+        def question(connection: duckdb.DuckDBPyConnection) -> tuple[queries.Arms, list[Json], _Quantiles]:
+            arms = queries.arms(connection, metric, a, b)
+            wanted = _SHARES if metric == "latency_ms" else ()
+            of_arms = [queries.arm_quantiles(connection, arm, wanted) for arm in ("a", "b") if wanted]
+            return arms, queries.summary(connection), of_arms
 
-        arms, rows = await reader.ask(
+        arms, rows, quantiles = await reader.ask(
             model,
             question,
             metric=_BUILT_IN.get(metric, metric),
@@ -93,8 +104,11 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
                 raise NotFound(f"No prediction of {model} by {name} has been seen in this time.", field=field)
         if metric not in _BUILT_IN and not arms.a.counts.any() and not arms.b.counts.any():
             raise NotFound(f"There is no outcome named {metric} of these versions yet.", field="metric")
-        found = await asyncio.to_thread(compare, arms, metric, (a, b), missing=without, alpha=alpha)
-        return schemas.comparison_json(model, metric, found) | schemas.period_json(since_us, until_us)
+        found = await asyncio.to_thread(_compared, arms, metric, (a, b), without, alpha)
+        shown = schemas.comparison_json(model, metric, found) | schemas.period_json(since_us, until_us)
+        if quantiles:
+            shown["quantiles"] = await asyncio.to_thread(_quantiles_json, quantiles, alpha)
+        return shown
 
     @router.get("/predictions/{request_id}")
     async def show_prediction(request_id: str, model: Name | None = None) -> Json:
@@ -111,6 +125,60 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
         return {"model": model, "predictions": [schemas.row_json(row) for row in rows]}
 
     return router
+
+
+def shadow_routes(engine: AsyncEngine, clock: Clock) -> APIRouter:
+    """What shadow versions said."""
+    router = APIRouter(prefix="/v1/shadows", tags=["analytics"])
+
+    @router.get("/{model}")
+    async def show_shadows(
+        model: str,
+        version: Name | None = None,
+        shadow_version: Name | None = None,
+        alpha: Annotated[float, Query(gt=0, lt=0.5)] = 0.05,
+        since: Instant = None,
+        until: Instant = None,
+    ) -> Json:
+        """Per version and shadow version: how often they agree, how far their numbers lie apart, and what the
+        shadow does to latency and errors, with intervals. Time counts in whole hours."""
+        since_us, until_us = _period(since, until, clock)
+        found = await shadows.totals_of(
+            engine,
+            model,
+            version,
+            shadow_version,
+            datetime.fromtimestamp(since_us / 1e6, UTC),
+            None if until_us is None else datetime.fromtimestamp(until_us / 1e6, UTC),
+        )
+        if not found:
+            raise NotFound(f"No shadow of {model} has been compared in this time.", field="model")
+
+        def reports() -> list[Json]:
+            return [report(model, *versions, totals, alpha) for versions, totals in found.items()]
+
+        return {
+            "model": model,
+            **schemas.period_json(since_us, until_us),
+            "shadows": await asyncio.to_thread(reports),
+        }
+
+    return router
+
+
+def _compared(
+    arms: queries.Arms, metric: str, names: tuple[str, str], missing: Missing, alpha: float
+) -> Comparison:
+    # SciPy takes most of a second to import; who consumes only need not wait for it.
+    from services.analytics.comparison import compare  # noqa: PLC0415
+
+    return compare(arms, metric, names, missing=missing, alpha=alpha)
+
+
+def _quantiles_json(of_arms: _Quantiles, alpha: float) -> list[Json]:
+    from services.analytics.comparison import compare_quantiles  # noqa: PLC0415 - see above
+
+    return [schemas.quantile_json(one) for one in compare_quantiles(*of_arms, alpha=alpha)]
 
 
 def _overview(

@@ -23,6 +23,7 @@ from services.analytics.chunks import unpack
 from services.analytics.columns import CORE, Logged, drop_payload, layout, to_table
 from services.analytics.metrics import Metrics
 from services.analytics.segments import Segment, SegmentFiles, encode
+from services.analytics.shadows import forget_old_shadows
 from services.analytics.signatures import Signatures
 from services.analytics.tables import SegmentRow
 from services.common.clock import Clock
@@ -63,7 +64,7 @@ class Sizes:
 @dataclass(frozen=True, slots=True)
 class Retention:
     """How long what was logged is kept: predictions by the time of their answer, and at most so many bytes of
-    them, the oldest going first; outcomes by the time at which they came."""
+    them, the oldest going first; outcomes, and comparisons with shadows, by the time at which they came."""
 
     predictions: timedelta = timedelta(days=90)
     prediction_bytes: int = 1 << 40
@@ -101,15 +102,17 @@ class SegmentWriter:
     async def put(self, records: Sequence[Logged]) -> list[Segment]:
         """Write one object for each model version and layout among the records, without answers where it is
         not known which output they are. None of them counts before it is named."""
+        return await self._write(await asyncio.to_thread(self._encode, records)) if records else []
+
+    def _encode(self, records: Sequence[Logged]) -> list[tuple[Segment, bytes]]:
         groups: dict[tuple[str, str, str], list[Logged]] = defaultdict(list)
         for logged in records:
             batch = logged.batch
             groups[batch.model, batch.version, layout(batch)].append(logged)
-        encoded = []
-        for (model, version, kind), members in groups.items():
-            output = self._signatures.prediction_output(model, version)
-            encoded.append(await asyncio.to_thread(_encode_batches, members, version, kind, output))
-        return await self._write(encoded)
+        return [
+            _encode_records(members, version, kind, self._signatures.prediction_output(model, version))
+            for (model, version, kind), members in groups.items()
+        ]
 
     async def put_joined(self, rows: Sequence[SegmentRow], files: Sequence[str]) -> list[Segment]:
         """Write one object instead of several of the same version and layout."""
@@ -277,6 +280,7 @@ class Flusher:
                 old = old or await repository.segments_beyond(session, self._retention.prediction_bytes)
                 count = await repository.drop_segments(session, old, now) if old else 0
                 count += await repository.forget_old_outcomes(session, now - self._retention.outcomes)
+                count += await forget_old_shadows(session, now - self._retention.outcomes)
             dropped += count
             if not count:
                 break
@@ -334,7 +338,7 @@ def _records(chunks: Sequence[bytes]) -> list[Logged]:
     return [Logged.of(PredictionBatch.FromString(value), value) for value in values]
 
 
-def _encode_batches(
+def _encode_records(
     records: Sequence[Logged], version: str, kind: str, output: str | None
 ) -> tuple[Segment, bytes]:
     table = to_table([logged.batch for logged in records], output, [logged.value for logged in records])

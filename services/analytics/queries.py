@@ -163,6 +163,21 @@ ORDER BY unit_hash
 """
 
 
+# What a share of the values lies below, per arm; who has how many of them, for the spread that units make.
+_QUANTILES = """
+SELECT count(*), count(DISTINCT unit_hash), quantile_disc(value, $shares)
+FROM observations JOIN firsts USING (unit_hash, arm) WHERE arm = $arm AND value IS NOT NULL
+"""
+_BELOW = """
+SELECT avg(n), avg(below), var_samp(n), var_samp(below), covar_samp(n, below) FROM (
+    SELECT count(*)::DOUBLE AS n, count(*) FILTER (value <= $point)::DOUBLE AS below
+    FROM observations JOIN firsts USING (unit_hash, arm) WHERE arm = $arm AND value IS NOT NULL
+    GROUP BY unit_hash
+)
+"""
+_Z95 = 1.959963984540054
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything that was logged of one model at one moment: objects, and what is still in the inbox.
@@ -188,6 +203,17 @@ class Observations:
     revisions: NDArray[np.uint64]
     propensities: NDArray[np.float64]
     binary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Quantile:
+    """What the share of an arm's values lies at or below, with its 95% interval."""
+
+    share: float
+    value: float
+    low: float
+    high: float
+    units: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +316,34 @@ def arms(connection: duckdb.DuckDBPyConnection, metric: str, a: str, b: str) -> 
         left_out=others if randomised else 0,
         unmapped=unmapped,
     )
+
+
+def arm_quantiles(connection: duckdb.DuckDBPyConnection, arm: str, shares: Sequence[float]) -> list[Quantile]:
+    """Quantiles of the values of an arm ("a", "b"), after `arms`; none below two units.
+
+    The values of one unit go together: the share below the estimate is a ratio of sums per unit, whose
+    standard error by the delta method says which ranks around the estimate bound its interval (Deng, Knoblich
+    & Lu, "Applying the delta method in metric analytics", KDD 2018, section 4).
+    """
+    given: dict[str, object] = {"arm": arm}
+    ((observations, units, values),) = connection.execute(
+        _QUANTILES, given | {"shares": list(shares)}
+    ).fetchall()
+    if units < 2:
+        return []
+    found = []
+    for share, value in zip(shares, values, strict=True):
+        ((n, below, n_var, below_var, both),) = connection.execute(
+            _BELOW, given | {"point": value}
+        ).fetchall()
+        ratio = below / n
+        spread = max(0.0, below_var - 2 * ratio * both + ratio * ratio * n_var) / (n * n)
+        # Never below that of independent values: rounding of values makes the share jump.
+        error = max(spread / units, share * (1 - share) / observations) ** 0.5
+        ranks = [min(1.0, max(0.0, share + sign * _Z95 * error)) for sign in (-1, 1)]
+        ((_, _, (low, high)),) = connection.execute(_QUANTILES, given | {"shares": ranks}).fetchall()
+        found.append(Quantile(share, value, low, high, units))
+    return found
 
 
 def recent(connection: duckdb.DuckDBPyConnection, limit: int) -> list[dict[str, Any]]:

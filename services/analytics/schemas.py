@@ -6,17 +6,18 @@ import base64
 import math
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.v1.tensor_pb2 import Code, DataType
 
-from services.analytics.comparison import ArmEstimate, Comparison
 from services.analytics.reading import Found
-from services.analytics.statistics.counts import CountTest
-from services.analytics.statistics.fixed_horizon import Inference
-from services.analytics.statistics.proportions import wilson
 from services.analytics.tables import OutcomeRow
 from services.common.ids import id_text
+
+if TYPE_CHECKING:  # they import SciPy, which takes most of a second
+    from services.analytics.comparison import ArmEstimate, Comparison, QuantileComparison
+    from services.analytics.statistics.counts import CountTest
+    from services.analytics.statistics.fixed_horizon import Inference
 
 Json = dict[str, Any]
 
@@ -40,6 +41,8 @@ def code_name(code: int) -> str:
 
 def version_json(row: Json, outcomes: list[Json], accuracy: Json | None) -> Json:
     """One version and variant of the summary."""
+    from services.analytics.statistics.proportions import wilson  # noqa: PLC0415 - see above
+
     decided = row["requests"] - row["cancelled"]
     quantiles = row["latency_quantiles"] or [None] * 3
     shown: Json = {
@@ -106,6 +109,18 @@ def comparison_json(model: str, metric: str, found: Comparison) -> Json:
         "assumptions": found.assumptions,
         "warnings": found.warnings,
         "summary": sentence(metric, found),
+    }
+
+
+def quantile_json(found: QuantileComparison) -> Json:
+    """One quantile of both arms and their difference, in the unit of the metric."""
+    return {
+        "share": found.a.share,
+        **{
+            name: {"value": side.value, "interval": [side.low, side.high]}
+            for name, side in (("a", found.a), ("b", found.b))
+        },
+        "difference": _inference_json(found.difference),
     }
 
 

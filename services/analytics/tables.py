@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import BigInteger, Boolean, DateTime, Float, Identity, Integer, LargeBinary, Text
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from services.common.db import ClaimRow
@@ -85,6 +87,18 @@ class SignatureRow(TableBase):
     model: Mapped[str] = mapped_column(Text, primary_key=True)
     version: Mapped[str] = mapped_column(Text, primary_key=True)
     signature: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class ShadowRow(TableBase):
+    """What a version's answers and its shadow's came to in one hour: `ShadowTotals.to_json`."""
+
+    __tablename__ = "shadows"
+
+    model: Mapped[str] = mapped_column(Text, primary_key=True)
+    version: Mapped[str] = mapped_column(Text, primary_key=True)
+    shadow_version: Mapped[str] = mapped_column(Text, primary_key=True)
+    hour: Mapped[datetime] = mapped_column(DateTime(timezone=True), primary_key=True)
+    totals: Mapped[dict[str, Any]] = mapped_column(JSONB)
 
 
 class OutcomeRow(TableBase):

@@ -62,6 +62,7 @@ JOB_CONTROL = Topic("control.jobs.v1", partitions=1, compacted=True, settings=_K
 GROUPS = {
     PREDICTIONS: ("analytics", "drift"),
     OUTCOMES: ("analytics", "drift"),
+    SHADOWS: ("analytics",),
     ALERTS: ("registry",),
     JOBS: ("gateway",),
     JOB_RESULTS: ("gateway",),

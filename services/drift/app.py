@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
             _keep_house(database, bus, relay, clock, metrics), name="housekeeping"
         )
         stack.push_async_callback(_cancelled, housekeeping)
+        gc.freeze()  # what is there now stays: every full collection would look through all of it
+        stack.callback(gc.unfreeze)
         yield Drift(port, health)
         health.start_draining()
 

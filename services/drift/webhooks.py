@@ -21,7 +21,7 @@ from services.drift.tables import DeliveryRow
 log = structlog.get_logger(__name__)
 
 _POST_S = 5.0
-_POLL_S = 1.0
+_POLL_S = 2.0
 _LEASE = timedelta(seconds=30)
 _AT_ONCE = 8
 _MAX_ATTEMPTS = 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from headrace.v1.control_pb2 import ServedVersion, ServingConfig
-from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.events_pb2 import PredictionBatch, ShadowComparison, ShadowVerdict
 from headrace.v1.tensor_pb2 import Code, Signature, Tensor
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -29,7 +30,7 @@ from services import analytics
 from services.analytics import queries, reading, repository
 from services.analytics.app import analytics_app
 from services.analytics.consumers import Consumers
-from services.analytics.flushing import Flusher, SegmentWriter, Sizes
+from services.analytics.flushing import Flusher, Retention, SegmentWriter, Sizes
 from services.analytics.metrics import Metrics
 from services.analytics.reading import Reader
 from services.analytics.segments import SegmentFiles
@@ -45,9 +46,10 @@ from services.common.db import engine, migrate, transaction
 from services.common.errors import DeadlineExceeded, NotFound, Unavailable
 from services.common.ids import id_text
 from services.common.objects import ArtifactStore
+from services.common.objects.store import ObjectInfo
 from services.common.telemetry import Tracing, kafka_headers
-from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, all_topics, dead_letters
-from tests.fixtures.prediction_log import outcome, outcome_batch, prediction_batch, request_id
+from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, SHADOWS, all_topics, dead_letters
+from tests.fixtures.prediction_log import START_US, outcome, outcome_batch, prediction_batch, request_id
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -74,6 +76,7 @@ async def running(
         state_dir=folder / "state",
         http_port=0,
         analytics_keep_days=10_000,
+        analytics_keep_outcomes_days=10_000,
         **sizes,
     )
     async with analytics_app(cfg, SystemClock()) as service:
@@ -279,7 +282,11 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
 
 @asynccontextmanager
 async def wired(
-    database_url: str, folder: Path, direct_rows: int = 1, **more: int
+    database_url: str,
+    folder: Path,
+    direct_rows: int = 1,
+    retention: Retention | None = None,
+    **more: int,
 ) -> AsyncIterator[tuple[Consumers, Reader, Flusher, ArtifactStore, InMemorySpanExporter]]:
     """The parts behind the broker, on a real database."""
     await migrate(database_url, "analytics", Path(analytics.__path__[0]) / "migrations")
@@ -293,7 +300,7 @@ async def wired(
     signature = Signature(prediction_output="label", classes=["benign", "malignant"])
     served = [ServedVersion(version=version, signature=signature) for version in "12"]
     signatures.apply(b"cancer", ServingConfig(model="cancer", versions=served).SerializeToString())
-    flusher = Flusher(database, writer, files, signatures, sizes, clock, metrics)
+    flusher = Flusher(database, writer, files, signatures, sizes, clock, metrics, retention)
     try:
         yield (
             Consumers(database, writer, sizes, clock, tracing, metrics),
@@ -651,3 +658,149 @@ async def test_two_replicas_count_together(
                 for number in range(7)
             ]
             assert sum(body["requests"] for body in bodies) == 600
+
+
+def shadow_record(batch: int, requests: int, *, equal: int) -> Record:
+    verdicts = [ShadowVerdict.SHADOW_VERDICT_EQUAL] * equal
+    verdicts += [ShadowVerdict.SHADOW_VERDICT_DIFFERENT] * (requests - equal)
+    value = ShadowComparison(
+        batch_id=batch.to_bytes(16, "big"),
+        model="cancer",
+        version="1",
+        shadow_version="2",
+        compared_at_us=START_US,
+        request_ids=bytes(16 * requests),
+        codes=[Code.CODE_OK] * requests,
+        shadow_codes=[Code.CODE_OK] * requests,
+        latency_us=[1_000] * requests,
+        shadow_latency_us=[1_500] * requests,
+        verdicts=verdicts,
+        rows=[1] * requests,
+        rows_equal=[2 - verdict for verdict in verdicts],
+    )
+    return Record(SHADOWS.name, b"cancer/2", value.SerializeToString())
+
+
+async def test_shadow_comparisons_are_counted_once_and_reported(
+    database_url: str, new_tansu: Callable[[], TansuServer], tmp_path: Path
+) -> None:
+    bootstrap = new_tansu().url
+    await ensure_topics(bootstrap, all_topics())
+    async with (
+        KafkaBus(bootstrap, "test") as bus,
+        running(database_url, bootstrap, tmp_path, **LAZY) as client,
+    ):
+        assert (await client.get("/v1/shadows/cancer")).status_code == 404
+        sent = [shadow_record(number, 100, equal=95) for number in range(1, 11)]
+        await bus.publish([*sent, *sent[:4], Record(SHADOWS.name, b"cancer/2", b"\xff\xff")])
+        body = await until(client, "/v1/shadows/cancer", lambda body: body["shadows"][0]["requests"] >= 1000)
+        (shadow,) = body["shadows"]
+        assert (shadow["version"], shadow["shadow_version"]) == ("1", "2")
+        assert shadow["requests"] == 1000
+        assert shadow["verdicts"] == {"equal": 950, "different": 50, "failed": 0, "incomparable": 0}
+        assert shadow["match"]["rate"] == 0.95
+        assert shadow["latency_ms"]["mean_difference"] == pytest.approx(0.5)
+        only = await client.get("/v1/shadows/cancer", params={"shadow_version": "3"})
+        assert only.status_code == 404
+
+
+async def test_what_is_too_old_or_too_much_goes_its_object_after_its_row(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "KEPT_DROPPED", timedelta(0))
+    monkeypatch.setattr(repository, "AT_ONCE", 2)
+    now_us = SystemClock().unix_us()
+    async with wired(database_url, tmp_path, retention=Retention(timedelta(days=30))) as (
+        consumers,
+        reader,
+        flusher,
+        store,
+        _,
+    ):
+        for number in range(8):
+            age_us = 40 * 86_400_000_000 if number < 5 else 0
+            batch = prediction_batch([number], answered_at_us=now_us - age_us + number)
+            await consumers.on_predictions(records([batch]))
+            await flusher.flush_due()
+        assert len(await store.list("predictions")) == 8
+        assert await flusher.forget_old() == 5
+        assert await count(reader) == 3
+        assert len(await store.list("predictions")) == 8
+        while await flusher.forget():
+            pass
+        assert len(await store.list("predictions")) == 3
+    sizes = [info.size for info in await _objects(tmp_path)]
+    room = Retention(prediction_bytes=sum(sizes) - 1)
+    async with wired(database_url, tmp_path, retention=room) as (_, reader, flusher, _, _):
+        assert await flusher.forget_old() == 1
+        assert await count(reader) == 2
+
+
+async def _objects(folder: Path) -> Sequence[ObjectInfo]:
+    store = ArtifactStore(f"file://{folder}/store")
+    try:
+        return await store.list("predictions")
+    finally:
+        await store.close()
+
+
+async def test_objects_of_a_crashed_write_are_swept_and_never_counted_afterwards(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, flusher, store, _):
+        await consumers.on_predictions(records([prediction_batch(range(10))]))
+        name = SegmentWriter.name
+
+        async def late(self: SegmentWriter, *given: Any) -> None:
+            monkeypatch.setattr(repository, "KEPT_UNNAMED", timedelta(0))
+            assert await flusher.sweep() == 1
+            await name(self, *given)
+
+        monkeypatch.setattr(SegmentWriter, "name", late)
+        assert await flusher.flush_due() == 0
+        assert not await store.list("predictions")
+        assert await count(reader) == 10
+        monkeypatch.setattr(SegmentWriter, "name", name)
+        assert await flusher.flush_due() == 1
+        assert await flusher.sweep() == 0
+        assert await count(reader) == 10
+        assert len(await store.list("predictions")) == 1
+
+
+async def test_no_transaction_is_open_while_the_inbox_is_written(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, flusher, store, _):
+        put, opened = store.put, []
+
+        async def watched(path: str, data: bytes | Path) -> None:
+            connection = await asyncpg.connect(database_url)
+            try:
+                opened.append(
+                    await connection.fetchval(
+                        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+                        "AND state LIKE 'idle in transaction%'"
+                    )
+                )
+            finally:
+                await connection.close()
+            await put(path, data)
+
+        monkeypatch.setattr(store, "put", watched)
+        for start in range(0, 20, 10):
+            await consumers.on_predictions(records([prediction_batch(range(start, start + 10))]))
+            await flusher.flush_due()
+        await flusher.join_small()
+        assert opened == [0, 0, 0]
+        assert await count(reader) == 20
+
+
+async def test_one_replica_at_a_time_keeps_house(database_url: str, tmp_path: Path) -> None:
+    async with (
+        wired(database_url, tmp_path) as (_, _, one, _, _),
+        wired(database_url, tmp_path) as (_, _, other, _, _),
+    ):
+        lease = timedelta(seconds=30)
+        assert [await one._hold(lease), await other._hold(lease), await one._hold(lease)] == [1, 0, 1]
+        assert await one._hold(-lease) == 1
+        assert [await other._hold(lease), await one._hold(lease)] == [1, 0]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -27,15 +28,23 @@ def engine(
     """A pool of at most `pool_size` connections with `search_path = schema`. Connecting takes 5 s at most,
     a statement `statement_timeout_s`, waiting for a connection 10 s. Connections that PostgreSQL closed
     meanwhile are replaced before use. Dispose of it with `await engine.dispose()`."""
-    return create_async_engine(
+    pooled = create_async_engine(
         asyncpg_url(database_url),
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=_POOL_WAIT_S,
-        pool_pre_ping=True,
         pool_recycle=1800,
         connect_args=connect_args(schema, statement_timeout_s),
     )
+    event.listen(pooled.sync_engine, "checkout", _replace_if_closed)
+    return pooled
+
+
+def _replace_if_closed(connection: DBAPIConnection, _record: object, _proxy: object) -> None:
+    """The loop sees at once when the server closes a connection, so nobody needs to be asked (SQLAlchemy's
+    `pool_pre_ping` takes three round trips for every transaction)."""
+    if connection.driver_connection.is_closed():
+        raise InvalidatePoolError("The server has closed the connection.")
 
 
 def unpooled_engine(database_url: str, schema: str) -> AsyncEngine:

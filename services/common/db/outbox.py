@@ -105,7 +105,7 @@ class OutboxRelay:
         bus: Bus,
         clock: Clock,
         *,
-        poll_s: float = 0.5,
+        poll_s: float = 2.0,
         max_records: int = 500,
     ) -> None:
         self.failing: str | None = None

@@ -27,6 +27,7 @@ _BY_PATH = (
     ("v1", "models", "{}"),
     ("v1", "deployments", "{}"),
     ("v1", "analytics", "models", "{}"),
+    ("v1", "shadows", "{}"),
     ("v1", "drift", "models", "{}"),
 )
 _BY_QUERY = (
@@ -66,7 +67,7 @@ def upstreams(registry_url: str, analytics_url: str, drift_url: str) -> tuple[Up
     """The services behind the door."""
     return (
         Upstream("registry", ("/v1/models", "/v1/deployments", "/v1/keys"), registry_url, Scope.ADMIN),
-        Upstream("analytics", ("/v1/analytics",), analytics_url, Scope.READ),
+        Upstream("analytics", ("/v1/analytics", "/v1/shadows"), analytics_url, Scope.READ),
         Upstream("drift", ("/v1/drift",), drift_url, Scope.ADMIN),
     )
 

@@ -12,6 +12,7 @@ from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
 from services.analytics import queries
 from services.analytics.columns import CORE, drop_payload, layout, parse, to_table
+from services.analytics.comparison import compare_quantiles
 from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
 from services.analytics.schemas import unmapped_warnings
 from services.analytics.segments import encode, object_name
@@ -309,3 +310,39 @@ def test_objects_are_sorted_and_named_by_their_members(tmp_path: Path) -> None:
     file = tmp_path / "part.parquet"
     file.write_bytes(data)
     assert pq.read_table(file)["request_id"].to_pylist() == [request_id(n) for n in (1, 3, 5)]
+
+
+def test_latency_quantiles_come_with_intervals_that_know_who_sent_the_requests() -> None:
+    """Of 400 users each has a latency of its own: 20 requests of one are hardly more than one."""
+    rng = np.random.default_rng(11)
+    batches = []
+    for arm, slower in (("1", 1.0), ("2", 1.3)):
+        for user in range(400):
+            own = 1_000 * slower * rng.lognormal(0, 0.5)
+            latencies = (own * rng.lognormal(0, 0.05, 20)).astype(int)
+            numbers = (
+                range(user * 20, user * 20 + 20)
+                if arm == "1"
+                else range(8_000 + user * 20, 8_020 + user * 20)
+            )
+            batches.append(
+                prediction_batch(
+                    list(numbers),
+                    version=arm,
+                    latency_us=latencies.tolist(),
+                    unit_hashes=user + 1_000 * int(arm),
+                )
+            )
+    with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
+        queries.arms(connection, "latency_ms", "1", "2")
+        a, b = (queries.arm_quantiles(connection, arm, (0.5, 0.95)) for arm in ("a", "b"))
+        assert queries.arm_quantiles(connection, "nobody", (0.5,)) == []
+    median, _ = compare_quantiles(a, b)
+    assert median.a.low < 1.0 < median.a.high
+    assert median.b.low < 1.3 < median.b.high
+    # As if the 8,000 requests were independent, the interval would be about 0.028 wide.
+    assert 0.08 < median.a.high - median.a.low < 0.2
+    low, high = median.difference.ci
+    assert 0 < low < 0.3 < high
+    assert median.difference.p_value < 0.01
+    assert compare_quantiles(a, []) == []

@@ -1,0 +1,235 @@
+"""What a shadow version said beside the version that callers heard, as totals that merge: the same whatever
+came first, and whether it came in one record or in a thousand. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+from headrace.v1.events_pb2 import OutputComparison, ShadowComparison, ShadowVerdict
+from headrace.v1.tensor_pb2 import Code
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+#: Values are kept within 1%: bucket i holds what lies above _BASE ** (i - 1), up to _BASE ** i.
+_BASE = 1.02
+_LOG_BASE = math.log(_BASE)
+#: 1e-12 to 1e12.
+_LIMIT = 1400
+
+_VERDICTS = {
+    "equal": ShadowVerdict.SHADOW_VERDICT_EQUAL,
+    "different": ShadowVerdict.SHADOW_VERDICT_DIFFERENT,
+    "failed": ShadowVerdict.SHADOW_VERDICT_FAILED,
+    "incomparable": ShadowVerdict.SHADOW_VERDICT_INCOMPARABLE,
+}
+
+
+@dataclass(slots=True)
+class Histogram:
+    """How many values there are of each size, zeros apart; negative ones and NaN are none."""
+
+    zeros: int = 0
+    counts: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return self.zeros + sum(self.counts.values())
+
+    def add(self, values: Floats) -> None:
+        """Count all of `values`."""
+        self.zeros += int(np.count_nonzero(values == 0))
+        positive = values[(values > 0) & np.isfinite(values)]
+        places = np.clip(np.ceil(np.log(positive) / _LOG_BASE), -_LIMIT, _LIMIT).astype(np.int64)
+        for place, number in zip(*np.unique(places, return_counts=True), strict=True):
+            self.counts[int(place)] = self.counts.get(int(place), 0) + int(number)
+
+    def merge(self, other: Histogram) -> None:
+        """Count what `other` has counted."""
+        self.zeros += other.zeros
+        for place, number in other.counts.items():
+            self.counts[place] = self.counts.get(place, 0) + number
+
+    def quantile(self, share: float) -> float | None:
+        """What `share` (0 … 1) of the values lies at or below, within 1%; None while there is none."""
+        rank = share * self.count - self.zeros
+        if not self.count:
+            return None
+        if rank <= 0 or not self.counts:
+            return 0.0
+        place = 0
+        for place in sorted(self.counts):
+            rank -= self.counts[place]
+            if rank <= 1e-9:
+                break
+        return 2 * _BASE**place / (_BASE + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"zeros": self.zeros, "counts": {str(place): n for place, n in self.counts.items()}}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        return cls(stored["zeros"], {int(place): n for place, n in stored["counts"].items()})
+
+
+@dataclass(slots=True)
+class OutputTotals:
+    """One output over the requests that were compared: rows that agree, rows whose best class is the same one
+    (of numbers with several columns; `scored` rows have them), and of numbers the largest difference in each
+    request, and the sum over requests of the mean one."""
+
+    kind: int = 0
+    rows: int = 0
+    rows_equal: int = 0
+    scored: int = 0
+    rows_same_top: int = 0
+    requests: int = 0
+    sum_of_means: float = 0.0
+    largest: float = 0.0
+    differences: Histogram = field(default_factory=Histogram)
+
+    def merge(self, other: OutputTotals) -> None:
+        """Count what `other` has counted."""
+        self.kind = self.kind or other.kind
+        for name in ("rows", "rows_equal", "scored", "rows_same_top", "requests", "sum_of_means"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.largest = max(self.largest, other.largest)
+        self.differences.merge(other.differences)
+
+
+@dataclass(slots=True)
+class ShadowTotals:
+    """`only_*` count requests that failed on one side and not on the other; cancelled ones count as neither.
+    Latencies, in microseconds, are of requests that both sides answered: `latency_gaps` is the sum of shadow
+    minus version, `latency_squares` that of its squares."""
+
+    requests: int = 0
+    equal: int = 0
+    different: int = 0
+    failed: int = 0
+    incomparable: int = 0
+    rows: int = 0
+    rows_equal: int = 0
+    errors: int = 0
+    shadow_errors: int = 0
+    only_errors: int = 0
+    only_shadow_errors: int = 0
+    answered: int = 0
+    latency_gaps: int = 0
+    latency_squares: float = 0.0
+    latency: Histogram = field(default_factory=Histogram)
+    shadow_latency: Histogram = field(default_factory=Histogram)
+    outputs: dict[str, OutputTotals] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: ShadowComparison) -> Self:
+        """The totals of one record. Raises ValueError where its columns are not of one length."""
+        n, rest = divmod(len(record.request_ids), 16)
+        verdicts, rows, rows_equal = (
+            _column(getattr(record, name), n, name) for name in ("verdicts", "rows", "rows_equal")
+        )
+        codes, shadow_codes, ours, theirs = (
+            _column(getattr(record, name), n, name)
+            for name in ("codes", "shadow_codes", "latency_us", "shadow_latency_us")
+        )
+        if rest:
+            raise ValueError("request_ids are cut")
+        totals = cls(requests=n, rows=int(rows.sum()), rows_equal=int(rows_equal.sum()))
+        for name, verdict in _VERDICTS.items():
+            setattr(totals, name, int(np.count_nonzero(verdicts == verdict)))
+        failed, shadow_failed = _failed(codes), _failed(shadow_codes)
+        totals.errors, totals.shadow_errors = int(failed.sum()), int(shadow_failed.sum())
+        totals.only_errors = int((failed & ~shadow_failed).sum())
+        totals.only_shadow_errors = int((shadow_failed & ~failed).sum())
+        both = (codes == Code.CODE_OK) & (shadow_codes == Code.CODE_OK)
+        gaps = (theirs - ours)[both]
+        totals.answered, totals.latency_gaps = int(both.sum()), int(gaps.sum())
+        totals.latency_squares = float(np.sum(gaps.astype(np.float64) ** 2))
+        totals.latency.add(ours[both].astype(np.float64))
+        totals.shadow_latency.add(theirs[both].astype(np.float64))
+        for output in record.outputs:
+            totals.outputs[output.name] = _output(output, rows, n)
+        return totals
+
+    def merge(self, other: ShadowTotals) -> None:
+        """Count what `other` has counted."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.latency.merge(other.latency)
+        self.shadow_latency.merge(other.shadow_latency)
+        for name, output in other.outputs.items():
+            self.outputs.setdefault(name, OutputTotals()).merge(output)
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage."""
+        return {
+            **{name: getattr(self, name) for name in _SUMS},
+            "latency": self.latency.to_json(),
+            "shadow_latency": self.shadow_latency.to_json(),
+            "outputs": {name: _output_json(output) for name, output in self.outputs.items()},
+        }
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        """What `to_json` wrote."""
+        return cls(
+            **{name: stored[name] for name in _SUMS},
+            latency=Histogram.from_json(stored["latency"]),
+            shadow_latency=Histogram.from_json(stored["shadow_latency"]),
+            outputs={
+                name: OutputTotals(**{**output, "differences": Histogram.from_json(output["differences"])})
+                for name, output in stored["outputs"].items()
+            },
+        )
+
+
+_SUMS = tuple(
+    column.name
+    for column in fields(ShadowTotals)
+    if column.name not in ("latency", "shadow_latency", "outputs")
+)
+
+
+def _output_json(output: OutputTotals) -> dict[str, Any]:
+    stored = {column.name: getattr(output, column.name) for column in fields(output)}
+    return stored | {"differences": output.differences.to_json()}
+
+
+def _column(values: Any, n: int, name: str) -> NDArray[np.int64]:
+    """One entry per request; a column that is absent is all zero."""
+    given = values[:] or [0] * n
+    if len(given) != n:
+        raise ValueError(f"{name} has {len(given)} entries for {n} requests")
+    return np.array(given, dtype=np.int64)
+
+
+def _failed(codes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return ~np.isin(codes, (Code.CODE_OK, Code.CODE_CANCELLED))
+
+
+def _output(output: OutputComparison, rows: NDArray[np.int64], n: int) -> OutputTotals:
+    equal, same_top = (_column(getattr(output, name), n, name) for name in ("rows_equal", "rows_same_top"))
+    largest, means = (
+        np.array(getattr(output, name)[:] or [0.0] * n, dtype=np.float64)
+        for name in ("largest_difference", "mean_difference")
+    )
+    if largest.size != n or means.size != n:
+        raise ValueError("differences and requests are not as many")
+    compared, numbers = rows > 0, output.kind == OutputComparison.KIND_NUMBER
+    totals = OutputTotals(
+        kind=int(output.kind),
+        rows=int(rows.sum()),
+        rows_equal=int(equal.sum()),
+        # A single column has no best class: nothing is said of it then.
+        scored=int(rows.sum()) if same_top.any() else 0,
+        rows_same_top=int(same_top.sum()),
+        requests=int(compared.sum()),
+    )
+    if numbers:
+        totals.sum_of_means = float(np.sum(means[compared & np.isfinite(means)]))
+        totals.largest = float(np.max(largest[compared & np.isfinite(largest)], initial=0.0))
+        totals.differences.add(largest[compared])
+    return totals

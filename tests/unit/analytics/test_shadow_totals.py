@@ -1,0 +1,147 @@
+"""Totals of shadow comparisons merge, and the report says what the data say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from headrace.v1.events_pb2 import OutputComparison, ShadowComparison, ShadowVerdict
+from headrace.v1.tensor_pb2 import Code
+
+from services.analytics.shadow_report import report
+from services.analytics.shadow_totals import Histogram, ShadowTotals
+
+EQUAL, DIFFERENT = ShadowVerdict.SHADOW_VERDICT_EQUAL, ShadowVerdict.SHADOW_VERDICT_DIFFERENT
+FAILED = ShadowVerdict.SHADOW_VERDICT_FAILED
+OK, INTERNAL = Code.CODE_OK, Code.CODE_INTERNAL
+
+
+def comparison(
+    rng: np.random.Generator, n: int, *, match: float = 0.9, slower_us: int = 300
+) -> ShadowComparison:
+    """One record: a share of the requests agrees, the shadow is slower, 2% of its answers are errors."""
+    failed = rng.random(n) < 0.02
+    equal = rng.random(n) < match
+    gaps = np.where(equal, 0.0, rng.exponential(0.1, n))
+    latency = rng.integers(500, 1500, n)
+    rows = np.where(failed, 0, 1)
+    verdicts = np.where(failed, FAILED, np.where(equal, EQUAL, DIFFERENT))
+    return ShadowComparison(
+        batch_id=rng.bytes(16),
+        model="cancer",
+        version="1",
+        shadow_version="2",
+        compared_at_us=1_750_000_000_000_000,
+        request_ids=rng.bytes(16 * n),
+        codes=[OK] * n,
+        shadow_codes=np.where(failed, INTERNAL, OK).tolist(),
+        latency_us=latency.tolist(),
+        shadow_latency_us=(latency + slower_us + rng.integers(-50, 50, n)).tolist(),
+        verdicts=verdicts.tolist(),
+        rows=rows.tolist(),
+        rows_equal=(equal & ~failed).astype(int).tolist(),
+        outputs=[
+            OutputComparison(
+                name="p",
+                kind=OutputComparison.KIND_NUMBER,
+                rows_equal=(equal & ~failed).astype(int).tolist(),
+                largest_difference=np.where(failed, 0, gaps).tolist(),
+                mean_difference=np.where(failed, 0, gaps / 2).tolist(),
+                rows_same_top=rows.tolist(),
+            )
+        ],
+    )
+
+
+def total(records: Sequence[ShadowComparison]) -> ShadowTotals:
+    whole = ShadowTotals()
+    for record in records:
+        whole.merge(ShadowTotals.of(record))
+    return whole
+
+
+def test_totals_are_the_same_in_any_order_and_after_storage() -> None:
+    rng = np.random.default_rng(1)
+    records = [comparison(rng, n) for n in (1, 40, 7, 300)]
+    stored = ShadowTotals()
+    for record in reversed(records):
+        stored.merge(ShadowTotals.from_json(json.loads(json.dumps(ShadowTotals.of(record).to_json()))))
+    one, other = total(records).to_json(), stored.to_json()
+    for side in (one, other):
+        side["outputs"]["p"]["sum_of_means"] = round(side["outputs"]["p"]["sum_of_means"], 9)
+    assert one == other
+
+
+def test_the_report_covers_what_is_true() -> None:
+    rng = np.random.default_rng(2)
+    said = report("cancer", "1", "2", total([comparison(rng, 100) for _ in range(50)]), 0.05)
+    low, high = said["match"]["interval"]
+    assert low < 0.9 < high
+    assert said["verdicts"]["failed"] == round(said["errors"]["shadow_version"]["rate"] * 5000)
+    low, high = said["errors"]["interval"]
+    assert 0 < low < 0.02 < high
+    low, high = said["latency_ms"]["interval"]
+    assert low < 0.2995 < high
+    assert said["latency_ms"]["shadow_version"]["p50"] == pytest.approx(1.3, rel=0.03)
+    output = said["outputs"]["p"]
+    assert output["largest_difference"]["p50"] == 0
+    # One in ten differs, by an exponential amount: the 95th percentile of all is the median of those.
+    assert output["largest_difference"]["p95"] == pytest.approx(0.1 * np.log(2), rel=0.2)
+    assert output["same_top"]["rate"] == 1
+    assert "90" in said["summary"]
+
+
+def test_no_disagreement_is_not_certainty() -> None:
+    record = comparison(np.random.default_rng(3), 50, match=1.0)
+    del record.shadow_codes[:]
+    del record.verdicts[:]
+    record.verdicts.extend([EQUAL] * 50)
+    said = report("cancer", "1", "2", ShadowTotals.of(record), 0.05)
+    low, high = said["errors"]["interval"]
+    assert low < 0 < high
+    assert said["match"]["interval"][0] < 1
+    assert any("rough" in warning for warning in said["warnings"])
+
+
+def test_a_shadow_that_only_failed_has_no_latency_and_no_match() -> None:
+    record = ShadowComparison(
+        request_ids=bytes(32), codes=[OK] * 2, shadow_codes=[INTERNAL] * 2, verdicts=[FAILED] * 2
+    )
+    said = report("cancer", "1", "2", ShadowTotals.of(record), 0.05)
+    assert said["match"] == {"n": 0, "rate": None, "interval": None}
+    assert said["latency_ms"]["interval"] is None
+    assert said["errors"]["difference"] == 1.0
+    assert "no answer" in said["summary"]
+
+
+@pytest.mark.parametrize("column", ["codes", "verdicts", "latency_us", "rows"])
+def test_columns_of_another_length_are_refused(column: str) -> None:
+    record = comparison(np.random.default_rng(4), 5)
+    del getattr(record, column)[2:]
+    with pytest.raises(ValueError, match=f"{column} has 2 entries for 5 requests"):
+        ShadowTotals.of(record)
+
+
+def test_quantiles_of_a_histogram_are_within_one_percent() -> None:
+    rng = np.random.default_rng(5)
+    values = np.concatenate((np.zeros(100), rng.lognormal(3, 2, 4900)))
+    histogram = Histogram()
+    for part in np.array_split(values, 7):
+        other = Histogram()
+        other.add(part)
+        histogram.merge(other)
+    assert histogram.count == 5000
+    for share in (0.01, 0.5, 0.9, 0.99, 1.0):
+        exact = np.quantile(values, share, method="inverted_cdf")
+        assert histogram.quantile(share) == pytest.approx(exact, rel=0.0101)
+    assert Histogram().quantile(0.5) is None
+
+
+def test_ids_do_not_matter_to_totals() -> None:
+    record = comparison(np.random.default_rng(6), 3)
+    before = ShadowTotals.of(record).to_json()
+    record.batch_id = hashlib.blake2b(b"other", digest_size=16).digest()
+    assert ShadowTotals.of(record).to_json() == before
