@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 
 import structlog
@@ -31,9 +30,6 @@ def main() -> None:
 
     async def service() -> None:
         async with gateway_app(cfg, SystemClock()):
-            # What the start left lives as long as the process; collections need not walk it again and again.
-            gc.collect()
-            gc.freeze()
             await until_stopped()
 
     run(service, drain_s=cfg.drain_notice_s + cfg.drain_s + _SLACK_S)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from hashlib import sha1
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from services.common.clock import Clock
 from services.gateway.limiter import Bucket
@@ -53,7 +55,7 @@ class Leases:
         self._redis = redis
         self._clock = clock
         self._process = process
-        self._script = redis.register_script(_SETTLE)
+        self._script = sha1(_SETTLE.encode(), usedforsecurity=False).hexdigest()
         self.available = False
         # Where the next trip starts when one cannot take all.
         self._position = 0
@@ -67,14 +69,11 @@ class Leases:
         reports = [bucket.report() for bucket in used]
         try:
             async with asyncio.timeout(_TIMEOUT_S):
-                pipeline = self._redis.pipeline(transaction=False)
-                for bucket, spent in zip(used, reports, strict=True):
-                    await self._script(
-                        keys=[f"headrace:limit:{{{bucket.key_id}}}"],
-                        args=[bucket.rate, bucket.burst, spent, self._process, _SHARER_S],
-                        client=pipeline,
-                    )
-                answers = await pipeline.execute(raise_on_error=False)
+                answers = await self._asked(used, reports)
+                if any(isinstance(answer, NoScriptError) for answer in answers):
+                    # The first trip, or a Redis that was started anew; then nobody knew the script.
+                    await self._redis.script_load(_SETTLE)
+                    answers = await self._asked(used, reports)
         except BaseException:
             for bucket, spent in zip(used, reports, strict=True):
                 bucket.unreported(spent)
@@ -90,6 +89,19 @@ class Leases:
                 bucket.granted(float(left), int(sharers), now)
         if failed is not None:
             raise failed
+
+    async def _asked(self, used: list[Bucket], reports: list[int]) -> list[Any]:
+        """One answer, or what went wrong, for each bucket."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for bucket, spent in zip(used, reports, strict=True):
+            # By its digest: redis-py's own scripts ask in every trip whether the server still knows them.
+            await pipeline.evalsha(
+                self._script,
+                1,
+                f"headrace:limit:{{{bucket.key_id}}}",
+                *(bucket.rate, bucket.burst, spent, self._process, _SHARER_S),
+            )
+        return await pipeline.execute(raise_on_error=False)
 
     def _chosen(self, buckets: list[Bucket]) -> list[Bucket]:
         start = self._position

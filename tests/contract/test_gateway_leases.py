@@ -85,3 +85,18 @@ async def test_a_failed_report_loses_nothing() -> None:
         await Leases(redis, ManualClock(), "gateway").settle([bucket])
     assert bucket.spent == 1
     await redis.aclose()
+
+
+async def test_a_redis_that_forgot_the_script_is_told_again(redis_url: str) -> None:
+    clock = ManualClock()
+    async with Redis.from_url(redis_url) as redis:
+        await redis.flushdb()
+        lease = Leases(redis, clock, "gateway")
+        bucket = Bucket("forgetful", 10, 10)
+        for spent in (1, 2):
+            await redis.script_flush()
+            bucket.admit(clock.monotonic())
+            await lease.settle([bucket])
+            left = await redis.hget("headrace:limit:{forgetful}", "tokens")
+            assert left is not None
+            assert 10 - spent <= float(left) < 10 - spent + 1
