@@ -4,6 +4,7 @@ time."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 
 from deploy.embedded.postgres import PostgresServer
+from services.common.bus import MemoryBus
 from services.common.clock import ManualClock, SystemClock
 from services.common.db import engine, transaction
 from services.common.objects import ArtifactStore, InputSources
@@ -19,14 +21,16 @@ from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.retention import Retention
 from tests.fixtures.gateway import ADMIN, running_gateway
 from tests.fixtures.gateway_jobs import Jobs, jobs
-from tests.fixtures.jobs import lines_of, numbers
+from tests.fixtures.jobs import PARTITIONS, lines_of, numbers
 
 VALUES = numbers(60_000)
 
 
 async def begun(here: Jobs, **body: Any) -> str:
     """A job of 60,000 rows of which some are done, and which does not go on by itself."""
-    (here.data / "a.jsonl").write_bytes(lines_of(VALUES))
+    here.worker.gate.set()
+    if not (here.data / "a.jsonl").exists():  # written again, it would be another input
+        (here.data / "a.jsonl").write_bytes(lines_of(VALUES))
     batch_id = await here.submitted(input_uri=f"file://{here.data}/a.jsonl", **body)
     await here.until(batch_id, lambda job: job["counts"]["completed"] > 0)
     here.worker.gate.clear()
@@ -56,6 +60,44 @@ async def test_a_gateway_that_goes_with_its_broker_and_its_worker(database_url: 
         batch_id = await begun(here)
     async with jobs(database_url, tmp_path) as here:
         await check(here, batch_id)
+
+
+async def test_two_gateways_share_jobs_and_one_goes(database_url: str, tmp_path: Path) -> None:
+    bus = MemoryBus()
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    shared: dict[str, Any] = {
+        "artifact_store_url": f"file://{tmp_path}/artifacts",
+        "batch_input_allow": (f"file://{folders[0]}/data/",),
+    }
+    own: dict[str, Any] = {"database_url": database_url, "batch_partitions": PARTITIONS}
+    async with jobs(database_url, folders[0], bus, **shared) as stays:
+        stays.worker.store = ArtifactStore(shared["artifact_store_url"])
+        async with running_gateway(folders[1] / "state", bus=bus, **own, **shared) as goes:
+            headers = {"authorization": f"Bearer {ADMIN}"}
+            async with httpx.AsyncClient(base_url=goes.base, headers=headers, timeout=20) as rest:
+                other = Jobs(goes, stays.worker, rest, stays.data)
+                await other.reachable()
+                many = [await begun(one) for one in (stays, other)]
+                stays.worker.gate.set()
+                # Followed at either gateway, whichever of them takes the results.
+                seen = [
+                    line
+                    async for line in _lines(rest, f"/v1/batch/{many[0]}/events")
+                    if line.startswith("event: ")
+                ]
+                assert seen[-1] == "event: end"
+                many.append(await begun(other))
+        stays.worker.gate.set()
+        for batch_id in many:
+            await check(stays, batch_id)
+
+
+async def _lines(rest: httpx.AsyncClient, path: str) -> AsyncIterator[str]:
+    async with rest.stream("GET", path) as answer:
+        async for line in answer.aiter_lines():
+            yield line
 
 
 async def test_a_database_that_goes_away(new_postgres: Any, tmp_path: Path) -> None:
