@@ -14,6 +14,7 @@ from headrace.v1.control_pb2 import (
     BucketRange,
     Cache,
     Fallback,
+    Hedging,
     ServedVersion,
     ServingConfig,
     Shadow,
@@ -69,6 +70,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         fallback=_fallback(wanted.fallback, aliases, served),
         cache=_cache(wanted.cache),
         shadow=_shadow(wanted.shadow, aliases, served),
+        hedging=None if wanted.hedging is None else Hedging(**wanted.hedging.model_dump()),
     )
     if row is not None and _same_state(old, config):
         return _deployment(row)

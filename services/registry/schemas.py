@@ -175,6 +175,14 @@ class CacheIn(_Input):
     max_entry_bytes: Annotated[int, Field(ge=1, le=1 << 24)] = 1 << 16
 
 
+class HedgingIn(_Input):
+    """A request that takes longer than `quantile` of its version's recent ones, and `min_delay_ms`, goes to
+    a second worker as well; the first answer counts."""
+
+    quantile: Annotated[FiniteFloat, Field(ge=0.5, le=0.999)] = 0.95
+    min_delay_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
+
+
 class DeployIn(_Input):
     """The whole wanted state of a model's serving; what is absent takes its default."""
 
@@ -187,6 +195,7 @@ class DeployIn(_Input):
     fallback: FallbackIn | None = None
     cache: CacheIn | None = None
     shadow: ShadowIn | None = None
+    hedging: HedgingIn | None = None
     #: The deployment changes only if this is still its revision.
     expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
 

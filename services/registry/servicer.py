@@ -191,6 +191,10 @@ def _deploy_values(request: pb.DeployRequest) -> dict[str, Any]:
         values["shadow"] = {"version": shadow.version, "share": Decimal(shadow.share) / 100}
         if shadow.tolerance:
             values["shadow"]["tolerance"] = shadow.tolerance
+    if request.HasField("hedging"):
+        values["hedging"] = {"min_delay_ms": request.hedging.min_delay_ms}
+        if request.hedging.quantile:
+            values["hedging"]["quantile"] = request.hedging.quantile
     if request.pool:
         values["pool"] = request.pool
     if request.balancing:

@@ -153,6 +153,11 @@ class ShadowView(BaseModel):
     tolerance: float
 
 
+class HedgingView(BaseModel):
+    quantile: float
+    min_delay_ms: int
+
+
 class DeploymentView(BaseModel):
     model: str
     revision: int
@@ -168,6 +173,7 @@ class DeploymentView(BaseModel):
     fallback: FallbackView | None
     cache: CacheView | None
     shadow: ShadowView | None
+    hedging: HedgingView | None
     updated_at: datetime
 
     @classmethod
@@ -195,6 +201,7 @@ class DeploymentView(BaseModel):
             fallback=_fallback(config),
             cache=_cache(config),
             shadow=_shadow(config),
+            hedging=_hedging(config),
             updated_at=moment(message.updated_at_us),
         )
 
@@ -319,6 +326,12 @@ def _cache(config: control_pb2.ServingConfig) -> CacheView | None:
     if not config.HasField("cache"):
         return None
     return CacheView(ttl_s=config.cache.ttl_ms / 1000, max_entry_bytes=config.cache.max_entry_bytes)
+
+
+def _hedging(config: control_pb2.ServingConfig) -> HedgingView | None:
+    if not config.HasField("hedging"):
+        return None
+    return HedgingView(quantile=config.hedging.quantile, min_delay_ms=config.hedging.min_delay_ms)
 
 
 def _shadow(config: control_pb2.ServingConfig) -> ShadowView | None:

@@ -121,6 +121,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
             cache=cache,
             mirror=mirror,
         )
+        stack.callback(dispatcher.close)
         health = Health("routing table")
         await _own(stack, endpoints.expire(), "expire workers")
         restored = await snapshot.restore({"deployments": table.restore, "workers": endpoints.restore})

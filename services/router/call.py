@@ -61,6 +61,17 @@ class Owner(Protocol):
         ...
 
 
+class Attempt:
+    """A request at one more endpoint than the one that was asked first."""
+
+    __slots__ = ("endpoint", "local_id", "sent_at")
+
+    def __init__(self, endpoint: Endpoint, sent_at: float) -> None:
+        self.endpoint: Endpoint | None = endpoint  # None: it has answered
+        self.sent_at = sent_at
+        self.local_id = 0
+
+
 class Call:
     """One request and where it is. It is sent as it came, with what the router decided appended."""
 
@@ -86,6 +97,7 @@ class Call:
     #: Where it is with others that want the same of the result cache.
     flight: Flight | None = None
     _fallback: Fallback | None = None
+    _hedge: Attempt | None = None
     #: The first one of the version that is asked.
     _first_attempt = 0
     _retrying = False
@@ -164,6 +176,30 @@ class Call:
         if now != self.began_at:
             stamp += timeout_override(int((self.deadline - now) * 1e6))
         self._local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_reply)
+        if route.hedging is not None and not self.attempt and target.way is not None:
+            self.plain = False
+            target.way.hedges.watch(self, route.hedging, now)
+
+    def hedge(self, now: float) -> None:
+        """It is late: ask a second endpoint as well, if there is one and the budget allows it."""
+        route, target, first = self.route, self.target, self.endpoint
+        if self.done or first is None or route is None or target is None or self._hedge is not None:
+            return
+        others = any(member is not first and member not in self.tried for member in self.group.members)
+        if not others or self.group.broken or now >= self.deadline:
+            return
+        if not (self._retrying or self._dispatcher.budget.take()):
+            return
+        self._retrying = True
+        endpoint = self.group.pick(route.balancing, self.unit_hash, now, (*self.tried, first))
+        if endpoint is None:
+            return
+        self._send_as(self.attempt + 1)
+        hedge = self._hedge = Attempt(endpoint, now)
+        endpoint.in_flight += 1
+        self._dispatcher.stats.hedged(target.key, "sent")
+        stamp = self.stamp + timeout_override(int((self.deadline - now) * 1e6))
+        hedge.local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_hedge_reply)
 
     def cancel(self) -> None:
         """Nobody waits any more; the worker is told."""
@@ -178,7 +214,7 @@ class Call:
             endpoint.calls.cancel(self._local_id)
             if late:
                 self._held_too_long(endpoint, now)
-                self._judge(endpoint, PredictReply(code=Code.CODE_DEADLINE_EXCEEDED), now)
+                self._judge(endpoint, PredictReply(code=Code.CODE_DEADLINE_EXCEEDED), self.sent_at, now)
             elif self.group.outliers.breakers:
                 self.group.judge(endpoint, Verdict.NOTHING, self.sent_at, self.sent_at)
         else:
@@ -301,24 +337,67 @@ class Call:
             return
         # A success where nothing is on record says nothing new, and that is nearly every request.
         if self.group.outliers.breakers:
-            self._judge(endpoint, reply, now)
+            self._judge(endpoint, reply, self.sent_at, now)
         endpoint.latency.observe(now - self.sent_at, now)
         if self.plain and payload is not None:
             self._end(_OK, now)
             self.owner.pass_on(self, payload)
-        else:
-            self._finish(reply, ran=True)
+            return
+        if self.target is not None and self.target.way is not None:
+            self.target.way.hedges.usual.observe(now - self.began_at)
+        self._finish(reply, ran=True)
+
+    def _on_hedge_reply(self, reply: PredictReply, payload: bytes | None) -> None:
+        hedge = self._hedge
+        if self.done or hedge is None or hedge.endpoint is None:
+            return
+        if reply.code and self.endpoint is not None:
+            self._lose(hedge, hedge.endpoint, reply)
+            return
+        if not reply.code and self.target is not None:
+            self._dispatcher.stats.hedged(self.target.key, "won")
+        # From here on it is the one that was asked first.
+        hedge.endpoint, self.endpoint = self.endpoint, hedge.endpoint
+        hedge.sent_at, self.sent_at = self.sent_at, hedge.sent_at
+        hedge.local_id, self._local_id = self._local_id, hedge.local_id
+        self._on_reply(reply, payload)
+
+    def _lose(self, hedge: Attempt, endpoint: Endpoint, reply: PredictReply) -> None:
+        """The second endpoint failed: the first one decides."""
+        now = _monotonic()
+        hedge.endpoint = None
+        endpoint.in_flight -= 1
+        self.tried = (*self.tried, endpoint)
+        self._judge(endpoint, reply, hedge.sent_at, now)
+        if reply.code not in _BLAMELESS:
+            endpoint.latency.penalise(now)
+
+    def _drop_hedge(self, hedge: Attempt, now: float) -> None:
+        """The loser is cancelled, and has shown how slow it is at least."""
+        endpoint, hedge.endpoint = hedge.endpoint, None
+        if endpoint is None:
+            return
+        endpoint.in_flight -= 1
+        endpoint.calls.cancel(hedge.local_id)
+        held = now - hedge.sent_at
+        if held > endpoint.latency.value(now):
+            endpoint.latency.observe(held, now)
+        if self.group.outliers.breakers:
+            self.group.judge(endpoint, Verdict.NOTHING, hedge.sent_at, now)
 
     def _on_failure(self, endpoint: Endpoint, reply: PredictReply, now: float) -> None:
         """Another endpoint, the fallback, or the failure is the answer."""
         code = reply.code
         if code not in _CODES:
             code = reply.code = Code.CODE_UNKNOWN
-        self._judge(endpoint, reply, now)
+        self._judge(endpoint, reply, self.sent_at, now)
         if code == Code.CODE_DEADLINE_EXCEEDED:
             self._held_too_long(endpoint, now)
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
+            if self._hedge is not None and self._hedge.endpoint is not None:
+                self.tried = (*self.tried, endpoint)
+                return  # the other one decides
             if code in _RETRYABLE and self._try_again(endpoint, reply, now):
                 return
         if self._fallback is not None:
@@ -334,17 +413,17 @@ class Call:
         if held > endpoint.latency.value(now):
             endpoint.latency.observe(held, now)
 
-    def _judge(self, endpoint: Endpoint, reply: PredictReply, now: float) -> None:
+    def _judge(self, endpoint: Endpoint, reply: PredictReply, sent_at: float, now: float) -> None:
         """Tell the version's endpoints how this one did."""
         group, code = self.group, reply.code
-        held = now - self.sent_at
+        held = now - sent_at
         said = verdict(
             code,
             lost=code == Code.CODE_UNAVAILABLE and lost(reply),
             held_s=held,
             expected_s=endpoint.latency.value(now),
         )
-        group.judge(endpoint, said, self.sent_at, now)
+        group.judge(endpoint, said, sent_at, now)
 
     def _try_again(self, endpoint: Endpoint, reply: PredictReply, now: float) -> bool:
         """Whether the request is on its way to another endpoint, or waits for one."""
@@ -409,6 +488,8 @@ class Call:
         dispatcher, target = self._dispatcher, self.target
         self.done = True
         dispatcher.budget.active -= 1
+        if self._hedge is not None:
+            self._drop_hedge(self._hedge, now)
         if self._retrying:
             dispatcher.budget.give_back()
         if target is not None and target.way is not None:

@@ -13,10 +13,11 @@ from services.common.frames import Peer, item_payloads
 from services.common.telemetry import Tracing
 from services.router.call import Call
 from services.router.endpoints import Endpoints, Group
+from services.router.hedging import Hedges
 from services.router.prediction_log import RefusalLog
 from services.router.result_cache import ResultCache
 from services.router.retry_budget import RetryBudget
-from services.router.routing_table import RoutingTable, Target
+from services.router.routing_table import RoutingTable, Target, VersionKey
 from services.router.shadow import Mirror
 from services.router.stats import Stats, VersionStats
 from services.router.waiting import Waiting
@@ -31,6 +32,7 @@ class Way(NamedTuple):
 
     group: Group
     totals: VersionStats
+    hedges: Hedges
 
 
 class Dispatcher:
@@ -61,13 +63,23 @@ class Dispatcher:
         self.max_attempts = max_attempts
         self.cache = cache
         self.mirror = mirror
+        self._hedges: dict[VersionKey, Hedges] = {}
         self.waiting = Waiting(self, endpoints, wait_s=endpoint_wait_s, limit=max_waiting)
 
     def way(self, target: Target) -> Way:
         """The way to `target`."""
         if target.way is None:
-            target.way = Way(self.endpoints.group(target.key), self.stats.of(target.key))
+            key = target.key
+            hedges = self._hedges.get(key)
+            if hedges is None:
+                hedges = self._hedges[key] = Hedges()
+            target.way = Way(self.endpoints.group(key), self.stats.of(key), hedges)
         return target.way
+
+    def close(self) -> None:
+        """Nothing is sent a second time any more."""
+        for hedges in self._hedges.values():
+            hedges.close()
 
     def unknown_model(self, model: str) -> HeadraceError:
         """Why there is no route."""

@@ -77,6 +77,11 @@ class RouterMetrics(Collector):
             "Requests that the fallback answered instead of the version",
             labels=(*_VERSION, "reason"),
         )
+        hedges = CounterMetricFamily(
+            "headrace_router_hedges",
+            "Late requests sent to a second worker, and those that it answered first",
+            labels=(*_VERSION, "result"),
+        )
         cache = CounterMetricFamily(
             "headrace_router_cache_requests",
             "Requests that the result cache took",
@@ -95,6 +100,8 @@ class RouterMetrics(Collector):
                     requests.add_metric((*key, name), count)
             for reason, count in stats.retries.items():
                 retries.add_metric((*key, reason), count)
+            for result, count in stats.hedges.items():
+                hedges.add_metric((*key, result), count)
             for result, count in stats.shadows.items():
                 shadows.add_metric((*key, result), count)
             for result, count in stats.cache.items():
@@ -106,7 +113,7 @@ class RouterMetrics(Collector):
                 total += count
                 buckets.append((bound, float(total)))
             latency.add_metric(key, buckets, stats.latency_sum_s)
-        yield from (requests, retries, fallbacks, cache, shadows, latency)
+        yield from (requests, retries, fallbacks, hedges, cache, shadows, latency)
 
     def _workers(self) -> Iterator[Metric]:
         labels = ("worker",)

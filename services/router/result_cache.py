@@ -7,6 +7,7 @@ it (single flight) and get a copy of its answer. Where it fails they go their ow
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _OK: Final = Code.CODE_OK
+#: Of the time that answers are kept, the share by which it may be shorter.
+_JITTER: Final = 0.1
 
 
 class Store(Protocol):
@@ -60,7 +63,8 @@ class Flight:
 class ResultCache:
     """Stands between routing and sending. Every call that `enter` takes is answered or sent, once."""
 
-    def __init__(self, store: Store, hit_log: HitLog, stats: Stats) -> None:
+    def __init__(self, store: Store, hit_log: HitLog, stats: Stats, seed: int | None = None) -> None:
+        self._random = random.Random(seed).random
         self._store = store
         self._log = hit_log
         self._stats = stats
@@ -116,7 +120,9 @@ class ResultCache:
             return
         kept = PredictReply(outputs=reply.outputs, parameters=reply.parameters).SerializeToString()
         if len(kept) <= flight.policy.max_entry_bytes:
-            self._store.keep(flight.key, kept, flight.policy.ttl_ms)
+            # What was computed in one burst must not have to be computed again in one.
+            ttl_ms = flight.policy.ttl_ms * (1 - _JITTER * self._random())
+            self._store.keep(flight.key, kept, max(1, round(ttl_ms)))
         for follower in followers:
             self._give(follower, kept, "joined")
 

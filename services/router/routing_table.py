@@ -59,6 +59,7 @@ class Target:
 
 
 _TOLERANCE: Final = 0.001
+_QUANTILE: Final = 0.95
 #: Answers that call for the fallback where the deployment does not name them.
 FAILURES: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_INTERNAL, Code.CODE_DEADLINE_EXCEEDED})
 
@@ -76,6 +77,14 @@ class Shadow(NamedTuple):
     target: Target
     share: int
     tolerance: float
+
+
+class Hedging(NamedTuple):
+    """When a request is sent to a second worker as well: later than this share of the recent answers of its
+    version, and than this many seconds."""
+
+    quantile: float
+    min_delay_s: float
 
 
 class Fallback:
@@ -100,6 +109,7 @@ class Route:
         "balancing",
         "cache",
         "fallback",
+        "hedging",
         "log_payloads",
         "model",
         "revision",
@@ -144,6 +154,10 @@ class Route:
             shadow = config.shadow
             target = self._served(shadow.version, "shadow")
             self.shadow = Shadow(target, shadow.share, shadow.tolerance or _TOLERANCE)
+        self.hedging: Hedging | None = None
+        if config.HasField("hedging"):
+            quantile = min(max(config.hedging.quantile or _QUANTILE, 0.5), 0.999)
+            self.hedging = Hedging(quantile, config.hedging.min_delay_ms / 1e3)
         self.fallback: Fallback | None = None
         if config.HasField("fallback"):
             self.fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)

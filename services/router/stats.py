@@ -25,6 +25,7 @@ class VersionStats:
     codes: list[int] = field(default_factory=lambda: [0] * (max(Code.values()) + 1))
     retries: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
+    hedges: dict[str, int] = field(default_factory=dict)
     cache: dict[str, int] = field(default_factory=dict)
     shadows: dict[str, int] = field(default_factory=dict)
     latency: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_S) + 1))
@@ -55,6 +56,11 @@ class Stats:
         answered with the code that `reason` names."""
         fallbacks = self.of(key).fallbacks
         fallbacks[reason] = fallbacks.get(reason, 0) + 1
+
+    def hedged(self, key: VersionKey, how: str) -> None:
+        """A late request was "sent" a second time, or the second one "won"."""
+        hedges = self.of(key).hedges
+        hedges[how] = hedges.get(how, 0) + 1
 
     def cache(self, key: VersionKey, how: str) -> None:
         """The result cache was asked: a "hit", a "miss", or "joined" to an equal request under way."""

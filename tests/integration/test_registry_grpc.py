@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from headrace.v1 import registry_pb2 as pb
-from headrace.v1.control_pb2 import Balancing, Batching, Cache, Fallback, Shadow
+from headrace.v1.control_pb2 import Balancing, Batching, Cache, Fallback, Hedging, Shadow
 from headrace.v1.tensor_pb2 import Code, Signature, TensorSpec
 
 from deploy.embedded.tansu import TansuServer
@@ -106,6 +106,7 @@ async def test_both_surfaces_give_the_same_answers(running: Running) -> None:
             fallback=Fallback(version="1", on=[Code.CODE_INTERNAL]),
             cache=Cache(ttl_ms=2500),
             shadow=Shadow(version="2", share=50),
+            hedging=Hedging(quantile=0.9),
         ),
         metadata=credential,
     )
@@ -118,6 +119,7 @@ async def test_both_surfaces_give_the_same_answers(running: Running) -> None:
         "fallback": {"version": "1", "on": ["INTERNAL"]},
         "cache": {"ttl_s": 2.5},
         "shadow": {"version": "2", "share": 0.5},
+        "hedging": {"quantile": 0.9},
     }
     same = await running.rest.put("/v1/deployments/churn", json=body)
     assert same.json() == DeploymentView.of(deployed).model_dump(mode="json")

@@ -145,6 +145,10 @@ BOTH = [{"version": "1", "weight": 0}, {"version": "2", "weight": 100}]
         ({"versions": BOTH, "cache": {"ttl_s": 0}}, "cache.ttl_s"),
         ({"versions": BOTH, "shadow": {"version": "3", "share": 1}}, "shadow.version"),
         ({"versions": BOTH, "shadow": {"version": "1", "share": 0}}, "shadow.share"),
+        ({"versions": BOTH, "hedging": {"quantile": 0.2}}, "hedging.quantile"),
+        ({"versions": BOTH, "hedging": {"quantile": "often"}}, "hedging.quantile"),
+        ({"versions": BOTH, "hedging": {"min_delay_ms": -1}}, "hedging.min_delay_ms"),
+        ({"versions": BOTH, "hedging": {"after": 5}}, "hedging.after"),
         ({"versions": BOTH, "cache": {"ttl_s": 1, "max_entry_bytes": 0}}, "cache.max_entry_bytes"),
     ],
 )
@@ -166,6 +170,13 @@ async def test_a_fallback_is_published_and_shown(running: Running) -> None:
     without = await running.deploy("churn", {"1": 0, "2": 100})
     assert without.json()["fallback"] is None
     assert without.json()["revision"] == answer.json()["revision"] + 1
+
+
+async def test_hedging_is_published_and_shown(running: Running) -> None:
+    await running.make("churn", linear(weight=1))
+    answer = await running.deploy("churn", {"1": 100}, hedging={"min_delay_ms": 5})
+    assert answer.json()["hedging"] == {"quantile": 0.95, "min_delay_ms": 5}
+    assert (await running.deploy("churn", {"1": 100})).json()["hedging"] is None
 
 
 async def test_a_shadow_is_published_and_shown(running: Running) -> None:

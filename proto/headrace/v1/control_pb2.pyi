@@ -22,7 +22,7 @@ BALANCING_WEIGHTED: Balancing
 BALANCING_CONSISTENT_HASH: Balancing
 
 class ServingConfig(_message.Message):
-    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache", "shadow")
+    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache", "shadow", "hedging")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,7 @@ class ServingConfig(_message.Message):
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
+    HEDGING_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: int
     versions: _containers.RepeatedCompositeFieldContainer[ServedVersion]
@@ -60,7 +61,16 @@ class ServingConfig(_message.Message):
     fallback: Fallback
     cache: Cache
     shadow: Shadow
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ...) -> None: ...
+    hedging: Hedging
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ..., hedging: _Optional[_Union[Hedging, _Mapping]] = ...) -> None: ...
+
+class Hedging(_message.Message):
+    __slots__ = ("quantile", "min_delay_ms")
+    QUANTILE_FIELD_NUMBER: _ClassVar[int]
+    MIN_DELAY_MS_FIELD_NUMBER: _ClassVar[int]
+    quantile: float
+    min_delay_ms: int
+    def __init__(self, quantile: _Optional[float] = ..., min_delay_ms: _Optional[int] = ...) -> None: ...
 
 class Shadow(_message.Message):
     __slots__ = ("version", "share", "tolerance")

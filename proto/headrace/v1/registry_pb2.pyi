@@ -210,7 +210,7 @@ class SetAliasRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., alias: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class DeployRequest(_message.Message):
-    __slots__ = ("model", "versions", "pool", "batching", "balancing", "expected_revision", "disable_payload_log", "default_timeout_ms", "fallback", "cache", "shadow")
+    __slots__ = ("model", "versions", "pool", "batching", "balancing", "expected_revision", "disable_payload_log", "default_timeout_ms", "fallback", "cache", "shadow", "hedging")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class DeployRequest(_message.Message):
     FALLBACK_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
+    HEDGING_FIELD_NUMBER: _ClassVar[int]
     model: str
     versions: _containers.RepeatedCompositeFieldContainer[VersionWeight]
     pool: str
@@ -233,7 +234,8 @@ class DeployRequest(_message.Message):
     fallback: _control_pb2.Fallback
     cache: _control_pb2.Cache
     shadow: _control_pb2.Shadow
-    def __init__(self, model: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[VersionWeight, _Mapping]]] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[_control_pb2.Batching, _Mapping]] = ..., balancing: _Optional[_Union[_control_pb2.Balancing, str]] = ..., expected_revision: _Optional[int] = ..., disable_payload_log: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., fallback: _Optional[_Union[_control_pb2.Fallback, _Mapping]] = ..., cache: _Optional[_Union[_control_pb2.Cache, _Mapping]] = ..., shadow: _Optional[_Union[_control_pb2.Shadow, _Mapping]] = ...) -> None: ...
+    hedging: _control_pb2.Hedging
+    def __init__(self, model: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[VersionWeight, _Mapping]]] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[_control_pb2.Batching, _Mapping]] = ..., balancing: _Optional[_Union[_control_pb2.Balancing, str]] = ..., expected_revision: _Optional[int] = ..., disable_payload_log: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., fallback: _Optional[_Union[_control_pb2.Fallback, _Mapping]] = ..., cache: _Optional[_Union[_control_pb2.Cache, _Mapping]] = ..., shadow: _Optional[_Union[_control_pb2.Shadow, _Mapping]] = ..., hedging: _Optional[_Union[_control_pb2.Hedging, _Mapping]] = ...) -> None: ...
 
 class VersionWeight(_message.Message):
     __slots__ = ("version", "weight", "variant")

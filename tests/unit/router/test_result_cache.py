@@ -66,6 +66,7 @@ class FakeStore:
         self.usable = True
         self.asked: list[tuple[bytes, Found]] = []
         self.kept: dict[bytes, bytes] = {}
+        self.ttls: list[int] = []
 
     def ask(self, key: bytes, found: Found) -> bool:
         if self.usable:
@@ -74,6 +75,7 @@ class FakeStore:
 
     def keep(self, key: bytes, value: bytes, ttl_ms: int) -> None:
         self.kept[key] = value
+        self.ttls.append(ttl_ms)
 
 
 class FakeLog:
@@ -194,3 +196,16 @@ async def test_followers_past_their_deadline_are_refused_and_the_first_goes_on()
     first.finish(own_answer(first))
     assert len(store.kept) == 1
     assert len(cache) == 0
+
+
+async def test_what_was_computed_together_does_not_expire_together() -> None:
+    store = FakeStore()
+    store.usable = False
+    cache = ResultCache(store, FakeLog(), Stats(), seed=1)  # type: ignore[arg-type]
+    for number in range(100):
+        call = FakeCall(cache, number)
+        cache.enter(call, POLICY)  # type: ignore[arg-type]
+        call.finish(own_answer(call))
+    assert len(store.ttls) == 100
+    assert 0.9 * POLICY.ttl_ms <= min(store.ttls) < 0.92 * POLICY.ttl_ms
+    assert 0.98 * POLICY.ttl_ms < max(store.ttls) <= POLICY.ttl_ms
