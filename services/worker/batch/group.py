@@ -104,6 +104,8 @@ class KafkaChunks:
         self._stopping = threading.Event()
         self._paused = False
         self._ready: deque[Delivery] = deque()
+        # Records handed over by the thread, and those that the loop has seen.
+        self._sent = self._seen = 0
         self._arrived = asyncio.Event()
         self._ours: dict[int, _Partition] = {}
         # By partition and offset: what is in somebody's hands, and what was done lately.
@@ -189,7 +191,7 @@ class KafkaChunks:
         check_at = time.monotonic() + _CHECK_S
         try:
             while not self._stopping.is_set():
-                at_hand = len(self._ready)
+                at_hand = len(self._ready) + self._sent - self._seen
                 try:
                     if not self._paused and at_hand >= _ENOUGH:
                         consumer.pause(consumer.assignment())
@@ -200,6 +202,7 @@ class KafkaChunks:
                     self._commit(consumer)
                     message = consumer.poll(_POLL_PAUSED_S if self._paused else _POLL_S)
                     if message is not None and not message.error():
+                        self._sent += 1
                         self._loop.call_soon_threadsafe(self._on_record, _record(message))
                     if time.monotonic() > check_at:
                         check_at = time.monotonic() + _CHECK_S
@@ -228,6 +231,7 @@ class KafkaChunks:
                 consumer.commit(offsets=parts, asynchronous=True)
 
     def _on_record(self, record: Record) -> None:
+        self._seen += 1
         at = (record.partition, record.offset)
         owned = self._ours.get(record.partition)
         if owned is None:
