@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,8 @@ def on_the_platform(figures: Figures, stack: Stack, version: str, source: Path) 
         times = []
         with sampled(stack) as samples:
             for _ in range(JOBS):
-                began = time.perf_counter()
                 job = job_of(client, version, uri)
-                times.append(time.perf_counter() - began)
+                times.append(seconds_of(job))
                 if job["counts"]["completed"] != figures.rows:
                     raise RuntimeError(f"not every row was answered: {job}")
         took = statistics.median(times)
@@ -265,7 +265,13 @@ def job_of(client: httpx.Client, version: str, uri: str) -> dict[str, Any]:
             return job
         if time.monotonic() > deadline:
             raise RuntimeError(f"the job does not end: {job}")
-        time.sleep(0.02)
+        time.sleep(0.2)
+
+
+def seconds_of(job: dict[str, Any]) -> float:
+    """From acceptance to the end by the platform's own clock: asking often would be part of the load."""
+    accepted, ended = (datetime.fromisoformat(job[name]) for name in ("created_at", "ended_at"))
+    return (ended - accepted).total_seconds()
 
 
 @contextmanager
