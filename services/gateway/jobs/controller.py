@@ -20,7 +20,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
 from services.common.db import transaction
-from services.common.errors import HeadraceError
+from services.common.errors import HeadraceError, InvalidArgument
 from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.decisions import OF_THE_JOB, Claim, Ending, allotted, next_step, window_of
@@ -37,7 +37,8 @@ log = structlog.get_logger(__name__)
 
 _LEASE = timedelta(seconds=15)
 _MAX_JOBS = 256
-_CUTTING_AT_ONCE = 4
+_CUTTING_AT_ONCE = 8
+_CUTTING_PER_KEY = 2
 _TICK_S = 1.0
 #: Wake-ups closer together than this are one.
 _PAUSE_S = 0.02
@@ -166,9 +167,18 @@ class Controller:
     def _cut(self, job: JobRow) -> None:
         if job.job_id in self._cutting or len(self._cutting) >= _CUTTING_AT_ONCE:
             return
+        # One key's terabytes leave room for the others' kilobytes.
+        mine = sum(1 for one in self.jobs if one.key_id == job.key_id and one.job_id in self._cutting)
+        if mine >= _CUTTING_PER_KEY:
+            return
         task = asyncio.create_task(self._cut_to_end(job), name=f"jobs:cut:{job.job_id}")
         self._cutting[job.job_id] = task
-        task.add_done_callback(lambda _task: self._cutting.pop(job.job_id, None))
+        task.add_done_callback(lambda _task: self._is_cut(job.job_id))
+
+    def _is_cut(self, job_id: str) -> None:
+        self._cutting.pop(job_id, None)
+        if not self._stopping:
+            self.wake()  # others wait for the place
 
     async def _cut_to_end(self, job: JobRow) -> None:
         speed = self._pools.speed(job.pool, job.model, job.version)
@@ -229,7 +239,13 @@ class Controller:
             given = allotted(claims, window - max(0, others))
             for job in jobs:
                 if given.get(job.job_id):
-                    await self._publish_some(job, given[job.job_id])
+                    await self._publish_or_fail(job, given[job.job_id])
+
+    async def _publish_or_fail(self, job: JobRow, count: int) -> None:
+        try:
+            await self._publish_some(job, count)
+        except InvalidArgument as error:  # no broker would ever take it; the other jobs must not wait for it
+            await self.fail(job.job_id, JobError(error.code, error.message, error.field or ""))
 
     async def _publish_some(self, job: JobRow, count: int) -> None:
         async with transaction(self._backend.engine) as session:

@@ -17,6 +17,8 @@ Ending = Literal["completed", "failed", "cancelled", "expired"]
 GRACE = timedelta(seconds=30)
 #: How often a chunk is published before its rows are given up.
 MAX_ATTEMPTS = 10
+#: How often workers may say that they cannot do a chunk now; each of them has waited for minutes.
+MAX_PATIENCE = 3
 #: A chunk that is this much older than one that is done was lost: partitions are read in order.
 OVERTAKEN = timedelta(seconds=60)
 
@@ -114,6 +116,8 @@ def judged(result: BatchChunkResult, rows: int, attempt: int, *, cancelling: boo
         return Verdict(done, rows - done)
     if result.code in OF_THE_JOB:
         return Verdict(done, failed, stop="failed")
+    if result.code == Code.CODE_UNAVAILABLE and attempt < MAX_PATIENCE:
+        return Verdict(0, 0, again=True)
     return Verdict(done, rows - done)
 
 

@@ -94,6 +94,13 @@ def test_a_verdict_never_counts_more_rows_than_there_are(
         assert verdict.done + verdict.failed == rows  # a job that completes has counted all
 
 
+def test_a_worker_that_cannot_now_is_asked_again_a_few_times() -> None:
+    told = BatchChunkResult(code=Code.CODE_UNAVAILABLE, rows_done=3)
+    assert judged(told, 10, 1, cancelling=False).again
+    last = judged(told, 10, 3, cancelling=False)
+    assert (last.done, last.failed, last.again) == (3, 7, False)
+
+
 CLAIMS = st.lists(
     st.builds(
         Claim,

@@ -345,6 +345,18 @@ def test_images_are_cut_by_name_and_a_changed_folder_is_another_input() -> None:
         list(cut_images("file:///f", [SourceInfo(1, "e", "notes.txt")], limits, None))
 
 
+def test_image_chunks_keep_within_bytes_and_names() -> None:
+    large = [SourceInfo(6, "e", f"{number}.png") for number in range(5)]
+    (cut,) = cut_images("file:///f", large, ChunkLimits(rows=100, bytes=12), None)
+    assert [chunk.rows for chunk in cut.chunks] == [2, 2, 1]
+    (cut,) = cut_images("file:///f", large, ChunkLimits(rows=100, bytes=1), None)
+    assert [chunk.rows for chunk in cut.chunks] == [1] * 5
+    long = [SourceInfo(1, "e", f"{'x' * 200}{number:06d}.png") for number in range(20_000)]
+    (cut,) = cut_images("file:///f", long, ChunkLimits(rows=65_536), None)
+    assert sum(chunk.rows for chunk in cut.chunks) == 20_000
+    assert all(chunk.input.ByteSize() < 2 << 20 for chunk in cut.chunks)
+
+
 def test_chunks_are_whole_batches_of_about_a_second() -> None:
     assert chunk_limits(0, 0.0).rows == 4096
     assert chunk_limits(256, 10_000).rows == 39 * 256

@@ -12,6 +12,8 @@ from services.common.objects import SourceInfo
 from services.gateway.jobs.sizing import ChunkLimits
 from services.gateway.jobs.splitting.port import CHUNKS_AT_ONCE, FIELD, Chunk, Cursor, Cut, refused
 
+#: Names travel in the chunk's record.
+_MAX_NAMES_BYTES = 1 << 20
 _ENDINGS = (".png", ".jpg", ".jpeg")
 
 
@@ -29,9 +31,12 @@ def cut_images(
     at: int = cursor["row"] if cursor is not None else 0
     chunks: list[Chunk] = []
     while at < len(images):
-        stop, size = at, 0
-        while stop < len(images) and stop - at < limits.rows and (stop == at or size <= limits.bytes):
+        stop, size, text = at, 0, 0
+        while stop < len(images) and stop - at < limits.rows:
             size += images[stop].size
+            text += len(images[stop].name.encode())
+            if stop > at and (size > limits.bytes or text > _MAX_NAMES_BYTES):
+                break
             stop += 1
         names = [one.name for one in images[at:stop]]
         of_folder = InputRange(uri=uri, format=InputFormat.INPUT_FORMAT_IMAGES, names=names)
