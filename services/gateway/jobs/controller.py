@@ -237,9 +237,12 @@ class Controller:
             others = flying.get(pool, 0) - sum(job.flying_chunks for job in jobs)
             claims = [Claim(job.job_id, job.priority, job.flying_chunks, job.open_chunks) for job in jobs]
             given = allotted(claims, window - max(0, others))
-            for job in jobs:
-                if given.get(job.job_id):
-                    await self._publish_or_fail(job, given[job.job_id])
+            try:
+                for job in jobs:
+                    if given.get(job.job_id):
+                        await self._publish_or_fail(job, given[job.job_id])
+            except HeadraceError as error:  # the broker is away, or this pool's topic is not as it should be
+                log.warning("chunks_not_published", pool=pool, reason=error.message)
 
     async def _publish_or_fail(self, job: JobRow, count: int) -> None:
         try:
