@@ -25,12 +25,12 @@ from tests.fixtures.servers import kafka_home
 
 ROWS = 200_000
 SEED = int(os.environ.get("CHAOS_SEED", "20261121"))
-#: Seconds between two deaths, drawn anew for each.
-PAUSES_S = (0.8, 1.8)
+#: The longest wait for progress before the next one dies.
+PATIENCE_S = 2.0
 WITHIN_S = 120.0
 MODEL = "slow-cancer"
-#: Width of the two layers that keep a worker busy: 200,000 rows take two cores more than ten seconds.
-WIDTH = 1536
+#: Width of the two layers that keep a worker busy, so that the job lasts for some seconds.
+WIDTH = 1024
 
 
 def _asked(client: httpx.Client, method: str, path: str, **more: Any) -> httpx.Response | None:
@@ -92,15 +92,28 @@ def _kill_in_any_order(stack: Stack, client: httpx.Client, job: str, broker: str
     dice = random.Random(seed)
     victims = [*dice.sample(["worker-0", "worker-1", "worker-2"], 2), "gateway", broker, "postgres"]
     dice.shuffle(victims)
+    shares = sorted(dice.uniform(0.02, 0.6) for _ in victims)
     died: list[str] = []
-    for victim in victims:
-        time.sleep(dice.uniform(*PAUSES_S))
-        answer = _asked(client, "GET", f"/v1/batch/{job}")
-        if answer is not None and answer.json()["status"] in ENDED:
+    for victim, share in zip(victims, shares, strict=True):
+        if _at(client, job, share * ROWS) in ENDED:
             break
         stack.kill(victim)
         died.append(victim)
     return died
+
+
+def _at(client: httpx.Client, job: str, rows: float) -> str:
+    """The state of the job once so many rows are done, or after a while: whoever would tell may be dead."""
+    state, deadline = "", time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and state not in ENDED:
+        answer = _asked(client, "GET", f"/v1/batch/{job}")
+        if answer is not None:
+            told = answer.json()
+            state = told["status"]
+            if told["counts"]["completed"] >= rows:
+                break
+        time.sleep(0.05)
+    return state
 
 
 def _survives(stack: Stack, broker: str, seed: int, tmp_path: Path) -> None:
