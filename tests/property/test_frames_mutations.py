@@ -1,0 +1,197 @@
+"""One byte out of place, anywhere in a frame connection, in either direction, however it is split: the
+connection goes on or ends, nothing escapes it, and everybody who waits hears of it once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.common.frames import FrameCalls, FrameServer
+from services.common.frames.client_connection import ClientConnection
+from services.common.frames.server_connection import ServerConnection
+from tests.fixtures.frames import QUICK, TOKEN, Echoes
+
+REQUESTS = 5
+#: More than a whole conversation, less than anything that runs away.
+MOST_BYTES = 1 << 20
+
+
+class Cable(asyncio.Transport):
+    """A transport that leads nowhere and keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = bytearray()
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+        assert len(self.written) < MOST_BYTES
+
+    def take(self) -> bytes:
+        taken = bytes(self.written)
+        self.written.clear()
+        return taken
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class Client:
+    def __init__(self) -> None:
+        self.calls = FrameCalls("h:1", credential=TOKEN, role="router", instance="c", limits=QUICK)
+        self.connection = ClientConnection(self.calls, TOKEN, asyncio.get_running_loop())
+        self.cable = Cable()
+        self.connection.connection_made(self.cable)
+        self.replies: dict[int, list[PredictReply]] = {}
+
+    def ask(self) -> None:
+        for number in range(REQUESTS):
+            got = self.replies.setdefault(number, [])
+            tensor = Tensor(name="x", shape=[1], data=bytes([number]) * 20)
+            self.calls.submit(PredictRequest(model="m", inputs=[tensor]), None, got.append)
+
+
+class Server:
+    def __init__(self) -> None:
+        self.echoes = Echoes()
+        self.server = FrameServer(self.echoes, credential=TOKEN, instance="s", role="worker", limits=QUICK)
+        self.connection = ServerConnection(self.server, asyncio.get_running_loop())
+        self.cable = Cable()
+        self.connection.connection_made(self.cable)
+
+
+async def conversation() -> tuple[bytes, bytes]:
+    """What client and server say to each other where nobody is at fault."""
+    client, server = Client(), Server()
+    said: tuple[bytearray, bytearray] = (bytearray(), bytearray())
+    for turn in range(8):
+        if turn == 3:
+            client.ask()
+        await asyncio.sleep(0)
+        asked = client.cable.take()
+        if asked:
+            server.connection.data_received(asked)
+        answered = server.cable.take()
+        if answered:
+            client.connection.data_received(answered)
+        said[0].extend(asked)
+        said[1].extend(answered)
+    assert all(len(got) == 1 for got in client.replies.values())
+    client.connection.connection_lost(None)
+    server.connection.connection_lost(None)
+    return bytes(said[0]), bytes(said[1])
+
+
+FROM_CLIENT, FROM_SERVER = asyncio.run(conversation())
+
+MUTATIONS = st.tuples(
+    st.sampled_from(["replace", "replace", "insert", "delete", "cut", "repeat"]),
+    st.integers(0, 4000),
+    st.integers(0, 255),
+)
+SPLITS = st.lists(st.integers(1, 200), max_size=12)
+
+
+def mutated(words: bytes, mutation: tuple[str, int, int]) -> bytes:
+    how, where, byte = mutation
+    at = where % len(words)
+    if how == "replace":
+        return words[:at] + bytes([byte]) + words[at + 1 :]
+    if how == "insert":
+        return words[:at] + bytes([byte]) + words[at:]
+    if how == "delete":
+        return words[:at] + words[at + 1 :]
+    if how == "cut":
+        return words[:at]
+    return words[:at] + words[max(0, at - byte) :]
+
+
+def pieces(words: bytes, sizes: list[int]) -> Iterator[bytes]:
+    at = 0
+    for size in sizes:
+        if words[at : at + size]:
+            yield words[at : at + size]
+        at += size
+    if words[at:]:
+        yield words[at:]
+
+
+@contextmanager
+def nothing_internal() -> Iterator[None]:
+    """No fault of ours is logged: what the peer did is a warning at most."""
+    faults: list[logging.LogRecord] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            faults.append(record)
+
+    handler = Keeper(logging.ERROR)
+    log = logging.getLogger("services.common.frames")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+    assert not faults, faults[0].getMessage()
+
+
+@given(MUTATIONS, SPLITS)
+@settings(max_examples=200, deadline=None)
+def test_a_server_survives_its_client(mutation: tuple[str, int, int], splits: list[int]) -> None:
+    async def play() -> None:
+        server = Server()
+        for piece in pieces(mutated(FROM_CLIENT, mutation), splits):
+            server.connection.data_received(piece)
+            await asyncio.sleep(0)
+        server.connection.connection_lost(None)
+        assert server.server.connections == 0
+        assert [echo.closed for echo in server.echoes.made] == [1] * len(server.echoes.made)
+        assert len(server.echoes.made) <= 1
+
+    with nothing_internal():
+        asyncio.run(play())
+
+
+@given(MUTATIONS, SPLITS)
+@settings(max_examples=200, deadline=None)
+def test_a_client_survives_its_server(mutation: tuple[str, int, int], splits: list[int]) -> None:
+    async def play() -> None:
+        client = Client()
+        for piece in pieces(mutated(FROM_SERVER, mutation), splits):
+            client.connection.data_received(piece)
+            if client.calls.usable and not client.replies:
+                client.ask()
+            await asyncio.sleep(0)
+        client.connection.connection_lost(None)
+        assert all(len(got) == 1 for got in client.replies.values())
+        assert client.calls.in_flight == 0
+        await client.calls.close()
+
+    with nothing_internal():
+        asyncio.run(play())
