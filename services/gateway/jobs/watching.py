@@ -82,7 +82,7 @@ class Watching:
         self._count += 1
         self._wake.set()
         try:
-            while True:
+            while not (watcher.told and self._closing):
                 await watcher.news.wait()
                 if watcher.told and self._closing:
                     return

@@ -20,10 +20,13 @@ from headrace.v1.dataplane_pb2 import Priority
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import ManualClock
+from services.common.errors import ResourceExhausted
+from services.gateway.jobs.backend import Availability
 from services.gateway.jobs.events import as_events
 from services.gateway.jobs.formats import as_json_lines, as_parquet, json_lines
 from services.gateway.jobs.pools import Pools, Speed
 from services.gateway.jobs.views import Job, JobError, job_json
+from services.gateway.jobs.watching import Watching
 
 ROWS = 1500
 
@@ -188,6 +191,31 @@ async def test_a_reader_that_goes_ends_its_source() -> None:
     await anext(events)
     await events.aclose()
     assert closed.is_set()
+
+
+async def test_followers_end_with_the_process() -> None:
+    watching = Watching(Availability(is_configured=True), ManualClock())
+    early, late = watching.follow(JOB), watching.follow(JOB)
+    assert await anext(early) is JOB
+    waiting = asyncio.ensure_future(anext(early, None))
+    await asyncio.sleep(0)
+    watching.close()
+    assert await waiting is None
+    assert [job async for job in late] == [JOB]  # it is told how things stand, and no more
+
+
+async def test_followers_are_bounded() -> None:
+    watching = Watching(Availability(is_configured=True), ManualClock())
+    ended = replace(JOB, ended_at=NOW)
+    for _ in range(3000):  # one after the other they are no crowd
+        assert [job async for job in watching.follow(ended)] == [ended]
+    followers = [watching.follow(JOB) for _ in range(2001)]
+    for one in followers[:2000]:
+        await anext(one)
+    with pytest.raises(ResourceExhausted):
+        await anext(followers[-1])
+    for one in followers:
+        await one.aclose()
 
 
 def test_a_pool_is_as_fast_as_its_median_worker() -> None:
