@@ -14,53 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from headrace.v1.dataplane_pb2 import Origin
-from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
+from benchmarks.logged import record
 from services.analytics import queries
-from services.analytics.columns import layout, parse, to_table
+from services.analytics.columns import Logged, layout, parse, to_table
 from services.analytics.comparison import compare
 from services.analytics.segments import encode
-from services.common.ids import new_id
-
-FEATURES = 30
 
 
 def records(rows: int, a_record: int, rng: np.random.Generator) -> list[bytes]:
     """Serialized records of together `rows` requests."""
-    made = []
-    for _ in range(rows // a_record):
-        x = rng.normal(size=(a_record, FEATURES)).astype("<f4")
-        y = rng.integers(0, 2, a_record).astype("<i8")
-        version = "2" if rng.random() < 0.1 else "1"
-        batch = PredictionBatch(
-            batch_id=new_id(),
-            source="worker-1",
-            writer=PredictionBatch.WRITER_WORKER,
-            model="cancer",
-            version=version,
-            artifact_digest="sha256:" + "ab" * 32,
-            answered_at_us=time.time_ns() // 1000,
-            request_ids=b"".join(new_id() for _ in range(a_record)),
-            unit_hashes=rng.integers(0, 50_000, a_record).tolist(),
-            variants=[0] * a_record,
-            variant_names=[version],
-            propensities=[0.1 if version == "2" else 0.9] * a_record,
-            revisions=[1] * a_record,
-            codes=[Code.CODE_OK] * a_record,
-            origins=[Origin.ORIGIN_ONLINE] * a_record,
-            attempts=[0] * a_record,
-            cached=[False] * a_record,
-            latency_us=rng.integers(500, 5_000, a_record).tolist(),
-            queue_us=[100] * a_record,
-            compute_us=[50] * a_record,
-            rows=[1] * a_record,
-            inputs=[Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=x.shape, data=x.tobytes())],
-            outputs=[Tensor(name="y", datatype=DataType.DATA_TYPE_INT64, shape=y.shape, data=y.tobytes())],
-        )
-        made.append(batch.SerializeToString())
-    return made
+    return [record(rng, a_record).SerializeToString() for _ in range(rows // a_record)]
 
 
 def main() -> None:
@@ -72,20 +36,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files: list[str] = []
         to_table([parse(records(1, 1, rng)[0])])  # the first call imports what pyarrow needs
-        for a_record in (1, 8, 32, 128):
+        for a_record in (1, 8, 32, 128, 4096):
             values = records(max(rows // 8, a_record) if a_record == 1 else rows, a_record, rng)
             taken = len(values) * a_record
             started = time.process_time()
-            batches = [parse(value) for value in values]
+            logged = [Logged.of(parse(value), value) for value in values]
             parsed = time.process_time()
-            groups: dict[str, list[PredictionBatch]] = {}
-            for batch in batches:
-                groups.setdefault(batch.version, []).append(batch)
-            tables = {version: to_table(members) for version, members in groups.items()}
+            groups: dict[str, list[Logged]] = {}
+            for one in logged:
+                groups.setdefault(one.batch.version, []).append(one)
+            tables = {
+                version: to_table([one.batch for one in members], "", [one.value for one in members])
+                for version, members in groups.items()
+            }
             columned = time.process_time()
             for version, table in tables.items():
                 members = groups[version]
-                _, data = encode(table, version, layout(members[0]), [batch.batch_id for batch in members])
+                ids = [one.batch_id for one in members]
+                _, data = encode(table, version, layout(members[0].batch), ids)
                 file = Path(folder) / f"{a_record}-{version}.parquet"
                 file.write_bytes(data)
                 files.append(str(file))

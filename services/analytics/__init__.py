@@ -1,8 +1,8 @@
 """Analytics: what the predictions say about the versions that made them.
 
 Read in this order: `app.py` (wiring), `consumers.py` (records come in), `columns.py`, `payload.py` and
-`arrays.py` (records as columns), `chunks.py` and `repository.py` (inbox, segments, outcomes), `flushing.py` and
-`segments.py` (inbox to Parquet, and what is kept how long), `reading.py` and `queries.py` (one row per
+`arrays.py` (records as columns), `chunks.py` and `repository.py` (inbox, segments, outcomes), `flushing.py`
+and `segments.py` (inbox to Parquet, and what is kept how long), `reading.py` and `queries.py` (one row per
 request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `shadows.py`, `shadow_totals.py`
 and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
 

@@ -88,6 +88,8 @@ class SegmentWriter:
         self._signatures = signatures
         self._clock = clock
         self._metrics = metrics
+        #: How many objects were named so far.
+        self.named = 0
 
     def knows(self, model: str, version: str) -> bool:
         """Whether it is known which output of the version is the answer. Objects are never written again, so
@@ -141,6 +143,7 @@ class SegmentWriter:
         for segment in segments:
             await repository.add_segment(session, segment, self._clock.now())
             self._metrics.segments.labels(why).inc()
+        self.named += len(segments)
 
 
 class Flusher:
@@ -185,11 +188,13 @@ class Flusher:
 
     async def _run(self) -> None:
         rare = (self.join_small, self.forget_claims, self.forget_old, self.forget, self.sweep)
-        periods = 0
+        periods = looked_at = 0
         while True:
             await _tried(self._save)
             if await _tried(partial(self._hold, _LEASE)):
-                if await _tried(self.flush_due):
+                await _tried(self.flush_due)
+                if self._writer.named - looked_at >= self._sizes.join_segments:
+                    looked_at = self._writer.named
                     await _tried(self.join_small)
                 for step in rare if periods % _RARE == 0 else ():
                     await _tried(step)

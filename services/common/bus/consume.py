@@ -87,7 +87,7 @@ class Subscription:
             # An idle FastStream loop waits this long twice, the second time deaf: this bounds the latency.
             batch_timeout_ms=max(50, min(250, int(collect_s * 500))),
             # A broker is asked less often where nobody is in a hurry.
-            fetch_max_wait_ms=max(50, min(500, int(collect_s * 1000))),
+            fetch_max_wait_ms=max(100, min(500, int(collect_s * 1000))),
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
             session_timeout_ms=int(session_timeout * 1000),
             heartbeat_interval_ms=int(session_timeout * 1000 / 4),

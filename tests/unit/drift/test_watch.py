@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 
 from services.drift import evaluation
 from services.drift.alerting import Change, Finding, Persistence, Signal, decide, findings, sentence
+from services.drift.detectors.ks import limit_tail
 from services.drift.evaluation import FeatureReport, Profile, Severity, Thresholds
 from services.drift.observations import Observations
 from services.drift.sample import MAX_CATEGORIES, OTHER, Sample, merged
@@ -166,3 +168,21 @@ def test_an_alert_says_what_a_person_needs() -> None:
     words = sentence(found, "cancer", "2", window)
     for part in ("b of cancer/2", "300 rows", "300 reference rows", "95% of windows", f"{found.value:.3f}"):
         assert part in words
+
+
+def test_the_tail_of_ks_is_that_of_the_exact_law() -> None:
+    for size in (25, 100, 5_000):
+        distances = np.linspace(0.2, 2.5, 30) / np.sqrt(size)
+        found = [limit_tail(float(distance), size) for distance in distances]
+        assert np.allclose(found, stats.kstwo.sf(distances, size), atol=5e-4)
+    assert limit_tail(0.0, 100) == 1.0
+
+
+def test_a_new_reference_is_compared_with_from_the_next_window_on() -> None:
+    rng = np.random.default_rng(9)
+    stream, cadence = Stream(), Cadence(200, 200, 1)
+    (calm,) = stream.feed([(rows(rng, 200), 1), (rows(rng, 200), 2)], cadence, THRESHOLDS)
+    stream.replace_reference(sample(rows(rng, 200, 3.0)))
+    (shifted,) = stream.feed([(rows(rng, 200), 3)], cadence, THRESHOLDS)
+    loud = [[r.feature for r in window.reports if r.psi_severity] for window in (calm, shifted)]
+    assert loud == [[], ["b"]]
