@@ -63,8 +63,8 @@ async def test_a_job_is_submitted_with_what_was_given_only() -> None:
     script = Script(*(httpx.Response(202, json={"batch_id": "b1"}) for _ in range(2)))
     with script.sync() as client:
         assert client.batches.submit("m", [[1]], priority="low", idempotency_key="k") == "b1"
-    async with script.awaited() as client:
-        assert await client.batches.submit("m", input_uri="store://x", exclude_from=("drift",)) == "b1"
+    async with script.awaited() as later_client:
+        assert await later_client.batches.submit("m", input_uri="store://x", exclude_from=("drift",)) == "b1"
     bodies = [json.loads(request.content) for request in script.asked]
     assert bodies[0] == {"model": "m", "inputs": [[1]], "priority": "low"}
     assert bodies[1] == {"model": "m", "input_uri": "store://x", "exclude_from": ["drift"]}
@@ -85,8 +85,8 @@ async def test_watching_survives_broken_connections() -> None:
     script = Script(*broken(), *broken())
     with script.sync() as client:
         seen = list(client.batches.watch("b1"))
-    async with script.awaited() as client:
-        awaited = [one async for one in client.batches.watch("b1")]
+    async with script.awaited() as later_client:
+        awaited = [one async for one in later_client.batches.watch("b1")]
     assert [(one.status, one.completed) for one in seen] == [
         ("validating", 0),
         ("in_progress", 3),
@@ -100,8 +100,8 @@ async def test_waiting_ends_with_the_last_state() -> None:
     done = httpx.Response(200, text=event(1, "failed", 1))
     with Script(done).sync() as client:
         assert client.batches.wait("b1").status == "failed"
-    async with Script(httpx.Response(200, text=event(1, "expired", 1))).awaited() as client:
-        assert (await client.batches.wait("b1")).ended
+    async with Script(httpx.Response(200, text=event(1, "expired", 1))).awaited() as later_client:
+        assert (await later_client.batches.wait("b1")).ended
 
 
 async def test_lists_go_on_page_by_page() -> None:
@@ -115,8 +115,8 @@ async def test_lists_go_on_page_by_page() -> None:
     script = Script(*pages(), *pages())
     with script.sync() as client:
         assert [one.id for one in client.batches.list(model="m")] == ["b1", "b2"]
-    async with script.awaited() as client:
-        assert [one.id async for one in client.batches.list(model="m")] == ["b1", "b2"]
+    async with script.awaited() as later_client:
+        assert [one.id async for one in later_client.batches.list(model="m")] == ["b1", "b2"]
     assert script.asked[1].url.params["after"] == script.asked[3].url.params["after"] == "b1"
 
 
@@ -126,9 +126,9 @@ async def test_results_are_read_line_by_line_and_written_to_files(tmp_path: Path
     with script.sync() as client:
         assert [one["row"] for one in client.batches.results("b1")] == [0, 1]
         assert client.batches.download("b1", tmp_path / "sync", format="parquet") == len(text)
-    async with script.awaited() as client:
-        assert [one["row"] async for one in client.batches.errors("b1", partial=True)] == [0, 1]
-        assert await client.files.download("file-1", tmp_path / "async") == len(text)
+    async with script.awaited() as later_client:
+        assert [one["row"] async for one in later_client.batches.errors("b1", partial=True)] == [0, 1]
+        assert await later_client.files.download("file-1", tmp_path / "async") == len(text)
     assert (tmp_path / "sync").read_text() == (tmp_path / "async").read_text() == text
     assert [str(request.url.query, "ascii") for request in script.asked] == [
         "format=jsonl",
@@ -153,8 +153,8 @@ async def test_files_are_sent_as_forms_of_known_length(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with script.sync() as client:
         assert client.files.upload(path, progress=lambda *at: told.append(at)).uri == kept["uri"]
-    async with script.awaited() as client:
-        assert (await client.files.upload(path, purpose="batch")).id == "file-1"
+    async with script.awaited() as later_client:
+        assert (await later_client.files.upload(path, purpose="batch")).id == "file-1"
     assert told[-1] == (800_000, 800_000)
     for request in script.asked:
         assert int(request.headers["content-length"]) == len(request.content)
@@ -169,9 +169,9 @@ async def test_errors_in_openais_shape_are_read_too() -> None:
     with script.sync() as client, pytest.raises(InvalidRequest) as refused:
         client.files.get("x")
     assert (refused.value.message, refused.value.field) == ("No such file.", "id")
-    async with script.awaited() as client:
+    async with script.awaited() as later_client:
         with pytest.raises(InvalidRequest):
-            [one async for one in client.batches.results("b1")]
+            [one async for one in later_client.batches.results("b1")]
 
 
 async def test_predictions_for_later_and_dead_letters() -> None:
@@ -193,12 +193,12 @@ async def test_predictions_for_later_and_dead_letters() -> None:
         assert client.dead_letters.queues()[0]["waiting"] == 1
         assert client.dead_letters.show("t.dlq", limit=2)[0]["reason"] == "r"
         assert client.dead_letters.replay("t.dlq") == 1
-    async with script.awaited() as client:
-        assert await client.async_predictions.submit("m", [1], single=True) == "r1"
-        assert (await client.async_predictions.get("r1", wait_s=3)).ended
-        assert (await client.dead_letters.queues())[0]["topic"] == "t.dlq"
-        assert await client.dead_letters.show("t.dlq", limit=2) == [{"reason": "r"}]
-        assert await client.dead_letters.replay("t.dlq") == 1
+    async with script.awaited() as later_client:
+        assert await later_client.async_predictions.submit("m", [1], single=True) == "r1"
+        assert (await later_client.async_predictions.get("r1", wait_s=3)).ended
+        assert (await later_client.dead_letters.queues())[0]["topic"] == "t.dlq"
+        assert await later_client.dead_letters.show("t.dlq", limit=2) == [{"reason": "r"}]
+        assert await later_client.dead_letters.replay("t.dlq") == 1
     assert json.loads(script.asked[0].content) == {"input": [1]}
     assert script.asked[0].url.path == "/v1/models/m/predict:async"
 
