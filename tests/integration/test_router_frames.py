@@ -99,8 +99,15 @@ class TestWorkersLeave:
         async with platform(tmp_path) as p:
             first, second = await p.worker("w1"), await p.worker("w2")
 
+            holding: Counter[str] = Counter()
+
             def slowly(worker: FakeWorker, peer: Peer, item: PredictRequest) -> None:
-                asyncio.get_running_loop().call_later(0.005, worker.echo, peer, item)
+                holding[worker.worker_id] += 1
+                asyncio.get_running_loop().call_later(0.005, answer, worker, peer, item)
+
+            def answer(worker: FakeWorker, peer: Peer, item: PredictRequest) -> None:
+                holding[worker.worker_id] -= 1
+                worker.echo(peer, item)
 
             first.behave = second.behave = slowly
             codes: Counter[Code] = Counter()
@@ -115,6 +122,8 @@ class TestWorkersLeave:
                 for number in range(64):
                     users.create_task(user(number))
                 await asyncio.sleep(0.05)
+                # On a busy machine it may have just answered all it had; then its death would go unnoticed.
+                await until(lambda: holding["w1"])
                 await first.kill()
             assert codes == {Code.CODE_OK: 64 * 40}
             assert any(item.attempt == 1 for item in second.seen)
