@@ -205,9 +205,12 @@ async def test_a_broker_that_comes_back_empty_is_read_from_its_beginning(
         await eventually(lambda: len(member.taken) == 100)
         broker.kill()
         broker.start(timeout=30)
+        # The members are back before anybody makes the topic.
+        await asyncio.sleep(3.0)
         await ensure_topics(pool.bootstrap, [pool.topic])
         await pool.put(1000, 20)
         await eventually(lambda: set(map(int, member.values)) >= set(range(1000, 1020)), 40)
+        await settled(pool)
 
 
 @pytest.mark.kafka

@@ -21,6 +21,7 @@ from services.worker.batch.metrics import BatchStats
 from services.worker.batch.port import Chunks
 from services.worker.batch.reading import ChunkReader
 from services.worker.batch.work import ChunkWork, Shared, WorkOptions
+from services.worker.loading import return_freed_memory
 from services.worker.model_host import ModelHost
 
 # Chunks that were cancelled while this worker was away are known before the first one is begun, unless the
@@ -123,3 +124,5 @@ async def _release_idle(reader: ChunkReader, stats: BatchStats) -> None:
         await asyncio.sleep(_IDLE_S)
         if not stats.in_work and stats.chunks.total() == before:
             await reader.release()
+            if before:
+                await asyncio.to_thread(return_freed_memory)

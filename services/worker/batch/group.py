@@ -43,17 +43,19 @@ class _Partition:
     """One partition while it is ours: what was delivered of it, oldest first."""
 
     def __init__(self) -> None:
-        self.at_hand: deque[tuple[int, Delivery]] = deque()
-        self.settled: set[int] = set()
+        self.at_hand: deque[Delivery] = deque()
+        self._settled: set[Delivery] = set()
 
-    def settle(self, offset: int) -> int | None:
-        """The offset to commit now that the record at `offset` is done; None while one before it is not."""
-        self.settled.add(offset)
+    def settle(self, delivery: Delivery) -> int | None:
+        """The offset to commit now that `delivery` is done; None while one before it is not. One of another
+        time, or of a log that the broker has lost, changes nothing."""
+        if delivery in self.at_hand:
+            self._settled.add(delivery)
         reached = None
-        while self.at_hand and self.at_hand[0][0] in self.settled:
-            reached, _ = self.at_hand.popleft()
-            self.settled.discard(reached)
-        return None if reached is None else reached + 1
+        while self.at_hand and self.at_hand[0] in self._settled:
+            reached = self.at_hand.popleft()
+            self._settled.discard(reached)
+        return None if reached is None else reached.record.offset + 1
 
 
 class KafkaChunks:
@@ -90,7 +92,10 @@ class KafkaChunks:
             "auto.offset.reset": "earliest",
             "fetch.wait.max.ms": 50,
             "fetch.message.max.bytes": MAX_RECORD_BYTES,
-            "queued.min.messages": _ENOUGH,
+            # What lies in the client's own queue is dropped by a pause and fetched again; with little in it a
+            # fetch would be put off, by a second unless told otherwise.
+            "queued.min.messages": 8 * _ENOUGH,
+            "fetch.queue.backoff.ms": 10,
             "queued.max.messages.kbytes": 2 * MAX_RECORD_BYTES >> 10,
             "topic.metadata.refresh.interval.ms": 3000,
             "reconnect.backoff.max.ms": 1000,
@@ -146,11 +151,13 @@ class KafkaChunks:
         """See Chunks."""
         record = delivery.record
         at = (record.partition, record.offset)
-        self._in_hand.pop(at, None)
+        if self._in_hand.get(at) is not delivery:
+            return  # the broker has lost it, and something else is there now
+        del self._in_hand[at]
         self._done[at] = record.value
         while len(self._done) > _REMEMBERED:
             self._done.popitem(last=False)
-        self._settled(record.partition, record.offset)
+        self._settled(delivery)
 
     async def publish(self, records: Sequence[Record]) -> None:
         """See Chunks."""
@@ -173,9 +180,10 @@ class KafkaChunks:
         self._thread = threading.Thread(target=self._run, name="batch-group", daemon=True)
         self._thread.start()
 
-    def _settled(self, partition: int, offset: int) -> None:
+    def _settled(self, delivery: Delivery) -> None:
+        partition = delivery.record.partition
         owned = self._ours.get(partition)
-        reached = owned.settle(offset) if owned is not None else None
+        reached = owned.settle(delivery) if owned is not None else None
         if reached is not None:
             self._to_commit.append((partition, reached))
 
@@ -239,12 +247,12 @@ class KafkaChunks:
         known = self._in_hand.get(at)
         if known is not None and known.record.value == record.value:
             # It went away and came back while it was in work here; that work counts.
-            owned.at_hand.append((record.offset, known))
+            owned.at_hand.append(known)
             return
         delivery = Delivery(record)
-        owned.at_hand.append((record.offset, delivery))
+        owned.at_hand.append(delivery)
         if at in self._done and self._done[at] == record.value:
-            self._settled(*at)
+            self._settled(delivery)
             return
         self._in_hand[at] = delivery
         self._ready.append(delivery)
@@ -270,6 +278,7 @@ class KafkaChunks:
             self._loop.call_soon_threadsafe(self._revoked, numbers)
 
     def _assigned(self, numbers: list[int]) -> None:
+        """Ours from now on, or begun anew: what was delivered before counts no more."""
         self.rebalances += 1
         for number in numbers:
             self._ours[number] = _Partition()
@@ -292,6 +301,7 @@ class KafkaChunks:
             _, high = consumer.get_watermark_offsets(part, cached=True)
             if 0 <= high < part.offset:
                 log.warning("%s/%d lost its records, reading from the beginning", part.topic, part.partition)
+                self._loop.call_soon_threadsafe(self._assigned, [part.partition])
                 consumer.seek(TopicPartition(part.topic, part.partition, 0))
 
 

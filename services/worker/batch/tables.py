@@ -43,7 +43,7 @@ class TableFile:
         self._parquet: pq.ParquetFile | None = None
         try:
             if parquet:
-                self._parquet = pq.ParquetFile(pa.PythonFile(file, "r"), pre_buffer=True)
+                self._parquet = pq.ParquetFile(pa.PythonFile(file, "r"))
                 self._columns = columns(self._parquet.schema_arrow.names)
             else:
                 self._arrow = pa.ipc.open_file(pa.PythonFile(file, "r"))
@@ -94,7 +94,11 @@ class TableFile:
         else:
             self._kept = None  # before the next one is there: two would take twice the memory
             if self._parquet is not None:
-                table = self._parquet.read_row_group(group, columns=self._columns, use_threads=False)
+                # A reader that fetches ahead keeps all that it fetched for as long as it lives.
+                reader = pq.ParquetFile(
+                    pa.PythonFile(self._file, "r"), metadata=self._parquet.metadata, pre_buffer=True
+                )
+                table = reader.read_row_group(group, columns=self._columns, use_threads=False)
             else:
                 table = pa.Table.from_batches([self._arrow.get_batch(group)]).select(self._columns)
         self._kept = (group, table) if keep else None

@@ -275,7 +275,12 @@ class TestImages:
         assert rows.custom_ids == ["a", "b"]
 
     def test_a_file_that_is_no_image_of_the_right_size_fails_alone(self) -> None:
-        files: list[bytes | HeadraceError] = [picture("JPEG"), b"no image", NotFound("There is no such input."), picture("PNG", (9, 9))]
+        files: list[bytes | HeadraceError] = [
+            picture("JPEG"),
+            b"no image",
+            NotFound("There is no such input."),
+            picture("PNG", (9, 9)),
+        ]
         rows = rows_of_images(["a", "b", "c", "d"], files, inputs(("image", UINT8, [-1, 2, 3, 3])), 4)
 
         assert rows.groups[0].places.tolist() == [0]

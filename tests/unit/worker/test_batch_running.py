@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from services.common.errors import Cancelled, HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
 from services.worker.batch.rows import Group, Inputs, Rows
 from services.worker.batch.running import ChunkRun, rows_of_a_run
-from services.worker.item import Item
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
+from services.worker.item import Item
 from services.worker.tensors import Array
 from services.worker.turn import Turn
 from tests.fixtures.batch import TABULAR
