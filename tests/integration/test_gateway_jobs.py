@@ -303,3 +303,28 @@ async def test_a_result_that_is_none_is_put_aside(shared_jobs: Jobs) -> None:
     assert (await here.ended(second))["status"] == "completed"
     dead = here.running.bus.records(dead_letters(JOB_RESULTS, "gateway").name)
     assert len(dead) == len(strange)
+
+
+async def test_a_key_has_a_bounded_number_of_jobs(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path, batch_max_jobs_per_key=2) as here:
+        here.worker.gate.clear()
+        large = [{"x": 1}] * 20_000  # stored before the job is
+        first = [await here.submitted(inputs=large) for _ in range(2)]
+        answer = await here.rest.post("/v1/batch", json={"model": "cancer", "inputs": large})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+        assert {one.path.split("/")[1] for one in await here.worker.store.list("files")} == set(first)
+        here.worker.gate.set()
+        for batch_id in first:
+            assert (await here.ended(batch_id))["status"] == "completed"
+        await here.submitted(inputs=[1])
+
+
+async def test_a_record_that_is_handled_twice_at_once_is_one_job(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    rows = json.dumps([{"x": number} for number in range(20_000)]).encode()
+    message = BatchJob(job_id="twice", model="cancer", inputs_json=rows).SerializeToString()
+    await here.running.bus.publish([Record(JOBS.name, str(n).encode(), message) for n in range(8)])
+    job = await here.until("twice", lambda one: one["ended_at"] is not None)
+    assert (job["status"], job["counts"]["completed"]) == ("completed", 20_000)
+    assert len(await here.worker.store.list("files/twice")) == 1

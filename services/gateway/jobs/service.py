@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Any
@@ -23,6 +24,7 @@ from services.common.errors import (
     ResourceExhausted,
 )
 from services.common.ids import id_text, new_id
+from services.common.objects import digest_of_bytes
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.backend import Availability, Backend
@@ -140,11 +142,7 @@ class JobService:
                 noted = await repository.idempotent(caller.key_id, spec.idempotency_key, digest, job_id, now)
                 job_id = _same(noted, digest)
             if job_id == row["job_id"]:
-                if await repository.under_way(caller.key_id) >= self._limits.max_jobs_per_key:
-                    raise ResourceExhausted(
-                        f"This key has {self._limits.max_jobs_per_key} jobs under way.",
-                        retry_after_ms=_RETRY_MS,
-                    )
+                await self._check_room(repository, caller)
                 await repository.insert(row)
             stored = await repository.job(job_id)
         if stored is None or stored.key_id != caller.key_id:
@@ -240,20 +238,29 @@ class JobService:
     async def _known(self, backend: Backend, spec: JobSpec, caller: Key, digest: bytes) -> Job | None:
         """The job that was made of this request before: looked up first, so that its input is not stored
         twice."""
-        if not spec.idempotency_key and not spec.job_id:
-            return None
+        row: JobRow | None = None
         async with transaction(backend.engine) as session:
             repository = JobRepository(session)
             job_id: str | None = spec.job_id
             if spec.idempotency_key:
                 noted = await repository.noted(caller.key_id, spec.idempotency_key)
                 job_id = None if noted is None else _same(noted, digest)
-            row = await repository.job(job_id) if job_id else None
+            if job_id:
+                row = await repository.job(job_id)
+            if row is None:
+                await self._check_room(repository, caller)
         if row is None:
             return None
         if row.key_id != caller.key_id:
             raise AlreadyExists("There is a job of that id.", field="job_id")
         return job_of(row, self._clock.now())
+
+    async def _check_room(self, repository: JobRepository, caller: Key) -> None:
+        """Raise ResourceExhausted where the caller has as many jobs as one may have."""
+        if await repository.under_way(caller.key_id) >= self._limits.max_jobs_per_key:
+            raise ResourceExhausted(
+                f"This key has {self._limits.max_jobs_per_key} jobs under way.", retry_after_ms=_RETRY_MS
+            )
 
     async def _input(self, backend: Backend, spec: JobSpec, caller: Key, job_id: str) -> dict[str, Any]:
         """Columns of the input: where the rows are, and what it was when the job was accepted."""
@@ -270,8 +277,12 @@ class JobService:
             lines, rows = rows_as_lines(spec.inputs)
         if len(lines) <= INLINE_BYTES:
             return {"input_uri": "", "inline_input": lines, "etag": "", "rows": rows}
-        path = f"files/{job_id}/inputs.jsonl"
-        await backend.store.put(path, lines)
+        # Named by its content and written once: a record that is handled twice at the same time must not
+        # change what the first was cut by.
+        name = await asyncio.to_thread(digest_of_bytes, lines)
+        path = f"files/{job_id}/{name.removeprefix('sha256:')}.jsonl"
+        with suppress(AlreadyExists):
+            await backend.store.put_if_absent(path, lines)
         info = await backend.sources.stat(f"store://{path}")
         return {"input_uri": f"store://{path}", "inline_input": None, "etag": info.etag, "rows": rows}
 
