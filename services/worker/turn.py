@@ -42,6 +42,11 @@ class Turn(Item):
         super().__init__(request, rows, key, (b"",), inf, self._settled)
         self.bulk = bulk
 
+    def forget(self) -> None:
+        """Its work is over. An item refers to itself, so what it holds would stay until a collection comes
+        by, which with few and large objects is hardly ever."""
+        del self.bulk
+
     def _settled(self, _request: PredictRequest, answer: Answer) -> None:
         if isinstance(answer, HeadraceError):
             self.bulk.refused(answer)

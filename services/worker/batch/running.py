@@ -158,6 +158,7 @@ class ChunkRun:
                 self._abandoned = True
                 version.cancel(turn)
                 raise
+            turn.forget()
             refusals = refusals + 1 if self._refusal is not None else 0
             if self._refusal is not None and refusals >= _REFUSALS:
                 raise self._refusal

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -111,6 +113,21 @@ async def test_all_rows_run_in_one_turn_where_nobody_waits(threads: ThreadPoolEx
     assert answered(run) == {i: [6 * i, 6 * i + 2, 6 * i + 4] for i in range(10)}
     ((_, inputs),) = run.answers()
     assert inputs["x"] is rows.groups[0].arrays["x"]
+
+
+async def test_rows_are_let_go_of_without_a_collection(threads: ThreadPoolExecutor) -> None:
+    """Few objects with large arrays hardly ever make Python look for cycles."""
+    gc.disable()
+    try:
+        slot, run = Slot(Model()), run_of(rows_of(10), 4, threads)
+        await run.run(lambda: slot, 64)
+        left = weakref.ref(run)
+        del run
+        async with asyncio.timeout(5):
+            while left() is not None:  # noqa: ASYNC110 - the thread is about to end its turn
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 async def test_the_slot_is_given_back_between_runs_where_somebody_waits(threads: ThreadPoolExecutor) -> None:
