@@ -52,7 +52,9 @@ class Router:
 
 
 @asynccontextmanager
-async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Router]:
+async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
+    cfg: Settings, clock: Clock, bus: Bus | None = None
+) -> AsyncIterator[Router]:
     """Serve while the block runs, then drain: gateways are told, what is in flight is answered, the log is
     flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests."""
     async with AsyncExitStack() as stack:
@@ -84,6 +86,7 @@ async def router_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> Asy
 
         def table_changed() -> None:
             snapshot.changed()
+            dispatcher.table_changed()
 
         def workers_changed() -> None:
             snapshot.changed()

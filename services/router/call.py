@@ -7,24 +7,17 @@ never after a cancel. There is no task and no future per request; the frame chan
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
-from services.common.errors import HeadraceError, NotFound
+from services.common.errors import HeadraceError
 from services.common.frames import lost, timeout_override
-from services.router.assignment import unit_digest
 from services.router.endpoints import Endpoint, Group
 from services.router.outliers import Verdict, verdict
-from services.router.routing_table import Fallback, Route, Target
-from services.router.shadow import Mirror
-from services.router.span import RouteSpan
+from services.router.routed import Routed
 from services.router.stats import NOWHERE
-
-if TYPE_CHECKING:
-    from services.router.dispatch import Dispatcher
-    from services.router.result_cache import Flight
 
 _OK: Final = Code.CODE_OK
 _CODES: Final = frozenset(Code.values())
@@ -42,25 +35,6 @@ _TIE_S: Final = 0.005
 _monotonic = time.monotonic
 
 
-#: What precedes fields that are appended to a request: unit_hash (16, fixed64), attempt (18, varint) and
-#: trace (9, 25 bytes). In protobuf the last value of a field counts.
-_UNIT_HASH: Final = b"\x81\x01"
-_ATTEMPT: Final = b"\x90\x01"
-_TRACE: Final = b"\x4a\x19"
-
-
-class Owner(Protocol):
-    """Whoever asked."""
-
-    def answer(self, call: Call, reply: PredictReply) -> None:
-        """Take the answer to `call`. The reply may be changed, and is not kept by anybody else."""
-        ...
-
-    def pass_on(self, call: Call, reply: bytes) -> None:
-        """The same for an answer that nobody needs to change, as the worker sent it, but for its id."""
-        ...
-
-
 class Attempt:
     """A request at one more endpoint than the one that was asked first."""
 
@@ -72,97 +46,33 @@ class Attempt:
         self.local_id = 0
 
 
-class Call:
+class Call(Routed):
     """One request and where it is. It is sent as it came, with what the router decided appended."""
 
-    # What few requests have stands here once, so that the others need not say that they have it not.
-
-    #: None until there is a deployment for the model.
-    route: Route | None = None
-    target: Target | None = None
-    endpoint: Endpoint | None = None
-    deadline = 0.0
-    unit_hash = 0
-    #: Of the version that was assigned, whoever answers in the end.
-    propensity = 1.0
-    tried: tuple[Endpoint, ...] = ()
-    attempt = 0
-    done = False
-    #: Whether a success goes back as it is, and nobody else wants to know.
-    plain = True
-    #: Whether another version answers than was routed.
-    fell_back = False
-    #: Whether a shadow gets a copy once it is answered.
-    mirrored = False
-    #: Where it is with others that want the same of the result cache.
-    flight: Flight | None = None
-    _fallback: Fallback | None = None
     _hedge: Attempt | None = None
-    #: The first one of the version that is asked.
-    _first_attempt = 0
-    _retrying = False
-    _lost = False
-    _span: RouteSpan | None = None
-
-    group: Group
-    _local_id: int
-
-    def __init__(
-        self, dispatcher: Dispatcher, request: PredictRequest, payload: bytes, owner: Owner, now: float
-    ) -> None:
-        """`payload` is `request` serialized. `now` is monotonic, the same for all requests of a frame."""
-        self._dispatcher = dispatcher
-        self.request = request
-        self.payload = payload
-        #: What is appended to `payload`.
-        self.stamp = b""
-        self.owner = owner
-        self.owner_id: int = request.id
-        self.began_at = self.sent_at = now
 
     def begin(self) -> None:
         """Route the request and send it."""
-        dispatcher, request, now = self._dispatcher, self.request, self.began_at
+        dispatcher = self._dispatcher
         dispatcher.budget.active += 1
-        route = self.route = dispatcher.find(request.model)
-        if route is None:
-            self.refuse(dispatcher.unknown_model(request.model))
+        try:
+            route = self.decide()
+        except HeadraceError as error:
+            self.refuse(error)
             return
-        unit = request.unit.encode() or request.request_id
-        digest = unit_digest(unit)
-        self.unit_hash = int.from_bytes(digest, "little")
-        timeout_us = request.timeout_us
-        self.deadline = now + (timeout_us * 1e-6 if timeout_us else route.timeout_s)
-        if request.version:
-            try:
-                target = route.named(request.version)
-            except NotFound as error:
-                self.refuse(error)
-                return
-            stamp = target.stamp_named
-        else:
-            target = route.assign(unit)
-            self.propensity = target.propensity
-            stamp = target.stamp
-            if route.watched:
-                self._watch(route, target)
-        self.target = target
-        stamp += _UNIT_HASH + digest
-        self.stamp = stamp if timeout_us else stamp + route.timeout
-        if request.trace:
-            self._trace()
         if route.cache is not None and dispatcher.cache is not None:
             self.plain = False
             dispatcher.cache.enter(self, route.cache)
         else:
-            self.send(now)
+            self.send(self.began_at)
 
     def send(self, now: float) -> None:
         """Give the request to an endpoint that was not tried, or wait for one, or refuse."""
         route, target = self.route, self.target
         if route is None or target is None:
             raise RuntimeError("a call is sent before it was routed")
-        group = self.group = (target.way or self._dispatcher.way(target)).group
+        way = self.way = self._dispatcher.way(target)
+        group = self.group = way.group
         if group.broken and self._spare_broken(group, now):
             return
         endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried)
@@ -176,9 +86,9 @@ class Call:
         if now != self.began_at:
             stamp += timeout_override(int((self.deadline - now) * 1e6))
         self._local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_reply)
-        if route.hedging is not None and not self.attempt and target.way is not None:
+        if route.hedging is not None and not self.attempt:
             self.plain = False
-            target.way.hedges.watch(self, route.hedging, now)
+            way.hedges.watch(self, route.hedging, now)
 
     def hedge(self, now: float) -> None:
         """It is late: ask a second endpoint as well, if there is one and the budget allows it."""
@@ -262,27 +172,6 @@ class Call:
 
     # Inner steps
 
-    def _watch(self, route: Route, target: Target) -> None:
-        """Note who else has to do with requests that were assigned."""
-        fallback, shadow = route.fallback, route.shadow
-        if fallback is not None and fallback.target is not target:
-            self._fallback = fallback
-        if shadow is not None and shadow.target is not target and not self.request.origin:
-            self.mirrored = Mirror.chosen(shadow, self.request)
-            if self.mirrored:
-                self.plain = False
-
-    def _trace(self) -> None:
-        self._span = RouteSpan.begin(self._dispatcher.tracing, self)
-        if self._span is not None:
-            self.plain = False
-            self.stamp += _TRACE + self._span.context
-
-    def _send_as(self, attempt: int) -> None:
-        """The worker and its log learn how many were asked before."""
-        self.attempt = attempt
-        self.stamp += _ATTEMPT + bytes((attempt,))
-
     def _find_none(self) -> None:
         """No endpoint can take it now: the fallback does, or it waits for one."""
         target = self.target
@@ -343,8 +232,8 @@ class Call:
             self._end(_OK, now)
             self.owner.pass_on(self, payload)
             return
-        if self.target is not None and self.target.way is not None:
-            self.target.way.hedges.usual.observe(now - self.began_at)
+        if self.way is not None:
+            self.way.hedges.usual.observe(now - self.began_at)
         self._finish(reply, ran=True)
 
     def _on_hedge_reply(self, reply: PredictReply, payload: bytes | None) -> None:
@@ -492,8 +381,8 @@ class Call:
             self._drop_hedge(self._hedge, now)
         if self._retrying:
             dispatcher.budget.give_back()
-        if target is not None and target.way is not None:
-            totals = target.way.totals
+        if self.way is not None:
+            totals = self.way.totals
         else:
             totals = dispatcher.stats.of(target.key if target is not None else NOWHERE)
         totals.answered(code, now - self.began_at)

@@ -63,18 +63,23 @@ class Dispatcher:
         self.max_attempts = max_attempts
         self.cache = cache
         self.mirror = mirror
+        #: By target, for as long as its route stays.
+        self.ways: dict[Target, Way] = {}
         self._hedges: dict[VersionKey, Hedges] = {}
         self.waiting = Waiting(self, endpoints, wait_s=endpoint_wait_s, limit=max_waiting)
 
     def way(self, target: Target) -> Way:
         """The way to `target`."""
-        if target.way is None:
+        way = self.ways.get(target)
+        if way is None:
             key = target.key
-            hedges = self._hedges.get(key)
-            if hedges is None:
-                hedges = self._hedges[key] = Hedges()
-            target.way = Way(self.endpoints.group(key), self.stats.of(key), hedges)
-        return target.way
+            hedges = self._hedges.setdefault(key, Hedges())
+            way = self.ways[target] = Way(self.endpoints.group(key), self.stats.of(key), hedges)
+        return way
+
+    def table_changed(self) -> None:
+        """Some routes, and so their targets, are others now."""
+        self.ways.clear()
 
     def close(self) -> None:
         """Nothing is sent a second time any more."""
@@ -111,7 +116,7 @@ class GatewayConnection:
                 cancelled.cancel()
         now = _monotonic()
         dispatcher = self._dispatcher
-        for item, payload in zip(frame.items, item_payloads(self._peer.payload), strict=False):
+        for item, payload in zip(frame.items[:], item_payloads(self._peer.payload), strict=False):
             call = calls[item.id] = Call(dispatcher, item, payload, self, now)
             try:
                 call.begin()

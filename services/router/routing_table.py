@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import structlog
 from headrace.v1.control_pb2 import Balancing, ServedVersion, ServingConfig
@@ -12,11 +12,7 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import NotFound
-from services.common.frames import timeout_override
 from services.router.assignment import BUCKETS, Buckets, fill
-
-if TYPE_CHECKING:
-    from services.router.dispatch import Way
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +32,6 @@ class Target:
         "stamp_named",
         "variant",
         "version",
-        "way",
     )
 
     def __init__(self, model: str, served: ServedVersion, propensity: float, revision: int = 0) -> None:
@@ -54,8 +49,6 @@ class Target:
         known = self.name + PredictRequest(revision=revision).SerializeToString()
         self.stamp = known + PredictRequest(propensity=propensity).SerializeToString()
         self.stamp_named = known + PredictRequest(propensity=1.0).SerializeToString()
-        #: What the dispatcher keeps about the version, once it was asked for.
-        self.way: Way | None = None
 
 
 _TOLERANCE: Final = 0.001
@@ -132,7 +125,7 @@ class Route:
         self.balancing: Balancing = config.balancing or Balancing.BALANCING_LEAST_LATENCY
         self.timeout_s = config.default_timeout_ms / 1e3 or default_timeout_s
         #: The field of a serialized PredictRequest that says the same.
-        self.timeout = timeout_override(int(self.timeout_s * 1e6))
+        self.timeout = PredictRequest(timeout_us=int(self.timeout_s * 1e6)).SerializeToString()
         self._of_unit = Buckets(config.salt).of
         self._targets = tuple(
             Target(config.model, served, filled.count(index) / BUCKETS, config.revision)

@@ -11,7 +11,7 @@ from opentelemetry.trace import SpanContext, SpanKind
 from services.common.telemetry import Tracing, from_trace_bytes, trace_bytes
 
 if TYPE_CHECKING:
-    from services.router.call import Call
+    from services.router.routed import Routed
 
 
 class RouteSpan:
@@ -28,7 +28,7 @@ class RouteSpan:
         self._started_ns = time.time_ns()
 
     @classmethod
-    def begin(cls, tracing: Tracing, call: Call) -> RouteSpan | None:
+    def begin(cls, tracing: Tracing, call: Routed) -> RouteSpan | None:
         """The span below the one that the request came with; None where nothing is recorded."""
         parent = from_trace_bytes(call.request.trace)
         context = tracing.start(parent)
@@ -36,7 +36,7 @@ class RouteSpan:
             return None
         return cls(tracing, parent, context)
 
-    def end(self, call: Call, code: Code) -> None:
+    def end(self, call: Routed, code: Code) -> None:
         """The request ended with `code`."""
         model, target = call.request.model, call.target
         self._tracing.record_span(

@@ -316,7 +316,7 @@ class FrameCalls:
             self.drained()
         pending, outbox = self._pending, self._outbox
         payloads = item_payloads(payload) if self.forwards else None
-        replies: Iterable[PredictReply | SealedReply] = frame.items
+        replies: Iterable[PredictReply | SealedReply] = frame.items[:]
         for at, reply in enumerate(replies):
             local_id = reply.id
             entry = pending.pop(local_id, None)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final, Protocol
 
-from headrace.v1.dataplane_pb2 import Hello, PredictReply, RequestFrame
+from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames.limits import Limits
@@ -144,8 +144,9 @@ class Peer:
 
     # The connection's part.
 
-    def take(self, frame: RequestFrame) -> None:
-        """Open the frame's items, close its cancels, and refuse what is too much."""
+    def take(self, frame: RequestFrame) -> list[PredictRequest]:
+        """Open the frame's items, close its cancels, and refuse what is too much. Returns the items left:
+        while somebody holds them, the frame need not make them again."""
         opened = self._open
         if frame.cancels:
             opened.difference_update(frame.cancels)
@@ -162,10 +163,12 @@ class Peer:
                     )
                 )
             del items[room:]
+        kept = items[:]
         before = len(opened)
-        opened.update([item.id for item in items])
-        if len(opened) - before != len(items):
+        opened.update([item.id for item in kept])
+        if len(opened) - before != len(kept):
             raise Violation(ErrorCode.PROTOCOL_ERROR, "an item id was used twice")
+        return kept
 
     def abandon(self, ids: list[int], message: str) -> None:
         """Answer those of `ids` that are still open with INTERNAL."""

@@ -133,8 +133,8 @@ class ServerConnection(Http2Connection):
         peer, handler = self._peer, self._handler
         if peer is None or handler is None:
             return
-        peer.take(frame)
-        if not frame.items and not frame.cancels:
+        items = peer.take(frame)
+        if not items and not frame.cancels:
             return
         self._watch()
         peer.payload = payload
@@ -142,7 +142,7 @@ class ServerConnection(Http2Connection):
             handler.on_request_frame(frame)
         except Exception:
             log.exception("a frame handler failed")
-            peer.abandon([item.id for item in frame.items], "internal error")
+            peer.abandon([item.id for item in items], "internal error")
         finally:
             peer.payload = b""
 
