@@ -2,6 +2,6 @@
 
 Reading order: settings, __main__, app (wiring); dispatch (a gateway's frames), routed and call (one request's
 way), routing_table and assignment (which version), endpoints, balancing and outliers (which worker),
-retry_budget, waiting, hedging; result_cache, cache_key, result_store; shadow, comparison; prediction_log, span,
-stats, metrics, snapshot, grpc_server.
+retry_budget, waiting, hedging; result_cache, cache_key, result_store; shadow, comparison; prediction_log,
+span, stats, metrics, snapshot, grpc_server.
 """
