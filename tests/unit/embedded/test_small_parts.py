@@ -103,7 +103,7 @@ def test_what_holds_data_is_closed_to_other_users(tmp_path: Path) -> None:
     (home / "logs").mkdir(parents=True)  # of an earlier version
     make_directories(home)
     modes = {folder.name: folder.stat().st_mode & 0o777 for folder in home.iterdir()}
-    assert modes == {"logs": 0o700, "state": 0o700, "artifacts": 0o700, "data": 0o700}
+    assert modes == dict.fromkeys(("logs", "state", "artifacts", "data", "run"), 0o700)
 
 
 def test_logs_are_chosen_tailed_and_kept_bounded(tmp_path: Path) -> None:
