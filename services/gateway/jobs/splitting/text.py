@@ -18,6 +18,7 @@ from services.gateway.jobs.splitting.lines import Ends, csv_ends, json_ends
 from services.gateway.jobs.splitting.port import CHUNKS_AT_ONCE, Chunk, Cursor, Cut, Cuts, TextSource, refused
 
 _PIECE = 4 << 20
+_TURN = 1 << 20
 _MAX_COLUMNS = 100_000
 _MARK_BYTES = 4
 _WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
@@ -43,13 +44,16 @@ async def cut_text(
         if not piece and position < source.size:
             raise refused("The input ends before its size.")
         last = position >= source.size
-        text = tail + piece
-        if is_marked:
-            if len(text) < _MARK_BYTES and not last:
-                tail = text
-                continue
-            text, is_marked = cutter.without_mark(text), False
-        tail = await asyncio.to_thread(cutter.take, text, is_csv=is_csv, last=last)
+        # In short turns: numpy holds Python's lock, and online requests would wait for it.
+        for begin in range(0, max(1, len(piece)), _TURN):
+            text = tail + piece[begin : begin + _TURN]
+            is_end = last and begin + _TURN >= len(piece)
+            if is_marked:
+                if len(text) < _MARK_BYTES and not is_end:
+                    tail = text
+                    continue
+                text, is_marked = cutter.without_mark(text), False
+            tail = await asyncio.to_thread(cutter.take, text, is_csv=is_csv, last=is_end)
         while len(cutter.ready) >= CHUNKS_AT_ONCE:
             yield cutter.cut(CHUNKS_AT_ONCE)
         if last:
