@@ -24,6 +24,7 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.errors import Unavailable
 from services.common.frames.address import Address
 from services.common.frames.client_connection import ClientConnection
+from services.common.frames.deadlines import Deadlines
 from services.common.frames.limits import Limits
 from services.common.frames.messages import (
     ID_BEGINS,
@@ -44,9 +45,6 @@ OnReply = Callable[..., None]
 
 #: Replies made here because the connection was not there or went away start with this word.
 _LOST: Final = "connection"
-#: Deadlines are checked no more often than this, seconds.
-_SWEEP: Final = 0.002
-_SWEEP_PER_CALL: Final = 4e-6
 
 
 def lost(reply: PredictReply | SealedReply) -> bool:
@@ -101,13 +99,12 @@ class FrameCalls:
 
         self._last_id = 0
         self._pending: dict[int, tuple[OnReply, float]] = {}
-        self._outbox = Outbox(self.limits, self._deadline_of)
+        self._deadlines = Deadlines(self._loop, self._pending, self._late)
+        self._outbox = Outbox(self.limits, self._deadlines.of)
         self._scheduled = False
         self._max_in_flight = self.limits.max_in_flight
         self._max_message_bytes = self.limits.max_message_bytes
         self._turn = turn_of(self._loop)
-        self._sweep: asyncio.TimerHandle | None = None
-        self._sweep_when = math.inf
 
     # State
 
@@ -156,9 +153,7 @@ class FrameCalls:
                 await self._task
             self._task = None
         self._fail_pending("connection closed")
-        if self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
+        self._deadlines.stop()
 
     # Calls
 
@@ -199,8 +194,8 @@ class FrameCalls:
         if not self._outbox.add(local_id, item):
             return self._refuse(on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent")
         pending[local_id] = (on_reply, deadline)
-        if deadline < self._sweep_when:
-            self._sweep_at(deadline)
+        if deadline < self._deadlines.next_look:
+            self._deadlines.look_at(deadline)
         if not self._scheduled:
             self._scheduled = True
             self._turn.at_end(self._flush)
@@ -252,35 +247,10 @@ class FrameCalls:
             self._scheduled = True
             self._turn.at_end(self._flush)
 
-    # Deadlines
-
-    def _deadline_of(self, local_id: int) -> float | None:
-        entry = self._pending.get(local_id)
-        return entry[1] if entry is not None and entry[1] != math.inf else None
-
-    def _sweep_at(self, when: float) -> None:
-        if self._sweep is not None:
-            self._sweep.cancel()
-        # A sweep looks at all that is in flight: the more there is, the further apart they are.
-        pause = max(_SWEEP, _SWEEP_PER_CALL * len(self._pending))
-        self._sweep_when = max(when, self._loop.time() + pause)
-        self._sweep = self._loop.call_at(self._sweep_when, self._expire)
-
-    def _expire(self) -> None:
-        """Answer what is past its deadline, then sleep until the next one there is."""
-        self._sweep = None
-        self._sweep_when = math.inf
-        now = self._loop.time()
-        late = [key for key, (_, deadline) in self._pending.items() if deadline <= now]
-        for local_id in late:
-            self._withdraw(local_id)
-            message = "no answer before the deadline"
-            self._answer(
-                local_id, PredictReply(id=local_id, code=Code.CODE_DEADLINE_EXCEEDED, message=message)
-            )
-        upcoming = min([deadline for _, deadline in self._pending.values()], default=math.inf)
-        if upcoming < self._sweep_when:
-            self._sweep_at(upcoming)
+    def _late(self, local_id: int) -> None:
+        self._withdraw(local_id)
+        message = "no answer before the deadline"
+        self._answer(local_id, PredictReply(id=local_id, code=Code.CODE_DEADLINE_EXCEEDED, message=message))
 
     # Sending
 

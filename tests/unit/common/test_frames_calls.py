@@ -156,7 +156,7 @@ class TestDeadlinesAndCancels:
         async with serving(Echoes()) as (_, address), calling(address) as calls:
             await calls.predict(PredictRequest(), now() + 0.02)
             await asyncio.sleep(0.05)
-            assert calls._sweep is None
+            assert calls._deadlines._timer is None
 
 
 class TestEnds:
@@ -281,7 +281,7 @@ class TestExactlyOnce:
                         deadline = rng.choice([None, now() + rng.random() * 0.03, now() - 1, now() + 60])
                         request = PredictRequest(version=version, unit="u" * rng.choice([0, 10, 900]))
                         submitted.append(
-                            calls.submit(request, deadline, lambda _, key=key: replies.update([key]))  # type: ignore[misc]
+                            calls.submit(request, deadline, lambda _, key=key: replies.update([key]))
                         )
                 elif act < 0.75 and submitted:
                     key = rng.randrange(len(submitted))
