@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
+
+log = logging.getLogger(__name__)
 
 
 class Turn:
@@ -23,7 +26,7 @@ class Turn:
         self.reading = False
 
     def at_end(self, flush: Callable[[], None]) -> None:
-        """Call `flush` once at the end of this turn. It must not raise."""
+        """Call `flush` once at the end of this turn."""
         self._flushes.append(flush)
         if not self.reading and len(self._flushes) == 1:
             self._loop.call_soon(self.end)
@@ -33,7 +36,11 @@ class Turn:
         if self._flushes:
             flushes, self._flushes = self._flushes, []
             for flush in flushes:
-                flush()
+                try:
+                    flush()
+                except Exception:
+                    # Whoever reads now must not pay for another's fault.
+                    log.exception("flushing a frame connection failed")
 
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()
