@@ -47,10 +47,17 @@ def object_name(model: str, version: str, first_at_us: int, members: Iterable[by
     return f"{_FOLDER}/{model}/{version or '-'}/{day}/{digest}-{secrets.token_hex(4)}.parquet"
 
 
-def encode(table: pa.Table, version: str, layout: str, members: Sequence[bytes]) -> tuple[Segment, bytes]:
-    """The object of a table of one model version, sorted by request id so that a look-up skips most of it.
-    Blocks; run it in a thread."""
-    ordered = table.sort_by("request_id")
+def encode(
+    table: pa.Table,
+    version: str,
+    layout: str,
+    members: Sequence[bytes],
+    bounds: tuple[bytes, bytes] | None = None,
+) -> tuple[Segment, bytes]:
+    """The object of a table of one model version, sorted by request id so that a look-up skips most of it;
+    with the first and last id given, the rows stay as they are. Blocks; run it in a thread."""
+    ordered = table.sort_by("request_id") if bounds is None else table
+    first_id, last_id = bounds or (ordered["request_id"][0].as_py(), ordered["request_id"][-1].as_py())
     times = pc.min_max(ordered["answered_at_us"]).as_py()
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -70,8 +77,8 @@ def encode(table: pa.Table, version: str, layout: str, members: Sequence[bytes])
         layout=layout,
         rows=ordered.num_rows,
         size=len(data),
-        first_id=ordered["request_id"][0].as_py(),
-        last_id=ordered["request_id"][-1].as_py(),
+        first_id=first_id,
+        last_id=last_id,
         first_at_us=times["min"],
         last_at_us=times["max"],
     )
