@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.environments import CACHE
+from benchmarks.environments import CACHE, REPOSITORY
 from benchmarks.instructions import count_instructions, keep
 from benchmarks.plan import PLANS, Plan
 from benchmarks.report import FOLDER, write_report
 from benchmarks.results import Results
 from benchmarks.run import Benchmark
 from benchmarks.targets.catalogue import ONLY_FULL, TARGETS
+from deploy.embedded.blueprint import python_path
 
 #: What counting takes: three processes start under callgrind, each many times slower than usual.
 INSTRUCTIONS_S = 240.0
+#: What batching.py takes, and each of its loops.
+BATCHING_S = 100.0
+BATCHING_LOOP_S = 3
 
 
 def main() -> int:
@@ -81,7 +88,35 @@ def _extras(plan: Plan) -> dict[str, tuple[float, Callable[[Results], None]]]:
     def instructions(results: Results) -> None:
         results.instructions = count_instructions()
 
-    return {"instructions per request": (INSTRUCTIONS_S, instructions)} if plan.instructions else {}
+    extras: dict[str, tuple[float, Callable[[Results], None]]] = {}
+    if plan.batching:
+        extras["batching efficiency"] = (BATCHING_S, _batching)
+    if plan.instructions:
+        extras["instructions per request"] = (INSTRUCTIONS_S, instructions)
+    return extras
+
+
+def _batching(results: Results) -> None:
+    """What `python -m benchmarks.batching` prints, a line of JSON for each model."""
+    print("batching efficiency", flush=True)
+    argv = [sys.executable, "-m", "benchmarks.batching", "--seconds", str(BATCHING_LOOP_S)]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    try:
+        done = subprocess.run(
+            argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=True
+        )
+    except subprocess.SubprocessError as error:
+        results.absent["batching"] = f"batching efficiency: {error}"
+        return
+    for line in filter(lambda one: one.startswith("{"), done.stdout.splitlines()):
+        said = json.loads(line)
+        print(f"  {said['model']}: {said['efficiency']:.1%}", flush=True)
+        results.batching[said["model"]] = {
+            "offline_rows_per_s": said["offline_rows_per_s"][str(said["best_rows"])],
+            "offline_batch": said["best_rows"],
+            "served_rows_per_s": said["served_rows_per_s"],
+            "efficiency": said["efficiency"],
+        }
 
 
 if __name__ == "__main__":
