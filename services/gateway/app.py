@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import Bus, DeadLetters, KafkaBus, Table
+from services.common.bus import Bus, DeadLetters, KafkaBus, Table, followed
 from services.common.bus.admin import ensure_topics
 from services.common.clock import Clock
 from services.common.errors import Unavailable
@@ -23,7 +23,6 @@ from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, KEYS, Topic
 from services.gateway.admission import Admission
 from services.gateway.catalogue import Catalogue
-from services.gateway.followed import followed
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
 from services.gateway.jobs.openai_runtime import openai_running

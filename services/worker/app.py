@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
 from headrace.v1.control_pb2 import WorkerStatus
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import Bus, KafkaBus, Table
+from services.common.bus import Bus, KafkaBus, Table, followed
 from services.common.clock import Clock
 from services.common.errors import Unavailable
 from services.common.eventlog import EventLog, join_predictions
@@ -81,11 +81,9 @@ async def worker_app(
         stack.push_async_callback(tracing.close)
 
         events = await stack.enter_async_context(_prediction_log(cfg, bus, clock))
-        pool = ThreadPoolExecutor(cfg.run_threads, thread_name_prefix="run")
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        pool = stack.enter_context(_run_threads(cfg))
         store = await stack.enter_async_context(_artifact_store(cfg))
-        artifacts = ArtifactCache(store, cfg.directory / "artifacts")
-        await artifacts.clear_partial()
+        artifacts = await _artifact_cache(store, cfg)
 
         serving = Serving(clock, events, tracing, pool, cfg.inline_below_us / 1e6)
         options = LoadOptions(
@@ -127,7 +125,10 @@ async def worker_app(
             cfg.worker_id, cfg.pool, (frames_address, f"{cfg.reached_at}:{grpc_port}"),
             host, health, clock, memory_limit=cfg.memory_limit_bytes,
         )  # fmt: skip
-        table = await stack.enter_async_context(bus.table(DEPLOYMENTS, host.apply))
+        known = cfg.directory / "deployments.table"
+        table = await stack.enter_async_context(followed(bus, DEPLOYMENTS, host.apply, known))
+        if host.states():
+            health.set_ready("deployments")
         beating = asyncio.create_task(heartbeat.run(report), name="heartbeat")
         stack.push_async_callback(_end, beating)
         reading = asyncio.create_task(_follow(table, health, heartbeat), name="deployments")
@@ -178,6 +179,21 @@ async def _prediction_log(cfg: Settings, bus: Bus, clock: Clock) -> AsyncIterato
             log.warning("log_left", records=events.pending_records, reason="the next start publishes them")
 
 
+@contextmanager
+def _run_threads(cfg: Settings) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(cfg.run_threads, thread_name_prefix="run")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def _artifact_cache(store: ArtifactStore, cfg: Settings) -> ArtifactCache:
+    artifacts = ArtifactCache(store, cfg.directory / "artifacts")
+    await artifacts.clear_partial()
+    return artifacts
+
+
 @asynccontextmanager
 async def _artifact_store(cfg: Settings) -> AsyncIterator[ArtifactStore]:
     store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
@@ -201,7 +217,8 @@ async def _batch_work(batch: BatchWorker | None, registry: CollectorRegistry) ->
 
 
 async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:
-    """Ready once every deployment that the topic held has been seen."""
+    """Ready once every deployment that the topic held has been seen; where the process before this one left
+    some, it serves these already."""
     while not table.caught_up:
         with suppress(Unavailable):
             await table.ready(_TABLE_S)

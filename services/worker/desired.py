@@ -48,20 +48,22 @@ class Deployments:
         self._defaults = defaults
         self._configs: dict[str, ServingConfig] = {}
 
-    def apply(self, key: bytes, value: bytes | None) -> None:
-        """Take one record in; an older revision than the one known is ignored. Raises InvalidArgument for one
-        that cannot be read."""
+    def apply(self, key: bytes, value: bytes | None) -> bool:
+        """Take one record in; False for an older revision than the one known, which is ignored. Raises
+        InvalidArgument for one that cannot be read."""
         model = key.decode(errors="replace")
         if value is None:
             self._configs.pop(model, None)
-            return
+            return True
         try:
             config = ServingConfig.FromString(value)
         except DecodeError as error:
             raise InvalidArgument(f"the deployment of {model} cannot be read: {error}") from error
         known = self._configs.get(model)
-        if known is None or config.revision >= known.revision:
-            self._configs[model] = config
+        if known is not None and config.revision < known.revision:
+            return False
+        self._configs[model] = config
+        return True
 
     def desired(self) -> dict[VersionKey, Desired]:
         """Every version that this pool should serve."""

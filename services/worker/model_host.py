@@ -107,10 +107,12 @@ class ModelHost:
         #: Evictions by model and version.
         self.evictions: Counter[tuple[str, str]] = Counter()
 
-    def apply(self, key: bytes, value: bytes | None) -> None:
-        """Take in one record of control.deployments.v1."""
-        self._deployments.apply(key, value)
-        self.reconcile()
+    def apply(self, key: bytes, value: bytes | None) -> bool:
+        """Take in one record of control.deployments.v1; False where a newer one is known."""
+        taken = self._deployments.apply(key, value)
+        if taken:
+            self.reconcile()
+        return taken
 
     def find(self, model: str, version: str) -> LoadedModel | Parked | None:
         """The version, if it can answer now or when it has been loaded again."""

@@ -15,8 +15,8 @@ import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.embedded.server import free_port
+from services.common.bus.snapshot import save_snapshot
 from services.common.frames import FrameServer
-from services.gateway.snapshot import save_snapshot
 from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, answer_like_a_worker, configs, default_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]

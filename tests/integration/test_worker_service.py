@@ -531,3 +531,24 @@ async def test_idle_versions_make_room_and_come_back_when_asked_for(
         await eventually(lambda: {state.model for state in worker.host.states()} == {"b", "c", "d"})
         assert (await ask(calls, request("a", x=x))).code == Code.CODE_UNAVAILABLE
     assert memory.models == 0
+
+
+async def test_a_worker_started_without_the_broker_serves_what_it_served(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    data, signature = mlp()
+    digest, _ = put_artifact(rig.store, {"model.onnx": data})
+    await rig.bus.publish([record(config("net", 1, served("1", digest, signature)))])
+    async with rig.worker():
+        await rig.until_state("net", LoadedVersion.STATE_READY)
+    rig.bus.away = True
+    async with rig.worker() as again, rig.calls(again) as calls:
+        await eventually(lambda: again.health.ready)
+        answered: asyncio.Future[PredictReply] = asyncio.get_running_loop().create_future()
+        x = np.zeros((1, 30), np.float32)
+        tensor = Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[1, 30], data=x.tobytes())
+        request = PredictRequest(model="net", version="1", inputs=[tensor], request_id=new_id())
+        calls.submit(request, asyncio.get_running_loop().time() + 5, answered.set_result)
+        assert (await answered).code == Code.CODE_OK
+        rig.bus.away = False
+        await rig.bus.publish([record(config("net", 2))])
+        await eventually(lambda: again.host.find("net", "1") is None)

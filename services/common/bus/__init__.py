@@ -1,7 +1,8 @@
 """The event bus. Read in this order: port, delivery, memory, admin, kafka, consume, table,
-dead_letters."""
+snapshot, followed, dead_letters."""
 
 from services.common.bus.dead_letters import DeadLetters, Letter, Queue
+from services.common.bus.followed import followed
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.memory import MemoryBus
 from services.common.bus.port import Bus, Handler, Malformed, Record, Table
@@ -17,4 +18,5 @@ __all__ = [
     "Queue",
     "Record",
     "Table",
+    "followed",
 ]

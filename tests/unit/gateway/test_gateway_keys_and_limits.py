@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from services.common.bus import MemoryBus, Record
+from services.common.bus import MemoryBus, Record, followed
+from services.common.bus.snapshot import load_snapshot, save_snapshot
 from services.common.clock import ManualClock
 from services.common.errors import NotFound, PermissionDenied, ResourceExhausted, Unauthenticated
 from services.common.topics import DEPLOYMENTS, KEYS
 from services.gateway.catalogue import Catalogue
-from services.gateway.followed import followed
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
-from services.gateway.snapshot import load_snapshot, save_snapshot
 from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
 
 

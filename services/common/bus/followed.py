@@ -9,10 +9,10 @@ from pathlib import Path
 
 import structlog
 
-from services.common.bus import Bus, Table
+from services.common.bus.port import Bus, Table
+from services.common.bus.snapshot import load_snapshot, save_snapshot
 from services.common.errors import Unavailable
 from services.common.topics import Topic
-from services.gateway.snapshot import load_snapshot, save_snapshot
 
 log = structlog.get_logger(__name__)
 

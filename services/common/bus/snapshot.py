@@ -1,4 +1,4 @@
-"""The last known records of a compacted topic in one file, so that a gateway that starts while Kafka is away
+"""The last known records of a compacted topic in one file, so that a service that starts while Kafka is away
 serves what it served before."""
 
 from __future__ import annotations

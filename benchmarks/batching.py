@@ -1,0 +1,269 @@
+"""Batching efficiency: rows/s that the worker serves over what the model gives offline at its best batch.
+
+    python -m benchmarks.batching [--seconds 6] [--only resnet50,digits] [--rows 1]
+
+Offline is `session.run` in a loop with the worker's own session options, for every batch size, on one thread.
+Served is one worker process (frames in, frames out, predictions logged) under a closed loop of requests of
+`--rows` rows, enough of them for several batches, from a second process. ResNet-50 has the real one's layers
+with random weights: 25.5 M parameters, 4.1 G multiply-adds a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import uvloop
+from headrace.v1.control_pb2 import LoadedVersion, WorkerStatus
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.tensor_pb2 import DataType, Signature, Tensor, TensorSpec
+from onnx import TensorProto, helper, numpy_helper
+
+from services.common.bus import MemoryBus, Record
+from services.common.clock import SystemClock
+from services.common.frames import FrameCalls
+from services.common.ids import new_id
+from services.common.topics import PREDICTIONS, WORKERS
+from services.worker.app import worker_app
+from services.worker.backends.onnx import load
+from services.worker.backends.port import BackendOptions
+from services.worker.settings import Settings
+from tests.fixtures.deployments import config, put_artifact, record, served
+
+TOKEN = "token-of-the-benchmark"
+FP32 = DataType.DATA_TYPE_FP32
+# (blocks, width) of ResNet-50's four stages.
+_STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured, and the sizes that it is tried with offline."""
+
+    name: str
+    data: bytes
+    signature: Signature
+    row: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def resnet50() -> Model:
+    """Bottleneck blocks as He et al. 2015, table 1; batch normalisation folded into the convolutions."""
+    rng = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+
+    def conv(x: str, channels: int, out: int, size: int, stride: int = 1) -> str:
+        name = f"conv{len(weights)}"
+        scale = (2.0 / (channels * size * size)) ** 0.5
+        kernel = (rng.standard_normal((out, channels, size, size)) * scale).astype(np.float32)
+        weights.append(numpy_helper.from_array(kernel, f"{name}.w"))
+        weights.append(numpy_helper.from_array(np.zeros(out, np.float32), f"{name}.b"))
+        pad = size // 2
+        nodes.append(
+            helper.make_node(
+                "Conv", [x, f"{name}.w", f"{name}.b"], [name],
+                kernel_shape=[size] * 2, strides=[stride] * 2, pads=[pad] * 4,
+            )
+        )  # fmt: skip
+        return name
+
+    def op(kind: str, *inputs: str, **given: object) -> str:
+        name = f"{kind.lower()}{len(nodes)}"
+        nodes.append(helper.make_node(kind, list(inputs), [name], **given))  # type: ignore[arg-type]  # attributes
+        return name
+
+    x = op("Relu", conv("image", 3, 64, 7, 2))
+    x = op("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    channels = 64
+    for stage, (blocks, width) in enumerate(_STAGES):
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            y = op("Relu", conv(x, channels, width, 1))
+            y = op("Relu", conv(y, width, width, 3, stride))
+            y = conv(y, width, 4 * width, 1)
+            short = conv(x, channels, 4 * width, 1, stride) if not block else x
+            x, channels = op("Relu", op("Add", y, op("Mul", short, "small"))), 4 * width
+    x = op("Flatten", op("GlobalAveragePool", x))
+    weights.append(
+        numpy_helper.from_array((rng.standard_normal((channels, 1000)) / 45).astype(np.float32), "fc")
+    )
+    weights.append(numpy_helper.from_array(np.array(0.5, np.float32), "small"))
+    nodes.append(helper.make_node("MatMul", [x, "fc"], ["logits"]))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", 3, 224, 224])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 1000])
+    graph = helper.make_graph(nodes, "resnet50", [image], [logits], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    signature = Signature(
+        inputs=[TensorSpec(name="image", datatype=FP32, shape=[-1, 3, 224, 224])],
+        outputs=[TensorSpec(name="logits", datatype=FP32, shape=[-1, 1000])],
+        batched=True,
+    )
+    return Model("resnet50", model.SerializeToString(), signature, (3, 224, 224), (1, 2, 4, 8, 16))
+
+
+def digits() -> Model:
+    """The example's model."""
+    from examples import digits as example  # noqa: PLC0415 - needs scikit-learn
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = example.build(Path(folder))
+        data = path.read_bytes()
+    signature = Signature(
+        inputs=[TensorSpec(name="image", datatype=FP32, shape=[-1, 8, 8])],
+        outputs=[
+            TensorSpec(name="digit", datatype=DataType.DATA_TYPE_INT64, shape=[-1]),
+            TensorSpec(name="probabilities", datatype=FP32, shape=[-1, 10]),
+        ],
+        batched=True,
+    )
+    return Model("digits", data, signature, (8, 8), (1, 16, 64, 256, 1024, 4096))
+
+
+def offline(model: Model, seconds: float) -> dict[int, float]:
+    """Rows/s by batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model.onnx").write_bytes(model.data)
+        backend = load(Path(folder), model.signature, BackendOptions())
+    rates: dict[int, float] = {}
+    for rows in model.sizes:
+        x = np.zeros((rows, *model.row), np.float32)
+        backend.run({model.signature.inputs[0].name: x}, ())
+        runs, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds / len(model.sizes):
+            backend.run({model.signature.inputs[0].name: x}, ())
+            runs += 1
+        rates[rows] = runs * rows / (time.perf_counter() - started)
+    return rates
+
+
+class Forgetful(MemoryBus):
+    """Keeps no predictions."""
+
+    async def publish(self, records: Sequence[Record]) -> None:
+        await super().publish([one for one in records if one.topic != PREDICTIONS.name])
+
+
+def worker(pipe: Connection, model: Model, max_rows: int, log_payloads: bool) -> None:
+    """Serve `model` until told to stop; says the port and what was measured at warm-up."""
+
+    async def serve() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            store = Path(folder, "store")
+            digest, _ = put_artifact(store, {"model.onnx": model.data})
+            bus = Forgetful()
+            version = served("1", digest, model.signature)
+            deployment = config("m", 1, version, max_rows=max_rows)
+            deployment.log_payloads = log_payloads
+            await bus.publish([record(deployment)])
+            cfg = Settings.model_validate(
+                {
+                    "kafka_bootstrap_servers": "unused:1", "internal_token": TOKEN,
+                    "artifact_store_url": f"file://{store}", "state_dir": Path(folder, "state"),
+                    "frames_port": 0, "grpc_port": 0, "ops_port": 0, "max_queue_ms": 60_000,
+                }
+            )  # fmt: skip
+            async with worker_app(cfg, SystemClock(), bus) as running:
+                while True:
+                    last = [WorkerStatus.FromString(r.value or b"") for r in bus.records(WORKERS.name)][-1:]
+                    ready = [v for s in last for v in s.versions if v.state == LoadedVersion.STATE_READY]
+                    if ready:
+                        break
+                    await asyncio.sleep(0.1)
+                pipe.send((running.frames_port, ready[0].best_rows, ready[0].best_rows_per_s))
+                await asyncio.to_thread(pipe.recv)
+                ((_, loaded),) = running.host.serving()
+                stats = loaded.stats
+                runs = max(1, stats.runs)
+                pipe.send((stats.rows / runs, stats.inline_runs / runs, sum(loaded.refused.values())))
+
+    uvloop.run(serve())
+
+
+async def drive(port: int, model: Model, rows: int, in_flight: int, seconds: float) -> float:
+    """Rows/s answered in the second part of a closed loop."""
+    calls = FrameCalls(f"127.0.0.1:{port}", credential=TOKEN, role="router", instance="r")
+    calls.start()
+    await calls.wait_connected(5)
+    tensor = Tensor(
+        name=model.signature.inputs[0].name, datatype=FP32, shape=[rows, *model.row],
+        data=np.zeros((rows, *model.row), np.float32).tobytes(),
+    )  # fmt: skip
+    request = PredictRequest(
+        model="m", version="1", inputs=[tensor], request_id=new_id(), variant="1", propensity=1.0
+    ).SerializeToString()
+    answered = 0
+
+    def on_reply(_reply: object) -> None:
+        nonlocal answered
+        answered += 1
+        calls.submit_raw(request, None, on_reply)
+
+    for _ in range(in_flight):
+        calls.submit_raw(request, None, on_reply)
+    await asyncio.sleep(seconds / 3)
+    before, started = answered, time.perf_counter()
+    await asyncio.sleep(seconds)
+    rate = (answered - before) * rows / (time.perf_counter() - started)
+    await calls.close()
+    return rate
+
+
+def measure(model: Model, rows: int, seconds: float, payloads: bool) -> dict[str, object]:
+    """One line of the report."""
+    rates = offline(model, seconds)
+    fastest = max(rates.values())
+    best = min(size for size, rate in rates.items() if rate >= 0.97 * fastest)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=worker, args=(theirs, model, max(best, rows), payloads), daemon=True)
+    process.start()
+    port, own_best, own_rate = ours.recv()
+    meter = psutil.Process(process.pid)
+    before, own = sum(meter.cpu_times()[:2]), time.process_time()
+    in_flight = max(2, 3 * -(-best // rows))
+    rate = uvloop.run(drive(port, model, rows, in_flight, seconds))
+    cpu, own = sum(meter.cpu_times()[:2]) - before, time.process_time() - own
+    ours.send("stop")
+    mean_rows, inline, refused = ours.recv()
+    process.join(20)
+    line: dict[str, object] = {
+        "model": model.name, "offline_rows_per_s": rates, "best_rows": best, "request_rows": rows,
+        "in_flight": in_flight, "served_rows_per_s": rate, "efficiency": rate / rates[best],
+        "mean_batch_rows": mean_rows, "inline": inline, "refused": refused,
+        "worker_cpu_s": cpu, "client_cpu_s": own,
+        "heartbeat_best_rows": own_best, "heartbeat_rows_per_s": own_rate,
+    }  # fmt: skip
+    return line
+
+
+def main() -> None:
+    """Print a line per model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--only", default="digits,resnet50")
+    parser.add_argument(
+        "--rows", type=int, default=0, help="rows of a request; 0: 1 for resnet50, 64 for digits"
+    )
+    parser.add_argument("--no-payloads", action="store_true", help="log predictions without their tensors")
+    given = parser.parse_args()
+    for name in given.only.split(","):
+        model = {"digits": digits, "resnet50": resnet50}[name]()
+        rows = given.rows or (64 if name == "digits" else 1)
+        line = measure(model, rows, given.seconds, not given.no_payloads)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
