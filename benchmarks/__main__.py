@@ -75,9 +75,11 @@ def main() -> int:
     if given.install:
         benchmark.install()
         return 0
-    results = benchmark.run(_extras(chosen) if "headrace" in wanted else {})
-    results.save(folder / "results.json")
-    write_report(results, folder)
+    try:
+        benchmark.run(_extras(chosen) if "headrace" in wanted else {})
+    finally:  # what was measured until then is kept
+        benchmark.results.save(folder / "results.json")
+    write_report(benchmark.results, folder)
     print(f"written: {folder / 'RESULTS.md'}")
     return 0
 

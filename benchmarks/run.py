@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import httpx
 
 from benchmarks.beyond import drive_beyond, settle
 from benchmarks.direct import measure_direct
@@ -20,6 +24,16 @@ from benchmarks.results import Memory, Point, Results
 from benchmarks.targets.port import Front, Running, Target, check_answers
 from benchmarks.workload import WORKLOADS, Workload
 
+#: What may go wrong with one server; it is noted, and the run goes on.
+FAILURES = (
+    Unavailable,
+    OSError,
+    RuntimeError,
+    ValueError,
+    subprocess.SubprocessError,
+    http.client.HTTPException,
+    httpx.HTTPError,
+)
 WARM_UP_CONNECTIONS = 32
 #: What driving one server beyond its capacity takes, start and stop included; the same with the slow model.
 BEYOND_S = 75.0
@@ -130,7 +144,7 @@ class Benchmark:
             try:
                 with self._targets[name].running(workload) as running:
                     self._measure(name, running, workload, number, payload)
-            except Unavailable as error:
+            except FAILURES as error:
                 key = name if workload.name == self._plan.main else f"{name}, {workload.name}"
                 self._leave_out(key, f"{self._targets[name].title}, {workload.title}: {error}")
 
@@ -156,7 +170,7 @@ class Benchmark:
                 front.prepare()
             try:
                 answer_bytes = check_answers(front, workload)
-            except Unavailable as error:
+            except FAILURES as error:
                 if not place:
                     raise
                 self._leave_out(front.name, f"{front.name}, {workload.title}: {error}")
@@ -241,7 +255,7 @@ class Benchmark:
                 with self._targets[name].running(workload) as running:
                     check_answers(running.fronts[0], workload)
                     capacity, points = drive_beyond(name, running, workload, self._plan, self._folder)
-            except Unavailable as error:
+            except FAILURES as error:
                 self._leave_out(f"{name}, {workload.name}, open loop", f"{what}: {error}")
                 continue
             self.results.curves += points
