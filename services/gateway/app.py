@@ -61,7 +61,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
     connections, then the rest of `drain_s` for what runs.
     """
     process = f"gateway-{os.getpid()}-{secrets.token_hex(3)}"
-    health, registry = Health(), CollectorRegistry()
+    health, registry = Health("ports"), CollectorRegistry()
     catalogue, keys = Catalogue(), KeyRing(clock)
     metrics = GatewayMetrics(registry)
     limits = PredictLimits(
@@ -166,6 +166,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             )
         )
         ports = Gateway(http_port, oip.port, ops_port, health, admission)
+        health.set_ready("ports")
         log.info("serving", http=http_port, grpc=oip.port, ops=ops_port, models=len(catalogue))
         try:
             yield ports

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,7 +13,14 @@ from headrace.v1.tensor_pb2 import Code
 from open_inference import open_inference_pb2 as oip_pb2
 from open_inference import open_inference_pb2_grpc as oip_grpc
 
-from tests.fixtures.gateway import PREDICT_ONLY, GatewayThread, answer_like_a_worker, failing
+from services.gateway.rest.app import Parts, rest_app
+from tests.fixtures.gateway import (
+    PREDICT_ONLY,
+    GatewayThread,
+    answer_like_a_worker,
+    failing,
+    running_gateway,
+)
 
 BODY = {"model": "cancer", "inputs": [[10.0, 2.0, 3.0]]}
 
@@ -61,7 +69,7 @@ def test_grpc(full: GatewayThread) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             stub.ModelInfer(asked, timeout=5, metadata=(("x-api-key", PREDICT_ONLY),))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    trailing = {one.key: one.value for one in caught.value.trailing_metadata()}
+    trailing: dict[str, object] = {one.key: one.value for one in caught.value.trailing_metadata()}
     assert trailing["grpc-retry-pushback-ms"] == "1000"
 
 
@@ -79,3 +87,18 @@ def test_what_a_worker_refuses_says_when_to_come_back(
         router.answer = answer_like_a_worker
     assert answer.status_code == status
     assert answer.headers["retry-after"] == "3"
+
+
+async def test_a_gateway_is_not_ready_before_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, str]] = []
+
+    def recorded(parts: Parts) -> object:
+        said.append(parts.health.reasons())
+        return rest_app(parts)
+
+    monkeypatch.setattr("services.gateway.app.rest_app", recorded)
+    async with running_gateway(tmp_path) as running:
+        assert "ports" in said[0]
+        assert running.gateway.health.ready
