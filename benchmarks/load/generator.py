@@ -5,10 +5,10 @@ moment when its request was due, not from when a connection was free to send it,
 hide its stall (no coordinated omission). Closed loop (no rate): every connection sends its next request as
 soon as it has its answer.
 
-Prints one JSON object. Goodput counts answers within `--patience` of the moment when they were due; what came
-later is `late`, what was sent and never answered `unanswered`, what found no free connection within `--wait`
-`abandoned`. `lag_p99_us` is how late the generator itself came to its own schedule: where that is large, the
-generator was the bottleneck and the point says nothing about the server.
+Prints one JSON object. Goodput counts the answers of the window that came within `--patience` of the moment
+when they were due; what came later is `late`, what was sent and never answered `unanswered`, what found no
+free connection within `--wait` `abandoned`. `lag_p99_us` is how late the generator itself came to its own
+schedule: where that is large, the generator was the bottleneck and the point says nothing about the server.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class Tally:
     lag: array[float] = field(default_factory=lambda: array("d"))
     other: dict[str, int] = field(default_factory=dict)
     abandoned: int = 0
+    #: Good answers that came within the window and within the patience.
+    in_time: int = 0
     #: Sent and not answered when the run was over.
     unanswered: int = 0
     #: Answers that do not count because they came after the patience was over.
@@ -163,6 +165,11 @@ class Load:
         """Whether anything is not answered yet, or not even due."""
         return self._ticking or bool(self._due) or any(connection.waits for connection in self.connections)
 
+    def in_time(self, due: float, now: float) -> bool:
+        """Whether a good answer that came now is part of the goodput. The moment of the answer must lie in the
+        window: by the moment when it was due, a queue that fills up would count as capacity."""
+        return self.counts(now) and not self.late(now - due)
+
     def late(self, took: float) -> bool:
         """Whether an answer that took `took` seconds from when it was due came too late to be of use."""
         return self._rate is not None and took > self._patience_s
@@ -244,6 +251,8 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         now, due, self._due = time.perf_counter(), self._due, None
         self._load.tally.responses += 1
+        if due is not None and buffer[9:10] == b"2" and self._load.in_time(due, now):
+            self._load.tally.in_time += 1
         if due is not None and self._load.counts(due):
             self._count(buffer, now, due)
         self._load.ready(self, now)
@@ -306,7 +315,7 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
         "seconds": given.seconds,
         "connections": given.connections,
         "answered": len(tally.answered),
-        "goodput_per_s": round(len(tally.answered) / given.seconds, 1),
+        "goodput_per_s": round(tally.in_time / given.seconds, 1),
         "refused": len(tally.refused),
         "refused_without_retry_after": tally.refused_without_retry_after,
         "late": tally.late,
