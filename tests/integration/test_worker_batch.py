@@ -19,10 +19,12 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.bus import MemoryBus, Record
 from services.common.clock import SystemClock
+from services.common.errors import DeadlineExceeded, HeadraceError
 from services.common.objects.local_files import etag_of
 from services.common.topics import JOB_CONTROL, PREDICTIONS
 from services.worker.app import Worker, worker_app
 from services.worker.batch.deaths import Deaths
+from services.worker.batch.jobs import Jobs
 from services.worker.settings import Settings
 from tests.fixtures.batch import MemoryChunks, chunk_of, table_of
 from tests.fixtures.deployments import config, put_artifact, record, served
@@ -140,6 +142,33 @@ async def test_a_chunk_done_again_by_another_worker_gives_the_same_bytes(rig: Ri
 
     assert bodies[0] == bodies[1]
     assert ids[0] == ids[1]
+
+
+async def test_a_second_attempt_that_is_cut_short_leaves_the_rows_of_the_first(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.deploy(mlp(features=8))
+    x = np.random.default_rng(5).standard_normal((40_000, 8)).astype(np.float32)
+    (whole,) = parquet_chunks(tmp_path / "data" / "in.parquet", x, 40_000, run_rows=500)
+    async with rig.worker():
+        (first,) = await rig.done(whole)
+        kept = rig.bytes_of(first)
+        looks = 0
+
+        def expired(_jobs: Jobs, _chunk: BatchChunk) -> HeadraceError | None:
+            nonlocal looks
+            looks += 1
+            return DeadlineExceeded("the job has expired") if looks > 50 else None
+
+        monkeypatch.setattr(Jobs, "stop", expired)
+        (second,) = await rig.done(whole)
+
+    assert (first.code, first.rows_done) == (Code.CODE_OK, 40_000)
+    assert second.code == Code.CODE_DEADLINE_EXCEEDED
+    assert 0 < second.rows_done < 40_000
+    assert second.results_object
+    assert len(table_of(rig.bytes_of(second))) == second.rows_done
+    assert rig.bytes_of(first) == kept
 
 
 async def test_poisoned_rows_fail_alone_with_their_ids(rig: Rig) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TypeVar
 
 import structlog
@@ -64,10 +65,13 @@ class WorkOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """What became of the rows, in bytes."""
+    """What became of the rows, in bytes; those that are too many for a record, with their place in the
+    store."""
 
     results: bytes
     errors: bytes
+    results_path: str
+    errors_path: str
     records: list[Record]
     rows_done: int
     rows_failed: int
@@ -164,7 +168,7 @@ class ChunkWork:
             self._encoder, self._encode, chunk, rows, run, signature, payload_rows
         )
         result.rows_done, result.rows_failed = done.rows_done, done.rows_failed
-        await self._keep(chunk, result, done)
+        await self._keep(result, done)
         if ended is not None:
             result.code, result.message, result.field = ended.code, ended.message, ended.field or ""
         return done.records
@@ -258,24 +262,35 @@ class ChunkWork:
         ]  # fmt: skip
         values += made.failed(run.failures, now)
         records = [Record(PREDICTIONS.name, made.key, value) for value in values]
-        return _Done(results, errors, records, sum(len(part.places) for part, _ in answered), len(failures))
-
-    async def _keep(self, chunk: BatchChunk, result: BatchChunkResult, done: _Done) -> None:
-        """Small results go into the record, large ones into the store."""
         prefix = f"{chunk.output_prefix.rstrip('/')}/{chunk.index:08d}"
-        if len(done.results) <= INLINE_BYTES:
+        return _Done(
+            results, errors, _path(prefix, results, "arrow"), _path(prefix, errors, "errors.jsonl"),
+            records, sum(len(part.places) for part, _ in answered), len(failures),
+        )  # fmt: skip
+
+    async def _keep(self, result: BatchChunkResult, done: _Done) -> None:
+        """Small results go into the record, large ones into the store."""
+        if done.results_path:
+            result.results_object = done.results_path
+            await self._patiently(lambda: self._store.put(done.results_path, done.results))
+        else:
             result.results_inline = done.results
+        if done.errors_path:
+            result.errors_object = done.errors_path
+            await self._patiently(lambda: self._store.put(done.errors_path, done.errors))
         else:
-            path = result.results_object = f"{prefix}.arrow"
-            await self._patiently(lambda: self._store.put(path, done.results))
-        if len(done.errors) <= INLINE_BYTES:
             result.errors_inline = done.errors
-        else:
-            errors = result.errors_object = f"{prefix}.errors.jsonl"
-            await self._patiently(lambda: self._store.put(errors, done.errors))
 
     async def _publish(self, records: list[Record]) -> None:
         await self._patiently(lambda: self._chunks.publish(records))
+
+
+def _path(prefix: str, data: bytes, kind: str) -> str:
+    """Where in the store `data` is to be, empty where it is small. What it is stands in the name: of two
+    deliveries of a chunk one may be cut short, and the other one's rows, counted by now, must stay."""
+    if len(data) <= INLINE_BYTES:
+        return ""
+    return f"{prefix}.{blake2b(data, digest_size=16).hexdigest()}.{kind}"
 
 
 class _NotLoaded(Unavailable):
