@@ -155,6 +155,23 @@ async def test_jobs_belong_to_their_key(shared_jobs: Jobs) -> None:
         assert (await here.rest.get(f"/v1/batch/{name}")).status_code == 404
 
 
+async def test_uploaded_files_belong_to_their_key_however_they_are_written(shared_jobs: Jobs) -> None:
+    here = shared_jobs
+    made = await here.rest.post("/v1/files", files={"file": ("x.jsonl", b"1\n")}, data={"purpose": "data"})
+    assert made.status_code == 200, made.text
+    uri = f"store://files/{made.json()['id']}/x.jsonl"
+    body = {"model": "cancer", "input_format": "jsonl"}
+    assert (await here.rest.post("/v1/batch", json=body | {"input_uri": uri})).status_code == 202
+    own = {"authorization": f"Bearer {PREDICT_ONLY}"}
+    folder = uri.rpartition("/")[0]
+    for written in (uri, f"STORE{uri[5:]}", f" {uri}", f"{uri}/", "store://files", "store://files/", folder):
+        for form in ("jsonl", "images"):
+            asked = {"model": "cancer", "input_uri": written, "input_format": form}
+            answer = await here.rest.post("/v1/batch", json=asked, headers=own)
+            assert answer.status_code in (403, 404, 422), (written, answer.text)
+            assert answer.json()["field"] == "input_uri"
+
+
 async def test_the_list_is_paged_and_filtered(shared_jobs: Jobs) -> None:
     here = shared_jobs
     made = [await here.submitted(inputs=[number]) for number in range(5)]

@@ -92,6 +92,11 @@ class InputSources:
         """Raise unless `uri` is an address and allowed. Looks at nothing but the text."""
         self._address(uri)
 
+    def store_path(self, uri: str) -> str | None:
+        """Checks as `check` does; the path in the platform's own store, None for what lies elsewhere."""
+        at = self._address(uri)
+        return at.path if at.scheme == "store" else None
+
     async def stat(self, uri: str) -> SourceInfo:
         """Size and etag of one file."""
         at = self._address(uri)
@@ -249,13 +254,18 @@ def _split(uri: str) -> tuple[str, str, str]:
     parts = urlsplit(uri) if len(uri) <= _MAX_URI else None
     if parts is None or parts.scheme not in _SCHEMES or any(ord(letter) < 32 for letter in uri):
         raise InvalidArgument("An input is store://…, file:///… or s3://bucket/….", field=FIELD)
+    # What urlsplit forgives (capitals, blanks in front) would be another text for whoever compares texts.
+    if not uri.startswith(f"{parts.scheme}:"):
+        raise InvalidArgument("The scheme is written in small letters, at the very start.", field=FIELD)
     if parts.scheme == "file":
         path = unquote(parts.path)
         if parts.netloc or not path.startswith("/") or "\0" in path or parts.query or parts.fragment:
             raise InvalidArgument("A file is written file:///folder/name.", field=FIELD)
         return "file", "", path
     # Names in a store are taken as they are written: no escapes, and nothing that a store could normalise.
-    body = uri.split("://", 1)[1] if "://" in uri else ""
+    if not uri.startswith(f"{parts.scheme}://"):
+        raise InvalidArgument("An input is store://…, file:///… or s3://bucket/….", field=FIELD)
+    body = uri.partition("://")[2]
     bucket, path = ("", body) if parts.scheme == "store" else body.partition("/")[::2]
     names = path.rstrip("/").split("/") if path.rstrip("/") else []
     if any(name in {"", ".", ".."} for name in names) or (parts.scheme == "s3" and not bucket):

@@ -21,6 +21,7 @@ from services.common.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
 )
 from services.common.ids import id_text, new_id
@@ -44,7 +45,7 @@ from services.gateway.keys import Key, Scope
 INLINE_BYTES = 64 << 10
 _IN_THREAD_BYTES = 64 << 10
 MAX_PAGE = 100
-_FILES = "store://files/"
+_FILES = "files"
 _RETRY_MS = 10_000
 _DEFAULT_POOL = "default"
 
@@ -287,12 +288,16 @@ class JobService:
         return {"input_uri": f"store://{path}", "inline_input": None, "etag": info.etag, "rows": rows}
 
     async def _check_file(self, backend: Backend, uri: str, caller: Key) -> None:
-        """Uploaded files belong to keys too. Raises PermissionDenied where nobody may read from there,
-        NotFound."""
-        backend.sources.check(uri)
-        if not uri.startswith(_FILES):
+        """Uploaded files belong to keys too, and of the platform's own store nothing else is anybody's.
+        Raises PermissionDenied where nobody may read from there, NotFound."""
+        path = backend.sources.store_path(uri)
+        if path is None:
             return
-        file_id = uri.removeprefix(_FILES).partition("/")[0]
+        folder, file_id, name = [*path.split("/", 2), "", ""][:3]
+        if folder != _FILES or not file_id or not name:
+            raise PermissionDenied(
+                "Of the store, uploaded files are inputs: store://files/<id>/<name>.", field="input_uri"
+            )
         async with transaction(backend.engine) as session:
             file = await JobRepository(session).file(file_id)
         is_theirs = file is not None and (file.key_id == caller.key_id or Scope.ADMIN in caller.scopes)
