@@ -166,7 +166,7 @@ class Load:
         return self._ticking or bool(self._due) or any(connection.waits for connection in self.connections)
 
     def in_time(self, due: float, now: float) -> bool:
-        """Whether a good answer that came now is part of the goodput. The moment of the answer must lie in the
+        """Whether a good answer that came now is part of the goodput. Its moment must lie in the
         window: by the moment when it was due, a queue that fills up would count as capacity."""
         return self.counts(now) and not self.late(now - due)
 
