@@ -19,8 +19,6 @@ GRACE = timedelta(seconds=30)
 MAX_ATTEMPTS = 10
 #: How often workers may say that they cannot do a chunk now; each of them has waited for minutes.
 MAX_PATIENCE = 3
-#: A chunk that is this much older than one that is done was lost: partitions are read in order.
-OVERTAKEN = timedelta(seconds=60)
 
 #: Shares of a pool between the jobs that want it.
 WEIGHTS: Mapping[int, int] = {
@@ -176,21 +174,16 @@ class Lost:
     given_up: list[Flying]
 
 
-def lost_chunks(
-    flying: Collection[Flying], idle_since: datetime | None, newest_done: datetime | None
-) -> Lost:
+def lost_chunks(flying: Collection[Flying], idle_since: datetime | None) -> Lost:
     """What of `flying`, chunks of one pool, will not come back.
 
     `idle_since`: since then the group has committed everything that the topic holds, and every result was
     taken: since workers publish a result before they commit, what was published before that and has none is
-    gone (the broker lost it). `newest_done`: when the newest chunk of the pool that is done was published.
+    gone (the broker lost it). While the group has something to read nothing counts as lost, however old it
+    is: partitions go on at different paces, so a chunk may wait behind others for as long as it takes. What
+    is lost keeps its place in the pool's window, so the more is lost, the sooner the rest is read.
     """
-    gone = [
-        chunk
-        for chunk in flying
-        if (idle_since is not None and chunk.published_at < idle_since)
-        or (newest_done is not None and chunk.published_at + OVERTAKEN < newest_done)
-    ]
+    gone = [chunk for chunk in flying if idle_since is not None and chunk.published_at < idle_since]
     return Lost(
         [chunk for chunk in gone if chunk.attempt < MAX_ATTEMPTS],
         [chunk for chunk in gone if chunk.attempt >= MAX_ATTEMPTS],

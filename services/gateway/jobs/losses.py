@@ -84,10 +84,9 @@ class Losses:
         idle_since = await self._idle_since(pool)
         # Read after the broker was asked: what had a result by then is not among them.
         async with transaction(self._backend.engine) as session:
-            repository = JobRepository(session)
-            flying = [Flying(*one) for one in await repository.flying(pool) if one[0] in jobs]
-            newest_done = await repository.newest_done(pool)
-        lost = lost_chunks(flying, idle_since, newest_done)
+            found = await JobRepository(session).flying(pool)
+        flying = [Flying(*one) for one in found if one[0] in jobs]
+        lost = lost_chunks(flying, idle_since)
         for chunk in lost.given_up:
             await self._give_up(chunk)
         if lost.again:
@@ -100,7 +99,7 @@ class Losses:
                 count += await self._again(job, chunks[start : start + _AT_ONCE])
         if count:
             self._metrics.republished(count)
-            log.warning("chunks_published_again", pool=pool, count=count, idle=idle_since is not None)
+            log.warning("chunks_published_again", pool=pool, count=count)
         return count
 
     async def _idle_since(self, pool: str) -> datetime | None:

@@ -202,16 +202,6 @@ class JobRepository:
         rows = await self._session.execute(found)
         return [(job, index, attempt, at) for job, index, attempt, at in rows if at is not None]
 
-    async def newest_done(self, pool: str) -> datetime | None:
-        """When the newest chunk that is done was published, of the pool's jobs under way."""
-        newest = (
-            select(func.max(ChunkRow.published_at))
-            .join(JobRow, JobRow.job_id == ChunkRow.job_id)
-            .where(_UNDER_WAY, JobRow.pool == pool, ChunkRow.state == "done")
-        )
-        found: datetime | None = (await self._session.execute(newest)).scalar()
-        return found
-
     # beside
 
     async def idempotent(
