@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.common.bus import Record
 from services.common.ids import id_text, new_id
 from services.common.topics import JOB_CONTROL
-from services.gateway.jobs.decisions import Ending, judged, next_step
+from services.gateway.jobs.decisions import Ending, is_stale, judged, next_step
 from services.gateway.jobs.progress import updated_rate
 from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.splitting import Cut
@@ -50,6 +50,7 @@ class JobChanges:
                 "rows": chunk.rows,
                 "input": chunk.input.SerializeToString(),
                 "attempt": 0,
+                "refusals": 0,
                 "code": Code.CODE_OK,
                 "message": "",
                 "field": "",
@@ -82,16 +83,23 @@ class JobChanges:
         return count
 
     async def result(self, job: JobRow, chunk: ChunkRow, result: BatchChunkResult) -> bool:
-        """A worker's word on a chunk; False where it is not the first, or nobody waits for it any more."""
+        """A worker's word on a chunk; False where it is not the first, nobody waits for it any more, or
+        another attempt is under way that it says nothing of."""
         if job.ended_at is not None or chunk.state not in ("open", "flying"):
             return False
-        verdict = judged(result, chunk.rows, chunk.attempt, cancelling=job.cancelling_at is not None)
+        cancelling = job.cancelling_at is not None
+        # An open chunk may be published already, and not marked: the one before was answered.
+        awaited = chunk.attempt if chunk.state == "flying" else chunk.attempt + 1
+        if is_stale(result, awaited, cancelling=cancelling):
+            return False
+        verdict = judged(result, chunk.rows, chunk.attempt, cancelling=cancelling, refusals=chunk.refusals)
         if chunk.state == "open":  # published, and not marked: whoever published it died in between
             job.open_chunks -= 1
         else:
             job.flying_chunks -= 1
         if verdict.again:
             chunk.state = "open"
+            chunk.refusals += result.code == Code.CODE_UNAVAILABLE
             job.open_chunks += 1
             return True
         chunk.state = "done"

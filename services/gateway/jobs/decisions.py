@@ -97,9 +97,19 @@ class Verdict:
     stop: Ending | None = None
 
 
-def judged(result: BatchChunkResult, rows: int, attempt: int, *, cancelling: bool) -> Verdict:
-    """The verdict on the first result of a chunk of `rows` rows. Counts never exceed the rows, whatever a
-    worker says."""
+def is_stale(result: BatchChunkResult, attempt: int, *, cancelling: bool) -> bool:
+    """Whether `result` is an earlier attempt's failure, which says nothing of `attempt`, the one that is
+    waited for. What is true of the input or of the job counts whoever says it, as rows that are done do."""
+    if result.attempt >= attempt or result.code in (Code.CODE_OK, Code.CODE_DEADLINE_EXCEEDED):
+        return False
+    return result.code not in OF_THE_JOB and not (cancelling and result.code == Code.CODE_CANCELLED)
+
+
+def judged(
+    result: BatchChunkResult, rows: int, attempt: int, *, cancelling: bool, refusals: int = 0
+) -> Verdict:
+    """The verdict on the first result of a chunk of `rows` rows that was published `attempt` times and
+    refused `refusals` times before. Counts never exceed the rows, whatever a worker says."""
     done = min(result.rows_done, rows)
     failed = min(result.rows_failed, rows - done)
     if result.code == Code.CODE_OK:
@@ -114,7 +124,8 @@ def judged(result: BatchChunkResult, rows: int, attempt: int, *, cancelling: boo
         return Verdict(done, rows - done)
     if result.code in OF_THE_JOB:
         return Verdict(done, failed, stop="failed")
-    if result.code == Code.CODE_UNAVAILABLE and attempt < MAX_PATIENCE:
+    may_try = attempt < MAX_ATTEMPTS and refusals + 1 < MAX_PATIENCE
+    if result.code == Code.CODE_UNAVAILABLE and may_try:
         return Verdict(0, 0, again=True)
     return Verdict(done, rows - done)
 

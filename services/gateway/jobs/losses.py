@@ -139,7 +139,11 @@ class Losses:
     async def _give_up(self, lost: Flying) -> None:
         message = f"The chunk was tried {MAX_ATTEMPTS} times, and nobody finished it."
         told = BatchChunkResult(
-            job_id=lost.job_id, index=lost.index, code=Code.CODE_INTERNAL, message=message
+            job_id=lost.job_id,
+            index=lost.index,
+            attempt=lost.attempt,
+            code=Code.CODE_INTERNAL,
+            message=message,
         )
         async with transaction(self._backend.engine) as session:
             changes = JobChanges(session, self._clock.now())

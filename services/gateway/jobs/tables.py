@@ -96,6 +96,8 @@ class ChunkRow(Tables):
     #: Serialized headrace.v1.InputRange.
     input: Mapped[bytes]
     attempt: Mapped[int]
+    #: How often workers said that they cannot do it now.
+    refusals: Mapped[int]
     published_at: Mapped[datetime | None]
     done_at: Mapped[datetime | None]
     code: Mapped[int]

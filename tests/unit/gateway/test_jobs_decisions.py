@@ -19,11 +19,13 @@ from services.gateway.jobs.consumers import spec_of
 from services.gateway.jobs.decisions import (
     GRACE,
     MAX_ATTEMPTS,
+    OF_THE_JOB,
     Claim,
     Flying,
     Lost,
     Step,
     allotted,
+    is_stale,
     judged,
     lost_chunks,
     next_step,
@@ -97,8 +99,18 @@ def test_a_verdict_never_counts_more_rows_than_there_are(
 def test_a_worker_that_cannot_now_is_asked_again_a_few_times() -> None:
     told = BatchChunkResult(code=Code.CODE_UNAVAILABLE, rows_done=3)
     assert judged(told, 10, 1, cancelling=False).again
-    last = judged(told, 10, 3, cancelling=False)
+    assert judged(told, 10, 9, cancelling=False, refusals=1).again  # lost eight times is not refused
+    last = judged(told, 10, 3, cancelling=False, refusals=2)
     assert (last.done, last.failed, last.again) == (3, 7, False)
+
+
+@pytest.mark.parametrize("code", list(Code.values()))
+def test_a_failure_of_an_earlier_attempt_says_nothing_of_this_one(code: Code) -> None:
+    late = BatchChunkResult(code=code, attempt=1)
+    of_the_attempt = code not in OF_THE_JOB | {Code.CODE_OK, Code.CODE_DEADLINE_EXCEEDED}
+    assert is_stale(late, 2, cancelling=False) == of_the_attempt
+    assert not is_stale(late, 1, cancelling=False)
+    assert is_stale(late, 2, cancelling=True) == (of_the_attempt and code != Code.CODE_CANCELLED)
 
 
 CLAIMS = st.lists(
