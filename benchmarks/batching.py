@@ -172,6 +172,7 @@ def worker(pipe: Connection, model: Model, max_rows: int, log_payloads: bool) ->
                     "kafka_bootstrap_servers": "unused:1", "internal_token": TOKEN,
                     "artifact_store_url": f"file://{store}", "state_dir": Path(folder, "state"),
                     "frames_port": 0, "grpc_port": 0, "ops_port": 0, "max_queue_ms": 60_000,
+                    "max_queue_rows": 1 << 20,
                 }
             )  # fmt: skip
             async with worker_app(cfg, SystemClock(), bus) as running:
@@ -238,10 +239,12 @@ def measure(model: Model, rows: int, seconds: float, payloads: bool) -> dict[str
     ours.send("stop")
     mean_rows, inline, refused = ours.recv()
     process.join(20)
+    if refused:
+        raise SystemExit(f"{refused} requests were refused")
     line: dict[str, object] = {
         "model": model.name, "offline_rows_per_s": rates, "best_rows": best, "request_rows": rows,
         "in_flight": in_flight, "served_rows_per_s": rate, "efficiency": rate / rates[best],
-        "mean_batch_rows": mean_rows, "inline": inline, "refused": refused,
+        "mean_batch_rows": mean_rows, "inline": inline,
         "worker_cpu_s": cpu, "client_cpu_s": own,
         "heartbeat_best_rows": own_best, "heartbeat_rows_per_s": own_rate,
     }  # fmt: skip

@@ -36,7 +36,9 @@ class RunTime:
         if self._w:
             # One run that the machine interrupted says nothing about the model; a model that has really
             # become slower gets there within a few runs.
-            seconds = min(seconds, self.estimate(rows) * _OUTLIER + _OUTLIER_S)
+            # Larger batches than ever may well take as much longer as they are larger.
+            expected = max(self.estimate(rows), self._t / self._n * rows)
+            seconds = min(seconds, expected * _OUTLIER + _OUTLIER_S)
         self._w = self._w * _KEEP + 1.0
         self._n = self._n * _KEEP + rows
         self._nn = self._nn * _KEEP + rows * rows

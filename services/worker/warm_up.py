@@ -45,7 +45,9 @@ def warm_up(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTim
 
 
 def _measure(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTime, size: int) -> None:
-    for rows in sorted({1, max_rows}):
+    # Two sizes even where batches have one row, which then run one after the other: a single size would say
+    # nothing about larger ones.
+    for rows in (1, max(2, max_rows)) if layout.batched else (1,):
         key, data = layout.synthetic(rows, size)
         runner.run(key, data, rows, max_rows)  # the first run allocates; it is not what later ones take
         until = time.monotonic() + _MEASURE_S

@@ -1,0 +1,28 @@
+"""What the first runs teach."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.worker.best_batch import best_batch
+from services.worker.execution import Runner
+from services.worker.input_layout import InputLayout
+from services.worker.run_time import RunTime
+from services.worker.warm_up import warm_up
+from tests.fixtures.loaded_model import SIGNATURE, Gated
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 64])
+def test_two_sizes_are_measured_so_that_larger_ones_can_be_judged(max_rows: int) -> None:
+    sizes: list[int] = []
+    layout = InputLayout(SIGNATURE)
+
+    class Noting(RunTime):
+        def observe(self, rows: int, seconds: float, now: float) -> None:
+            sizes.append(rows)
+            super().observe(rows, 0.01 * rows, now)
+
+    run_time = Noting()
+    assert warm_up(Runner(Gated(), SIGNATURE, layout), layout, max_rows, run_time).ran
+    assert set(sizes) == {1, max(2, max_rows)}
+    assert best_batch(run_time)[0] == 1  # its time grows with the rows alone
