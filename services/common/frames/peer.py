@@ -115,7 +115,7 @@ class Peer:
         self._open.remove(item_id)
         size = len(payload)
         if size > self._max_item_bytes:
-            payload = _refusal(item_id, Code.CODE_INTERNAL, "the answer is larger than a message may be")
+            payload = _too_large(item_id)
             size = len(payload)
         head = item_header(size)
         self._outbox.append(head)
@@ -132,7 +132,7 @@ class Peer:
             return
         size = len(payload) + len(id_rest) + 2
         if size > self._max_item_bytes:
-            self.reply_raw(item_id, payload)
+            self.reply_raw(item_id, _too_large(item_id))
             return
         self._open.remove(item_id)
         head = item_header(size)
@@ -207,5 +207,6 @@ class Peer:
         connection.on_flushed(self._outbox_bytes)
 
 
-def _refusal(item_id: int, code: Code, message: str) -> bytes:
-    return PredictReply(id=item_id, code=code, message=message).SerializeToString()
+def _too_large(item_id: int) -> bytes:
+    message = "the answer is larger than a message may be"
+    return PredictReply(id=item_id, code=Code.CODE_INTERNAL, message=message).SerializeToString()
