@@ -38,10 +38,13 @@ class Deadlines:
 
     def look_at(self, when: float) -> None:
         """Look at all that is pending at `when`, or as soon after it as may be."""
-        self.stop()
         pause = max(_SWEEP, _SWEEP_PER_CALL * len(self._pending))
-        self.next_look = max(when, self._loop.time() + pause)
-        self._timer = self._loop.call_at(self.next_look, self._look)
+        at = max(when, self._loop.time() + pause)
+        if at >= self.next_look:
+            return  # or a stream of short deadlines would put the look off for ever
+        self.stop()
+        self.next_look = at
+        self._timer = self._loop.call_at(at, self._look)
 
     def stop(self) -> None:
         """Look no more."""
