@@ -143,6 +143,8 @@ class BatchQueue:
         if lane is None or item not in lane.queues.get(item.rank, ()):
             return False
         self._take(lane, item)
+        if self.rows < self._policy.max_rows:
+            self._pace.interrupted()
         return True
 
     def release(self, now: float, *, drain: bool = False) -> tuple[Batch | None, list[Item]]:
@@ -152,6 +154,8 @@ class BatchQueue:
         if batch is not None:
             backlog = self.rows >= self._policy.max_rows
             self._pace.left(batch.rows, now, self._expected_pace(), backlog=backlog)
+        else:
+            self._pace.interrupted()
         return batch, late
 
     def _release(self, now: float, *, drain: bool) -> tuple[Batch | None, list[Item]]:

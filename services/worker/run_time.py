@@ -98,6 +98,10 @@ class Pace:
             self._known_at = now
         self._leaving, self._at = (rows if backlog else 0), now
 
+    def interrupted(self) -> None:
+        """The backlog went some other way: what happens until the next release says nothing."""
+        self._leaving = 0
+
     def per_row(self, now: float, expected: float) -> float:
         """Seconds per row; `expected` where nothing was measured lately."""
         if now - self._known_at > _FLOOR_LIFE_S:

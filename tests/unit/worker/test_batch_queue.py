@@ -170,3 +170,36 @@ def test_merge_keys_take_turns() -> None:
     queue = queue_of(BatchPolicy(max_rows=2), *[item(key=i % 2) for i in range(8)])
     keys = [released(queue).items[0].key[1][0][0] for _ in range(4)]
     assert keys == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "expired", "late"])
+def test_idle_time_after_a_backlog_went_unanswered_is_no_service_time(how: str) -> None:
+    run_time = measured(0.001, 0.00001)
+    queue = BatchQueue(BatchPolicy(max_rows=64, max_queue=1.0), run_time)
+    waiting = [item(deadline=2.0) for _ in range(200)]
+    assert queue.offer(waiting, 1.0, 0.0) == []
+    assert released(queue, 1.0).rows == 64
+    if how == "cancelled":
+        assert sum(queue.remove(one) for one in waiting) == 136
+    elif how == "expired":
+        assert len(queue.expire(2.0)) == 136
+    else:
+        batch, late = queue.release(2.0)
+        assert batch is None
+        assert len(late) == 136
+    assert offer(queue, item(), 6.0) is None
+    released(queue, 6.0)
+    assert queue.offer([item() for _ in range(1000)], 6.0, 0.0) == []
+
+
+def test_the_pace_is_still_learned_while_a_backlog_loses_some_to_their_callers() -> None:
+    queue = BatchQueue(BatchPolicy(max_rows=8, max_queue=1.0), measured(0.0001))
+    now = 0.0
+    waiting = [item() for _ in range(400)]
+    assert queue.offer(waiting, now, 0.0) == []
+    while queue.rows > 20:
+        released(queue, now)
+        assert queue.remove(next(iter(queue)))
+        now += 0.1  # far slower than the runs themselves
+    refused = queue.offer([item() for _ in range(400)], now, 0.0)
+    assert len(refused) > 200
