@@ -4,7 +4,7 @@ the second time changes nothing."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 
@@ -40,6 +40,9 @@ _TRANSIENT = frozenset(
         Code.CODE_INTERNAL,
     )
 )
+#: How often a record is tried that is refused for now, before it is put aside: the others wait meanwhile.
+MAX_TRIES = 4
+_MAX_REMEMBERED = 10_000
 _OBJECT = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
@@ -53,19 +56,45 @@ class SubmittedJobs:
         self._service = service
         self._keys = keys
         self._is_known = is_known
+        self._tries: dict[tuple[int, int], int] = {}
 
     async def __call__(self, records: Sequence[Record]) -> None:
-        """Raises Malformed for what can never be a job, and Unavailable to see the rest again."""
+        """Raises Malformed for what can never be a job and for what was refused `MAX_TRIES` times, and
+        otherwise what makes the records come again: those that are jobs by then stay the same jobs. While
+        database or store are away everything waits, since nothing could be taken."""
         if not self._is_known():
             raise Unavailable("Models and keys are not known yet.")
+        refused: list[tuple[int, HeadraceError]] = []
         for number, record in enumerate(records):
             try:
                 await self._service.submit(spec_of(record), self._caller(record))
             except HeadraceError as error:
-                if error.code in _TRANSIENT:
+                if _is_nobodys_fault(error):
                     raise
+                refused.append((number, error))
+            except Exception as error:
+                log.exception("job_intake_failed", partition=record.partition, offset=record.offset)
+                crashed = HeadraceError("The platform failed.")
+                crashed.__cause__ = error
+                refused.append((number, crashed))
+            else:
+                self._tries.pop((record.partition, record.offset), None)
+        for number, error in refused:
+            at = (records[number].partition, records[number].offset)
+            if error.code not in _TRANSIENT or self._tries.get(at, 0) >= MAX_TRIES:
+                self._tries.pop(at, None)
                 reason = f"{error.field}: {error.message}" if error.field else error.message
                 raise Malformed(number, reason) from error
+        if refused:
+            self._count(records[number] for number, _ in refused)
+            raise refused[0][1]
+
+    def _count(self, refused: Iterable[Record]) -> None:
+        if len(self._tries) > _MAX_REMEMBERED:  # of partitions that others read now
+            self._tries.clear()
+        for record in refused:
+            at = (record.partition, record.offset)
+            self._tries[at] = self._tries.get(at, 0) + 1
 
     def _caller(self, record: Record) -> Key:
         headers = {name.lower(): value for name, value in record.headers}
@@ -75,6 +104,11 @@ class SubmittedJobs:
         key = self._keys.authenticate(authorization, api_key)
         key.require(Scope.PREDICT)
         return key
+
+
+def _is_nobodys_fault(error: HeadraceError) -> bool:
+    """Whether database or own store are away; another store's absence names the input."""
+    return isinstance(error, Unavailable) and error.field is None
 
 
 def spec_of(record: Record) -> JobSpec:

@@ -1,0 +1,91 @@
+"""Jobs that producers submit: one record never keeps the others out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from services.common.bus import Record
+from services.common.bus.delivery import deliver
+from services.common.clock import ManualClock
+from services.common.errors import Aborted, HeadraceError, ResourceExhausted, Unavailable
+from services.gateway.jobs.consumers import MAX_TRIES, SubmittedJobs
+from services.gateway.jobs.specs import JobSpec
+from services.gateway.keys import KeyRing
+
+
+class Service:
+    """Takes every job but those named; tells what it took."""
+
+    def __init__(self, refusals: dict[str, Callable[[], Exception]]) -> None:
+        self.refusals = refusals
+        self.taken: list[str] = []
+
+    async def submit(self, spec: JobSpec, _caller: object) -> None:
+        if spec.job_id in self.refusals:
+            failure = self.refusals[spec.job_id]()
+            raise failure
+        self.taken.append(spec.job_id)
+
+
+RECORDS = [
+    Record("batch.jobs.v1", name.encode(), b'{"model": "m", "inputs": [1]}', (), 0, offset)
+    for offset, name in enumerate(("a", "refused", "b"))
+]
+
+
+async def rounds(handler: SubmittedJobs, most: int) -> tuple[int, list[tuple[bytes | None, str]]]:
+    """Hand the records over until they are accepted, at most so often: how often, and what was buried."""
+    buried: list[tuple[bytes | None, str]] = []
+
+    async def bury(record: Record, reason: str) -> None:
+        buried.append((record.key, reason))
+
+    for count in range(1, most + 1):
+        try:
+            await deliver([one for one in RECORDS if one.key not in dict(buried)], handler, bury)
+        except Exception:
+            continue  # the bus waits, and hands them over again
+        return count, buried
+    return most + 1, buried
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lambda: ResourceExhausted("This key has 2 jobs under way."),
+        lambda: Unavailable("The input store does not answer.", field="input_uri"),
+        lambda: Aborted("Somebody else changed it."),
+        lambda: HeadraceError("It broke."),
+        lambda: RuntimeError("a defect"),
+    ],
+)
+async def test_a_record_that_is_refused_for_now_is_put_aside_in_the_end(
+    refusal: Callable[[], Exception],
+) -> None:
+    service = Service({"refused": refusal})
+    anything: Any = service
+    handler = SubmittedJobs(anything, KeyRing(ManualClock()), lambda: True)
+    count, buried = await rounds(handler, 20)
+    assert count == MAX_TRIES + 1
+    assert [key for key, _ in buried] == [b"refused"]
+    assert set(service.taken) == {"a", "b"}
+
+
+async def test_a_record_that_is_refused_for_a_while_is_a_job() -> None:
+    service = Service({"refused": lambda: ResourceExhausted("Full.")})
+    anything: Any = service
+    handler = SubmittedJobs(anything, KeyRing(ManualClock()), lambda: True)
+    assert (await rounds(handler, MAX_TRIES))[1] == []
+    service.refusals.clear()
+    assert await rounds(handler, 1) == (1, [])
+    assert "refused" in service.taken
+
+
+async def test_everything_waits_for_the_database() -> None:
+    service = Service({"refused": lambda: Unavailable("The database is away.")})
+    anything: Any = service
+    handler = SubmittedJobs(anything, KeyRing(ManualClock()), lambda: True)
+    assert await rounds(handler, 30) == (31, [])
