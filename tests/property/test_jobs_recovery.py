@@ -17,7 +17,7 @@ from headrace.v1.tensor_pb2 import Code
 from prometheus_client import CollectorRegistry
 from sqlalchemy import select
 
-from services.common.bus import Record
+from services.common.bus import Record, Standing
 from services.common.clock import ManualClock
 from services.common.db import engine, migrate, transaction
 from services.common.errors import HeadraceError, Unavailable
@@ -54,6 +54,7 @@ class UnreliableBroker:
     rng: random.Random
     is_faulty: bool = True
     chunks: list[BatchChunk] = field(default_factory=list)
+    given: int = 0
 
     async def publish(self, records: Sequence[Record]) -> None:
         fate = self.rng.random() if self.is_faulty else 1.0
@@ -61,14 +62,15 @@ class UnreliableBroker:
         for record in arrived:
             if record.topic.startswith("batch.chunks."):
                 assert record.value is not None
+                self.given += 1
                 self.chunks.append(BatchChunk.FromString(record.value))
         if fate < 0.1:
             raise Unavailable("The broker does not answer.")
         if fate < 0.25:
             raise Crash
 
-    async def lag(self, topic: Topic, group: str) -> int:
-        return len(self.chunks) if topic.name != JOB_RESULTS.name else 0
+    async def standing(self, topic: Topic, group: str) -> Standing:
+        return Standing(self.given, len(self.chunks)) if topic.name != JOB_RESULTS.name else Standing(0, 0)
 
 
 @dataclass

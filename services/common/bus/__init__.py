@@ -5,7 +5,7 @@ from services.common.bus.dead_letters import DeadLetters, Letter, Queue
 from services.common.bus.followed import followed
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.memory import MemoryBus
-from services.common.bus.port import Bus, Handler, Malformed, Record, Table
+from services.common.bus.port import Bus, Handler, Malformed, Record, Standing, Table
 
 __all__ = [
     "Bus",
@@ -17,6 +17,7 @@ __all__ = [
     "MemoryBus",
     "Queue",
     "Record",
+    "Standing",
     "Table",
     "followed",
 ]

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
-from services.common.bus.port import MAX_RECORD_BYTES
+from services.common.bus.port import MAX_RECORD_BYTES, Standing
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.topics import Topic
 
@@ -48,8 +48,12 @@ async def ensure_topics(
 
 async def lag(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0) -> int:
     """Records in `topic` beyond what `group` has committed. Raises Unavailable when the broker is away."""
-    # The broker is asked for named partitions: not every broker answers "all of the group's".
-    partitions = [TopicPartition(topic.name, number) for number in range(topic.partitions)]
+    return (await standing(bootstrap, topic, group, timeout=timeout)).lag
+
+
+async def standing(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0) -> Standing:
+    """Where `group` stands in the partitions that `topic` has. Raises Unavailable when the broker is away or
+    does not know the topic."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=bootstrap,
         request_timeout_ms=REQUEST_TIMEOUT_MS,
@@ -60,6 +64,11 @@ async def lag(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0)
     try:
         async with asyncio.timeout(timeout):
             async with _admin(bootstrap) as admin:
+                count = (await _partition_counts(admin)).get(topic.name)
+                if count is None:  # asking for it by name would make some brokers create it
+                    raise Unavailable(f"the event broker knows no topic {topic.name}")
+                # The broker is asked for named partitions: not every broker answers "all of the group's".
+                partitions = [TopicPartition(topic.name, number) for number in range(count)]
                 committed = await admin.list_consumer_group_offsets(group, partitions=partitions)
             await consumer.start()
             starts, ends = await high_watermarks(consumer, partitions)
@@ -68,7 +77,8 @@ async def lag(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0)
     finally:
         await consumer.stop()
     done = {part: committed[part].offset if part in committed else -1 for part in partitions}
-    return sum(max(0, ends[part] - max(starts[part], done[part])) for part in partitions)
+    left = sum(max(0, ends[part] - max(starts[part], done[part])) for part in partitions)
+    return Standing(sum(ends.values()), left)
 
 
 async def high_watermarks(

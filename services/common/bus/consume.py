@@ -42,6 +42,7 @@ class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka 
         self._changed()
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        log.info("reading %s", ", ".join(sorted(f"{part.topic}/{part.partition}" for part in assigned)))
         self._changed()
 
     def _changed(self) -> None:

@@ -16,7 +16,7 @@ from faststream.kafka import KafkaBroker
 from services.common.bus import admin
 from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
-from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record, Table, check_size
+from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record, Standing, Table, check_size
 from services.common.bus.table import KafkaTable
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
@@ -125,6 +125,10 @@ class KafkaBus:
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""
         return await admin.lag(self._bootstrap, topic, group)
+
+    async def standing(self, topic: Topic, group: str) -> Standing:
+        """See Bus."""
+        return await admin.standing(self._bootstrap, topic, group)
 
     async def _started_producer(self) -> AIOKafkaProducer:
         """The one producer, started. The caller's timeout bounds the wait for a broker that is away."""

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from services.common.bus.delivery import Backoff, dead_letter, deliver
-from services.common.bus.port import Handler, Record, Table, check_size
+from services.common.bus.port import Handler, Record, Standing, Table, check_size
 from services.common.errors import Unavailable
 from services.common.topics import Topic, all_topics
 
@@ -95,8 +95,13 @@ class MemoryBus:
 
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""
-        state = self._groups.get((topic.name, group), _Group())
-        return sum(len(part) - state.committed[i] for i, part in enumerate(self._log(topic.name)))
+        return (await self.standing(topic, group)).lag
+
+    async def standing(self, topic: Topic, group: str) -> Standing:
+        """See Bus."""
+        state, log = self._groups.get((topic.name, group), _Group()), self._log(topic.name)
+        lag = sum(len(part) - state.committed[i] for i, part in enumerate(log))
+        return Standing(sum(map(len, log)), lag)
 
     def records(self, topic: str) -> list[Record]:
         """Everything published to `topic`, partition by partition."""

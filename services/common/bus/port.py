@@ -50,6 +50,15 @@ class Malformed(InvalidArgument):
         self.reason = reason
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a group has come in a topic. `end`: records the topic was ever given; `lag`: those beyond what
+    the group has committed."""
+
+    end: int
+    lag: int
+
+
 Handler = Callable[[Sequence[Record]], Awaitable[None]]
 
 
@@ -113,4 +122,8 @@ class Bus(Protocol):
 
     async def lag(self, topic: Topic, group: str) -> int:
         """Records of `topic` that `group` has not committed. Raises Unavailable when the broker is away."""
+        ...
+
+    async def standing(self, topic: Topic, group: str) -> Standing:
+        """How far `group` has come in `topic`. Raises Unavailable when the broker is away."""
         ...

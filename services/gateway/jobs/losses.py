@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 from typing import Self
 
@@ -25,13 +25,12 @@ from services.gateway.jobs.decisions import MAX_ATTEMPTS, Flying, lost_chunks
 from services.gateway.jobs.metrics import JobMetrics
 from services.gateway.jobs.publishing import ChunkPublisher
 from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.standing import PoolStanding
 from services.gateway.jobs.tables import JobRow
 
 log = structlog.get_logger(__name__)
 
-_LOOK_EVERY_S = 2.0
-#: A group counts as idle after this time without anything left to read.
-_IDLE = timedelta(seconds=3)
+_LOOK_EVERY_S = 1.0
 _GROUP = "gateway"
 _AT_ONCE = 64
 
@@ -56,7 +55,7 @@ class Losses:
         self._clock = clock
         self._metrics = metrics
         self._changed = changed
-        self._idle: dict[str, datetime] = {}
+        self._standings: defaultdict[str, PoolStanding] = defaultdict(PoolStanding)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -76,22 +75,22 @@ class Losses:
         for job in self._controller.jobs:
             if job.flying_chunks:
                 by_pool[job.pool][job.job_id] = job
-        for pool in self._idle.keys() - by_pool.keys():
-            del self._idle[pool]
+        for pool in self._standings.keys() - by_pool.keys():
+            del self._standings[pool]
         return sum([await self._look_at(pool, jobs) for pool, jobs in by_pool.items()])
 
     async def _look_at(self, pool: str, jobs: dict[str, JobRow]) -> int:
-        idle_since = await self._idle_since(pool)
+        gone_before = await self._gone_before(pool, sum(job.flying_chunks for job in jobs.values()))
         # Read after the broker was asked: what had a result by then is not among them.
         async with transaction(self._backend.engine) as session:
             found = await JobRepository(session).flying(pool)
         flying = [Flying(*one) for one in found if one[0] in jobs]
-        lost = lost_chunks(flying, idle_since)
+        lost = lost_chunks(flying, gone_before)
         for chunk in lost.given_up:
             await self._give_up(chunk)
         if lost.again:
             self._publisher.doubt(pool)
-            self._idle.pop(pool, None)
+            self._standings[pool].published_again()
         count = 0
         for job in jobs.values():
             chunks = [chunk for chunk in lost.again if chunk.job_id == job.job_id]
@@ -102,20 +101,17 @@ class Losses:
             log.warning("chunks_published_again", pool=pool, count=count)
         return count
 
-    async def _idle_since(self, pool: str) -> datetime | None:
-        """Since when the group has nothing to read and every result was taken; None: it has, or not for
-        long."""
-        now = self._clock.now()
+    async def _gone_before(self, pool: str, flying: int) -> datetime | None:
+        """What was published before this and has no result is gone; None: nothing is known to be."""
+        standing, asked_at = self._standings[pool], self._clock.now()
         try:
-            left = await self._publisher.lag(pool) or await self._bus.lag(JOB_RESULTS, _GROUP)
+            chunks = await self._publisher.standing(pool)
+            results = await self._bus.standing(JOB_RESULTS, _GROUP)
         except HeadraceError as error:
             log.warning("lag_not_known", pool=pool, reason=error.message)
-            left = 1
-        if left:
-            self._idle.pop(pool, None)
+            standing.unknown()
             return None
-        since = self._idle.setdefault(pool, now)
-        return since if now - since >= _IDLE else None
+        return standing.gone_before(asked_at, chunks, results, flying)
 
     async def _again(self, job: JobRow, lost: Sequence[Flying]) -> int:
         attempts = {chunk.index: chunk.attempt for chunk in lost}

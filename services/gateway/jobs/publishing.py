@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
+import structlog
 from headrace.v1.batch_pb2 import BatchChunk, InputRange
 
-from services.common.bus import Bus, Record
+from services.common.bus import Bus, Record, Standing
 from services.common.clock import Clock
+from services.common.errors import FailedPrecondition
 from services.common.topics import Topic, chunks, dead_letters
 from services.gateway.jobs.tables import ChunkRow, JobRow
+
+log = structlog.get_logger(__name__)
 
 #: Makes topics where they are missing, with their partitions: a broker that makes them on first use gives
 #: them other ones.
@@ -39,11 +43,11 @@ class ChunkPublisher:
             raise
         return {chunk.index: chunk.attempt + 1 for chunk in given}
 
-    async def lag(self, pool: str) -> int:
-        """Chunks that the pool's workers have not finished. Raises Unavailable."""
+    async def standing(self, pool: str) -> Standing:
+        """How far the pool's workers have come. Raises Unavailable."""
         topic = await self._topic(pool)
         try:
-            return await self._bus.lag(topic, pool)
+            return await self._bus.standing(topic, pool)
         except Exception:
             self.doubt(pool)  # a broker that lost its memory does not know the topic either
             raise
@@ -52,7 +56,12 @@ class ChunkPublisher:
         topic = chunks(pool, self.partitions)
         now = self._clock.monotonic()
         if now - self._ensured.get(pool, -_ENSURE_EVERY_S) >= _ENSURE_EVERY_S:
-            await self._ensure([topic, dead_letters(topic, pool)])
+            try:
+                await self._ensure([topic, dead_letters(topic, pool)])
+            except FailedPrecondition as error:
+                # Some brokers make a topic when it is named, before anybody can say with how many partitions.
+                # Fewer of them divide the work less finely; chunks need no order, so it goes on.
+                log.warning("topic_has_few_partitions", reason=error.message)
             self._ensured[pool] = now
         return topic
 

@@ -280,6 +280,7 @@ class KafkaChunks:
     def _assigned(self, numbers: list[int]) -> None:
         """Ours from now on, or begun anew: what was delivered before counts no more."""
         self.rebalances += 1
+        log.info("reading %s: partitions %s", self._topic.name, sorted(numbers))
         for number in numbers:
             self._ours[number] = _Partition()
 
