@@ -63,7 +63,10 @@ def plain_environment() -> dict[str, str]:
 
 
 class Child:
-    """A running command: its own session and process group, output appended to `log`."""
+    """A running command in a process group of its own, output appended to `log`.
+
+    It stays in our session: Linux shares the processor between sessions first (autogroups), and priorities
+    count within one only, so that in a session of its own no part would make room for another."""
 
     def __init__(self, command: Command, log: Path) -> None:
         """Start it at once. Call from the main thread (see `die_with_parent`)."""
@@ -82,7 +85,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(command.env),
                 cwd=command.cwd,
-                start_new_session=True,
+                process_group=0,  # see the class for why it is no session
                 preexec_fn=die_with_parent(command.death_signal),  # noqa: PLW1509 - it only calls prctl
                 **identity,
             )

@@ -5,4 +5,4 @@ port.py), consumer.py (a few chunks at a time), work.py (one chunk from record t
 still wanted), deaths.py (does it kill), reading.py (its rows by format: tables.py, columns.py, csv_rows.py,
 json_rows.py, json_values.py, images.py; what they give: rows.py), running.py (through the
 version's slot, at the lowest class), results.py (what the gateway streams), records.py (the prediction log).
-metrics.py counts."""
+threads.py gives the threads of all this, metrics.py counts."""

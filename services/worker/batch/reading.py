@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from services.worker.batch.images import rows_of_images
 from services.worker.batch.json_rows import CUSTOM_ID, lines_of, rows_of_lines
 from services.worker.batch.rows import Inputs, Rows
 from services.worker.batch.tables import TableFile
+from services.worker.batch.threads import batch_thread
 
 # Files of a folder that are fetched at the same time.
 _FILES_AT_ONCE = 8
@@ -47,7 +47,7 @@ class ChunkReader:
 
     def __init__(self, sources: InputSources) -> None:
         self._sources = sources
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-read")
+        self._thread = batch_thread("batch-read")
         self._open: _Open | None = None
 
     async def read(self, chunk: BatchChunk, inputs: Inputs) -> Rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
@@ -35,6 +34,7 @@ from services.worker.batch.records import ChunkRecords
 from services.worker.batch.results import errors_bytes, output_shapes, results_bytes
 from services.worker.batch.rows import Inputs, Rows
 from services.worker.batch.running import ChunkRun, Version, rows_of_a_run
+from services.worker.batch.threads import batch_thread
 from services.worker.desired import Desired
 from services.worker.loaded_model import LoadedModel
 from services.worker.model_host import ModelHost
@@ -107,8 +107,8 @@ class ChunkWork:
         self._clock = shared.clock
         self._stats = shared.stats
         self._options = options
-        self._device = ThreadPoolExecutor(1, thread_name_prefix="batch-run")
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="batch-write")
+        self._device = batch_thread("batch-run")
+        self._encoder = batch_thread("batch-write")
         self._reading = asyncio.Lock()
         self._running = asyncio.Lock()
         # One chunk runs and one is ready to.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from deploy.embedded.blueprint import make_directories
 from deploy.embedded.kafka_probe import answers_kafka
 from deploy.embedded.log_files import choose, follow, tail, trim_logs
 from deploy.embedded.preflight import LEAST_FREE_BYTES, check_disk, check_python
-from deploy.embedded.process import EmbeddedError
+from deploy.embedded.process import Child, Command, EmbeddedError
 from deploy.embedded.server import FREE_PORTS, free_port
 from deploy.embedded.stack import STOP_TIMEOUT_S
 from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
@@ -133,6 +134,15 @@ def test_following_yields_whole_new_lines_also_of_new_logs(tmp_path: Path) -> No
         assert next(lines) == ("router", "new")
         writer.write(" whole\n")
     assert next(lines) == ("gateway", "half whole")
+
+
+def test_parts_share_our_session_so_that_their_priorities_count(tmp_path: Path) -> None:
+    child = Child(Command(["sleep", "600"], env=dict(os.environ)), tmp_path / "part.log")
+    try:
+        assert os.getpgid(child.pid) == child.pid
+        assert os.getsid(child.pid) == os.getsid(0)
+    finally:
+        child.kill()
 
 
 def test_the_guard_ends_the_groups_it_was_told_of() -> None:
