@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -27,7 +28,7 @@ from services.gateway.jobs.decisions import OF_THE_JOB, Claim, Ending, allotted,
 from services.gateway.jobs.metrics import JobMetrics
 from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.publishing import ChunkPublisher
-from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.repository import JobRepository, Place
 from services.gateway.jobs.sizing import chunk_limits
 from services.gateway.jobs.splitting import Cut, Input, cuts
 from services.gateway.jobs.tables import JobRow
@@ -36,14 +37,26 @@ from services.gateway.jobs.views import JobError
 log = structlog.get_logger(__name__)
 
 _LEASE = timedelta(seconds=15)
-_MAX_JOBS = 256
+_JOBS_AT_ONCE = 256
 _CUTTING_AT_ONCE = 8
 _CUTTING_PER_KEY = 2
+#: An input that cannot be reached now is asked for again after this time, doubled each time up to the most.
+_CUT_AGAIN_S, _MOST_CUT_AGAIN_S = 1.0, 30.0
 _TICK_S = 1.0
+#: The same where the jobs are more than one look takes.
+_TURN_S = 0.25
 #: Wake-ups closer together than this are one.
 _PAUSE_S = 0.02
 _MEASURE_EVERY_S = 5.0
 _CLOSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Backoff:
+    """An input that was away `tries` times; not asked for again before `until`."""
+
+    tries: int
+    until: float
 
 
 class Controller:
@@ -60,8 +73,10 @@ class Controller:
         changed: Callable[[str], None],
     ) -> None:
         """`owner` names this process; `changed` is told the ids of jobs that changed."""
-        #: The jobs leased when it looked last.
-        self.jobs: Sequence[JobRow] = ()
+        self._jobs: dict[str, JobRow] = {}
+        #: Of this round: where the next look goes on, and what was seen.
+        self._after: Place | None = None
+        self._seen: set[str] = set()
         self._owner = owner
         self._backend = backend
         self._publisher = publisher
@@ -70,6 +85,7 @@ class Controller:
         self._metrics = metrics
         self._changed = changed
         self._cutting: dict[str, asyncio.Task[None]] = {}
+        self._backoff: dict[str, _Backoff] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._measured_at = -_MEASURE_EVERY_S
@@ -99,6 +115,12 @@ class Controller:
             log.warning("jobs_not_released", reason=lost.message)
 
     @property
+    def jobs(self) -> Collection[JobRow]:
+        """The jobs leased, as they were when each was looked at last; without the rows that travel with
+        them."""
+        return self._jobs.values()
+
+    @property
     def cutting(self) -> int:
         """How many inputs are being cut."""
         return len(self._cutting)
@@ -108,12 +130,11 @@ class Controller:
         self._wake.set()
 
     async def tick(self) -> None:
-        """Look once at every job that this gateway leases, and do what is next."""
+        """Look once at the jobs that this gateway leases, where they are many at the next of them, and do
+        what is next."""
         now = self._clock.now()
-        async with transaction(self._backend.engine) as session:
-            self.jobs = await JobRepository(session).claim(self._owner, now, _LEASE, _MAX_JOBS)
         wanting: list[JobRow] = []
-        for job in self.jobs:
+        for job in await self._next_jobs():
             step = next_step(job, now)
             if step.stop is not None or step.end is not None:
                 await self._finish(job.job_id)
@@ -126,6 +147,24 @@ class Controller:
         if self._clock.monotonic() - self._measured_at >= _MEASURE_EVERY_S:
             self._measured_at = self._clock.monotonic()
             await self._measure()
+
+    async def _next_jobs(self) -> Sequence[JobRow]:
+        """All jobs where they are few. Otherwise everyone has its turn: many that only wait, for a pool
+        without workers say, delay the others and never keep them out."""
+        async with transaction(self._backend.engine) as session:
+            repository = JobRepository(session)
+            await repository.claim(self._owner, self._clock.now(), _LEASE, _JOBS_AT_ONCE)
+            found = await repository.leased(self._owner, self._after, _JOBS_AT_ONCE)
+        self._jobs |= {job.job_id: job for job in found}
+        self._seen |= {job.job_id for job in found}
+        if len(found) == _JOBS_AT_ONCE:
+            last = found[-1]
+            self._after = (last.priority, last.created_at, last.job_id)
+        else:
+            self._jobs = {job_id: job for job_id, job in self._jobs.items() if job_id in self._seen}
+            self._backoff = {job_id: one for job_id, one in self._backoff.items() if job_id in self._seen}
+            self._after, self._seen = None, set()
+        return found
 
     async def fail(self, job_id: str, error: JobError) -> None:
         """The job cannot go on."""
@@ -167,6 +206,9 @@ class Controller:
     def _cut(self, job: JobRow) -> None:
         if job.job_id in self._cutting or len(self._cutting) >= _CUTTING_AT_ONCE:
             return
+        waiting = self._backoff.get(job.job_id)
+        if waiting is not None and self._clock.monotonic() < waiting.until:
+            return
         # One key's terabytes leave room for the others' kilobytes.
         mine = sum(1 for one in self.jobs if one.key_id == job.key_id and one.job_id in self._cutting)
         if mine >= _CUTTING_PER_KEY:
@@ -180,7 +222,15 @@ class Controller:
         if not self._stopping:
             self.wake()  # others wait for the place
 
-    async def _cut_to_end(self, job: JobRow) -> None:
+    async def _cut_to_end(self, looked_at: JobRow) -> None:
+        try:
+            async with transaction(self._backend.engine) as session:
+                job = await JobRepository(session).job(looked_at.job_id)
+        except HeadraceError as error:
+            self._cut_later(looked_at.job_id, error)
+            return
+        if job is None or job.is_split:
+            return
         speed = self._pools.speed(job.pool, job.model, job.version)
         limits = chunk_limits(speed.best_rows, speed.rows_per_s)
         given = Input(job.input_uri, _format(job), job.etag, job.inline_input)
@@ -193,7 +243,7 @@ class Controller:
                     chunks += len(cut.chunks)
         except HeadraceError as error:
             if error.code not in OF_THE_JOB:  # the store or the database is away: the next look goes on
-                log.warning("job_not_cut", job=job.job_id, reason=error.message)
+                self._cut_later(job.job_id, error)
                 return
             await self._failed(job.job_id, JobError(error.code, error.message, error.field or ""))
         except Exception:
@@ -202,6 +252,14 @@ class Controller:
                 Code.CODE_INTERNAL, "The input could not be cut into chunks.", "input_uri"
             )
             await self._failed(job.job_id, error_of_ours)
+
+    def _cut_later(self, job_id: str, error: HeadraceError) -> None:
+        """Something is away: ask again at growing distances, so that the look at every change is not one at
+        what is away too."""
+        tries = self._backoff[job_id].tries + 1 if job_id in self._backoff else 1
+        wait_s = min(_CUT_AGAIN_S * 2.0 ** min(tries - 1, 10), _MOST_CUT_AGAIN_S)
+        self._backoff[job_id] = _Backoff(tries, self._clock.monotonic() + wait_s)
+        log.warning("job_not_cut", job=job_id, reason=error.message, again_in_s=wait_s)
 
     async def _failed(self, job_id: str, error: JobError) -> None:
         try:
@@ -220,6 +278,7 @@ class Controller:
                 return False
             await changes.add_cut(job, cut)
             await changes.finish()
+        self._backoff.pop(job_id, None)
         self._told(job)
         self.wake()
         return True
@@ -282,7 +341,7 @@ class Controller:
                 log.exception("jobs_wait")
             await asyncio.sleep(_PAUSE_S)
             try:
-                async with asyncio.timeout(_TICK_S):
+                async with asyncio.timeout(_TICK_S if self._after is None else _TURN_S):
                     await self._wake.wait()
             except TimeoutError:
                 continue

@@ -11,12 +11,16 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, CursorResult, and_, delete, func, insert, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer
 
 from services.common.bus import Record
 from services.common.db import enqueue
 from services.gateway.jobs.tables import ChunkRow, FileRow, IdempotencyKeyRow, JobRow, Outbox
 
 _UNDER_WAY = JobRow.ended_at.is_(None)
+
+#: Priority, age and id: the order in which jobs are looked at.
+Place = tuple[int, datetime, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +88,36 @@ class JobRepository:
         """How many jobs of a key have not ended."""
         return await self._count(select(func.count()).where(JobRow.key_id == key_id, _UNDER_WAY))
 
-    async def claim(self, owner: str, now: datetime, lease: timedelta, limit: int) -> Sequence[JobRow]:
-        """Lease up to `limit` jobs that have not ended to `owner`: its own, and those that nobody leases, by
-        priority and age. What another transaction holds at this moment is left alone."""
-        free = or_(JobRow.lease_owner == owner, JobRow.lease_until.is_(None), JobRow.lease_until < now)
-        chosen = (
-            select(JobRow.job_id)
-            .where(_UNDER_WAY, free)
-            .order_by(JobRow.lease_owner.is_distinct_from(owner), JobRow.priority, JobRow.created_at)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
-        leased = (
-            update(JobRow)
-            .where(JobRow.job_id.in_(chosen.scalar_subquery()))
-            .values(lease_owner=owner, lease_until=now + lease)
-            .returning(JobRow)
-            .execution_options(populate_existing=True, synchronize_session=False)
-        )
-        rows = (await self._session.scalars(leased)).all()
-        return sorted(rows, key=lambda row: (row.priority, row.created_at, row.job_id))
+    async def claim(self, owner: str, now: datetime, lease: timedelta, limit: int) -> None:
+        """Lease up to `limit` more jobs that have not ended to `owner`, those that nobody leases, by priority
+        and age; and renew up to as many of its own whose lease is half over. What another transaction holds
+        at this moment is left alone."""
+        is_own = JobRow.lease_owner == owner
+        free = or_(JobRow.lease_until.is_(None), JobRow.lease_until < now)
+        for wanted in (and_(is_own, JobRow.lease_until < now + lease / 2), free):
+            chosen = (
+                select(JobRow.job_id)
+                .where(_UNDER_WAY, wanted)
+                .order_by(JobRow.priority, JobRow.created_at)
+                .limit(limit)
+                .with_for_update(skip_locked=True)
+            )
+            leased = (
+                update(JobRow)
+                .where(JobRow.job_id.in_(chosen.scalar_subquery()))
+                .values(lease_owner=owner, lease_until=now + lease)
+                .execution_options(synchronize_session=False)
+            )
+            await self._session.execute(leased)
+
+    async def leased(self, owner: str, after: Place | None, limit: int) -> Sequence[JobRow]:
+        """Up to `limit` jobs that `owner` leases, behind `after`, by priority and age, without the rows that
+        travel with them."""
+        place = tuple_(JobRow.priority, JobRow.created_at, JobRow.job_id)
+        wanted = [_UNDER_WAY, JobRow.lease_owner == owner, *([] if after is None else [place > after])]
+        found = select(JobRow).where(*wanted).order_by(JobRow.priority, JobRow.created_at, JobRow.job_id)
+        chosen = found.limit(limit).options(defer(JobRow.inline_input, raiseload=True))
+        return (await self._session.scalars(chosen)).all()
 
     async def release(self, owner: str) -> None:
         """Let others lease what `owner` had."""
