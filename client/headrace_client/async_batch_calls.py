@@ -13,7 +13,7 @@ import httpx
 
 from headrace_client import batches as calls
 from headrace_client.batch_calls import EVENTS_SILENCE_S, RECONNECT_S, STREAM_TIMEOUT_S
-from headrace_client.batches import Batch, Events, FileUpload, Format, Pending, StoredFile
+from headrace_client.batches import Batch, Events, FileUpload, Format, Lines, Pending, StoredFile
 from headrace_client.errors import ConnectionFailed, DeadlineExceeded, Unavailable
 from headrace_client.exchange import Exchange
 from headrace_client.results import Json
@@ -99,7 +99,7 @@ class AsyncBatches:
                 async with self._connection.stream(
                     calls.events(batch_id, events.last_id), EVENTS_SILENCE_S
                 ) as answer:
-                    async for line in answer.aiter_lines():
+                    async for line in _lines_of(answer.aiter_bytes()):
                         batch = events.feed(line)
                         if batch is not None:
                             yield batch
@@ -143,7 +143,7 @@ class AsyncBatches:
 
     async def _lines(self, call: Exchange[Any]) -> AsyncIterator[Json]:
         async with self._connection.stream(call, STREAM_TIMEOUT_S) as answer:
-            async for line in answer.aiter_lines():
+            async for line in _lines_of(answer.aiter_bytes()):
                 if line:
                     yield calls.parsed(line)
 
@@ -235,6 +235,15 @@ class AsyncLater:
     async def get(self, request_id: str, *, wait_s: float = 0.0) -> Pending:
         """The answer where it is there within `wait_s` seconds (60 at most), else how far it is."""
         return await self._connection.run(calls.pending(request_id, wait_s), wait_s + EVENTS_SILENCE_S)
+
+
+async def _lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    cut = Lines()
+    async for piece in pieces:
+        for line in cut.feed(piece):
+            yield line
+    for line in cut.rest():
+        yield line
 
 
 async def _write(connection: Connection, call: Exchange[Any], to: Path) -> int:

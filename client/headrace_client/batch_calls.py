@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import httpx
 
 from headrace_client import batches as calls
-from headrace_client.batches import Batch, Events, FileUpload, Format, Pending, StoredFile
+from headrace_client.batches import Batch, Events, FileUpload, Format, Lines, Pending, StoredFile
 from headrace_client.errors import ConnectionFailed, DeadlineExceeded, Unavailable
 from headrace_client.exchange import Exchange
 from headrace_client.results import Json
@@ -102,7 +102,7 @@ class Batches:
                 with self._connection.stream(
                     calls.events(batch_id, events.last_id), EVENTS_SILENCE_S
                 ) as answer:
-                    for line in answer.iter_lines():
+                    for line in _lines_of(answer.iter_bytes()):
                         batch = events.feed(line)
                         if batch is not None:
                             yield batch
@@ -144,7 +144,7 @@ class Batches:
 
     def _lines(self, call: Exchange[Any]) -> Iterator[Json]:
         with self._connection.stream(call, STREAM_TIMEOUT_S) as answer:
-            for line in answer.iter_lines():
+            for line in _lines_of(answer.iter_bytes()):
                 if line:
                     yield calls.parsed(line)
 
@@ -232,6 +232,13 @@ class AsyncPredictions:
     def get(self, request_id: str, *, wait_s: float = 0.0) -> Pending:
         """The answer where it is there within `wait_s` seconds (60 at most), else how far it is."""
         return self._connection.run(calls.pending(request_id, wait_s), wait_s + EVENTS_SILENCE_S)
+
+
+def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
+    cut = Lines()
+    for piece in pieces:
+        yield from cut.feed(piece)
+    yield from cut.rest()
 
 
 def _write(connection: Connection, call: Exchange[Any], to: Path) -> int:

@@ -246,6 +246,29 @@ def replay(topic: str, limit: int) -> Exchange[int]:
 
 
 @dataclass(slots=True)
+class Lines:
+    """Bytes as lines of text, without their ends. Only line feeds end a line: what else Unicode calls a
+    line's end (U+2028) may stand in a JSON string."""
+
+    _kept: list[bytes] = field(default_factory=list)
+
+    def feed(self, piece: bytes) -> Iterator[str]:
+        """The lines that `piece` completes."""
+        *ended, open_one = piece.split(b"\n")
+        for line in ended:
+            yield _text(b"".join([*self._kept, line]))
+            self._kept.clear()
+        if open_one:
+            self._kept.append(open_one)
+
+    def rest(self) -> Iterator[str]:
+        """The last line, where nothing ended it."""
+        if self._kept:
+            yield _text(b"".join(self._kept))
+            self._kept.clear()
+
+
+@dataclass(slots=True)
 class Events:
     """Server-sent events, line by line. `last_id` is that of the last complete event."""
 
@@ -283,6 +306,10 @@ def _nothing(_answer: httpx.Response) -> None:
 
 def _segment(text: str) -> str:
     return quote(text, safe="")
+
+
+def _text(line: bytes) -> str:
+    return line.removesuffix(b"\r").decode()
 
 
 def parsed(line: str) -> Json:

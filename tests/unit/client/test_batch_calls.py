@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,20 @@ class Script:
 
     def awaited(self) -> AsyncHeadrace:
         return AsyncHeadrace("http://gateway", "hr_k", transport=httpx.MockTransport(self))
+
+
+class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A body as it comes over a slow connection."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._pieces
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +150,27 @@ async def test_results_are_read_line_by_line_and_written_to_files(tmp_path: Path
         "partial=true",
         "",
     ]
+
+
+async def test_lines_end_at_line_feeds_only() -> None:
+    odd = "a\u2028b\u2029c\x85d\x1ce\x0bf"
+    text = "\r\n".join(json.dumps({"row": row, "text": odd}, ensure_ascii=False) for row in range(2))
+    told = json.dumps(job("completed") | {"metadata": {"note": odd}}, ensure_ascii=False)
+
+    def answers() -> list[httpx.Response]:
+        pieces = [bytes([byte]) for byte in text.encode()]
+        return [
+            httpx.Response(200, stream=Pieces(pieces)),
+            httpx.Response(200, text=f"id: 1\ndata: {told}\n\n"),
+        ]
+
+    with Script(*answers()).sync() as client:
+        assert [(one["row"], one["text"]) for one in client.batches.results("b1")] == [(0, odd), (1, odd)]
+        assert client.batches.wait("b1").body["metadata"] == {"note": odd}
+    async with Script(*answers()).awaited() as later_client:
+        lines = [(one["row"], one["text"]) async for one in later_client.batches.errors("b1")]
+        assert lines == [(0, odd), (1, odd)]
+        assert (await later_client.batches.wait("b1")).body["metadata"] == {"note": odd}
 
 
 async def test_files_are_sent_as_forms_of_known_length(tmp_path: Path) -> None:
