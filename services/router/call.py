@@ -24,10 +24,10 @@ _CODES: Final = frozenset(Code.values())
 _RETRYABLE: Final = frozenset({Code.CODE_UNAVAILABLE, Code.CODE_RESOURCE_EXHAUSTED})
 #: Answers of versions that a shadow's are compared with.
 _COMPARED: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL})
-#: What a worker answers without being to blame: the request is at fault, or its caller's patience.
-_BLAMELESS: Final = frozenset(
-    {Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED}
-)
+#: What a worker answers without being to blame: the request is at fault, or its caller's patience (of which
+#: another endpoint may need less).
+_AT_FAULT: Final = frozenset({Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED})
+_BLAMELESS: Final = _AT_FAULT | {Code.CODE_DEADLINE_EXCEEDED}
 
 #: Whoever asked counts from its own receipt, so its patience ends a moment before our deadline.
 _TIE_S: Final = 0.005
@@ -200,6 +200,8 @@ class Call(Routed):
             return False
         if not dispatcher.endpoints.group(fallback.target.key).members:
             return False
+        if self._hedge is not None:
+            self._drop_hedge(self._hedge, now)  # one version at a time
         self._fallback = None
         self.fell_back = True
         dispatcher.stats.fell_back(target.key, reason)
@@ -284,11 +286,11 @@ class Call(Routed):
             self._held_too_long(endpoint, now)
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
-            if self._hedge is not None and self._hedge.endpoint is not None:
-                self.tried = (*self.tried, endpoint)
-                return  # the other one decides
-            if code in _RETRYABLE and self._try_again(endpoint, reply, now):
-                return
+        if code not in _AT_FAULT and self._hedge is not None and self._hedge.endpoint is not None:
+            self.tried = (*self.tried, endpoint)
+            return  # the other one decides
+        if code in _RETRYABLE and self._try_again(endpoint, reply, now):
+            return
         if self._fallback is not None:
             self.tried = (*self.tried, endpoint)
             if self._fall_back(code, Code.Name(code).removeprefix("CODE_").lower(), now):

@@ -149,6 +149,15 @@ class World:
     def pass_on(self, call: Call, reply: bytes) -> None:
         self.answer(call, PredictReply.FromString(reply))
 
+    def under_way(self) -> list[PredictRequest]:
+        return [item for worker in self.workers for item, _, _ in worker.held.values()]
+
+    def check_versions(self) -> None:
+        """No request is asked of two versions at once."""
+        under_way = self.under_way()
+        versions = {(item.request_id, item.version) for item in under_way}
+        assert len(versions) == len({item.request_id for item in under_way})
+
     # Steps
 
     def ask(self, which: int, _: int) -> None:
@@ -229,6 +238,7 @@ async def play(steps: list[tuple[str, int, int]], *, hedging: bool, fallback: bo
     ):
         for what, which, more in steps:
             getattr(world, what)(which, more)
+            world.check_versions()
         for _ in range(8):
             world.wait(2, 0)
     for number, call in world.calls.items():
@@ -237,6 +247,7 @@ async def play(steps: list[tuple[str, int, int]], *, hedging: bool, fallback: bo
         assert len(answers) == (0 if number in world.cancelled else 1)
         if answers and answers[0].code == Code.CODE_OK:
             assert answers[0].message == call.request.request_id.hex()  # its own, nobody else's
+            assert answers[0].fallback == (answers[0].version == "2")
     dispatcher = world.dispatcher
     assert dispatcher.budget.active == 0
     assert dispatcher.budget.retrying == 0
@@ -244,3 +255,34 @@ async def play(steps: list[tuple[str, int, int]], *, hedging: bool, fallback: bo
     assert [endpoint.in_flight for endpoint in world.endpoints.all()] == [0, 0, 0]
     assert not any(worker.held for worker in world.workers)
     dispatcher.close()
+
+
+async def test_a_hedge_that_is_out_decides_before_the_fallback_does() -> None:
+    world = World(hedging=True, fallback=True)
+    with patch("services.router.call._monotonic", lambda: world.now):
+        world.ask(1, 0)
+        world.late(0, 0)
+        first, second = sorted(
+            (worker for worker in world.workers if worker.held),
+            key=lambda worker: next(iter(worker.held.values()))[0].attempt,
+        )
+        first.answer(0, Code.CODE_DEADLINE_EXCEEDED)  # its queue is too long for the deadline
+        assert [(item.version, item.attempt) for item in world.under_way()] == [("1", 1)]
+        second.answer(0, Code.CODE_OK)
+    (answer,) = world.answers[1]
+    assert (answer.code, answer.version, answer.fallback) == (Code.CODE_OK, "1", False)
+    world.dispatcher.close()
+
+
+async def test_a_hedge_that_fails_too_leaves_it_to_the_fallback() -> None:
+    world = World(hedging=True, fallback=True)
+    with patch("services.router.call._monotonic", lambda: world.now):
+        world.ask(1, 0)
+        world.late(0, 0)
+        for worker in [worker for worker in world.workers if worker.held]:
+            worker.answer(0, Code.CODE_DEADLINE_EXCEEDED)
+        assert [item.version for item in world.under_way()] == ["2"]
+        next(worker for worker in world.workers if worker.held).answer(0, Code.CODE_OK)
+    (answer,) = world.answers[1]
+    assert (answer.code, answer.version, answer.fallback) == (Code.CODE_OK, "2", True)
+    world.dispatcher.close()
