@@ -15,6 +15,8 @@ from services.worker.tensors import Array
 
 # Decoding takes up to 16 bytes per pixel; a small file may claim any number of them.
 _MAX_PIXELS = 32 << 20
+#: What all images of a chunk may take once they are decoded.
+MAX_BYTES = 1 << 30
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -26,15 +28,18 @@ def rows_of_images(
 
     An input of BYTES gets the file itself. UINT8 [height, width, channels], [channels, height, width] or
     [height, width] gets its pixels, FP32 and FP16 the same divided by 255; a size that the model fixes must
-    be the image's own, and 1, 3 or 4 channels make it grey, RGB or RGBA."""
+    be the image's own, and 1, 3 or 4 channels make it grey, RGB or RGBA. An image that no longer fits into
+    MAX_BYTES together with those before it fails."""
     spec = _checked(inputs)
     failures: dict[int, HeadraceError] = {}
     shapes: dict[tuple[int, ...], list[tuple[int, Array]]] = defaultdict(list)
+    room = MAX_BYTES
     for place, content in enumerate(files):
         try:
             if isinstance(content, HeadraceError):
                 raise content
-            row = _bytes_row(spec, content) if spec.text else _pixels(spec, content)
+            row = _bytes_row(spec, content) if spec.text else _pixels(spec, content, room)
+            room -= row.nbytes
         except HeadraceError as error:
             where = f"inputs[{first_row + place}]"
             failures[place] = type(error)(f"{where} ({names[place]}): {error.message}", field=where)
@@ -75,12 +80,14 @@ def _bytes_row(spec: InputSpec, content: bytes) -> Array:
     return row
 
 
-def _pixels(spec: InputSpec, content: bytes) -> Array:
+def _pixels(spec: InputSpec, content: bytes, room: int) -> Array:
     channels = _channels(spec) if len(spec.shape) == 3 else 1
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise InvalidArgument(f"the image has more than {_MAX_PIXELS} pixels.")
+            if image.width * image.height * abs(channels) * spec.dtype.itemsize > room:
+                raise InvalidArgument(f"the images of its chunk take more than {MAX_BYTES} bytes.")
             pixels = np.asarray(image.convert(_MODES[abs(channels)]))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise InvalidArgument("it is no PNG or JPEG image.") from None

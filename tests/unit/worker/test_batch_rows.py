@@ -12,6 +12,7 @@ from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 from PIL import Image
 
 from services.common.errors import HeadraceError, InvalidArgument, NotFound
+from services.worker.batch import images
 from services.worker.batch.columns import rows_of_table
 from services.worker.batch.csv_rows import rows_of_csv
 from services.worker.batch.images import rows_of_images
@@ -297,6 +298,16 @@ class TestImages:
         files = [picture("PNG"), picture("PNG", (1, 1)), picture("PNG")]
         rows = rows_of_images(["a", "b", "c"], files, inputs(("image", UINT8, [-1, -1, -1, 3])), 0)
         assert [group.places.tolist() for group in rows.groups] == [[0, 2], [1]]
+
+    def test_images_that_do_not_fit_into_memory_fail(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(images, "MAX_BYTES", 100)
+        files = [picture("PNG"), picture("PNG", (9, 9)), picture("PNG")]
+        rows = rows_of_images(["a", "b", "c"], files, inputs(("image", FP32, [-1, -1, -1, 3])), 0)
+        assert [group.places.tolist() for group in rows.groups] == [[0]]
+        message = "the images of its chunk take more than 100 bytes."
+        assert [rows.failures[place].message for place in (1, 2)] == [
+            f"inputs[1] (b): {message}", f"inputs[2] (c): {message}",
+        ]  # fmt: skip
 
     def test_a_model_that_takes_no_image_is_told_so(self) -> None:
         with pytest.raises(InvalidArgument, match="does not take images"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,110 @@ def test_any_slice_of_any_grouping_is_the_right_rows(
             rows = min(most, 1000 - first)
             read = opened.read(first // group_rows, first % group_rows, rows)
             assert read["n"].to_pylist() == list(range(first, first + rows))
+
+
+def encoded(table: pa.Table) -> io.BytesIO:
+    """As Parquet, in one row group."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=len(table))
+    return io.BytesIO(sink.getvalue())
+
+
+def compressed(table: pa.Table) -> io.BytesIO:
+    """As Arrow, in one record batch."""
+    sink = io.BytesIO()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table)
+    return io.BytesIO(sink.getvalue())
+
+
+def test_a_group_is_not_kept_for_being_small_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "KEPT_BYTES", 1 << 20)
+    content = encoded(pa.table({"n": np.zeros(4_000_000, np.int64)}))
+    assert len(content.getvalue()) < 1 << 18
+    opened = TableFile(content, chosen, parquet=True)
+    before = pa.total_allocated_bytes()
+    assert opened.read(0, 1_000_000, 100)["n"].to_pylist() == [0] * 100
+    assert pa.total_allocated_bytes() - before < 4 << 20
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (encoded(pa.table({"n": np.zeros(500_000, np.int64)})), 500000),
+        (encoded(pa.table({"n": ["x" * 10_000] * 500})), 500),
+        (encoded(pa.table({"n": [["x" * 10_000]] * 500})), 500),
+        (encoded(pa.table({"n": pa.array([["x" * 10_000]] * 500, pa.large_list(pa.large_string()))})), 500),
+        (compressed(pa.table({"n": np.zeros(500_000, np.int64)})), 500000),
+        (compressed(pa.table({"n": ["x" * 10_000] * 500})), 500),
+        (compressed(pa.table({"n": pa.array(["x" * 10_000] * 500).dictionary_encode()})), 500),
+        (compressed(pa.table({"n": pa.array(["x" * 3_000_000, "y"]).dictionary_encode()})), 2),
+    ],
+    ids=["numbers", "texts", "lists", "large lists", "arrow numbers", "arrow texts", "references", "entries"],
+)
+def test_rows_that_take_too_much_memory_are_refused(
+    content: io.BytesIO, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_BYTES", 2 << 20)
+    parquet = content.getvalue()[:4] == b"PAR1"
+    assert len(content.getvalue()) < 1 << 18
+    with pytest.raises(InvalidArgument, match="more than 2097152 bytes in memory") as caught:
+        TableFile(content, chosen, parquet=parquet).read(0, 0, rows)
+    assert caught.value.field == "input_uri"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["a", None, "ä", "a"]),
+        pa.array(["a", None, "ä", "a"], pa.large_string()),
+        pa.array([b"1", None, b"22", b""], pa.binary()),
+        pa.array(["a", None, "ä", "a"]).dictionary_encode(),
+        pa.array([["a"], None, [], ["b", "c"]]),
+        pa.array([1.5, None, 2, 3], pa.float64()),
+        pa.array([5, None, 5, 6]).dictionary_encode(),
+    ],
+)
+def test_texts_and_lists_are_what_they_were(column: pa.Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"n": column})
+    for kept in (tables.KEPT_BYTES, 0):
+        monkeypatch.setattr(tables, "KEPT_BYTES", kept)
+        for content, parquet in ((encoded(table), True), (compressed(table), False)):
+            read = TableFile(content, chosen, parquet=parquet).read(0, 1, 3)
+            assert read["n"].to_pylist() == column.to_pylist()[1:]
+            assert not pa.types.is_dictionary(read["n"].type)
+
+
+def test_offsets_that_lead_out_of_the_file_are_an_error_of_the_input() -> None:
+    sink = io.BytesIO()
+    table = pa.table({"n": ["ab", "cde", "f"]})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    offsets = np.array([0, 2, 5, 6], np.int32).tobytes()
+    assert sink.getvalue().count(offsets) == 1
+    wrong = np.array([0, 2, 0x7FFFFF00, 0x7FFFFFFF], np.int32).tobytes()
+    opened = TableFile(io.BytesIO(sink.getvalue().replace(offsets, wrong)), chosen, parquet=False)
+    with pytest.raises(InvalidArgument, match="cannot be read"):
+        opened.read(0, 0, 3)
+
+
+@settings(deadline=None, max_examples=300)
+@given(changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_of_an_arrow_file_gives_rows_or_an_error_of_the_input(
+    changes: list[tuple[int, int]],
+) -> None:
+    table = pa.table({"n": ["ab", None, "f"], "x": [[1], [2, 3], []], "d": pa.array([1, 2, 1])})
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = bytearray(sink.getvalue())
+    for at, value in changes:
+        content[at % len(content)] = value
+    with suppress(InvalidArgument, FailedPrecondition):
+        read = TableFile(io.BytesIO(bytes(content)), chosen, parquet=False).read(0, 0, 3)
+        assert len(read.to_pylist()) == 3
 
 
 def test_the_file_is_closed(tmp_path: Path) -> None:
