@@ -17,14 +17,17 @@ from headrace.v1.dataplane_pb2 import Origin
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
 
-from services.common.bus import MemoryBus, Record
+from services.common.bus import MemoryBus, Record, port
 from services.common.clock import SystemClock
 from services.common.errors import DeadlineExceeded, HeadraceError
 from services.common.objects.local_files import etag_of
 from services.common.topics import JOB_CONTROL, PREDICTIONS
 from services.worker.app import Worker, worker_app
-from services.worker.batch.deaths import Deaths
 from services.worker.batch.jobs import Jobs
+from services.worker.batch.reading import ChunkReader
+from services.worker.batch.rows import Inputs, Rows
+from services.worker.batch.running import ChunkRun
+from services.worker.batch.work import ChunkWork
 from services.worker.settings import Settings
 from tests.fixtures.batch import MemoryChunks, chunk_of, table_of
 from tests.fixtures.deployments import config, put_artifact, record, served
@@ -269,19 +272,65 @@ async def test_a_result_is_published_until_the_broker_takes_it(rig: Rig) -> None
     assert result.rows_done == 1
 
 
-async def test_a_chunk_that_killed_this_worker_before_is_given_up(rig: Rig, tmp_path: Path) -> None:
-    await rig.deploy(lookup())
-    chunk = chunk_of(["3"])
-    async with rig.worker():
-        await rig.done(chunk)
-    folder = tmp_path / "state" / "worker-worker-0" / "chunks"
-    assert list(folder.iterdir()) == []  # nothing is left of what ended
-    for _ in range(5):
-        Deaths(folder).begin(chunk)
+async def test_predictions_too_large_for_the_log_are_logged_without_tensors(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.deploy(mlp(features=8))
+    x = np.zeros((8192, 8), np.float32)
+    (chunk,) = parquet_chunks(tmp_path / "data" / "in.parquet", x, 8192)
+    monkeypatch.setattr(port, "MAX_RECORD_BYTES", 200_000)
     async with rig.worker():
         (result,) = await rig.done(chunk)
-    assert result.code == Code.CODE_INTERNAL
-    assert "died 5 times" in result.message
+        await eventually(lambda: rig.chunks.settled == [0])
+    assert (result.code, result.rows_done) == (Code.CODE_OK, 8192)
+    (logged,) = rig.logged()
+    assert (len(logged.codes), len(logged.inputs), len(logged.outputs)) == (8192, 0, 0)
+
+
+@pytest.mark.parametrize("stage", ["reading", "running"])
+async def test_a_chunk_that_kills_this_worker_is_given_up_and_those_beside_it_are_done(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    await rig.deploy(lookup())
+    given = [chunk_of([str(index)], index=index) for index in range(4)]
+    folder = tmp_path / "state" / "worker-worker-0" / "chunks"
+    killing = asyncio.Event()
+
+    async def kills(index: int) -> None:
+        if index == 0:
+            killing.set()
+            await asyncio.Event().wait()
+
+    read, run = ChunkReader.read, ChunkWork._run
+
+    async def reading(self: ChunkReader, chunk: BatchChunk, inputs: Inputs) -> Rows:
+        await kills(chunk.index if stage == "reading" else -1)
+        return await read(self, chunk, inputs)
+
+    async def running(self: ChunkWork, chunk: BatchChunk, of: ChunkRun) -> HeadraceError | None:
+        await kills(chunk.index if stage == "running" else -1)
+        return await run(self, chunk, of)
+
+    monkeypatch.setattr(ChunkReader, "read", reading)
+    monkeypatch.setattr(ChunkWork, "_run", running)
+    for _ in range(5):
+        killing.clear()
+        async with rig.worker(drain_s=0.05):
+            for chunk in given:
+                rig.chunks.put(chunk.SerializeToString())
+            await killing.wait()
+            await asyncio.sleep(0.1)  # those behind it come as far as they can
+            left = {path: path.read_bytes() for path in folder.iterdir()}
+        # A death tidies nothing up.
+        for path, content in left.items():
+            path.write_bytes(content)
+    assert rig.chunks.results() == []
+    async with rig.worker():
+        results = await rig.done(*given)
+    results.sort(key=lambda result: result.index)
+    assert [result.code for result in results] == [Code.CODE_INTERNAL] + 3 * [Code.CODE_OK]
+    assert "died 5 times" in results[0].message
+    assert list(folder.iterdir()) == []
 
 
 async def test_a_worker_that_leaves_finishes_its_chunk_and_takes_no_other(rig: Rig) -> None:

@@ -1,5 +1,6 @@
-"""Chunks that were in work when this worker died. A chunk that kills its workers is delivered again and again
-by the broker, which does not know; the files here do."""
+"""Chunks that were read or run when this worker died. A chunk that kills its workers is delivered again and
+again by the broker, which does not know; the files here do. They are this worker's own: a chunk that goes
+from one worker to the next kills each of them as often."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _FORGOTTEN_S = 24 * 3600
 
 
 class Deaths:
-    """One small file per chunk in work. Blocks for tens of microseconds."""
+    """One small file per chunk that is read or runs, or that did when this worker died. Blocks for tens of
+    microseconds."""
 
     def __init__(self, directory: Path) -> None:
         """Creates the directory, and forgets what is old."""
@@ -26,18 +28,26 @@ class Deaths:
                 if time.time() - path.stat().st_mtime > _FORGOTTEN_S:
                     path.unlink()
 
-    def begin(self, chunk: BatchChunk) -> int:
-        """Write down that `chunk` is in work, and return in how many lives of this worker it was before,
-        without an end."""
-        path = self._path(chunk)
-        before = 0
+    def before(self, chunk: BatchChunk) -> int:
+        """At how many deaths of this worker `chunk` was in work."""
         with suppress(OSError, ValueError):
-            before = int(path.read_bytes())
-        path.write_bytes(b"%d" % (before + 1))
-        return before
+            return int(self._path(chunk).read_bytes())
+        return 0
+
+    def begin(self, chunk: BatchChunk) -> None:
+        """Write down that `chunk` is in work: a death from now on is counted."""
+        self._path(chunk).write_bytes(b"%d" % (self.before(chunk) + 1))
+
+    def rest(self, chunk: BatchChunk) -> None:
+        """It waits: a death from now on is not its doing."""
+        before = self.before(chunk) - 1
+        if before > 0:
+            self._path(chunk).write_bytes(b"%d" % before)
+        else:
+            self.end(chunk)
 
     def end(self, chunk: BatchChunk) -> None:
-        """It is out of work, whatever became of it."""
+        """It is over, whatever became of it."""
         self._path(chunk).unlink(missing_ok=True)
 
     def _path(self, chunk: BatchChunk) -> Path:

@@ -72,7 +72,12 @@ class ChunkRecords:
                     (inputs, self._inputs, tensors[0]),
                     (answers.outputs, self._outputs, tensors[1]),
                 ]
-                size = sum(array[part].nbytes for arrays, _, _ in given for array in arrays.values())
+                size = sum(
+                    _size(datatypes[name], array[part])
+                    for arrays, datatypes, _ in given
+                    for name, array in arrays.items()
+                    if name in datatypes
+                )
                 for arrays, datatypes, into in given if size <= _RECORD_BYTES else []:
                     into += [
                         _tensor(name, datatypes[name], array[part])
@@ -116,6 +121,20 @@ class ChunkRecords:
                 *_packed(_ROWS, b"\1" * count),
             ]
         )
+
+
+def without_payload(value: bytes) -> bytes:
+    """The same record without its tensors."""
+    record = PredictionBatch.FromString(value)
+    del record.inputs[:], record.outputs[:]
+    return record.SerializeToString()
+
+
+def _size(datatype: DataType, array: Array) -> int:
+    """Bytes of `array` as a tensor: where it holds texts, not of what points at them."""
+    if datatype != DataType.DATA_TYPE_BYTES:
+        return array.nbytes
+    return sum(4 + len(value if isinstance(value, bytes) else str(value).encode()) for value in array.flat)
 
 
 def _tensor(name: str, datatype: DataType, array: Array) -> Tensor:

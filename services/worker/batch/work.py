@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from services.common.errors import (
     FailedPrecondition,
     HeadraceError,
     Internal,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
@@ -30,7 +32,7 @@ from services.worker.batch.jobs import Jobs
 from services.worker.batch.metrics import BatchStats
 from services.worker.batch.port import Chunks
 from services.worker.batch.reading import ChunkReader
-from services.worker.batch.records import ChunkRecords
+from services.worker.batch.records import ChunkRecords, without_payload
 from services.worker.batch.results import errors_bytes, output_shapes, results_bytes
 from services.worker.batch.rows import Inputs, Rows
 from services.worker.batch.running import ChunkRun, Version, rows_of_a_run
@@ -125,10 +127,9 @@ class ChunkWork:
         result = BatchChunkResult(
             job_id=chunk.job_id, index=chunk.index, attempt=chunk.attempt, worker_id=self._options.worker_id
         )
-        before = await asyncio.to_thread(self._deaths.begin, chunk)
         records: list[Record] = []
         try:
-            records = await self._fill(chunk, result, before)
+            records = await self._fill(chunk, result)
         except HeadraceError as error:
             result.code, result.message, result.field = error.code, error.message, error.field or ""
         except Exception:  # a fault of ours ends the chunk: doing it again would end like this
@@ -138,28 +139,33 @@ class ChunkWork:
             await asyncio.to_thread(self._deaths.end, chunk)
         result.started_at_us, result.finished_at_us = started, self._clock.unix_us()
         if records:
-            await self._publish(records)
+            await self._log(records)
         await self._publish([Record(JOB_RESULTS.name, chunk.job_id.encode(), result.SerializeToString())])
         self._stats.chunk(result)
 
-    async def _fill(self, chunk: BatchChunk, result: BatchChunkResult, deaths: int) -> list[Record]:
+    async def _fill(self, chunk: BatchChunk, result: BatchChunkResult) -> list[Record]:
         """Do the rows, keep what they came to, and return what is to be logged of it."""
-        if deaths >= self._options.deaths:
-            raise Internal(f"the worker died {deaths} times with this chunk in work")
-        async with self._ahead:
+        async with self._ahead, AsyncExitStack() as reading:
             desired = await self._deployed(chunk)
             signature = desired.served.signature
             inputs = Inputs.of(signature)
-            async with self._reading:
-                self._check(chunk)
+            await reading.enter_async_context(self._reading)
+            self._check(chunk)
+            deaths = await asyncio.to_thread(self._deaths.before, chunk)
+            if deaths >= self._options.deaths:
+                raise Internal(f"the worker died {deaths} times with this chunk in work")
+            async with self._at_risk(chunk):
                 rows = await self._patiently(lambda: self._reader.read(chunk, inputs))
+            if not deaths:  # else nothing is read beside it, which could be blamed for its doing
+                await reading.aclose()
             async with self._running:
                 await self._loaded(chunk)
                 run_rows = chunk.run_rows or self._run_rows(chunk, inputs)
                 run = ChunkRun(rows, inputs, run_rows, self._device, lambda: self._jobs.stop(chunk))
                 ended: HeadraceError | None = None
                 try:
-                    ended = self._jobs.stop(chunk) or await self._run(chunk, run)
+                    async with self._at_risk(chunk):
+                        ended = self._jobs.stop(chunk) or await self._run(chunk, run)
                 finally:
                     self._stats.waited_s += run.waited
                     self._stats.ran_s += run.ran
@@ -172,6 +178,15 @@ class ChunkWork:
         if ended is not None:
             result.code, result.message, result.field = ended.code, ended.message, ended.field or ""
         return done.records
+
+    @asynccontextmanager
+    async def _at_risk(self, chunk: BatchChunk) -> AsyncIterator[None]:
+        """While this lasts, a death of the worker counts against `chunk`."""
+        await asyncio.to_thread(self._deaths.begin, chunk)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self._deaths.rest, chunk)
 
     async def _run(self, chunk: BatchChunk, run: ChunkRun) -> HeadraceError | None:
         """Run to the end, or return why not. Waits for a version that is not loaded (any more)."""
@@ -280,6 +295,15 @@ class ChunkWork:
             await self._patiently(lambda: self._store.put(done.errors_path, done.errors))
         else:
             result.errors_inline = done.errors
+
+    async def _log(self, records: list[Record]) -> None:
+        """Publish predictions; those that the log does not take because of their size without tensors. A
+        chunk that was done again for them would give the same ones."""
+        try:
+            await self._publish(records)
+        except InvalidArgument as error:
+            log.warning("predictions_without_payload", reason=error.message)
+            await self._publish([replace(one, value=without_payload(one.value or b"")) for one in records])
 
     async def _publish(self, records: list[Record]) -> None:
         await self._patiently(lambda: self._chunks.publish(records))

@@ -11,6 +11,7 @@ from headrace.v1.dataplane_pb2 import Origin
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 
+from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import Internal, InvalidArgument
 from services.common.tensors import to_array
 from services.worker.batch.records import ChunkRecords, request_ids
@@ -99,6 +100,21 @@ class TestRecords:
         return [
             PredictionBatch.FromString(value) for value in records.answered(done, {"x": x}, 7, payload_rows)
         ]
+
+    def test_texts_count_as_long_as_they_are(self) -> None:
+        signature = Signature(
+            batched=True,
+            inputs=[TensorSpec(name="text", datatype=DataType.DATA_TYPE_BYTES, shape=[-1])],
+            outputs=[TensorSpec(name="y", datatype=DataType.DATA_TYPE_FP32, shape=[-1])],
+        )
+        records = ChunkRecords(self.chunk, signature, "worker-0")
+        for length, logged in ((1000, True), (4000, False)):
+            texts = np.full(4000, b"x" * length, object)
+            done = answers(list(range(4000)), y=np.zeros(4000, np.float32))
+            (value,) = records.answered(done, {"text": texts}, 7, 8192)
+            assert len(value) <= MAX_RECORD_BYTES
+            made = PredictionBatch.FromString(value)
+            assert (len(made.codes), bool(made.inputs), bool(made.outputs)) == (4000, logged, logged)
 
     def test_every_row_is_a_request_of_its_own(self) -> None:
         first, second = self.made(10_000)
