@@ -7,7 +7,8 @@ request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `sh
 and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
 
 Every request counts once. A record is claimed by its batch id, so a redelivered one changes nothing. A
-request that was tried again has several rows; the answer its caller got is the one with the highest attempt,
-at equal attempts the router's, which is nearer to the caller. That is a total order, so the winner is the
-same whatever came first, and it is chosen when reading: nothing is ever subtracted.
+request that was tried again or hedged has several rows; the answer its caller got is the router's, which
+writes only what it answered itself, else a success, else the one with the highest attempt. That is a total
+order, so the winner is the same whatever came first, and it is chosen when reading: nothing is ever
+subtracted.
 """

@@ -43,14 +43,15 @@ CREATE TEMP VIEW logged AS
 SELECT * FROM everything
 WHERE answered_at_us >= getvariable('since_us') AND answered_at_us < getvariable('until_us');
 
--- Of the rows that one request left, the one its caller's answer came from comes first. Rows without a
--- request id are requests of their own.
+-- Of the rows that one request left, the one its caller's answer came from comes first. A router writes only
+-- what it answered itself. Of two workers that were asked at once, the one that failed or was cancelled did not
+-- answer a request that succeeded. Rows without a request id are requests of their own.
 CREATE TEMP TABLE requests AS SELECT * EXCLUDE (place) FROM (
     SELECT *, row_number() OVER (
         PARTITION BY request_id, origin,
                      CASE WHEN request_id = getvariable('no_id') THEN batch_id END,
                      CASE WHEN request_id = getvariable('no_id') THEN position END
-        ORDER BY attempt DESC, writer DESC, answered_at_us DESC, batch_id, position) AS place
+        ORDER BY writer DESC, code <> 0, attempt DESC, answered_at_us DESC, batch_id, position) AS place
     FROM logged
 ) WHERE place = 1;
 
@@ -373,8 +374,9 @@ def rows_of_request(
         found,
         key=lambda row: (
             row["origin"],
-            -row["attempt"],
             -row["writer"],
+            row["code"] != 0,
+            -row["attempt"],
             -row["answered_at_us"],
             row["batch_id"],
             row["position"],

@@ -287,6 +287,20 @@ def test_requests_that_named_their_version_are_in_no_arm() -> None:
     assert found.b.units.tolist() == [9]
 
 
+@pytest.mark.parametrize("code", [Code.CODE_CANCELLED, Code.CODE_INTERNAL])
+def test_a_hedge_that_loses_does_not_hide_the_answer(code: Code, tmp_path: Path) -> None:
+    won = prediction_batch([1], source="worker-1", labels=[7])
+    hedge = prediction_batch([1], source="worker-2", attempts=1, codes=code)
+    with queries.open_snapshot(Snapshot(inbox=core(won, hedge))) as connection:
+        (row,) = queries.summary(connection)
+    assert (row["requests"], row["errors"], row["cancelled"], row["codes"]) == (1, 0, 0, {})
+    _, data = encode(to_table([hedge]), "1", layout(hedge), [hedge.batch_id])
+    file = tmp_path / "part.parquet"
+    file.write_bytes(data)
+    rows = queries.rows_of_request([str(file)], [to_table([won])], request_id(1))
+    assert [(row["code"], row["attempt"]) for row in rows] == [(Code.CODE_OK, 0), (code, 1)]
+
+
 def test_a_request_is_found_with_its_payload_in_objects_and_inbox(tmp_path: Path) -> None:
     first, second = prediction_batch([1, 2]), prediction_batch([2], attempts=1, labels=[7])
     _, data = encode(to_table([first]), "1", layout(first), [first.batch_id])
