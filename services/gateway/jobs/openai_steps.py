@@ -23,7 +23,15 @@ from sqlalchemy import select, update
 
 from services.common.clock import Clock
 from services.common.db import transaction
-from services.common.errors import HeadraceError, NotFound, Unavailable, error_of
+from services.common.errors import (
+    Aborted,
+    HeadraceError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    error_of,
+)
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.openai_answers import Counts, Rendering, shown_of, signature_of, write_answers
@@ -46,6 +54,8 @@ _LOOK_S = 0.5
 _LEASE_S = 60.0
 _RENEW_S = 20.0
 _RETRY_S = 3.0
+#: Its file is read again each time.
+_NO_ROOM_S = 15.0
 _MAX_ATTEMPTS = 20
 _PIECE_S = 60.0
 _KEPT_S = 3 * 24 * 3600
@@ -118,6 +128,8 @@ class OpenAISteps:
         except Exception as error:
             change = self._after_failure(row, error)
         await self._write(row.batch_id, change)
+        if row.state == "finalizing" and "state" in change.values:
+            await self._forget(row)
         return True
 
     async def _next(self, row: OpenAIBatchRow) -> Change:
@@ -164,6 +176,8 @@ class OpenAISteps:
             job = await self._jobs.submit(spec, key)
         except NotFound as error:
             raise Refused([Finding("model_not_found", error.message, None, "body.model")]) from None
+        except InvalidArgument as error:
+            raise Refused([Finding("invalid_request", error.message)]) from None
         return Change(values | {"state": "running", "job_id": job.job_id, "version": job.version}, _LOOK_S)
 
     async def _follow(self, row: OpenAIBatchRow) -> Change:
@@ -222,8 +236,6 @@ class OpenAISteps:
                         file_id=_file_id(row, name),
                     )
                     values[f"{name}_file_id"] = file.file_id
-        for name in ("rows", "plans") if row.rows else ("plans",):
-            await self._files.delete(_file_id(row, name), _PLATFORM_READS)
         state = ended if ended in ("cancelled", "expired") else "completed"
         return Change(values | self._ended(state).values)
 
@@ -237,6 +249,17 @@ class OpenAISteps:
             _KEPT_S,
             _file_id(row, name),
         )
+
+    async def _forget(self, row: OpenAIBatchRow) -> None:
+        """Delete what was kept for finalizing. Only once the end is written: whoever finalizes again needs
+        it. What is left after a failure here goes when it expires."""
+        for name in ("rows", "plans"):
+            try:
+                await self._files.delete(_file_id(row, name), _PLATFORM_READS)
+            except NotFound:
+                pass  # no line had rows, or somebody else was first
+            except HeadraceError as error:
+                log.warning("openai_batch_files_left", batch=row.batch_id, reason=error.message)
 
     async def _row_errors(self, job: Job) -> AsyncIterator[tuple[int, HeadraceError]]:
         """Errors in the order of their rows: pieces are in order, what stands in one is not."""
@@ -261,9 +284,15 @@ class OpenAISteps:
             raise Refused([Finding(code, error.message, 1, param)]) from None
 
     def _after_failure(self, row: OpenAIBatchRow, error: Exception) -> Change:
-        """Try again, unless that makes no sense."""
+        """Try again, unless that makes no sense. What the platform or the key has no room for waits, for as
+        long as the batch may."""
         if isinstance(error, NotFound):
             return self._failed([Finding("file_not_found", error.message).as_json()])
+        if isinstance(error, ResourceExhausted | Aborted):
+            if self._clock.now() >= row.expires_at:
+                return self._ended("expired")
+            log.warning("openai_batch_waits", batch=row.batch_id, reason=error.message)
+            return Change({}, _NO_ROOM_S)
         if not isinstance(error, Unavailable):
             log.error("openai_batch_step_failed", batch=row.batch_id, state=row.state, exc_info=error)
             if row.attempts + 1 >= _MAX_ATTEMPTS:
