@@ -68,9 +68,12 @@ class Stack:
         environment: Mapping[str, str] | None = None,
         supervisor: str = "deploy.embedded.supervise",
     ) -> Stack:
-        """A stack for a test: nothing of the caller's own stack is touched or used."""
+        """A stack for a test: nothing of the caller's own stack is touched or used, but for the bytecode that
+        it keeps where Python is told to keep none: compiled anew, it is most of a start."""
         foreign = ("HEADRACE_", "KAFKA_", "DATABASE_URL", "REDIS_URL", "ARTIFACT_STORE_URL", "OTEL_")
         chosen = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        if chosen.pop("PYTHONDONTWRITEBYTECODE", ""):
+            chosen.setdefault("PYTHONPYCACHEPREFIX", str(REPOSITORY / ".headrace" / "bytecode"))
         chosen |= free_ports(workers)
         chosen |= {"HEADRACE_HOME": str(home), "HEADRACE_WORKERS": str(workers)}
         if kafka_home is not None:
