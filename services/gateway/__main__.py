@@ -7,10 +7,11 @@ import sys
 import structlog
 
 from services.common.clock import SystemClock
-from services.common.lifecycle import run, until_stopped
+from services.common.lifecycle import end_with_parent, run, until_stopped, usable_cores
 from services.common.settings import ConfigurationError, load
 from services.common.telemetry import flush_logs, setup_logging
 from services.gateway.app import gateway_app
+from services.gateway.processes import gateway_processes
 from services.gateway.settings import Settings
 
 #: What ending takes beside the drain: snapshots, spans, connections to Kafka and Redis.
@@ -28,11 +29,23 @@ def main() -> None:
         sys.exit(error.exit_code)
     setup_logging("gateway", cfg.log_level, json=cfg.log_format == "json")
 
+    count = max(1, usable_cores() // 4) if cfg.gateway_processes == "auto" else cfg.gateway_processes
+
     async def service() -> None:
+        if cfg.supervised:
+            end_with_parent()
         async with gateway_app(cfg, SystemClock()):
             await until_stopped()
 
-    run(service, drain_s=cfg.drain_notice_s + cfg.drain_s + _SLACK_S)
+    async def processes() -> None:
+        async with gateway_processes(cfg, count) as group:
+            await group.until_failed(until_stopped())
+
+    drain_s = cfg.drain_notice_s + cfg.drain_s + _SLACK_S
+    if count == 1:
+        run(service, drain_s=drain_s)
+    else:
+        run(processes, drain_s=drain_s + _SLACK_S)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import functools
 import os
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -39,6 +39,7 @@ from services.gateway.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+_ROUTER_WAIT_S = 2.0
 _TOPICS_S = 10.0
 
 
@@ -78,7 +79,9 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         )
         stack.push_async_callback(tracing.close)
         ops = ops_app(health, registry)
-        ops_port = await enter(serve_asgi(ops, cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port))
+        ops_port = await enter(
+            serve_asgi(ops, cfg.ops_host or cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port)
+        )
 
         events: Bus = bus if bus is not None else await enter(KafkaBus(cfg.kafka_bootstrap_servers, process))
         folder = cfg.state_dir / "gateway"
@@ -136,6 +139,8 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         _gauges(metrics, front, router, admission, catalogue, keys)
 
         await _control_known(tables, cfg.control_wait_s, bool(len(keys)))
+        if cfg.supervised:
+            await _router_reached(router)
         oip = await enter(
             serve_oip(
                 InferenceServicer(
@@ -152,6 +157,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
                 cfg.grpc_port,
                 max_body_bytes=cfg.max_body_bytes,
                 drain_s=cfg.drain_s / 2,
+                reuse_port=cfg.reuse_port,
             )
         )
         await enter(front.sweeping())
@@ -235,6 +241,14 @@ async def _channels(
         calls.start()
         channels.append(calls)
     return channels
+
+
+async def _router_reached(router: RouterClient) -> None:
+    """Where others listen on the same port, wait a moment before taking connections from them."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ROUTER_WAIT_S):
+            while not router.usable:  # noqa: ASYNC110 - one of several, at the start only
+                await asyncio.sleep(0.02)
 
 
 def _unknown(tables: tuple[Table, ...], keys: KeyRing) -> str | None:

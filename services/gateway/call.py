@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Protocol
 
-from headrace.v1.dataplane_pb2 import PredictRequest, SealedReply
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
 from opentelemetry.trace import SpanContext
 
+from services.common.errors import HeadraceError
 from services.gateway.catalogue import ServedModel
+from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
 from services.gateway.plans import Plan
 from services.gateway.router_client import Cancellable
-from services.gateway.targets import Target
-
-if TYPE_CHECKING:
-    from services.gateway.codecs.v2 import V2State
-    from services.gateway.dialects import Speaker
-    from services.gateway.predict import PredictService
+from services.gateway.targets import Dialect, Target
 
 #: Headers that a hot request is read by, and the attribute of Head that takes each.
 HEADERS = {
@@ -70,6 +68,39 @@ class Head:
         self.plain = True
 
 
+class Speaker(Protocol):
+    """One dialect. `read` sets `call.model` as soon as it is known; headers are lines with their CRLF.
+
+    `quick` gives the serialized request where the body is of the most common form, and sets `call.plan` by
+    which its answer is written; None, and nothing set, where `read` is needed. It raises nothing.
+    """
+
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None: ...
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None: ...
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]: ...
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]: ...
+
+
+class Service(Protocol):
+    """What a call needs of `PredictService`."""
+
+    @property
+    def speakers(self) -> Mapping[Dialect, Speaker]:
+        """A speaker for every dialect."""
+        ...
+
+    def finish(self, call: Call, reply: SealedReply) -> None:
+        """Answer `call` with the router's reply."""
+        ...
+
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for the answer of `call` any more."""
+        ...
+
+
 class Call(ABC):
     """A request and what was found out about it.
 
@@ -106,7 +137,7 @@ class Call(ABC):
     trace_parent: SpanContext | None = None
     trace_context: SpanContext | None = None
 
-    def __init__(self, service: PredictService, head: Head) -> None:
+    def __init__(self, service: Service, head: Head) -> None:
         self.service = service
         self.head = head
         self.speaker = service.speakers[head.target.dialect]

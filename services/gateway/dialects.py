@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.errors import HeadraceError, InvalidArgument
 from services.common.problems import problem_headers
-from services.gateway.call import Call
+from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, openai, v2
 from services.gateway.codecs.compiled import decode_rows
@@ -22,22 +20,6 @@ _FALLBACK = b"x-headrace-fallback: true\r\n"
 #: The backend whose models say how many tokens a text has.
 _COUNTS_TOKENS = "embedding"
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
-
-
-class Speaker(Protocol):
-    """One dialect. `read` sets `call.model` as soon as it is known; headers are lines with their CRLF.
-
-    `quick` gives the serialized request where the body is of the most common form, and sets `call.plan` by
-    which its answer is written; None, and nothing set, where `read` is needed. It raises nothing.
-    """
-
-    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None: ...
-
-    def read(self, call: Call, key: Key, request: PredictRequest) -> None: ...
-
-    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]: ...
-
-    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]: ...
 
 
 def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:

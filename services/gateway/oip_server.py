@@ -15,7 +15,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
 from headrace.v1.tensor_pb2 import Code
 from open_inference import open_inference_pb2 as oip_pb2
 from open_inference import open_inference_pb2_grpc as oip_grpc
@@ -115,8 +115,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def RepositoryIndex(self, request: oip_pb2.RepositoryIndexRequest, context: Context) -> Any:
         async def answer() -> oip_pb2.RepositoryIndexResponse:
-            self._caller(context, Scope.PREDICT, Scope.READ)
-            return oip_pb2.RepositoryIndexResponse(models=repository_index(self._catalogue))
+            key = self._caller(context, Scope.PREDICT, Scope.READ)
+            return oip_pb2.RepositoryIndexResponse(models=repository_index(self._catalogue, key))
 
         return await self._answered(context, answer)
 
@@ -155,6 +155,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             await asyncio.to_thread(oip.fill_request, request, version.signature, asked)
         else:
             oip.fill_request(request, version.signature, asked)
+        if request.priority == Priority.PRIORITY_LOW:
+            self._router.admit_low()
         parent = parse_traceparent(_metadata(context, "traceparent"))
         trace, started = self._tracing.start(parent), time.time_ns()
         request.trace = trace_bytes(trace)
@@ -256,7 +258,13 @@ class OipServer:
 
 @asynccontextmanager
 async def serve_oip(
-    servicer: InferenceServicer, host: str, port: int, *, max_body_bytes: int, drain_s: float
+    servicer: InferenceServicer,
+    host: str,
+    port: int,
+    *,
+    max_body_bytes: int,
+    drain_s: float,
+    reuse_port: bool = False,
 ) -> AsyncIterator[OipServer]:
     """Serve while the block runs. At the end calls have `drain_s` seconds. Raises Fatal
     where the port is taken."""
@@ -267,7 +275,7 @@ async def serve_oip(
         options=[
             ("grpc.max_receive_message_length", bound),
             ("grpc.max_send_message_length", -1),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(reuse_port)),
         ],
     )
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]

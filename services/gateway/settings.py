@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,12 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSetting
     http_port: Port = 8000
     grpc_port: Port = 8001
     ops_port: Port = 8002
+    #: Address of the ops port; empty: that of the others.
+    ops_host: str = ""
+    #: Processes that share the ports; `auto`: one for every four cores.
+    gateway_processes: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
+    #: Set by a parent process for its children: end when the parent is gone.
+    supervised: bool = False
 
     #: `host:port` of the routers' frame streams, `a:1,b:2`; `unix:/path` where they run on this machine.
     router_addresses: CommaSeparated = ()

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
 from headrace.v1.events_pb2 import Outcome, OutcomeBatch
 from headrace.v1.tensor_pb2 import Code
 
@@ -748,3 +748,54 @@ def test_metrics_count_by_route_model_and_status(gateway: GatewayThread) -> None
     assert 'headrace_gateway_requests_total{model="",route="/v2/models/{model}",status="200"}' in text
     assert 'headrace_gateway_requests_total{model="",route="none",status="404"}' in text
     assert "/no/such/path" not in text
+
+
+def test_a_restricted_key_is_shown_its_own_models_only(gateway: GatewayThread) -> None:
+    def index(key: str) -> set[str]:
+        answer = gateway.request("POST", "/v2/repository/index", {}, authorization=f"Bearer {key}")
+        return {entry["name"] for entry in answer.json()}
+
+    assert index(PREDICT_ONLY) == {"cancer", "embedder", "mixed"}
+    assert index(OTHER_MODEL) == set()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/v1/predict", {"model": "cancer", "inputs": [ROW], "priority": "low"}, {}),
+        ("/v1/predict", {"model": "cancer", "inputs": [ROW]}, {"X-Request-Priority": "low"}),
+        (
+            "/v1/predict",
+            {"model": "cancer", "inputs": [ROW], "priority": "high"},
+            {"X-Request-Priority": "low"},
+        ),
+        (
+            "/v2/models/cancer/infer",
+            {
+                "inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": ROW}],
+                "parameters": {"priority": "low"},
+            },
+            {},
+        ),
+    ],
+)
+def test_a_priority_goes_with_the_request(
+    gateway: GatewayThread, path: str, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    assert gateway.request("POST", path, body, **headers).status_code == 200
+    assert gateway.running.router.requests[-1].priority == Priority.PRIORITY_LOW
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "field"),
+    [
+        ({"model": "cancer", "inputs": [ROW], "priority": "urgent"}, {}, 422, "priority"),
+        ({"model": "cancer", "inputs": [ROW], "priority": 1}, {}, 422, "priority"),
+        ({"model": "cancer", "inputs": [ROW]}, {"X-Request-Priority": "1"}, 422, "X-Request-Priority"),
+    ],
+)
+def test_another_priority_is_refused(
+    gateway: GatewayThread, body: dict[str, Any], headers: dict[str, str], status: int, field: str
+) -> None:
+    answer = gateway.request("POST", "/v1/predict", body, **headers)
+    assert (answer.status_code, answer.json()["field"]) == (status, field)

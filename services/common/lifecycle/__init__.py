@@ -1,11 +1,28 @@
 """Start and end of a service process. Read in this order: run.py (signals, exit codes), health.py (what is
-ready and why not), ops.py (health and metrics over HTTP), serving.py (uvicorn inside our own loop)."""
+ready and why not), ops.py (health and metrics over HTTP), serving.py (uvicorn inside our own loop),
+processes.py and joint_ops.py (several processes of one service on the same ports)."""
 
 from services.common.errors import Fatal
 from services.common.lifecycle.health import Health
+from services.common.lifecycle.joint_ops import JointOps
 from services.common.lifecycle.ops import OpsEndpoints, ops_app
+from services.common.lifecycle.processes import ProcessGroup, end_with_parent, held_port, usable_cores
 from services.common.lifecycle.run import run, until_stopped
 from services.common.lifecycle.serving import serve_asgi
 from services.common.lifecycle.watch import watched
 
-__all__ = ["Fatal", "Health", "OpsEndpoints", "ops_app", "run", "serve_asgi", "until_stopped", "watched"]
+__all__ = [
+    "Fatal",
+    "Health",
+    "JointOps",
+    "OpsEndpoints",
+    "ProcessGroup",
+    "end_with_parent",
+    "held_port",
+    "ops_app",
+    "run",
+    "serve_asgi",
+    "until_stopped",
+    "usable_cores",
+    "watched",
+]

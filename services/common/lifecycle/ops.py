@@ -40,9 +40,9 @@ class OpsEndpoints:
         if answer is None:
             await self._app(scope, receive, send)
         elif scope["method"] not in {"GET", "HEAD"}:
-            await _respond(scope, send, 405, _JSON, b'{"error":"only GET and HEAD"}')
+            await respond(scope, send, 405, _JSON, b'{"error":"only GET and HEAD"}')
         else:
-            await _respond(scope, send, *answer(scope))
+            await respond(scope, send, *answer(scope))
 
     def _answers(self, scope: Scope) -> Callable[[Scope], tuple[int, str, bytes]] | None:
         if scope["type"] != "http":
@@ -72,7 +72,7 @@ def _live(_scope: Scope) -> tuple[int, str, bytes]:
 
 async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
-        await _respond(scope, send, 404, _JSON, b'{"error":"only /health/live, /health/ready and /metrics"}')
+        await respond(scope, send, 404, _JSON, b'{"error":"only /health/live, /health/ready and /metrics"}')
     elif scope["type"] == "lifespan":
         while True:
             phase = (await receive())["type"]
@@ -83,7 +83,8 @@ async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "websocket.close", "code": 1000})
 
 
-async def _respond(scope: Scope, send: Send, status: int, content_type: str, body: bytes) -> None:
+async def respond(scope: Scope, send: Send, status: int, content_type: str, body: bytes) -> None:
+    """One whole answer."""
     headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -12,6 +12,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Task, Tensor
 
 from services.common.errors import InvalidArgument
+from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, native_result, nested
 from services.gateway.codecs.rows import tensors_of_input, tensors_of_inputs
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
@@ -32,6 +33,7 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     user_id: str | int | None = None
     version: str | int | None = None
     outputs: list[str] | None = None
+    priority: str | None = None
 
 
 _body = msgspec.json.Decoder(PredictBody)
@@ -78,6 +80,8 @@ def fill_request(request: PredictRequest, signature: ModelSignature, body: Predi
     if body.outputs:
         check_outputs(signature, body.outputs)
         request.outputs.extend(body.outputs)
+    if body.priority is not None:
+        request.priority = priority_of(body.priority, "priority")
     return single
 
 

@@ -12,6 +12,7 @@ from headrace.v1.tensor_pb2 import Parameter, Tensor
 
 from services.common.errors import InvalidArgument, Unimplemented
 from services.gateway.codecs.native import wrong_field
+from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, bytes_elements
 from services.gateway.codecs.rows import check_shape, tensor_from_nested_or_flat
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
@@ -129,10 +130,12 @@ def check_rows(signature: ModelSignature, tensors: list[Tensor]) -> None:
 
 
 def fill_parameters(request: PredictRequest, parameters: dict[str, Scalar] | None) -> None:
-    """Pass a request's own parameters on; `user_id` names the experiment unit."""
+    """Pass a request's own parameters on; `user_id` names the experiment unit, `priority` the class."""
     for name, value in (parameters or {}).items():
         if name == "user_id":
             request.unit = str(value)[:512]
+        elif name == "priority":
+            request.priority = priority_of(value, "parameters.priority")
         elif name not in _OURS and value is not None:
             request.parameters[name].CopyFrom(_parameter(name, value))
 

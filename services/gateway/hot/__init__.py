@@ -1,4 +1,4 @@
 """The hot routes before ASGI, on uvicorn's httptools protocol. Read in this order: front (what all
-connections share: limits, draining, the sweep that enforces deadlines), exchange (one hot request in its
-connection's pipeline), deadlines (what one connection waits for, and how long), hardened (bounds and order of
-one connection), protocol (which requests are hot)."""
+connections share: limits, draining, the sweep that enforces deadlines), heads (what was parsed before),
+exchange (one hot request in its connection's pipeline), deadlines (what one connection waits for, and how
+long), hardened (bounds and order of one connection), protocol (which requests are hot)."""

@@ -34,6 +34,7 @@ class HotExchange(Call):
     keep_alive = True
     message_event = _NobodyWaits
 
+    service: PredictService
     #: Its turn has come: nothing before it on the connection is unanswered.
     started = False
     #: Its message was read to the end.

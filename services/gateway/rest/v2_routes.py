@@ -13,7 +13,7 @@ from services.common.clock import Clock
 from services.common.errors import InvalidArgument, MalformedBody, Unimplemented
 from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
-from services.gateway.keys import KeyRing, Scope
+from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget
 from services.gateway.rest.door import authenticated, bounded_body
@@ -52,11 +52,12 @@ def platform_of(version: ServedVersion) -> str:
     return {"onnx": "onnx_onnxv1"}.get(version.backend, version.backend)
 
 
-def repository_index(catalogue: Catalogue) -> list[dict[str, str]]:
-    """Every version in service."""
+def repository_index(catalogue: Catalogue, key: Key) -> list[dict[str, str]]:
+    """Every version in service of the models that `key` is for."""
     return [
         {"name": model.name, "version": version, "state": "READY", "reason": ""}
         for model in catalogue
+        if not key.models or model.name in key.models
         for version in model.versions
     ]
 
@@ -112,9 +113,9 @@ def v2_routes(
         return _json({"model_stats": [_stats(metrics, served, found)]})
 
     async def index(request: Request) -> Response:
-        authenticated(request, keys, _reading(request, keys), clock.monotonic())
+        key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
         await _index_request(request, bodies)
-        return _json(repository_index(catalogue))
+        return _json(repository_index(catalogue, key))
 
     async def load(request: Request, model: str) -> Response:
         authenticated(request, keys, Scope.ADMIN, clock.monotonic())

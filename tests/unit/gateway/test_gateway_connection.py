@@ -115,6 +115,7 @@ class Connection:
         keys.apply(key.key_id.encode(), key.SerializeToString())
         for config in configs():
             catalogue.apply(config.model.encode(), config.SerializeToString())
+        self.keys, self.catalogue = keys, catalogue
         self.channel = HeldChannel()
         service = PredictService(
             catalogue=catalogue,
@@ -549,3 +550,93 @@ async def test_a_failed_answer_is_answered_once(connection: Connection) -> None:
 
     connection.channel.answer(broken)
     assert connection.transport.statuses() == [b"500"]
+
+
+# Heads that were parsed before
+
+
+async def test_a_known_head_needs_no_parser_and_gets_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = Connection()
+    connection.feed(post(BODY))
+    connection.channel.answer()
+    monkeypatch.setattr(connection.protocol, "parser", None)
+    connection.feed(post(BODY))
+    connection.channel.answer()
+    first, second = connection.transport.written.split(b"HTTP/1.1 ")[1:]
+    assert first[: first.index(b"x-request-id")] == second[: second.index(b"x-request-id")]
+    assert connection.transport.statuses() == [b"200", b"200"]
+
+
+@pytest.mark.parametrize("cut", [10, len(HEAD) - 1, len(HEAD), len(HEAD) + 5])
+async def test_a_known_head_that_arrives_in_pieces_is_parsed(cut: int) -> None:
+    connection = Connection()
+    for _ in range(3):
+        connection.feed(post(BODY))
+        connection.channel.answer()
+        connection.feed(post(BODY)[:cut])
+        connection.feed(post(BODY)[cut:])
+        connection.channel.answer()
+    assert connection.transport.statuses() == [b"200"] * 6
+
+
+async def test_a_known_head_before_another_request_is_parsed() -> None:
+    connection = Connection()
+    for _ in range(2):
+        connection.feed(post(BODY))
+        connection.channel.answer()
+        connection.feed(post(BODY) + post(BODY) + post(BODY)[:20])
+        connection.channel.answer()
+        connection.channel.answer()
+        connection.feed(post(BODY)[20:])
+        connection.channel.answer()
+    assert connection.transport.statuses() == [b"200"] * 8
+
+
+async def test_a_known_head_while_another_is_unanswered_waits_its_turn() -> None:
+    connection = Connection()
+    connection.feed(post(BODY))
+    connection.channel.answer()
+    connection.feed(post(BODY))
+    connection.feed(post(BODY))
+    assert len(connection.channel.waiting) == 1
+    connection.channel.answer()
+    connection.channel.answer()
+    assert connection.transport.statuses() == [b"200"] * 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [b"X-Request-Id: a\r\n", b"traceparent: 00-1\r\n", b"Connection: close\r\n", b"Expect: 100-continue\r\n"],
+)
+async def test_heads_that_are_new_each_time_or_end_a_connection_are_not_remembered(headers: bytes) -> None:
+    connection = Connection()
+    connection.feed(post(BODY, headers))
+    connection.channel.answer()
+    assert connection.front.heads.find(post(BODY, headers)) is None
+
+
+async def test_refused_heads_are_not_remembered() -> None:
+    connection = Connection()
+    bad = post(BODY).replace(PREDICT_ONLY.encode(), b"hr_nobody")
+    connection.feed(bad)
+    assert connection.transport.statuses() == [b"401"]
+    assert connection.front.heads.find(bad) is None
+
+
+async def test_a_revoked_key_closes_a_known_head() -> None:
+    connection = Connection()
+    connection.feed(post(BODY))
+    connection.channel.answer()
+    revoked = api_key(PREDICT_ONLY, ["predict"], revision=2, revoked=True)
+    connection.keys.apply(revoked.key_id.encode(), revoked.SerializeToString())
+    connection.feed(post(BODY))
+    assert connection.transport.statuses() == [b"200", b"401"]
+
+
+async def test_a_model_that_left_is_not_found_by_its_plan() -> None:
+    connection = Connection()
+    connection.feed(post(BODY))
+    connection.channel.answer()
+    connection.catalogue.apply(b"cancer", None)
+    connection.feed(post(BODY))
+    assert connection.transport.statuses() == [b"200", b"404"]

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -109,12 +110,12 @@ def resolving(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]
     """Every look-up gives the next of `answers`; the last one again."""
     asked: list[str] = []
 
-    async def getaddrinfo(host: str, port: int, **_options: Any) -> list[Any]:
+    def getaddrinfo(host: str, port: int, **_options: Any) -> list[Any]:
         asked.append(host)
         addresses = answers[min(len(asked), len(answers)) - 1]
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return asked
 
 
@@ -163,3 +164,26 @@ def test_signature_is_as_documented() -> None:
 def test_tries_are_further_and_further_apart() -> None:
     assert [backoff_s(number) for number in (1, 2, 3, 4)] == [5, 10, 20, 40]
     assert backoff_s(40) == 3600
+
+
+async def test_a_resolver_that_hangs_takes_no_threads_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+
+    def getaddrinfo(_host: str, _port: int, **_options: Any) -> list[Any]:
+        hangs.wait(30)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    rules = CallbackRules(())
+    target = rules.check("https://slow.example/")
+    before = set(threading.enumerate())
+    looking = [asyncio.create_task(rules.resolve(target)) for _ in range(64)]
+    try:
+        assert await asyncio.to_thread(lambda: 7) == 7  # they have begun, or wait for their turn
+        busy = [thread.name for thread in threading.enumerate() if thread not in before]
+        assert len([name for name in busy if name.startswith("callback-names")]) == 4
+        assert len([name for name in busy if not name.startswith("callback-names")]) <= 1
+    finally:
+        hangs.set()
+        rules.close()
+        await asyncio.gather(*looking, return_exceptions=True)

@@ -1,0 +1,152 @@
+"""Several gateways on one port: one of them may die under load, and all of them end with their parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from deploy.embedded.server import free_port
+from services.common.bus.snapshot import save_snapshot
+from services.common.frames import FrameServer
+from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, configs, default_keys
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BODY = {"model": "cancer", "inputs": [[1, 2, 3]]}
+HEADERS = {"authorization": f"Bearer {ADMIN}"}
+
+
+@dataclass
+class Group:
+    """A running parent."""
+
+    process: asyncio.subprocess.Process
+    http: str
+    ops: str
+
+    def children(self) -> list[int]:
+        """Their process ids."""
+        pid = self.process.pid
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    async def until(self, client: httpx.AsyncClient, *wanted: str) -> None:
+        """Wait until the joint metrics have every line of `wanted`."""
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    lines = (await client.get(f"{self.ops}/metrics")).text.splitlines()
+                    if set(wanted) <= set(lines):
+                        return
+                except httpx.TransportError:
+                    pass
+                await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def two_gateways(folder: Path) -> AsyncIterator[Group]:
+    save_snapshot(
+        folder / "gateway" / "keys.table",
+        {key.key_id.encode(): key.SerializeToString() for key in default_keys()},
+    )
+    save_snapshot(
+        folder / "gateway" / "deployments.table",
+        {config.model.encode(): config.SerializeToString() for config in configs()},
+    )
+    server = FrameServer(FakeRouter().handler, credential=TOKEN, instance="router-1", role="router")
+    http, ops = free_port(), free_port()
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
+    env = kept | {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'proto'}",
+        "KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1",
+        "REDIS_URL": "redis://127.0.0.1:1/0",
+        "INTERNAL_TOKEN": TOKEN,
+        "STATE_DIR": str(folder),
+        "ROUTER_ADDRESS": f"127.0.0.1:{await server.start('127.0.0.1', 0)}",
+        "DRAIN_NOTICE_S": "0.3",
+        "DRAIN_S": "4",
+        "GATEWAY_PROCESSES": "2",
+        "HTTP_PORT": str(http),
+        "GRPC_PORT": str(free_port()),
+        "OPS_PORT": str(ops),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.gateway", env=env, cwd=REPOSITORY
+    )
+    try:
+        yield Group(process, f"http://127.0.0.1:{http}", f"http://127.0.0.1:{ops}")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        await server.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc, and Linux for a fair share of connections")
+async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> None:
+    async with two_gateways(tmp_path) as group, httpx.AsyncClient(trust_env=False) as client:
+        await group.until(client, "headrace_processes_up 2.0")
+        async with asyncio.timeout(60):
+            answered = 0
+            while answered < 20:  # one that is ready is enough for the parent; here both must be
+                async with httpx.AsyncClient(trust_env=False) as one:
+                    try:
+                        answer = await one.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS)
+                        answered = answered + 1 if answer.status_code == 200 else 0
+                    except httpx.TransportError:
+                        answered = 0
+        assert (await client.get(f"{group.ops}/health/ready")).status_code == 200
+        statuses: list[int] = []
+        broken = 0
+        stop = asyncio.Event()
+
+        async def load() -> None:
+            nonlocal broken
+            while not stop.is_set():
+                try:
+                    # A connection of its own for every request: the kernel chooses its process.
+                    async with httpx.AsyncClient(trust_env=False) as one:
+                        answer = await one.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS)
+                    statuses.append(answer.status_code)
+                except httpx.TransportError:
+                    broken += 1
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(load())
+            tasks.create_task(load())
+            await asyncio.sleep(0.5)
+            before = group.children()
+            os.kill(before[0], signal.SIGKILL)
+            await group.until(client, "headrace_process_restarts 1.0", "headrace_processes_up 2.0")
+            stop.set()
+        assert len(set(group.children()) - set(before)) == 1
+        assert set(statuses) == {200}
+        # Only what the kernel had given to the dead process, until it took its socket away.
+        assert broken < len(statuses) / 4
+        counted = (await client.get(f"{group.ops}/metrics")).text
+        assert (
+            'headrace_gateway_requests_total{model="cancer",process="1",route="predict",status="200"}'
+            in counted
+        )
+
+        group.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(15):
+            assert await group.process.wait() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+async def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
+    async with two_gateways(tmp_path) as group, httpx.AsyncClient(trust_env=False) as client:
+        await group.until(client, "headrace_processes_up 2.0")
+        children = group.children()
+        group.process.kill()
+        async with asyncio.timeout(20):
+            while any(Path(f"/proc/{pid}").exists() for pid in children):  # noqa: ASYNC110 - the kernel's own
+                await asyncio.sleep(0.1)
