@@ -22,6 +22,8 @@ from services.gateway.rest.door import authenticated, bounded_body
 _SHOWN, _MOST_SHOWN = 20, 200
 _REPLAYED, _MOST_REPLAYED = 1000, 10_000
 _BODY_BYTES = 4096
+#: They stay in the record, which is handled again with its key when it is sent back.
+_SECRET = frozenset(("authorization", "proxy-authorization", "x-api-key"))
 _VALUE_BYTES = 16 << 10
 
 
@@ -81,7 +83,8 @@ def dead_letter_routes(
 
 
 def letter_json(letter: Letter) -> dict[str, Any]:
-    """One record. `value` is text where it is UTF-8 and `value_base64` otherwise, the first 16 kB of it."""
+    """One record, without API keys. `value` is text where it is UTF-8 and `value_base64` otherwise, the first
+    16 kB of it."""
     record = letter.record
     value = record.value or b""
     shown: dict[str, Any] = {
@@ -90,7 +93,7 @@ def letter_json(letter: Letter) -> dict[str, Any]:
         "partition": letter.partition,
         "offset": letter.offset,
         "key": None if record.key is None else record.key.decode("utf-8", "backslashreplace"),
-        "headers": {name: content.decode("utf-8", "backslashreplace") for name, content in record.headers},
+        "headers": {name: _header_text(name, content) for name, content in record.headers},
         "timestamp_ms": record.timestamp_ms,
         "value_bytes": len(value),
     }
@@ -99,6 +102,10 @@ def letter_json(letter: Letter) -> dict[str, Any]:
     except UnicodeDecodeError:
         shown["value_base64"] = b64encode(value[:_VALUE_BYTES]).decode()
     return shown
+
+
+def _header_text(name: str, content: bytes) -> str:
+    return "***" if name.lower() in _SECRET else content.decode("utf-8", "backslashreplace")
 
 
 def _check(limit: int, most: int) -> None:
