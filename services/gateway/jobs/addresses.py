@@ -8,7 +8,9 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from services.common.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unavailable
@@ -19,6 +21,7 @@ PUBLIC = "public"
 
 _PORTS = {"http": 80, "https": 443}
 _LOOKUP_S = 5.0
+_LOOKUPS_AT_ONCE = 4
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -48,6 +51,13 @@ class CallbackRules:
         self._is_signed = is_signed
         self._hosts = {host.lower().strip("[]") for host in allow if host != PUBLIC}
         self._public = PUBLIC in allow or not allow
+        # Of their own: a resolver that hangs holds its thread longer than anybody waits, and must not take
+        # those that the rest of the process reads and writes with.
+        self._threads = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="callback-names")
+
+    def close(self) -> None:
+        """No name is looked up any more; look-ups that hang are left alone."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def check(self, url: str) -> Target:
         """What `url` leads to. All errors have the field `callback_url`: InvalidArgument where it is no
@@ -83,7 +93,7 @@ class CallbackRules:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_LOOKUP_S):
-                found = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+                found = await loop.run_in_executor(self._threads, _looked_up, target)
         except (OSError, UnicodeError, TimeoutError):
             raise Unavailable(f"The name {target.host[:100]!r} is not found.") from None
         addresses = [str(one[4][0]) for one in found]
@@ -94,6 +104,10 @@ class CallbackRules:
                 if not self._public or not is_public(ipaddress.ip_address(address.partition("%")[0])):
                     raise PermissionDenied("The name leads to an address that is not public.", field=FIELD)
         return addresses[0]
+
+
+def _looked_up(target: Target) -> Sequence[tuple[Any, ...]]:
+    return socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
 
 
 def is_public(address: Address) -> bool:
