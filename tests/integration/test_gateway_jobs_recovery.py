@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from deploy.embedded.postgres import PostgresServer
 from services.common.bus import MemoryBus
 from services.common.clock import ManualClock, SystemClock
 from services.common.db import engine, transaction
+from services.common.errors import Fatal
 from services.common.objects import ArtifactStore, InputSources
 from services.gateway.jobs.backend import Backend
+from services.gateway.jobs.publishing import output_prefix
 from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.retention import Retention
 from tests.fixtures.gateway import ADMIN, running_gateway
@@ -150,7 +153,9 @@ async def test_what_is_old_is_forgotten(database_url: str, tmp_path: Path) -> No
     backend = Backend(engine(database_url, "gateway"), store, InputSources(store, ()))
     clock = ManualClock(SystemClock().unix_us())
     retention = Retention(backend, clock, timedelta(days=30))
-    assert {one.path.split("/")[1] for one in await store.list("files")} == {completed}
+    assert {one.path.split("/")[2] for one in await store.list("files")} == {completed}
+    # A second attempt wrote other bytes, and its result came too late to be taken.
+    await store.put(f"{output_prefix(completed)}/00000000.of-no-record.arrow", b"rows")
     assert len(await store.list("jobs")) > 2
     assert await retention.look() == 0
     clock.advance(2 * 24 * 3600)
@@ -167,3 +172,15 @@ async def test_what_is_old_is_forgotten(database_url: str, tmp_path: Path) -> No
     await backend.engine.dispose()
     await backend.sources.close()
     await store.close()
+
+
+async def test_a_gateway_does_not_start_with_a_wrong_allow_list(tmp_path: Path) -> None:
+    store = f"file://{tmp_path}/artifacts"
+    settings: dict[str, Any] = {
+        "database_url": "postgresql://nobody:x@127.0.0.1:1/none",
+        "artifact_store_url": store,
+        "batch_input_allow": ("http://inputs/",),
+    }
+    with pytest.raises(Fatal, match="BATCH_INPUT_ALLOW"):
+        async with running_gateway(tmp_path / "state", **settings):
+            pass

@@ -240,6 +240,12 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
 
+def check_prefixes(allow: Sequence[str]) -> None:
+    """Raise Fatal where one of the prefixes that InputSources is given is none."""
+    for prefix in allow:
+        _allowed(prefix)
+
+
 def _allowed(prefix: str) -> tuple[str, str, str]:
     if prefix.rstrip("/") in ("store:", "file:"):
         return (prefix.partition(":")[0], "", "/" if prefix.startswith("file") else "")

@@ -17,6 +17,7 @@ from services.common.clock import Clock
 from services.common.db import OutboxRelay, engine, migrate
 from services.common.errors import Fatal, HeadraceError
 from services.common.objects import ArtifactStore, InputSources
+from services.common.objects.sources import check_prefixes
 from services.common.topics import JOB_RESULTS, JOBS, WORKERS
 from services.gateway.catalogue import Catalogue
 from services.gateway.jobs.addresses import CallbackRules
@@ -103,7 +104,8 @@ class Around:
 @asynccontextmanager
 async def jobs_running(cfg: JobSettings, around: Around) -> AsyncIterator[JobService]:
     """The service of jobs, at once; what it needs is reached for in the background for as long as the block
-    runs."""
+    runs. Raises Fatal where nothing could ever be read as the settings are."""
+    check_prefixes(cfg.input_allow)
     is_configured = bool(cfg.database_url and cfg.artifact_store_url)
     availability = Availability(is_configured=is_configured)
     wakes = _Wakes()
@@ -153,6 +155,7 @@ class _Running:
             for one in late:
                 one.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            self._rules.close()
 
     async def _run(self, stop: asyncio.Event) -> None:
         """Until `stop`: prepare, then run; what fails is tried again."""
@@ -185,8 +188,12 @@ class _Running:
         cfg = self._cfg
         await migrate(cfg.database_url, _SCHEMA, _MIGRATIONS)
         store = await asyncio.to_thread(ArtifactStore, cfg.artifact_store_url, cfg.artifact_store_options)
-        sources = InputSources(store, cfg.input_allow, cfg.artifact_store_options)
-        return Backend(engine(cfg.database_url, _SCHEMA, pool_size=_CONNECTIONS), store, sources)
+        try:
+            sources = InputSources(store, cfg.input_allow, cfg.artifact_store_options)
+            return Backend(engine(cfg.database_url, _SCHEMA, pool_size=_CONNECTIONS), store, sources)
+        except BaseException:
+            await store.close()
+            raise
 
     @asynccontextmanager
     async def _open(self, backend: Backend) -> AsyncIterator[None]:

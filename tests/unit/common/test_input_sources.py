@@ -20,7 +20,7 @@ from services.common.errors import (
 )
 from services.common.objects import ArtifactStore, InputSources
 from services.common.objects.local_files import open_file
-from services.common.objects.sources import RangeFile
+from services.common.objects.sources import RangeFile, check_prefixes
 
 
 @dataclass
@@ -196,3 +196,10 @@ async def test_nothing_is_allowed_by_default(tmp_path: Path) -> None:
     store = ArtifactStore(f"file://{tmp_path}/store")
     with pytest.raises(PermissionDenied):
         await InputSources(store, []).stat("store://files/x")
+
+
+def test_prefixes_are_checked_without_a_store() -> None:
+    check_prefixes(("store://", "file:///srv/data/", "s3://bucket/inputs"))
+    for prefix in ("http://x/", "STORE://files", "store://a/../b", "file://host/x"):
+        with pytest.raises(Fatal, match="BATCH_INPUT_ALLOW"):
+            check_prefixes(("store://files/", prefix))
