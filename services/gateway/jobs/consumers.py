@@ -79,12 +79,12 @@ class SubmittedJobs:
                 refused.append((number, crashed))
             else:
                 self._tries.pop((record.partition, record.offset), None)
-        for number, error in refused:
+        for number, refusal in refused:
             at = (records[number].partition, records[number].offset)
-            if error.code not in _TRANSIENT or self._tries.get(at, 0) >= MAX_TRIES:
+            if refusal.code not in _TRANSIENT or self._tries.get(at, 0) >= MAX_TRIES:
                 self._tries.pop(at, None)
-                reason = f"{error.field}: {error.message}" if error.field else error.message
-                raise Malformed(number, reason) from error
+                reason = f"{refusal.field}: {refusal.message}" if refusal.field else refusal.message
+                raise Malformed(number, reason) from refusal
         if refused:
             self._count(records[number] for number, _ in refused)
             raise refused[0][1]
