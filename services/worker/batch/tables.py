@@ -185,7 +185,7 @@ def _texts(metadata: pq.FileMetaData) -> list[str]:
 
 
 def _is_number(column: pq.ColumnSchema) -> bool:
-    return column.logical_type.type == "DECIMAL"
+    return bool(column.logical_type.type == "DECIMAL")
 
 
 def _plain_bytes(table: pa.Table) -> int:
