@@ -330,7 +330,7 @@ async def test_a_key_has_a_bounded_number_of_jobs(database_url: str, tmp_path: P
         answer = await here.rest.post("/v1/batch", json={"model": "cancer", "inputs": large})
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        assert {one.path.split("/")[1] for one in await here.worker.store.list("files")} == set(first)
+        assert {one.path.split("/")[2] for one in await here.worker.store.list("files")} == set(first)
         here.worker.gate.set()
         for batch_id in first:
             assert (await here.ended(batch_id))["status"] == "completed"
@@ -344,4 +344,24 @@ async def test_a_record_that_is_handled_twice_at_once_is_one_job(shared_jobs: Jo
     await here.running.bus.publish([Record(JOBS.name, str(n).encode(), message) for n in range(8)])
     job = await here.until("twice", lambda one: one["ended_at"] is not None)
     assert (job["status"], job["counts"]["completed"]) == ("completed", 20_000)
-    assert len(await here.worker.store.list("files/twice")) == 1
+    assert len(await here.worker.store.list("files/inline/twice")) == 1
+
+
+async def test_rows_that_came_with_a_job_lie_apart_from_files_and_once(shared_jobs: Jobs) -> None:
+    here, store = shared_jobs, shared_jobs.worker.store
+    made = await here.rest.post("/v1/files", files={"file": ("x.jsonl", b"1\n")}, data={"purpose": "data"})
+    file_id = made.json()["id"]
+    rows = [{"x": number} for number in range(20_000)]
+    message = BatchJob(job_id=file_id, model="cancer", inputs_json=json.dumps(rows).encode())
+    await here.running.bus.publish([Record(JOBS.name, b"k", message.SerializeToString())])
+    await here.until(file_id, lambda one: one["ended_at"] is not None)
+    assert [one.path for one in await store.list(f"files/{file_id}")] == [f"files/{file_id}/x.jsonl"]
+    body = {"model": "cancer", "inputs": rows}
+    headers = {"idempotency-key": "once"}
+    answers = await asyncio.gather(
+        *(here.rest.post("/v1/batch", json=body, headers=headers) for _ in range(6))
+    )
+    assert {answer.status_code for answer in answers} == {202}
+    (batch_id,) = {answer.json()["batch_id"] for answer in answers}
+    folders = [one.path.split("/")[2] for one in await store.list("files/inline")]
+    assert sorted(folders) == sorted([file_id, batch_id])

@@ -3,6 +3,7 @@ answer as the native route would have given it."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +24,7 @@ from services.gateway.keys import Key
 
 KIND: Literal["async"] = "async"
 MAX_ROWS = 1000
+_IN_THREAD_BYTES = 64 << 10
 _SINGLE, _OUTPUTS = "headrace.single", "headrace.outputs"
 
 
@@ -53,7 +55,11 @@ class AsyncRequests:
         """Accept one. What is wrong with the inputs is found now, as by the native route. Raises what
         `JobService.submit` does."""
         caller.require_model(model)
-        return await self._jobs.submit(self._spec(model, raw, idempotency_key), caller)
+        if len(raw) > _IN_THREAD_BYTES:
+            spec = await asyncio.to_thread(self._spec, model, raw, idempotency_key)
+        else:
+            spec = self._spec(model, raw, idempotency_key)
+        return await self._jobs.submit(spec, caller)
 
     async def get(self, job_id: str, caller: Key) -> Job:
         """Raises NotFound, also for jobs of other kinds."""

@@ -7,6 +7,7 @@ import io
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 from headrace.v1.tensor_pb2 import Code
@@ -23,6 +24,8 @@ from services.gateway.jobs.views import JobError, error_json
 
 _CHUNKS_AT_ONCE = 16
 _READ_AHEAD = 1 << 20
+#: Errors that are held as objects at once; a single request (async_requests.MAX_ROWS) has fewer.
+PARSED_AT_ONCE = 1024
 _NOT_OF_ROWS = frozenset((Code.CODE_OK, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED)) | OF_THE_JOB
 
 
@@ -93,20 +96,28 @@ async def _chunk_errors(store: ArtifactStore, chunk: ChunkRow) -> bytes:
         told = b""
     if chunk.code in _NOT_OF_ROWS or not chunk.rows_failed:
         return told
-    answered = [batch.column("row").to_pylist() async for batch in _chunk_batches(store, chunk)]
-    known = {row for rows in answered for row in rows}
-    known |= {orjson.loads(line)["row"] for line in told.splitlines() if line}
-    return told + await asyncio.to_thread(_as_a_whole, chunk, known)
+    answered = [batch.column("row").to_numpy() async for batch in _chunk_batches(store, chunk)]
+    return await asyncio.to_thread(_with_the_rest, chunk, told, answered)
 
 
-def _as_a_whole(chunk: ChunkRow, known: set[int]) -> bytes:
-    """The lines of rows that have neither result nor error of their own: their chunk failed."""
+def _with_the_rest(chunk: ChunkRow, told: bytes, answered: Sequence[np.ndarray[Any, Any]]) -> bytes:
+    """`told`, and the lines of rows that have neither result nor error of their own: their chunk failed."""
+    known = {int(row) for rows in answered for row in rows}
+    known |= {orjson.loads(line)["row"] for line in told.split(b"\n") if line}
     error = error_json(JobError(chunk.code, chunk.message, chunk.field))  # type: ignore[arg-type]  # a code
     rows = range(chunk.first_row, chunk.first_row + chunk.rows)
     lines = [orjson.dumps({"row": row, "error": error}) for row in rows if row not in known]
-    return b"\n".join(lines)
+    return b"\n".join([told.removesuffix(b"\n"), *lines] if told else lines)
 
 
-def parsed_errors(lines: bytes) -> Sequence[dict[str, Any]]:
-    """The errors of a piece of `error_lines`."""
-    return [orjson.loads(line) for line in lines.splitlines() if line]
+async def parsed_errors(lines: bytes) -> AsyncIterator[Sequence[dict[str, Any]]]:
+    """The errors of a piece of `error_lines`, which may be a chunk's 65,536, some at a time."""
+    texts = await asyncio.to_thread(lines.split, b"\n")
+    for start in range(0, len(texts), PARSED_AT_ONCE):
+        errors = await asyncio.to_thread(_parsed, texts[start : start + PARSED_AT_ONCE])
+        if errors:
+            yield errors
+
+
+def _parsed(lines: Sequence[bytes]) -> Sequence[dict[str, Any]]:
+    return [orjson.loads(line) for line in lines if line]

@@ -17,6 +17,7 @@ from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.publishing import output_prefix
 from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.service import inline_folder
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +59,7 @@ class Retention:
         async with transaction(self._backend.engine) as session:
             old = await JobRepository(session).to_forget(now - self._kept, _JOBS_AT_ONCE, forgotten=True)
         for job in old:
-            for folder in (output_prefix(job.job_id), f"files/{job.job_id}"):
+            for folder in (output_prefix(job.job_id), inline_folder(job.job_id)):
                 for one in await self._backend.store.list(folder):
                     await self._backend.store.delete(one.path)
         # The rows go last: with them nobody would know of the objects.

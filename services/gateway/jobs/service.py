@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Any
 
 import orjson
 import pyarrow as pa
+import structlog
 from headrace.v1.batch_pb2 import InputFormat
 
 from services.common.clock import Clock
@@ -19,13 +19,14 @@ from services.common.db import transaction
 from services.common.errors import (
     AlreadyExists,
     FailedPrecondition,
+    HeadraceError,
     InvalidArgument,
     NotFound,
     PermissionDenied,
     ResourceExhausted,
+    Unavailable,
 )
 from services.common.ids import id_text, new_id
-from services.common.objects import digest_of_bytes
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.backend import Availability, Backend
@@ -41,11 +42,14 @@ from services.gateway.jobs.views import STATES, Job, JobPage, job_of
 from services.gateway.jobs.watching import Watching
 from services.gateway.keys import Key, Scope
 
+log = structlog.get_logger(__name__)
+
 #: Rows that travel with the job and its chunks; more are stored as a file first.
 INLINE_BYTES = 64 << 10
 _IN_THREAD_BYTES = 64 << 10
 MAX_PAGE = 100
 _FILES = "files"
+_INLINE = "files/inline"
 _RETRY_MS = 10_000
 _DEFAULT_POOL = "default"
 
@@ -102,7 +106,10 @@ class JobService:
         if spec.callback_url:
             self._rules.check(spec.callback_url)
         backend = self.ready()
-        digest = _digest(spec)
+        if spec.inputs is not None and len(spec.inputs) > _IN_THREAD_BYTES:
+            digest = await asyncio.to_thread(_digest, spec)
+        else:
+            digest = _digest(spec)
         known = await self._known(backend, spec, caller, digest)
         if known is not None:
             return known
@@ -137,18 +144,18 @@ class JobService:
             "revision": 1,
             "is_forgotten": False,
         }
-        async with transaction(backend.engine) as session:
-            repository = JobRepository(session)
-            if spec.idempotency_key:
-                noted = await repository.idempotent(caller.key_id, spec.idempotency_key, digest, job_id, now)
-                job_id = _same(noted, digest)
-            if job_id == row["job_id"]:
-                await self._check_room(repository, caller)
-                await repository.insert(row)
-            stored = await repository.job(job_id)
+        try:
+            stored = await self._stored(backend, row, spec, caller, digest)
+        except Unavailable:
+            raise  # stored or not, nobody knows
+        except HeadraceError:
+            await _discard(backend, given["input_uri"])
+            raise
+        if stored is None or stored.input_uri != given["input_uri"]:  # somebody else was faster
+            await _discard(backend, given["input_uri"])
         if stored is None or stored.key_id != caller.key_id:
             raise AlreadyExists("There is a job of that id.", field="job_id")
-        self._changed(job_id)
+        self._changed(stored.job_id)
         return job_of(stored, now)
 
     def estimated_s(self, job: Job) -> float | None:
@@ -230,7 +237,24 @@ class JobService:
     async def error_rows(self, job: Job) -> AsyncIterator[Sequence[dict[str, Any]]]:
         """The same, read: `row`, `custom_id` where it has one, `error`."""
         async for lines in error_lines(self.ready(), job.job_id):
-            yield parsed_errors(lines)
+            async for errors in parsed_errors(lines):
+                yield errors
+
+    async def _stored(
+        self, backend: Backend, row: dict[str, Any], spec: JobSpec, caller: Key, digest: bytes
+    ) -> JobRow | None:
+        """Insert the job, unless there is one for this idempotency key or of this id; the one there is."""
+        job_id: str = row["job_id"]
+        async with transaction(backend.engine) as session:
+            repository = JobRepository(session)
+            if spec.idempotency_key:
+                at = row["created_at"]
+                noted = await repository.idempotent(caller.key_id, spec.idempotency_key, digest, job_id, at)
+                job_id = _same(noted, digest)
+            if job_id == row["job_id"]:
+                await self._check_room(repository, caller)
+                await repository.insert(row)
+            return await repository.job(job_id)
 
     def _run_rows(self, model: ServedModel, version: ServedVersion) -> int:
         speed = self._pools.speed(model.pool or _DEFAULT_POOL, model.name, version.name)
@@ -278,12 +302,10 @@ class JobService:
             lines, rows = rows_as_lines(spec.inputs)
         if len(lines) <= INLINE_BYTES:
             return {"input_uri": "", "inline_input": lines, "etag": "", "rows": rows}
-        # Named by its content and written once: a record that is handled twice at the same time must not
-        # change what the first was cut by.
-        name = await asyncio.to_thread(digest_of_bytes, lines)
-        path = f"files/{job_id}/{name.removeprefix('sha256:')}.jsonl"
-        with suppress(AlreadyExists):
-            await backend.store.put_if_absent(path, lines)
+        # Another name each time: a record that is handled twice at the same time must not change what the
+        # first was cut by, and whoever comes second removes its own.
+        path = f"{inline_folder(job_id)}/{id_text(new_id())}.jsonl"
+        await backend.store.put(path, lines)
         info = await backend.sources.stat(f"store://{path}")
         return {"input_uri": f"store://{path}", "inline_input": None, "etag": info.etag, "rows": rows}
 
@@ -303,6 +325,22 @@ class JobService:
         is_theirs = file is not None and (file.key_id == caller.key_id or Scope.ADMIN in caller.scopes)
         if file is None or file.deleted_at is not None or not is_theirs:
             raise NotFound("There is no such input.", field="input_uri")
+
+
+def inline_folder(job_id: str) -> str:
+    """The folder of the store for rows that came with a job. Job ids are chosen by producers and file ids by
+    the platform, which never makes `inline`: the one cannot name the other's folder."""
+    return f"{_INLINE}/{job_id}"
+
+
+async def _discard(backend: Backend, uri: str) -> None:
+    """Remove rows that were stored for a job that there is not; of what callers name nothing is."""
+    if not uri.startswith(f"store://{_INLINE}/"):
+        return
+    try:
+        await backend.store.delete(uri.removeprefix("store://"))
+    except HeadraceError as error:
+        log.warning("input_stays", uri=uri, reason=error.message)
 
 
 def _owned(row: JobRow | None, caller: Key, field: str = "batch_id") -> JobRow:
@@ -330,7 +368,9 @@ def _same(noted: tuple[bytes, str], digest: bytes) -> str:
 
 def _digest(spec: JobSpec) -> bytes:
     """What makes two requests the same one."""
-    told = replace(spec, job_id="", idempotency_key="", metadata=dict(sorted(spec.metadata.items())))
-    values = [getattr(told, one.name) for one in fields(told)]
-    plain = [value.hex() if isinstance(value, bytes) else value for value in values]
-    return hashlib.sha256(orjson.dumps(plain)).digest()
+    metadata = dict(sorted(spec.metadata.items()))
+    told = replace(spec, job_id="", idempotency_key="", metadata=metadata, inputs=None)
+    digest = hashlib.sha256(orjson.dumps([getattr(told, one.name) for one in fields(told)]))
+    if spec.inputs is not None:
+        digest.update(spec.inputs)
+    return digest.digest()
