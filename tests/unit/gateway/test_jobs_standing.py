@@ -54,7 +54,7 @@ def test_a_broker_that_does_not_say_makes_nobody_idle() -> None:
 
 def test_a_group_that_does_not_read_what_is_there_is_stuck_and_tried_less_and_less_often() -> None:
     pool = PoolStanding()
-    fired = []
+    fired: list[datetime] = []
     for second in range(4000):
         at = NOW + second * S
         if pool.gone_before(at, Standing(16 + len(fired), 3 + len(fired)), NOTHING_LEFT, flying=3):
