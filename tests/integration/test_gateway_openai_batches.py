@@ -223,3 +223,23 @@ async def test_uploads_have_bounds(database_url: str, tmp_path: Path) -> None:
         body = kept.json()
         assert body["expires_at"] == body["created_at"] + 3600
         assert not any(folder.name == "content" for folder in tmp_path.rglob("content"))
+
+
+async def test_ids_that_nothing_can_have_are_of_nothing(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        for odd in ("file-%00", "%00", "%F0%9F%98%80", "x" * 65, "a%20b"):
+            for path in (f"/v1/files/{odd}", f"/v1/files/{odd}/content", f"/v1/batches/{odd}"):
+                assert (await here.rest.get(path)).status_code == 404, path
+            for path in (f"/v1/files?after={odd}", f"/v1/batches?after={odd}"):
+                answer = await here.rest.get(path)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (404, "after"), path
+            assert (await here.rest.delete(f"/v1/files/{odd}")).status_code == 404
+            assert (await here.rest.post(f"/v1/batches/{odd}/cancel")).status_code == 404
+            assert (await here.rest.get(f"/v1/files?purpose={odd}")).json()["data"] == []
+        body = {"input_file_id": "file-\0", "endpoint": ENDPOINT, "completion_window": "24h"}
+        answer = await here.rest.post("/v1/batches", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input_file_id")
+        for path in ("/v1/files", "/v1/batches"):
+            for limit in ("00000000199999", "0", "9" * 5000, "-1", "1.0", "²"):
+                answer = await here.rest.get(path, params={"limit": limit})
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit"), limit

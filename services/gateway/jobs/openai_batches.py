@@ -18,7 +18,7 @@ from services.common.ids import id_text, new_id
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
 from services.gateway.jobs.backend import Backend
-from services.gateway.jobs.openai_files import Files, Reader
+from services.gateway.jobs.openai_files import Files, Reader, known_id
 from services.gateway.jobs.openai_lines import GENERATING, model_of_endpoint
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
 
@@ -130,20 +130,22 @@ class OpenAIBatches:
         return row
 
     async def get(self, batch_id: str, reader: Reader) -> OpenAIBatchRow:
+        batch_id = known_id(batch_id, "batch")
         async with transaction(self._backend().engine) as session:
-            row = await session.get(OpenAIBatchRow, batch_id[:64])
+            row = await session.get(OpenAIBatchRow, batch_id)
         return _owned(row, batch_id, reader)
 
     async def list(
         self, reader: Reader, *, limit: int, after: str | None
     ) -> tuple[list[OpenAIBatchRow], bool]:
         """A page, newest first, and whether more follow."""
+        after = None if after is None else known_id(after, "batch", "after")
         query = select(OpenAIBatchRow)
         if not reader.everything:
             query = query.where(OpenAIBatchRow.key_id == reader.key_id)
         async with transaction(self._backend().engine) as session:
             if after is not None:
-                last = _owned(await session.get(OpenAIBatchRow, after[:64]), after, reader)
+                last = _owned(await session.get(OpenAIBatchRow, after), after, reader)
                 query = query.where(
                     or_(
                         OpenAIBatchRow.created_at < last.created_at,
@@ -160,10 +162,9 @@ class OpenAIBatches:
     async def cancel(self, batch_id: str, reader: Reader) -> OpenAIBatchRow:
         """Do no more of it. Raises FailedPrecondition where it has ended."""
         now = self._clock.now()
+        batch_id = known_id(batch_id, "batch")
         async with transaction(self._backend().engine) as session:
-            row = _owned(
-                await session.get(OpenAIBatchRow, batch_id[:64], with_for_update=True), batch_id, reader
-            )
+            row = _owned(await session.get(OpenAIBatchRow, batch_id, with_for_update=True), batch_id, reader)
             if row.state not in OPEN:
                 raise FailedPrecondition(f"The batch is {row.state} and cannot be cancelled.")
             if row.cancelling_at is None:
@@ -216,7 +217,7 @@ def status_of(state: str, *, cancelling: bool) -> str:
 
 def _owned(row: OpenAIBatchRow | None, batch_id: str, reader: Reader) -> OpenAIBatchRow:
     if row is None or (row.key_id != reader.key_id and not reader.everything):
-        raise NotFound(f"No batch found with id '{batch_id[:64]}'.", field="id")
+        raise NotFound(f"No batch found with id '{batch_id}'.", field="id")
     return row
 
 

@@ -38,6 +38,7 @@ _BUFFER = 1 << 20
 _SWEEP_S = 60.0
 _AT_ONCE = 100
 _ODD = re.compile(r"[^A-Za-z0-9._-]+")
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_NAME = 128
 
 
@@ -227,10 +228,11 @@ class Files:
 
     async def get(self, file_id: str, reader: Reader) -> StoredFile:
         """Raises NotFound."""
+        known = known_id(file_id, "File object")
         async with transaction(self._backend().engine) as session:
-            row = await session.get(FileRow, file_id[:64])
+            row = await session.get(FileRow, known)
         if row is None or not _visible(row, reader, self._clock.now()):
-            raise NotFound(f"No such File object: {file_id[:64]}", field="id")
+            raise NotFound(f"No such File object: {known}", field="id")
         return _file(row)
 
     async def list(
@@ -238,6 +240,9 @@ class Files:
     ) -> tuple[list[StoredFile], bool]:
         """A page, and whether more follow. Raises NotFound for an `after` that is no file."""
         now = self._clock.now()
+        after = None if after is None else known_id(after, "File object", "after")
+        if purpose is not None and purpose not in (*_UPLOADED, OUTPUT):
+            return [], False
         query = select(FileRow).where(
             FileRow.deleted_at.is_(None),
             FileRow.purpose != INTERNAL,
@@ -250,9 +255,9 @@ class Files:
         order = (FileRow.created_at, FileRow.file_id)
         async with transaction(self._backend().engine) as session:
             if after is not None:
-                last = await session.get(FileRow, after[:64])
+                last = await session.get(FileRow, after)
                 if last is None or (last.key_id != reader.key_id and not reader.everything):
-                    raise NotFound(f"No such File object: {after[:64]}", field="after")
+                    raise NotFound(f"No such File object: {after}", field="after")
                 same = FileRow.created_at == last.created_at
                 if oldest_first:
                     behind = or_(
@@ -307,6 +312,14 @@ class Files:
             row = await session.get(FileRow, file.file_id)
             if row is not None:
                 await session.delete(row)
+
+
+def known_id(text: str, kind: str, field: str = "id") -> str:
+    """`text`, where an id could be that. Raises NotFound: PostgreSQL takes no zeros within text, and nothing
+    here has an id that is longer."""
+    if not _ID.fullmatch(text):
+        raise NotFound(f"No such {kind}.", field=field)
+    return text
 
 
 def safe_name(filename: str) -> str:

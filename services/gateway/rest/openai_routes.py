@@ -131,7 +131,7 @@ async def _after(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[by
 
 def _limit(query: Mapping[str, str], usual: int, most: int) -> int:
     text = query.get("limit", str(usual))
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= most:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= most:
         raise InvalidArgument(f"limit must be 1 … {most}.", field="limit")
     return int(text)
 
