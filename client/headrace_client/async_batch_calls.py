@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -13,7 +13,7 @@ import httpx
 
 from headrace_client import batches as calls
 from headrace_client.batch_calls import EVENTS_SILENCE_S, RECONNECT_S, STREAM_TIMEOUT_S
-from headrace_client.batches import Batch, Events, FileUpload, Format, Lines, Pending, StoredFile
+from headrace_client.batches import Batch, Events, FileUpload, Format, Join, Lines, Pending, StoredFile
 from headrace_client.errors import ConnectionFailed, DeadlineExceeded, Unavailable
 from headrace_client.exchange import Exchange
 from headrace_client.results import Json
@@ -140,6 +140,25 @@ class AsyncBatches:
         """`{"row", "custom_id"?, "error"}` of every row that failed."""
         async for line in self._lines(calls.errors(batch_id, partial=partial)):
             yield line
+
+    async def join(
+        self,
+        batch_id: str,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        on: str = "custom_id",
+        partial: bool = False,
+    ) -> AsyncIterator[Json]:
+        """Each of `rows`, in their order, with what the batch came to for it: `{"custom_id", "input",
+        "outputs" | "error"}`, neither of the last two where nothing answers the row. `on` names the field of
+        `rows` that holds the custom id. Raises ValueError where ids are missing or not unique."""
+        join = Join(on)
+        async for line in self.results(batch_id, partial=partial):
+            join.add(line)
+        async for line in self.errors(batch_id, partial=partial):
+            join.add(line)
+        for row in rows:
+            yield join.joined(row)
 
     async def _lines(self, call: Exchange[Any]) -> AsyncIterator[Json]:
         async with self._connection.stream(call, STREAM_TIMEOUT_S) as answer:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import httpx
 
 from headrace_client import batches as calls
-from headrace_client.batches import Batch, Events, FileUpload, Format, Lines, Pending, StoredFile
+from headrace_client.batches import Batch, Events, FileUpload, Format, Join, Lines, Pending, StoredFile
 from headrace_client.errors import ConnectionFailed, DeadlineExceeded, Unavailable
 from headrace_client.exchange import Exchange
 from headrace_client.results import Json
@@ -141,6 +141,24 @@ class Batches:
     def errors(self, batch_id: str, *, partial: bool = False) -> Iterator[Json]:
         """`{"row", "custom_id"?, "error"}` of every row that failed."""
         yield from self._lines(calls.errors(batch_id, partial=partial))
+
+    def join(
+        self,
+        batch_id: str,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        on: str = "custom_id",
+        partial: bool = False,
+    ) -> Iterator[Json]:
+        """Each of `rows`, in their order, with what the batch came to for it: `{"custom_id", "input",
+        "outputs" | "error"}`, neither of the last two where nothing answers the row. `on` names the field of
+        `rows` that holds the custom id. Raises ValueError where ids are missing or not unique."""
+        join = Join(on)
+        for line in self.results(batch_id, partial=partial):
+            join.add(line)
+        for line in self.errors(batch_id, partial=partial):
+            join.add(line)
+        yield from map(join.joined, rows)
 
     def _lines(self, call: Exchange[Any]) -> Iterator[Json]:
         with self._connection.stream(call, STREAM_TIMEOUT_S) as answer:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -133,13 +134,20 @@ def results(
     batch_id: str,
     output: Output = None,
     format: Annotated[str, typer.Option(help="jsonl or parquet.")] = "jsonl",  # noqa: A002 - the option's name
+    join: Annotated[
+        Path | None, typer.Option(help="JSON Lines to print with what became of each, by custom_id.")
+    ] = None,
     partial: Partial = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
     """The answers, in the order of the input."""
     with connected(url, key) as client:
-        if output is not None:
+        if join is not None:
+            if format != "jsonl":
+                raise CommandFailed("--join gives JSON Lines only.")
+            _print_joined(client, batch_id, join, output, partial=partial)
+        elif output is not None:
             size = client.batches.download(batch_id, output, format=format, partial=partial)  # type: ignore[arg-type]  # the server says
             Console(stderr=True).print(f"{output}: {size:,} bytes", highlight=False)
         elif format != "jsonl":
@@ -290,6 +298,18 @@ def _follow(client: Headrace, batch_id: str) -> None:
         raise CommandFailed(f"{batch_id} is {last.status}. {reason}".strip())
 
 
+def _print_joined(
+    client: Headrace, batch_id: str, inputs: Path, output: Path | None, *, partial: bool
+) -> None:
+    try:
+        with inputs.open("rb") as lines, ExitStack() as closing:
+            sink = sys.stdout if output is None else closing.enter_context(output.open("w", encoding="utf-8"))
+            rows = (json.loads(line) for line in lines if line.strip())
+            _print_lines(client.batches.join(batch_id, rows, partial=partial), sink)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CommandFailed(f"{inputs}: {error}") from None
+
+
 def _file_json(file: StoredFile) -> dict[str, Any]:
     return {"id": file.id, "uri": file.uri, "filename": file.filename, "bytes": file.size}
 
@@ -299,6 +319,6 @@ def _done(batch: Batch) -> str:
     return f"{done:,}" if batch.total is None else f"{done:,}/{batch.total:,}"
 
 
-def _print_lines(items: Iterable[Any]) -> None:
+def _print_lines(items: Iterable[Any], sink: TextIO | None = None) -> None:
     for item in items:
-        sys.stdout.write(json.dumps(item, ensure_ascii=False) + "\n")
+        (sink or sys.stdout).write(json.dumps(item, ensure_ascii=False) + "\n")

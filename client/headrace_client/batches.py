@@ -246,6 +246,34 @@ def replay(topic: str, limit: int) -> Exchange[int]:
 
 
 @dataclass(slots=True)
+class Join:
+    """Input rows with what became of them, by custom id. Answers are kept in memory, rows are not."""
+
+    on: str
+    _answers: dict[str, Json] = field(default_factory=dict)
+
+    def add(self, line: Json) -> None:
+        """A line of results or errors. Raises ValueError where its id was there before, or an answer has
+        none; a row that could not be read has none either, and is left out."""
+        known = line.get("custom_id")
+        if known is None:
+            if "error" in line:
+                return
+            raise ValueError(f"Row {line['row']} of the batch has no custom_id.")
+        if known in self._answers:
+            raise ValueError(f"The custom_id {known!r} stands in several rows of the batch.")
+        self._answers[known] = {name: line[name] for name in ("outputs", "error") if name in line}
+
+    def joined(self, row: Mapping[str, Any]) -> Json:
+        """`{"custom_id", "input", "outputs" | "error"}`, neither where there is no answer. Raises ValueError
+        for a row without an id."""
+        if row.get(self.on) is None:
+            raise ValueError(f"A row has no {self.on!r}.")
+        known = str(row[self.on])
+        return {"custom_id": known, "input": dict(row)} | self._answers.get(known, {})
+
+
+@dataclass(slots=True)
 class Lines:
     """Bytes as lines of text, without their ends. Only line feeds end a line: what else Unicode calls a
     line's end (U+2028) may stand in a JSON string."""

@@ -173,6 +173,51 @@ async def test_lines_end_at_line_feeds_only() -> None:
         assert (await later_client.batches.wait("b1")).body["metadata"] == {"note": odd}
 
 
+def answered(results: list[Any], errors: list[Any] | None = None) -> list[httpx.Response]:
+    """What a gateway says of a job's results, and of its errors."""
+    texts = ["".join(json.dumps(one) + "\n" for one in lines) for lines in (results, errors or [])]
+    return [httpx.Response(200, text=text) for text in texts]
+
+
+async def test_inputs_and_answers_are_joined_by_custom_id() -> None:
+    results = [
+        {"row": 0, "custom_id": "7", "outputs": {"y": 1}},
+        {"row": 2, "custom_id": "b", "outputs": {"y": 2}},
+    ]
+    unread = {"row": 3, "error": {"code": "INVALID_ARGUMENT"}}
+    errors = [{"row": 1, "custom_id": "a", "error": {"code": "INTERNAL"}}, unread]
+    rows = [{"id": "b", "outputs": "mine"}, {"id": "a"}, {"id": 7}, {"id": "new"}]
+    expected = [
+        {"custom_id": "b", "input": rows[0], "outputs": {"y": 2}},
+        {"custom_id": "a", "input": rows[1], "error": {"code": "INTERNAL"}},
+        {"custom_id": "7", "input": rows[2], "outputs": {"y": 1}},
+        {"custom_id": "new", "input": rows[3]},
+    ]
+    script = Script(*answered(results, errors))
+    with script.sync() as client:
+        assert list(client.batches.join("b1", iter(rows), on="id")) == expected
+    assert [request.url.path for request in script.asked] == ["/v1/batch/b1/results", "/v1/batch/b1/errors"]
+    async with Script(*answered(results, errors)).awaited() as later_client:
+        assert [one async for one in later_client.batches.join("b1", rows, on="id")] == expected
+
+
+@pytest.mark.parametrize(
+    ("results", "rows", "said"),
+    [
+        ([{"row": 0, "outputs": {}}], [{"custom_id": "a"}], "Row 0 of the batch has no custom_id."),
+        (
+            [{"row": n, "custom_id": "a", "outputs": {}} for n in range(2)],
+            [{"custom_id": "a"}],
+            "The custom_id 'a' stands in several rows of the batch.",
+        ),
+        ([], [{"x": 1}], "A row has no 'custom_id'."),
+    ],
+)
+def test_what_cannot_be_joined_says_why(results: list[Any], rows: list[Any], said: str) -> None:
+    with Script(*answered(results)).sync() as client, pytest.raises(ValueError, match=said):
+        list(client.batches.join("b1", rows))
+
+
 async def test_files_are_sent_as_forms_of_known_length(tmp_path: Path) -> None:
     path = tmp_path / 'ro"ws.csv'
     path.write_bytes(b"a,b\n1,2\n" * 100_000)

@@ -166,3 +166,30 @@ def test_the_key_that_up_wrote_is_found_from_a_folder_below(
     gateway.answers["GET", "/v1/models"] = (200, {"models": [], "next": None})
     assert run(monkeypatch, "models", "list") == 0
     assert gateway.asked[0][2] == "Bearer hr_kept"
+
+
+def test_results_are_joined_with_their_inputs(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {"row": 1, "custom_id": "b", "outputs": {"y": 2}}
+    failure = {"row": 0, "custom_id": "a", "error": {"code": "INTERNAL"}}
+    gateway.answers["GET", "/v1/batch/b1/results?format=jsonl"] = (200, answer)
+    gateway.answers["GET", "/v1/batch/b1/errors"] = (200, failure)
+    inputs = tmp_path / "in.jsonl"
+    rows: list[dict[str, Any]] = [{"custom_id": "a", "x": "ä\u2028"}, {"custom_id": "b", "x": 1}]
+    inputs.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    expected = [
+        {"custom_id": "a", "input": rows[0], "error": {"code": "INTERNAL"}},
+        {"custom_id": "b", "input": rows[1], "outputs": {"y": 2}},
+    ]
+    words = ("batch", "results", "b1", "--join", str(inputs))
+    assert run(monkeypatch, *words) == 0
+    shown = capsys.readouterr().out
+    assert [json.loads(line) for line in shown.split("\n") if line] == expected
+    assert run(monkeypatch, *words, "--output", str(tmp_path / "out")) == 0
+    assert (tmp_path / "out").read_text("utf-8") == shown
+    for wrong in ('{"x": 1}', "[1]", "{"):
+        inputs.write_text(wrong)
+        assert run(monkeypatch, *words) == 1
+        assert str(inputs) in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--format", "parquet") == 1
