@@ -305,6 +305,8 @@ class Files:
                 await self.sweep()
             except HeadraceError as error:
                 log.warning("files_not_swept", reason=error.message)
+            except Exception:
+                log.exception("files_not_swept")
 
     async def _remove(self, file: StoredFile) -> None:
         await self._backend().store.delete(file.path)

@@ -1,0 +1,36 @@
+"""Sweeping of expired files goes on, whatever one round meets."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from services.common.clock import ManualClock
+from services.gateway.jobs import openai_files
+from services.gateway.jobs.backend import Backend
+from services.gateway.jobs.openai_files import Files
+
+
+async def test_sweeping_outlives_what_nobody_foresaw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_files, "_SWEEP_S", 0.0)
+    rounds, again = 0, asyncio.Event()
+
+    def backend() -> Backend:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 3:
+            again.set()
+        raise RuntimeError("nobody foresaw this")
+
+    sweeping = asyncio.create_task(Files(backend, ManualClock(), tmp_path, max_bytes=1).sweeping())
+    try:
+        await asyncio.wait(
+            {sweeping, asyncio.create_task(again.wait())}, timeout=5, return_when="FIRST_COMPLETED"
+        )
+        assert again.is_set()
+        assert not sweeping.done()
+    finally:
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
