@@ -20,7 +20,7 @@ from tests.integration.test_gateway_openai_batches import benign_below_15, ended
 async def test_a_batch_whose_end_was_not_written_ends_as_it_should(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, lost = OpenAISteps._write, []
+    write, lost = OpenAISteps._write, list[str]()
 
     async def lose_the_end(self: OpenAISteps, batch_id: str, change: Change) -> None:
         if change.values.get("state") == "completed" and len(lost) < 2:
@@ -42,7 +42,7 @@ async def test_a_batch_waits_while_its_key_has_no_room(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai_steps, "_NO_ROOM_S", 0.02)
-    submit, refused = JobService.submit, []
+    submit, refused = JobService.submit, list[JobSpec]()
 
     async def full(self: JobService, spec: JobSpec, caller: Key) -> Job:
         if len(refused) < 25:

@@ -186,7 +186,7 @@ async def test_inputs_and_answers_are_joined_by_custom_id() -> None:
     ]
     unread = {"row": 3, "error": {"code": "INVALID_ARGUMENT"}}
     errors = [{"row": 1, "custom_id": "a", "error": {"code": "INTERNAL"}}, unread]
-    rows = [{"id": "b", "outputs": "mine"}, {"id": "a"}, {"id": 7}, {"id": "new"}]
+    rows: list[dict[str, Any]] = [{"id": "b", "outputs": "mine"}, {"id": "a"}, {"id": 7}, {"id": "new"}]
     expected = [
         {"custom_id": "b", "input": rows[0], "outputs": {"y": 2}},
         {"custom_id": "a", "input": rows[1], "error": {"code": "INTERNAL"}},
