@@ -44,7 +44,7 @@ SELECT * FROM everything
 WHERE answered_at_us >= getvariable('since_us') AND answered_at_us < getvariable('until_us');
 
 -- Of the rows that one request left, the one its caller's answer came from comes first. A router writes only
--- what it answered itself. Of two workers that were asked at once, the one that failed or was cancelled did not
+-- what it answered itself. Of two workers that were asked at once, one that failed or was cancelled did not
 -- answer a request that succeeded. Rows without a request id are requests of their own.
 CREATE TEMP TABLE requests AS SELECT * EXCLUDE (place) FROM (
     SELECT *, row_number() OVER (
