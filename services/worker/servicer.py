@@ -122,12 +122,13 @@ class FrameConnection:
         self._waiting: dict[int, tuple[Version, Item]] = {}
 
     def on_request_frame(self, frame: RequestFrame) -> None:
-        """Queue the frame's requests at once, and take out those that nobody waits for."""
-        self._servicer.accept(frame.items, self._settle, self._waiting)
+        """Take out the requests that nobody waits for, and queue the frame's at once."""
+        # Cancels are of what came before the frame, an id that it brings again included.
         for identifier in frame.cancels:
             cancelled = self._waiting.pop(identifier, None)
             if cancelled is not None:
                 cancelled[0].cancel(cancelled[1])
+        self._servicer.accept(frame.items, self._settle, self._waiting)
 
     def on_closed(self) -> None:
         """The router has gone: nobody waits for its requests any more."""
