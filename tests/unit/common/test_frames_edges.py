@@ -110,7 +110,12 @@ def test_an_earlier_deadline_is_looked_at_earlier() -> None:
     timers = Timers()
     pending: dict[int, tuple[object, float]] = {1: (None, 200.0), 2: (None, 101.0)}
     late: list[int] = []
-    deadlines = Deadlines(timers, pending, lambda n: (late.append(n), pending.pop(n))[0])  # type: ignore[arg-type]  # the part of a loop it uses
+
+    def tell(local_id: int) -> None:
+        late.append(local_id)
+        del pending[local_id]
+
+    deadlines = Deadlines(timers, pending, tell)  # type: ignore[arg-type]  # the part of a loop it uses
     deadlines.look_at(200.0)
     deadlines.look_at(101.0)
     timers.advance(2.0)
