@@ -123,7 +123,7 @@ def test_ports_are_those_of_platform_env(service: str, settings: Callable[[str],
     assert listening == {
         name.lower().removeprefix(f"{service}_"): int(port)
         for name, port in PLATFORM.items()
-        if name.startswith(f"{service.upper()}_")
+        if name.startswith(f"{service.upper()}_") and name.endswith("_PORT")
     }
 
 
@@ -413,3 +413,7 @@ def test_prometheus_scrapes_every_service_where_it_answers(
         expected[service] = [f"{service}:{listening.get('ops_port', listening.get('http_port'))}"]
     assert scraped == expected
     assert {mount["target"] for mount in project["services"]["prometheus"]["volumes"]} >= {"/etc/prometheus"}
+
+
+def test_the_gateway_is_told_how_many_processes_it_has(settings: Callable[[str], ServiceSettings]) -> None:
+    assert settings("gateway").gateway_processes == int(PLATFORM["GATEWAY_PROCESSES"])  # type: ignore[attr-defined]  # its own
