@@ -147,7 +147,7 @@ class ProcessGroup:
                 *self._argv,
                 env={**os.environ, **self._environments[child.index]},
                 stdin=asyncio.subprocess.PIPE,
-                process_group=0,  # a terminal's signals come by us
+                start_new_session=True,  # a terminal's signals come by us
             )
             code = await process.wait()
             if self._stopping:
