@@ -58,7 +58,7 @@ contracts: $(STAMP)
 	$(PY) proto/generate.py --check
 
 unit: $(STAMP)
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest tests/unit -n $(JOBS) --dist loadfile
 
 bench: $(STAMP)
 	$(PY) -m benchmarks
