@@ -54,6 +54,8 @@ PREDICTIONS = Topic("inference.predictions.v1")
 OUTCOMES = Topic("inference.outcomes.v1")
 SHADOWS = Topic("inference.shadows.v1")
 ALERTS = Topic("drift.alerts.v1", partitions=1)
+TRIALS = Topic("control.trials.v1", partitions=1, compacted=True, settings=_KEPT)
+VERDICTS = Topic("analytics.verdicts.v1", partitions=1)
 JOBS = Topic("batch.jobs.v1")
 JOB_RESULTS = Topic("batch.results.v1")
 JOB_CONTROL = Topic("control.jobs.v1", partitions=1, compacted=True, settings=_KEPT)
@@ -64,6 +66,7 @@ GROUPS = {
     OUTCOMES: ("analytics", "drift"),
     SHADOWS: ("analytics",),
     ALERTS: ("registry",),
+    VERDICTS: ("registry",),
     JOBS: ("gateway",),
     JOB_RESULTS: ("gateway",),
 }
@@ -93,6 +96,8 @@ def all_topics() -> list[Topic]:
         OUTCOMES,
         SHADOWS,
         ALERTS,
+        TRIALS,
+        VERDICTS,
         JOBS,
         JOB_RESULTS,
         JOB_CONTROL,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
-from services.router.assignment import unit_digest
+from services.common.assignment import unit_digest
 from services.router.endpoints import Endpoint, Group
 from services.router.routing_table import Fallback, Route, Target
 from services.router.shadow import Mirror

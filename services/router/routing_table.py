@@ -11,8 +11,8 @@ from headrace.v1.control_pb2 import Balancing, ServedVersion, ServingConfig
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
+from services.common.assignment import BUCKETS, Buckets, fill
 from services.common.errors import NotFound
-from services.router.assignment import BUCKETS, Buckets, fill
 
 log = structlog.get_logger(__name__)
 

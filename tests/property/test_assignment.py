@@ -9,7 +9,7 @@ from headrace.v1.control_pb2 import BucketRange, ServedVersion, ServingConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.router.assignment import BUCKETS, Buckets, fill, unit_digest
+from services.common.assignment import BUCKETS, Buckets, fill, unit_digest
 from services.router.routing_table import Route
 
 UNITS = [f"user-{n}".encode() for n in range(20_000)]

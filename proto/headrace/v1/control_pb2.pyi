@@ -8,6 +8,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Unit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    UNIT_UNSPECIFIED: _ClassVar[Unit]
+    UNIT_USER: _ClassVar[Unit]
+    UNIT_SESSION: _ClassVar[Unit]
+    UNIT_REQUEST: _ClassVar[Unit]
+
 class Balancing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BALANCING_UNSPECIFIED: _ClassVar[Balancing]
@@ -15,6 +22,10 @@ class Balancing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     BALANCING_ROUND_ROBIN: _ClassVar[Balancing]
     BALANCING_WEIGHTED: _ClassVar[Balancing]
     BALANCING_CONSISTENT_HASH: _ClassVar[Balancing]
+UNIT_UNSPECIFIED: Unit
+UNIT_USER: Unit
+UNIT_SESSION: Unit
+UNIT_REQUEST: Unit
 BALANCING_UNSPECIFIED: Balancing
 BALANCING_LEAST_LATENCY: Balancing
 BALANCING_ROUND_ROBIN: Balancing
@@ -22,7 +33,7 @@ BALANCING_WEIGHTED: Balancing
 BALANCING_CONSISTENT_HASH: Balancing
 
 class ServingConfig(_message.Message):
-    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache", "shadow", "hedging")
+    __slots__ = ("model", "revision", "versions", "aliases", "buckets", "salt", "pool", "batching", "balancing", "log_payloads", "default_timeout_ms", "published_at_us", "fallback", "cache", "shadow", "hedging", "experiments", "holdout")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +57,8 @@ class ServingConfig(_message.Message):
     CACHE_FIELD_NUMBER: _ClassVar[int]
     SHADOW_FIELD_NUMBER: _ClassVar[int]
     HEDGING_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
+    HOLDOUT_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: int
     versions: _containers.RepeatedCompositeFieldContainer[ServedVersion]
@@ -62,7 +75,89 @@ class ServingConfig(_message.Message):
     cache: Cache
     shadow: Shadow
     hedging: Hedging
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ..., hedging: _Optional[_Union[Hedging, _Mapping]] = ...) -> None: ...
+    experiments: _containers.RepeatedCompositeFieldContainer[Experiment]
+    holdout: int
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[int] = ..., versions: _Optional[_Iterable[_Union[ServedVersion, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., buckets: _Optional[_Iterable[_Union[BucketRange, _Mapping]]] = ..., salt: _Optional[str] = ..., pool: _Optional[str] = ..., batching: _Optional[_Union[Batching, _Mapping]] = ..., balancing: _Optional[_Union[Balancing, str]] = ..., log_payloads: _Optional[bool] = ..., default_timeout_ms: _Optional[int] = ..., published_at_us: _Optional[int] = ..., fallback: _Optional[_Union[Fallback, _Mapping]] = ..., cache: _Optional[_Union[Cache, _Mapping]] = ..., shadow: _Optional[_Union[Shadow, _Mapping]] = ..., hedging: _Optional[_Union[Hedging, _Mapping]] = ..., experiments: _Optional[_Iterable[_Union[Experiment, _Mapping]]] = ..., holdout: _Optional[int] = ...) -> None: ...
+
+class Experiment(_message.Message):
+    __slots__ = ("experiment_id", "unit", "salt", "layer", "variants", "buckets", "targeting", "override_units", "override_variants")
+    EXPERIMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    BUCKETS_FIELD_NUMBER: _ClassVar[int]
+    TARGETING_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDE_UNITS_FIELD_NUMBER: _ClassVar[int]
+    OVERRIDE_VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    experiment_id: str
+    unit: Unit
+    salt: str
+    layer: _containers.RepeatedCompositeFieldContainer[LayerRange]
+    variants: _containers.RepeatedCompositeFieldContainer[Variant]
+    buckets: _containers.RepeatedCompositeFieldContainer[VariantRange]
+    targeting: _containers.RepeatedCompositeFieldContainer[Condition]
+    override_units: _containers.RepeatedScalarFieldContainer[int]
+    override_variants: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, experiment_id: _Optional[str] = ..., unit: _Optional[_Union[Unit, str]] = ..., salt: _Optional[str] = ..., layer: _Optional[_Iterable[_Union[LayerRange, _Mapping]]] = ..., variants: _Optional[_Iterable[_Union[Variant, _Mapping]]] = ..., buckets: _Optional[_Iterable[_Union[VariantRange, _Mapping]]] = ..., targeting: _Optional[_Iterable[_Union[Condition, _Mapping]]] = ..., override_units: _Optional[_Iterable[int]] = ..., override_variants: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Variant(_message.Message):
+    __slots__ = ("name", "version")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class LayerRange(_message.Message):
+    __slots__ = ("first", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
+
+class VariantRange(_message.Message):
+    __slots__ = ("first", "last", "variant")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    variant: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ..., variant: _Optional[int] = ...) -> None: ...
+
+class Condition(_message.Message):
+    __slots__ = ("attribute", "operator", "values")
+    class Operator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        OPERATOR_UNSPECIFIED: _ClassVar[Condition.Operator]
+        OPERATOR_IN: _ClassVar[Condition.Operator]
+        OPERATOR_NOT_IN: _ClassVar[Condition.Operator]
+        OPERATOR_LESS: _ClassVar[Condition.Operator]
+        OPERATOR_LESS_OR_EQUAL: _ClassVar[Condition.Operator]
+        OPERATOR_GREATER: _ClassVar[Condition.Operator]
+        OPERATOR_GREATER_OR_EQUAL: _ClassVar[Condition.Operator]
+        OPERATOR_STARTS_WITH: _ClassVar[Condition.Operator]
+        OPERATOR_PRESENT: _ClassVar[Condition.Operator]
+        OPERATOR_ABSENT: _ClassVar[Condition.Operator]
+    OPERATOR_UNSPECIFIED: Condition.Operator
+    OPERATOR_IN: Condition.Operator
+    OPERATOR_NOT_IN: Condition.Operator
+    OPERATOR_LESS: Condition.Operator
+    OPERATOR_LESS_OR_EQUAL: Condition.Operator
+    OPERATOR_GREATER: Condition.Operator
+    OPERATOR_GREATER_OR_EQUAL: Condition.Operator
+    OPERATOR_STARTS_WITH: Condition.Operator
+    OPERATOR_PRESENT: Condition.Operator
+    OPERATOR_ABSENT: Condition.Operator
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    OPERATOR_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    attribute: str
+    operator: Condition.Operator
+    values: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Parameter]
+    def __init__(self, attribute: _Optional[str] = ..., operator: _Optional[_Union[Condition.Operator, str]] = ..., values: _Optional[_Iterable[_Union[_tensor_pb2.Parameter, _Mapping]]] = ...) -> None: ...
 
 class Hedging(_message.Message):
     __slots__ = ("quantile", "min_delay_ms")
@@ -73,14 +168,16 @@ class Hedging(_message.Message):
     def __init__(self, quantile: _Optional[float] = ..., min_delay_ms: _Optional[int] = ...) -> None: ...
 
 class Shadow(_message.Message):
-    __slots__ = ("version", "share", "tolerance")
+    __slots__ = ("version", "share", "tolerance", "slice_by")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     TOLERANCE_FIELD_NUMBER: _ClassVar[int]
+    SLICE_BY_FIELD_NUMBER: _ClassVar[int]
     version: str
     share: int
     tolerance: float
-    def __init__(self, version: _Optional[str] = ..., share: _Optional[int] = ..., tolerance: _Optional[float] = ...) -> None: ...
+    slice_by: str
+    def __init__(self, version: _Optional[str] = ..., share: _Optional[int] = ..., tolerance: _Optional[float] = ..., slice_by: _Optional[str] = ...) -> None: ...
 
 class Cache(_message.Message):
     __slots__ = ("ttl_ms", "max_entry_bytes")

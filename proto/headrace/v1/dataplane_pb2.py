@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import tensor_pb2 as headrace_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadrace/v1/dataplane.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/tensor.proto\"P\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x15\n\rmax_in_flight\x18\x04 \x01(\r\"n\n\x0cRequestFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Hello\x12*\n\x05items\x18\x02 \x03(\x0b\x32\x1b.headrace.v1.PredictRequest\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x04\"k\n\nReplyFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Hello\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.headrace.v1.PredictReply\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"\x94\x04\n\x0ePredictRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12#\n\x06inputs\x18\x04 \x03(\x0b\x32\x13.headrace.v1.Tensor\x12\x12\n\nrequest_id\x18\x05 \x01(\x0c\x12\x0c\n\x04unit\x18\x06 \x01(\t\x12\x12\n\ntimeout_us\x18\x07 \x01(\x04\x12\'\n\x08priority\x18\x08 \x01(\x0e\x32\x15.headrace.v1.Priority\x12\r\n\x05trace\x18\t \x01(\x0c\x12\x0f\n\x07outputs\x18\n \x03(\t\x12?\n\nparameters\x18\x0b \x03(\x0b\x32+.headrace.v1.PredictRequest.ParametersEntry\x12\x16\n\x0ereceived_at_us\x18\x0c \x01(\x06\x12\x0e\n\x06key_id\x18\r \x01(\t\x12\x0f\n\x07variant\x18\x0e \x01(\t\x12\x12\n\npropensity\x18\x0f \x01(\x02\x12\x11\n\tunit_hash\x18\x10 \x01(\x06\x12\x10\n\x08revision\x18\x11 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x12 \x01(\r\x12#\n\x06origin\x18\x13 \x01(\x0e\x32\x13.headrace.v1.Origin\x1aI\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\"\x8d\x03\n\x0cPredictReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1f\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12$\n\x07outputs\x18\x07 \x03(\x0b\x32\x13.headrace.v1.Tensor\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\x12\x10\n\x08\x66\x61llback\x18\t \x01(\x08\x12\x10\n\x08queue_us\x18\n \x01(\r\x12\x12\n\ncompute_us\x18\x0b \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x0c \x01(\r\x12=\n\nparameters\x18\r \x03(\x0b\x32).headrace.v1.PredictReply.ParametersEntry\x1aI\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\"\x1e\n\rUnopenedFrame\x12\r\n\x05items\x18\x02 \x03(\x0c\"\xf6\x02\n\x0bSealedReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1f\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12\x0f\n\x07outputs\x18\x07 \x03(\x0c\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\x12\x10\n\x08\x66\x61llback\x18\t \x01(\x08\x12\x10\n\x08queue_us\x18\n \x01(\r\x12\x12\n\ncompute_us\x18\x0b \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x0c \x01(\r\x12<\n\nparameters\x18\r \x03(\x0b\x32(.headrace.v1.SealedReply.ParametersEntry\x1aI\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\"p\n\x10SealedReplyFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Hello\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.headrace.v1.SealedReply\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*X\n\x06Origin\x12\x16\n\x12ORIGIN_UNSPECIFIED\x10\x00\x12\x11\n\rORIGIN_ONLINE\x10\x01\x12\x11\n\rORIGIN_SHADOW\x10\x02\x12\x10\n\x0cORIGIN_BATCH\x10\x03\x32\x90\x01\n\tDataPlane\x12@\n\x06\x46rames\x12\x19.headrace.v1.RequestFrame\x1a\x17.headrace.v1.ReplyFrame(\x01\x30\x01\x12\x41\n\x07Predict\x12\x1b.headrace.v1.PredictRequest\x1a\x19.headrace.v1.PredictReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bheadrace/v1/dataplane.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/tensor.proto\"P\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x15\n\rmax_in_flight\x18\x04 \x01(\r\"n\n\x0cRequestFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Hello\x12*\n\x05items\x18\x02 \x03(\x0b\x32\x1b.headrace.v1.PredictRequest\x12\x0f\n\x07\x63\x61ncels\x18\x03 \x03(\x04\"k\n\nReplyFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Hello\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.headrace.v1.PredictReply\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\"\xc5\x05\n\x0ePredictRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12#\n\x06inputs\x18\x04 \x03(\x0b\x32\x13.headrace.v1.Tensor\x12\x12\n\nrequest_id\x18\x05 \x01(\x0c\x12\x0c\n\x04unit\x18\x06 \x01(\t\x12\x12\n\ntimeout_us\x18\x07 \x01(\x04\x12\'\n\x08priority\x18\x08 \x01(\x0e\x32\x15.headrace.v1.Priority\x12\r\n\x05trace\x18\t \x01(\x0c\x12\x0f\n\x07outputs\x18\n \x03(\t\x12?\n\nparameters\x18\x0b \x03(\x0b\x32+.headrace.v1.PredictRequest.ParametersEntry\x12\x16\n\x0ereceived_at_us\x18\x0c \x01(\x06\x12\x0e\n\x06key_id\x18\r \x01(\t\x12\x0f\n\x07variant\x18\x0e \x01(\t\x12\x12\n\npropensity\x18\x0f \x01(\x02\x12\x11\n\tunit_hash\x18\x10 \x01(\x06\x12\x10\n\x08revision\x18\x11 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x12 \x01(\r\x12#\n\x06origin\x18\x13 \x01(\x0e\x32\x13.headrace.v1.Origin\x12\x12\n\nexperiment\x18\x16 \x01(\t\x12\x0f\n\x07session\x18\x14 \x01(\t\x12?\n\nattributes\x18\x15 \x03(\x0b\x32+.headrace.v1.PredictRequest.AttributesEntry\x1aI\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\x1aI\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\"\x8d\x03\n\x0cPredictReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1f\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12$\n\x07outputs\x18\x07 \x03(\x0b\x32\x13.headrace.v1.Tensor\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\x12\x10\n\x08\x66\x61llback\x18\t \x01(\x08\x12\x10\n\x08queue_us\x18\n \x01(\r\x12\x12\n\ncompute_us\x18\x0b \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x0c \x01(\r\x12=\n\nparameters\x18\r \x03(\x0b\x32).headrace.v1.PredictReply.ParametersEntry\x1aI\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\"\x1e\n\rUnopenedFrame\x12\r\n\x05items\x18\x02 \x03(\x0c\"\xf6\x02\n\x0bSealedReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x1f\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Code\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07variant\x18\x06 \x01(\t\x12\x0f\n\x07outputs\x18\x07 \x03(\x0c\x12\x0e\n\x06\x63\x61\x63hed\x18\x08 \x01(\x08\x12\x10\n\x08\x66\x61llback\x18\t \x01(\x08\x12\x10\n\x08queue_us\x18\n \x01(\r\x12\x12\n\ncompute_us\x18\x0b \x01(\r\x12\x16\n\x0eretry_after_ms\x18\x0c \x01(\r\x12<\n\nparameters\x18\r \x03(\x0b\x32(.headrace.v1.SealedReply.ParametersEntry\x1aI\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.headrace.v1.Parameter:\x02\x38\x01\"p\n\x10SealedReplyFrame\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.headrace.v1.Hello\x12\'\n\x05items\x18\x02 \x03(\x0b\x32\x18.headrace.v1.SealedReply\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x11\n\rPRIORITY_HIGH\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x10\n\x0cPRIORITY_LOW\x10\x03*X\n\x06Origin\x12\x16\n\x12ORIGIN_UNSPECIFIED\x10\x00\x12\x11\n\rORIGIN_ONLINE\x10\x01\x12\x11\n\rORIGIN_SHADOW\x10\x02\x12\x10\n\x0cORIGIN_BATCH\x10\x03\x32\x90\x01\n\tDataPlane\x12@\n\x06\x46rames\x12\x19.headrace.v1.RequestFrame\x1a\x17.headrace.v1.ReplyFrame(\x01\x30\x01\x12\x41\n\x07Predict\x12\x1b.headrace.v1.PredictRequest\x1a\x19.headrace.v1.PredictReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,14 +34,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREDICTREQUEST_PARAMETERSENTRY']._loaded_options = None
   _globals['_PREDICTREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
+  _globals['_PREDICTREQUEST_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_PREDICTREQUEST_ATTRIBUTESENTRY']._serialized_options = b'8\001'
   _globals['_PREDICTREPLY_PARAMETERSENTRY']._loaded_options = None
   _globals['_PREDICTREPLY_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_SEALEDREPLY_PARAMETERSENTRY']._loaded_options = None
   _globals['_SEALEDREPLY_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_PRIORITY']._serialized_start=1831
-  _globals['_PRIORITY']._serialized_end=1925
-  _globals['_ORIGIN']._serialized_start=1927
-  _globals['_ORIGIN']._serialized_end=2015
+  _globals['_PRIORITY']._serialized_start=2008
+  _globals['_PRIORITY']._serialized_end=2102
+  _globals['_ORIGIN']._serialized_start=2104
+  _globals['_ORIGIN']._serialized_end=2192
   _globals['_HELLO']._serialized_start=70
   _globals['_HELLO']._serialized_end=150
   _globals['_REQUESTFRAME']._serialized_start=152
@@ -49,21 +51,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLYFRAME']._serialized_start=264
   _globals['_REPLYFRAME']._serialized_end=371
   _globals['_PREDICTREQUEST']._serialized_start=374
-  _globals['_PREDICTREQUEST']._serialized_end=906
-  _globals['_PREDICTREQUEST_PARAMETERSENTRY']._serialized_start=833
-  _globals['_PREDICTREQUEST_PARAMETERSENTRY']._serialized_end=906
-  _globals['_PREDICTREPLY']._serialized_start=909
-  _globals['_PREDICTREPLY']._serialized_end=1306
-  _globals['_PREDICTREPLY_PARAMETERSENTRY']._serialized_start=833
-  _globals['_PREDICTREPLY_PARAMETERSENTRY']._serialized_end=906
-  _globals['_UNOPENEDFRAME']._serialized_start=1308
-  _globals['_UNOPENEDFRAME']._serialized_end=1338
-  _globals['_SEALEDREPLY']._serialized_start=1341
-  _globals['_SEALEDREPLY']._serialized_end=1715
-  _globals['_SEALEDREPLY_PARAMETERSENTRY']._serialized_start=833
-  _globals['_SEALEDREPLY_PARAMETERSENTRY']._serialized_end=906
-  _globals['_SEALEDREPLYFRAME']._serialized_start=1717
-  _globals['_SEALEDREPLYFRAME']._serialized_end=1829
-  _globals['_DATAPLANE']._serialized_start=2018
-  _globals['_DATAPLANE']._serialized_end=2162
+  _globals['_PREDICTREQUEST']._serialized_end=1083
+  _globals['_PREDICTREQUEST_PARAMETERSENTRY']._serialized_start=935
+  _globals['_PREDICTREQUEST_PARAMETERSENTRY']._serialized_end=1008
+  _globals['_PREDICTREQUEST_ATTRIBUTESENTRY']._serialized_start=1010
+  _globals['_PREDICTREQUEST_ATTRIBUTESENTRY']._serialized_end=1083
+  _globals['_PREDICTREPLY']._serialized_start=1086
+  _globals['_PREDICTREPLY']._serialized_end=1483
+  _globals['_PREDICTREPLY_PARAMETERSENTRY']._serialized_start=935
+  _globals['_PREDICTREPLY_PARAMETERSENTRY']._serialized_end=1008
+  _globals['_UNOPENEDFRAME']._serialized_start=1485
+  _globals['_UNOPENEDFRAME']._serialized_end=1515
+  _globals['_SEALEDREPLY']._serialized_start=1518
+  _globals['_SEALEDREPLY']._serialized_end=1892
+  _globals['_SEALEDREPLY_PARAMETERSENTRY']._serialized_start=935
+  _globals['_SEALEDREPLY_PARAMETERSENTRY']._serialized_end=1008
+  _globals['_SEALEDREPLYFRAME']._serialized_start=1894
+  _globals['_SEALEDREPLYFRAME']._serialized_end=2006
+  _globals['_DATAPLANE']._serialized_start=2195
+  _globals['_DATAPLANE']._serialized_end=2339
 # @@protoc_insertion_point(module_scope)

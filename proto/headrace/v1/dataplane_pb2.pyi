@@ -63,8 +63,15 @@ class ReplyFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[PredictReply, _Mapping]]] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = ("id", "model", "version", "inputs", "request_id", "unit", "timeout_us", "priority", "trace", "outputs", "parameters", "received_at_us", "key_id", "variant", "propensity", "unit_hash", "revision", "attempt", "origin")
+    __slots__ = ("id", "model", "version", "inputs", "request_id", "unit", "timeout_us", "priority", "trace", "outputs", "parameters", "received_at_us", "key_id", "variant", "propensity", "unit_hash", "revision", "attempt", "origin", "experiment", "session", "attributes")
     class ParametersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: _tensor_pb2.Parameter
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_tensor_pb2.Parameter, _Mapping]] = ...) -> None: ...
+    class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +97,9 @@ class PredictRequest(_message.Message):
     REVISION_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     id: int
     model: str
     version: str
@@ -109,7 +119,10 @@ class PredictRequest(_message.Message):
     revision: int
     attempt: int
     origin: Origin
-    def __init__(self, id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., request_id: _Optional[bytes] = ..., unit: _Optional[str] = ..., timeout_us: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., trace: _Optional[bytes] = ..., outputs: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., received_at_us: _Optional[int] = ..., key_id: _Optional[str] = ..., variant: _Optional[str] = ..., propensity: _Optional[float] = ..., unit_hash: _Optional[int] = ..., revision: _Optional[int] = ..., attempt: _Optional[int] = ..., origin: _Optional[_Union[Origin, str]] = ...) -> None: ...
+    experiment: str
+    session: str
+    attributes: _containers.MessageMap[str, _tensor_pb2.Parameter]
+    def __init__(self, id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., request_id: _Optional[bytes] = ..., unit: _Optional[str] = ..., timeout_us: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., trace: _Optional[bytes] = ..., outputs: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., received_at_us: _Optional[int] = ..., key_id: _Optional[str] = ..., variant: _Optional[str] = ..., propensity: _Optional[float] = ..., unit_hash: _Optional[int] = ..., revision: _Optional[int] = ..., attempt: _Optional[int] = ..., origin: _Optional[_Union[Origin, str]] = ..., experiment: _Optional[str] = ..., session: _Optional[str] = ..., attributes: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
 
 class PredictReply(_message.Message):
     __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters")

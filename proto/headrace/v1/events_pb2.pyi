@@ -23,7 +23,7 @@ SHADOW_VERDICT_FAILED: ShadowVerdict
 SHADOW_VERDICT_INCOMPARABLE: ShadowVerdict
 
 class PredictionBatch(_message.Message):
-    __slots__ = ("batch_id", "source", "writer", "model", "version", "artifact_digest", "answered_at_us", "request_ids", "unit_hashes", "variants", "variant_names", "propensities", "revisions", "codes", "origins", "attempts", "cached", "latency_us", "queue_us", "compute_us", "rows", "inputs", "outputs", "exclude_from_drift", "exclude_from_experiments", "answered_before_us")
+    __slots__ = ("batch_id", "source", "writer", "model", "version", "artifact_digest", "answered_at_us", "request_ids", "unit_hashes", "variants", "variant_names", "propensities", "revisions", "codes", "origins", "attempts", "cached", "latency_us", "queue_us", "compute_us", "rows", "inputs", "outputs", "exclude_from_drift", "exclude_from_experiments", "answered_before_us", "experiments", "experiment_ids")
     class Writer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         WRITER_UNSPECIFIED: _ClassVar[PredictionBatch.Writer]
@@ -58,6 +58,8 @@ class PredictionBatch(_message.Message):
     EXCLUDE_FROM_DRIFT_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FROM_EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_BEFORE_US_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_IDS_FIELD_NUMBER: _ClassVar[int]
     batch_id: bytes
     source: str
     writer: PredictionBatch.Writer
@@ -84,7 +86,9 @@ class PredictionBatch(_message.Message):
     exclude_from_drift: bool
     exclude_from_experiments: bool
     answered_before_us: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., writer: _Optional[_Union[PredictionBatch.Writer, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., answered_at_us: _Optional[int] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., variants: _Optional[_Iterable[int]] = ..., variant_names: _Optional[_Iterable[str]] = ..., propensities: _Optional[_Iterable[float]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., origins: _Optional[_Iterable[_Union[_dataplane_pb2.Origin, str]]] = ..., attempts: _Optional[_Iterable[int]] = ..., cached: _Optional[_Iterable[bool]] = ..., latency_us: _Optional[_Iterable[int]] = ..., queue_us: _Optional[_Iterable[int]] = ..., compute_us: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ..., answered_before_us: _Optional[_Iterable[int]] = ...) -> None: ...
+    experiments: _containers.RepeatedScalarFieldContainer[int]
+    experiment_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., writer: _Optional[_Union[PredictionBatch.Writer, str]] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., answered_at_us: _Optional[int] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., variants: _Optional[_Iterable[int]] = ..., variant_names: _Optional[_Iterable[str]] = ..., propensities: _Optional[_Iterable[float]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., origins: _Optional[_Iterable[_Union[_dataplane_pb2.Origin, str]]] = ..., attempts: _Optional[_Iterable[int]] = ..., cached: _Optional[_Iterable[bool]] = ..., latency_us: _Optional[_Iterable[int]] = ..., queue_us: _Optional[_Iterable[int]] = ..., compute_us: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[int]] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., exclude_from_drift: _Optional[bool] = ..., exclude_from_experiments: _Optional[bool] = ..., answered_before_us: _Optional[_Iterable[int]] = ..., experiments: _Optional[_Iterable[int]] = ..., experiment_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("event_id", "request_id", "model", "metric", "number", "text", "row", "observed_at_us")
@@ -157,7 +161,7 @@ class DriftAlert(_message.Message):
     def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ..., resolved_at_us: _Optional[int] = ...) -> None: ...
 
 class ShadowComparison(_message.Message):
-    __slots__ = ("batch_id", "source", "model", "version", "shadow_version", "artifact_digest", "shadow_artifact_digest", "compared_at_us", "tolerance", "request_ids", "unit_hashes", "revisions", "codes", "shadow_codes", "latency_us", "shadow_latency_us", "verdicts", "rows", "rows_equal", "outputs")
+    __slots__ = ("batch_id", "source", "model", "version", "shadow_version", "artifact_digest", "shadow_artifact_digest", "compared_at_us", "tolerance", "request_ids", "unit_hashes", "revisions", "codes", "shadow_codes", "latency_us", "shadow_latency_us", "verdicts", "rows", "rows_equal", "outputs", "slices", "slice_names", "slice_by")
     BATCH_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +182,9 @@ class ShadowComparison(_message.Message):
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ROWS_EQUAL_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
+    SLICE_NAMES_FIELD_NUMBER: _ClassVar[int]
+    SLICE_BY_FIELD_NUMBER: _ClassVar[int]
     batch_id: bytes
     source: str
     model: str
@@ -198,7 +205,10 @@ class ShadowComparison(_message.Message):
     rows: _containers.RepeatedScalarFieldContainer[int]
     rows_equal: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputComparison]
-    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., shadow_version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., shadow_artifact_digest: _Optional[str] = ..., compared_at_us: _Optional[int] = ..., tolerance: _Optional[float] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., shadow_codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., latency_us: _Optional[_Iterable[int]] = ..., shadow_latency_us: _Optional[_Iterable[int]] = ..., verdicts: _Optional[_Iterable[_Union[ShadowVerdict, str]]] = ..., rows: _Optional[_Iterable[int]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[OutputComparison, _Mapping]]] = ...) -> None: ...
+    slices: _containers.RepeatedScalarFieldContainer[int]
+    slice_names: _containers.RepeatedScalarFieldContainer[str]
+    slice_by: str
+    def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., shadow_version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., shadow_artifact_digest: _Optional[str] = ..., compared_at_us: _Optional[int] = ..., tolerance: _Optional[float] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., shadow_codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., latency_us: _Optional[_Iterable[int]] = ..., shadow_latency_us: _Optional[_Iterable[int]] = ..., verdicts: _Optional[_Iterable[_Union[ShadowVerdict, str]]] = ..., rows: _Optional[_Iterable[int]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[OutputComparison, _Mapping]]] = ..., slices: _Optional[_Iterable[int]] = ..., slice_names: _Optional[_Iterable[str]] = ..., slice_by: _Optional[str] = ...) -> None: ...
 
 class OutputComparison(_message.Message):
     __slots__ = ("name", "kind", "rows_equal", "largest_difference", "mean_difference", "rows_same_top")
