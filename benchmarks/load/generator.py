@@ -182,7 +182,8 @@ class Load:
         loop = asyncio.get_running_loop()
         now = time.perf_counter()
         rate = self._rate or 1.0
-        until = int((min(now, self.closes) - self.started) * rate)
+        # The first is due at once: counted without it, each would leave one interval late.
+        until = int((min(now, self.closes) - self.started) * rate) + 1
         while self._scheduled < until:
             due = self.started + self._scheduled / rate
             self._scheduled += 1

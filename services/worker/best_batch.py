@@ -1,29 +1,75 @@
-"""Which batch gives the most rows per second, from what runs took so far. Pure."""
+"""Which batch gives the most rows per second, measured when a version is loaded: what requests take says
+little of batches far larger than they are, and a slope from single rows is noise."""
 
 from __future__ import annotations
 
-from math import ceil
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from services.worker.run_time import RunTime
-
-#: Share of a run that its fixed cost may have.
-_FIXED_SHARE = 0.05
+#: Where rows cost the same, larger batches than the one that comes this near to the most gain nothing.
+_NEAR = 0.95
 #: Longer runs would keep online requests waiting, unless a few rows alone take longer.
 _LONGEST_S, _FEW = 0.01, 4
 _MOST_ROWS = 4096
-_ROUNDING = 1e-6
+#: The same where rows may be of any size, and what was measured was a small one.
+_MOST_ROWS_OPEN = 32
+#: A size is run so many times, of which the fastest counts: others may have had the processor meanwhile.
+#: Long runs say enough the first time.
+_RUNS = 4
+#: No further size once the measurement has taken this long.
+_MEASURE_S = 0.5
 
 
-def best_batch(run_time: RunTime) -> tuple[int, float]:
-    """Rows of the batch, and rows per second with it; zeros before the first measurement. A power of two, as
-    the groups of files are: otherwise each group would leave a rest that is a chunk of its own."""
-    if run_time.estimate(1) <= 0:
-        return 0, 0.0
-    fixed, per_row = run_time.fixed, run_time.per_row
-    rows = _MOST_ROWS
-    if per_row > 0:
-        wanted = ceil(fixed / per_row * (1 - _FIXED_SHARE) / _FIXED_SHARE)
-        longest = max(_LONGEST_S, run_time.estimate(_FEW))
-        rows = max(1, min(wanted, int((longest - fixed) / per_row + _ROUNDING), _MOST_ROWS))
-    rows = 1 << rows.bit_length() - 1
-    return rows, rows / run_time.estimate(rows)
+@dataclass(frozen=True, slots=True)
+class BestBatch:
+    """Rows of the batch, and rows per second with it; zeros where nothing was measured."""
+
+    rows: int = 0
+    rows_per_s: float = 0.0
+
+    def rows_within(self, seconds: float) -> int:
+        """The largest power of two that is no more than the batch and takes no longer than that, at least 1;
+        0 where nothing was measured."""
+        if not self.rows:
+            return 0
+        most = max(1, int(min(self.rows, self.rows_per_s * seconds)))
+        return 1 << most.bit_length() - 1
+
+
+#: Nothing was measured.
+UNMEASURED = BestBatch()
+
+
+def measured(run: Callable[[int], float | None], *, fixed: bool) -> BestBatch:
+    """The best of the powers of two, which the groups of files are too: otherwise each group would leave a
+    rest that is a chunk of its own. `run` runs so many rows and says how many seconds that took, None where
+    so many cannot be run; `fixed`: every row is of one size. Blocking."""
+    fastest: dict[int, float] = {}
+    rows, spent = 1, 0.0
+    while rows <= (_MOST_ROWS if fixed else _MOST_ROWS_OPEN) and spent < _MEASURE_S:
+        if fastest and fastest[rows // 2] > _LONGEST_S and rows > _FEW:
+            break
+        took: list[float] = []
+        while len(took) < _RUNS and spent < _MEASURE_S and min(took, default=0.0) <= _LONGEST_S:
+            seconds = run(rows)
+            if seconds is None:
+                return best_of(fastest)
+            took.append(seconds)
+            spent += seconds
+        fastest[rows] = min(took)
+        rows *= 2
+    return best_of(fastest)
+
+
+def best_of(fastest: dict[int, float]) -> BestBatch:
+    """From the seconds that runs of so many rows took."""
+    rates = {
+        rows: rows / seconds
+        for rows, seconds in fastest.items()
+        if seconds > 0 and (seconds <= _LONGEST_S or rows <= _FEW)
+    }
+    if not rates:
+        return UNMEASURED
+    wanted = _NEAR * max(rates.values())
+    rows = min(rows for rows, rate in rates.items() if rate >= wanted)
+    return BestBatch(rows, rates[rows])

@@ -18,6 +18,7 @@ from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers, log_fields
 from services.worker.batch_queue import BatchPolicy
 from services.worker.batcher import Batcher, LoopTurns
+from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.execution import Execution, Runner
 from services.worker.item import Batch, Item
 from services.worker.outcome import Outcome, outcome_of
@@ -85,10 +86,13 @@ class LoadedModel:
         *,
         version: str,
         slots: int,
+        best: BestBatch = UNMEASURED,
     ) -> None:
         self.layout = runner.layout
         self.stats = ModelStats()
         self.run_time = run_time
+        #: The batch that jobs are cut for.
+        self.best = best
         self.version = version
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()

@@ -95,7 +95,7 @@ class VersionLoader:
         )
         model = LoadedModel(
             runner, run_time, records, desired.policy, self._serving,
-            version=key.version, slots=self._options.slots,
+            version=key.version, slots=self._options.slots, best=warm.best,
         )  # fmt: skip
         return Loaded(model, grown)
 
@@ -130,6 +130,8 @@ class VersionLoader:
             one_row_us=round(run_time.estimate(1) * 1e6),
             full_batch_us=round(run_time.estimate(max_rows) * 1e6),
             max_rows=max_rows,
+            best_rows=warm.best.rows,
+            best_rows_per_s=round(warm.best.rows_per_s),
         )
 
 

@@ -14,7 +14,7 @@ from headrace.v1.control_pb2 import LoadedVersion
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, Unavailable
 from services.worker.artifacts import ArtifactCache
-from services.worker.best_batch import best_batch
+from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.desired import Deployments, Desired, VersionKey
 from services.worker.eviction import NoRoom, Resident, victims
 from services.worker.input_layout import InputLayout
@@ -142,8 +142,8 @@ class ModelHost:
                 artifact_digest=slot.key.artifact_digest,
                 error=slot.error,
                 memory_bytes=slot.loaded.memory_bytes if slot.loaded else 0,
-                best_rows=best[name][0],
-                best_rows_per_s=best[name][1],
+                best_rows=best[name].rows,
+                best_rows_per_s=best[name].rows_per_s,
             )
             for name, slot in slots.items()
         ]
@@ -347,5 +347,5 @@ class ModelHost:
             await self._artifacts.keep_only({slot.key.artifact_digest for slot in self._slots})
 
 
-def _best(slot: Slot) -> tuple[int, float]:
-    return best_batch(slot.loaded.model.run_time) if slot.loaded is not None else (0, 0.0)
+def _best(slot: Slot) -> BestBatch:
+    return slot.loaded.model.best if slot.loaded is not None else UNMEASURED

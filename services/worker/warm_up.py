@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from services.worker.backends.port import LoadFailed
+from services.worker.best_batch import UNMEASURED, BestBatch, measured
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.run_time import RunTime
@@ -15,19 +16,23 @@ _OPEN_SIZES = (1, 16, 64, 224)
 _RUNS = 5
 # No size is measured for longer than this many seconds after its first run.
 _MEASURE_S = 0.5
+# What is not run to find the best batch: inputs with more bytes than this.
+_MOST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
     """`ran` is False where no synthetic input fits a model with open dimensions; `reason` says what
-    failed."""
+    failed. `best` is the batch that jobs are cut for."""
 
     ran: bool
     reason: str = ""
+    best: BestBatch = UNMEASURED
 
 
 def warm_up(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTime) -> WarmUp:
-    """Run one row and `max_rows` rows, several times each, and teach `run_time`. Blocking.
+    """Run one row and `max_rows` rows, several times each, and teach `run_time`; then batches of growing
+    size. Blocking.
 
     Raises LoadFailed when a model with a fixed shape cannot run, or answers with the wrong number of rows."""
     failure: Exception | None = None
@@ -37,7 +42,7 @@ def warm_up(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTim
         except Exception as error:  # a backend may raise anything
             failure = error
         else:
-            return WarmUp(ran=True)
+            return WarmUp(ran=True, best=_best(runner, layout, size))
     reason = str(failure).strip().splitlines()[0][:300] if str(failure).strip() else type(failure).__name__
     if layout.variable:
         return WarmUp(ran=False, reason=reason)
@@ -58,3 +63,20 @@ def _measure(runner: Runner, layout: InputLayout, max_rows: int, run_time: RunTi
             run_time.observe(rows, ended - started, ended)
             if ended > until:
                 break
+
+
+def _best(runner: Runner, layout: InputLayout, size: int) -> BestBatch:
+    def run(rows: int) -> float | None:
+        if rows > 1 and not layout.batched:
+            return None
+        key, data = layout.synthetic(rows, size)
+        if rows > 1 and sum(len(one) for one in data) > _MOST_BYTES:
+            return None
+        started = time.perf_counter()
+        try:
+            runner.run(key, data, rows, rows)
+        except Exception:  # some models have a largest batch
+            return None
+        return time.perf_counter() - started
+
+    return measured(run, fixed=layout.fixed)

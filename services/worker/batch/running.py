@@ -25,6 +25,7 @@ from services.common.errors import (
 )
 from services.worker.batch.results import Answers
 from services.worker.batch.rows import Group, Inputs, Rows
+from services.worker.best_batch import BestBatch
 from services.worker.execution import Runner
 from services.worker.item import Item
 from services.worker.tensors import Array
@@ -256,14 +257,13 @@ class ChunkRun:
         return True
 
 
-def rows_of_a_run(inputs: Inputs, seconds: Callable[[int], float] | None) -> int:
+def rows_of_a_run(inputs: Inputs, best: BestBatch) -> int:
     """For a job that says nothing: a power of two, so that workers of like speed agree, with at most a
-    megabyte of input. `seconds` is what so many rows take, where that is known: others wait for a run."""
-    rows = 1
+    megabyte of input. Others wait for a run, so it is short where the model's speed is known."""
     most = _by_size(inputs)
-    while rows * 2 <= most and (seconds is None or seconds(rows * 2) <= _RUN_S):
-        rows *= 2
-    return rows
+    if best.rows:
+        most = min(most, best.rows_within(_RUN_S))
+    return 1 << most.bit_length() - 1
 
 
 def _by_size(inputs: Inputs) -> int:

@@ -37,6 +37,7 @@ from services.worker.batch.results import errors_bytes, output_shapes, results_b
 from services.worker.batch.rows import Inputs, Rows
 from services.worker.batch.running import ChunkRun, Version, rows_of_a_run
 from services.worker.batch.threads import batch_thread
+from services.worker.best_batch import UNMEASURED
 from services.worker.desired import Desired
 from services.worker.loaded_model import LoadedModel
 from services.worker.model_host import ModelHost
@@ -205,7 +206,7 @@ class ChunkWork:
 
     def _run_rows(self, chunk: BatchChunk, inputs: Inputs) -> int:
         version = self._host.find(chunk.model, chunk.version)
-        return rows_of_a_run(inputs, version.run_time.estimate if isinstance(version, LoadedModel) else None)
+        return rows_of_a_run(inputs, version.best if isinstance(version, LoadedModel) else UNMEASURED)
 
     def _version(self, chunk: BatchChunk) -> Version:
         found = self._host.find(chunk.model, chunk.version)

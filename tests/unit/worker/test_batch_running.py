@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from services.common.errors import Cancelled, HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
 from services.worker.batch.rows import Group, Inputs, Rows
 from services.worker.batch.running import ChunkRun, rows_of_a_run
+from services.worker.best_batch import BestBatch
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.item import Item
@@ -222,9 +223,10 @@ async def test_rows_of_other_shapes_are_kept_apart(threads: ThreadPoolExecutor) 
 
 
 def test_a_run_of_a_job_that_says_nothing_is_short_and_a_power_of_two() -> None:
-    assert rows_of_a_run(INPUTS, None) == 1024
-    assert rows_of_a_run(INPUTS, lambda rows: rows * 20e-6) == 128
-    assert rows_of_a_run(INPUTS, lambda rows: rows * 1.0) == 1
+    assert rows_of_a_run(INPUTS, BestBatch()) == 1024
+    assert rows_of_a_run(INPUTS, BestBatch(512, 50_000.0)) == 128
+    assert rows_of_a_run(INPUTS, BestBatch(64, 50_000.0)) == 64
+    assert rows_of_a_run(INPUTS, BestBatch(4, 1.0)) == 1
 
 
 @given(
