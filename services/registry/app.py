@@ -22,6 +22,7 @@ from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.registry.alerts import alerts_followed
 from services.registry.artifacts import Artifacts
+from services.registry.controller import Controller
 from services.registry.edge import Edge
 from services.registry.endpoints import model_routes, version_routes
 from services.registry.grpc_server import serve_grpc
@@ -35,6 +36,7 @@ from services.registry.serving_endpoints import deployment_routes, key_routes
 from services.registry.settings import Settings
 from services.registry.tables import ControlOutbox
 from services.registry.uploads import Uploads
+from services.registry.verdicts import verdicts_followed
 
 SCHEMA = "registry"
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -74,6 +76,8 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         await _let_admin_in(edge, cfg.bootstrap_admin_key)
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
         await stack.enter_async_context(alerts_followed(edge, bus))
+        controller = await stack.enter_async_context(Controller(edge, []))
+        await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))
         health = Health()
         await stack.enter_async_context(edge_watched(edge, health))
         grpc_port = await stack.enter_async_context(

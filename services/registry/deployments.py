@@ -3,7 +3,7 @@ transaction; the record for `control.deployments.v1` commits with the change or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
@@ -23,7 +23,7 @@ from headrace.v1.registry_pb2 import Deployment
 from headrace.v1.tensor_pb2 import Code, Signature
 
 from services.common.clock import Clock
-from services.common.errors import Aborted, InvalidArgument, NotFound
+from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.common.topics import DEPLOYMENTS
 from services.registry.buckets import BUCKETS, Range, allocate
 from services.registry.repository import Repository
@@ -44,10 +44,13 @@ class Revision:
 async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> Deployment:
     """Make `wanted` the state of `model`'s serving. An alias may name a version; it is resolved now.
 
-    Asking for what is there already changes nothing and makes no revision. Raises NotFound for an unknown
-    model, InvalidArgument naming `versions…`, Aborted where `expected_revision` is not the current one.
+    Asking for what is there already changes nothing and makes no revision. Experiments and holdout stay as
+    they are. Raises NotFound for an unknown model, InvalidArgument naming `versions…`, Aborted where
+    `expected_revision` is not the current one, FailedPrecondition where something that runs needs a version
+    that would go.
     """
-    if await tx.model(model, lock=True) is None:
+    owner = await tx.model(model, lock=True)
+    if owner is None:
         raise no_model(model)
     row = await tx.deployment(model)
     if wanted.expected_revision is not None and wanted.expected_revision != (row.revision if row else 0):
@@ -56,6 +59,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
     aliases = {alias.alias: alias.version for alias in await tx.aliases(model)}
     served = await _served(tx, model, wanted, aliases)
     old = ServingConfig.FromString(row.config) if row else ServingConfig()
+    served += await _held(tx, old, served)
     config = ServingConfig(
         model=model,
         versions=served,
@@ -71,6 +75,8 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         cache=_cache(wanted.cache),
         shadow=_shadow(wanted.shadow, aliases, served),
         hedging=None if wanted.hedging is None else Hedging(**wanted.hedging.model_dump()),
+        experiments=old.experiments,
+        holdout=owner.holdout,
     )
     if row is not None and _same_state(old, config):
         return _deployment(row)
@@ -78,15 +84,84 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
 
 
 async def undeploy(tx: Repository, model: str, clock: Clock) -> None:
-    """Take `model` out of serving. Raises NotFound where it is not deployed."""
+    """Take `model` out of serving. Raises NotFound where it is not deployed, FailedPrecondition while
+    something runs on it."""
     if await tx.model(model, lock=True) is None:
         raise no_model(model)
-    if await tx.deployment(model) is None:
+    row = await tx.deployment(model)
+    if row is None:
         raise not_deployed(model)
+    for what in (await needed_versions(tx, ServingConfig.FromString(row.config))).values():
+        raise FailedPrecondition(f"{what} runs on {model}; stop it first", field="model")
     revision = await tx.next_revision(model)
     await tx.delete_deployment(model)
     tx.add(HistoryRow(model=model, revision=revision, reason="undeploy", config=None, created_at=clock.now()))
     tx.publish(DEPLOYMENTS, model, None)
+
+
+async def revise(
+    tx: Repository, model: str, reason: str, clock: Clock, edit: Callable[[ServingConfig], None]
+) -> Deployment:
+    """Change what is deployed by `edit`, as one revision, or none where it changes nothing. The caller holds
+    the model's lock. Raises NotFound where the model is not deployed."""
+    row = await tx.deployment(model)
+    if row is None:
+        raise not_deployed(model)
+    config = ServingConfig.FromString(row.config)
+    edit(config)
+    if _same_state(ServingConfig.FromString(row.config), config):
+        return _deployment(row)
+    return await _commit_revision(tx, config, reason, clock)
+
+
+async def held_versions(
+    tx: Repository, model: str, config: ServingConfig, names: Sequence[str]
+) -> list[ServedVersion]:
+    """Those of the versions `names` that `config` lacks, ready to be added to it: loaded, without traffic,
+    gone when `release` finds that nothing needs them. Raises NotFound for one that is not there."""
+    served = {version.version for version in config.versions}
+    missing = [name for name in dict.fromkeys(names) if name not in served]
+    rows = {row.version: row for row in await tx.versions(model, missing)} if missing else {}
+    for name in missing:
+        if name not in rows:
+            raise NotFound(f"{model} has no version {name!r}", field="version")
+    added = [_served_version(rows[name], 0, name) for name in missing]
+    for version in added:
+        version.held = True
+    return added
+
+
+def release(config: ServingConfig, needed: Collection[str]) -> None:
+    """Take out of `config` what was brought by something that runs, and is neither `needed` nor answers
+    anybody any more."""
+    used = {*needed, config.fallback.version, config.shadow.version}
+    stay = [v for v in config.versions if not v.held or v.weight or v.version in used]
+    if len(stay) < len(config.versions):
+        kept = [ServedVersion.FromString(version.SerializeToString()) for version in stay]
+        del config.versions[:]
+        config.versions.extend(kept)
+        served = {version.version for version in kept}
+        for alias in [alias for alias, version in config.aliases.items() if version not in served]:
+            del config.aliases[alias]
+
+
+def set_weights(config: ServingConfig, weights: Mapping[str, int]) -> None:
+    """Give the versions of `config` these weights in 1/10,000, 0 where there is none, moving as few units as
+    possible. `weights` add up to 10,000 (ValueError else). Who gets traffic is held no more."""
+    for version in config.versions:
+        version.weight = weights.get(version.version, 0)
+    moved = _buckets(config.buckets, config.versions)
+    del config.buckets[:]
+    config.buckets.extend(moved)
+
+
+async def needed_versions(tx: Repository, config: ServingConfig) -> dict[str, str]:
+    """Versions that something that runs on the model needs, and what does."""
+    return {
+        variant.version: f"experiment {experiment.experiment_id}"
+        for experiment in config.experiments
+        for variant in experiment.variants
+    }
 
 
 async def get_deployment(tx: Repository, model: str) -> Deployment:
@@ -174,6 +249,30 @@ async def _served(
             raise InvalidArgument(f"variant {variant!r} stands twice", field=f"versions[{index}].variant")
         served.append(_served_version(row, share.ten_thousandths, variant))
     return served
+
+
+async def _held(tx: Repository, old: ServingConfig, served: Sequence[ServedVersion]) -> list[ServedVersion]:
+    """Versions that stay although the caller does not name them: something that runs brought them."""
+    named = {version.version for version in served}
+    needed = await needed_versions(tx, old)
+    staying: list[ServedVersion] = []
+    for version in old.versions:
+        if version.version in named or version.version not in needed:
+            continue
+        if not version.held:
+            raise FailedPrecondition(
+                f"{needed[version.version]} needs version {version.version!r}; stop it first",
+                field="versions",
+            )
+        staying.append(_served_version_again(version))
+    return staying
+
+
+def _served_version_again(version: ServedVersion) -> ServedVersion:
+    again = ServedVersion()
+    again.CopyFrom(version)
+    again.weight = 0
+    return again
 
 
 def _served_version(row: VersionRow, weight: int, variant: str) -> ServedVersion:

@@ -50,3 +50,18 @@ class Metrics:
             "Age of the oldest control record that waits for the broker.",
             registry=self.registry,
         )
+        self.verdicts = Counter(
+            "headrace_registry_verdicts_total", "Verdicts of analytics received.", registry=self.registry
+        )
+        self.decisions = Counter(
+            "headrace_registry_decisions_total",
+            "What the controller did by itself, by kind of trial.",
+            ["kind", "action"],
+            registry=self.registry,
+        )
+        self.experiments = Gauge(
+            "headrace_registry_experiments",
+            "Experiments by status.",
+            ["status"],
+            registry=self.registry,
+        )

@@ -10,14 +10,16 @@ from typing import Self
 
 import structlog
 from headrace.v1.control_pb2 import ApiKey, ServingConfig
+from headrace.v1.trials_pb2 import Trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.common.bus import Bus, Table
 from services.common.errors import HeadraceError
-from services.common.topics import DEPLOYMENTS, KEYS, Topic
+from services.common.topics import DEPLOYMENTS, KEYS, TRIALS, Topic
 from services.registry.deployments import republish
 from services.registry.edge import Edge
 from services.registry.keys import republish_key
+from services.registry.trials import republish_trial
 
 log = structlog.get_logger(__name__)
 
@@ -78,11 +80,12 @@ class Republisher:
         self._interval_s = interval_s
         self._deployments = TopicState(DEPLOYMENTS, lambda value: ServingConfig.FromString(value).revision)
         self._keys = TopicState(KEYS, lambda value: ApiKey.FromString(value).revision)
+        self._trials = TopicState(TRIALS, lambda value: Trial.FromString(value).revision)
         self._stack = AsyncExitStack()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        for state in (self._deployments, self._keys):
+        for state in (self._deployments, self._keys, self._trials):
             state.table = await self._stack.enter_async_context(self._bus.table(state.topic, state.apply))
         self._task = asyncio.create_task(self._run(), name="republisher")
         return self
@@ -97,10 +100,10 @@ class Republisher:
 
     async def check(self) -> int:
         """Compare once; the number of records put into the outbox. Topics not read yet are left out."""
-        return await self._check_deployments() + await self._check_keys()
+        return await self._check_deployments() + await self._check_keys() + await self._check_trials()
 
     async def _run(self) -> None:
-        for state in (self._deployments, self._keys):
+        for state in (self._deployments, self._keys, self._trials):
             if state.table is not None:
                 try:
                     await state.table.ready(self._interval_s)
@@ -141,6 +144,19 @@ class Republisher:
             async with self._edge.transaction() as tx:
                 await republish_key(tx, key_id, revision)
         return self._report(KEYS, todo)
+
+    async def _check_trials(self) -> int:
+        seen = self._trials.seen()
+        if seen is None:
+            return 0
+        async with self._edge.transaction() as tx:
+            pending = await tx.pending(TRIALS)
+            ours = await tx.trial_revisions()
+        todo = {trial: seen_ for trial, seen_ in outdated(ours, ours, seen).items() if trial not in pending}
+        for trial_id, revision in todo.items():
+            async with self._edge.transaction() as tx:
+                await republish_trial(tx, trial_id, revision)
+        return self._report(TRIALS, todo)
 
     def _report(self, topic: Topic, todo: Mapping[str, int]) -> int:
         self._edge.metrics.control_missing.labels(topic.name).set(len(todo))

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.common.bus import Record
 from services.common.topics import Topic
+from services.registry.rollout_queries import RolloutQueries
 from services.registry.tables import (
     AlertRow,
     AliasRow,
@@ -25,11 +26,12 @@ from services.registry.tables import (
     VersionNameRow,
     VersionRow,
 )
+from services.registry.trial_queries import TrialQueries
 
 R = TypeVar("R", bound=Tables)
 
 
-class Repository:
+class Repository(TrialQueries, RolloutQueries):
     """The registry's tables as one transaction sees them."""
 
     def __init__(self, session: AsyncSession) -> None:
@@ -41,11 +43,12 @@ class Repository:
         """Insert `row` with the next flush."""
         self._session.add(row)
 
-    async def _get(self, kind: type[R], *key: str, lock: bool = False) -> R | None:
+    async def _get(self, kind: type[R], *key: str, lock: bool = False, skip_locked: bool = False) -> R | None:
         """One row by its primary key. PostgreSQL refuses a NUL in a text, so nothing is stored under one."""
         if any("\0" in part for part in key):
             return None
-        return await self._session.get(kind, key, with_for_update=lock)
+        locking = {"skip_locked": True} if lock and skip_locked else lock
+        return await self._session.get(kind, key, with_for_update=locking)
 
     async def flush(self) -> None:
         """Send what was added, so that constraints speak up now."""
@@ -62,9 +65,10 @@ class Repository:
         statement = insert(ModelRow).values(**row).on_conflict_do_nothing().returning(ModelRow.name)
         return (await self._session.execute(statement)).scalar() is not None
 
-    async def model(self, name: str, *, lock: bool = False) -> ModelRow | None:
-        """With `lock`, whoever else wants to change something of this model waits for this transaction."""
-        return await self._get(ModelRow, name, lock=lock)
+    async def model(self, name: str, *, lock: bool = False, skip_locked: bool = False) -> ModelRow | None:
+        """With `lock`, whoever else wants to change something of this model waits for this transaction; with
+        `skip_locked` too, None where another transaction has it."""
+        return await self._get(ModelRow, name, lock=lock, skip_locked=skip_locked)
 
     async def models(self, after: str, limit: int) -> Sequence[ModelRow]:
         statement = select(ModelRow).where(ModelRow.name > after).order_by(ModelRow.name).limit(limit)

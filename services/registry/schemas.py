@@ -39,11 +39,13 @@ FailureName = Literal["UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED", "RESOURCE_
 Scope = Literal["predict", "read", "admin"]
 
 
-class _Input(BaseModel):
+class Input(BaseModel):
+    """A body: nothing it does not know, nothing that changes."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelIn(_Input):
+class ModelIn(Input):
     """A model to create."""
 
     name: ModelName
@@ -51,14 +53,14 @@ class ModelIn(_Input):
     tags: Tags = {}
 
 
-class ModelPatch(_Input):
+class ModelPatch(Input):
     """What to change of a model; what is absent stays."""
 
     description: Text | None = None
     tags: Tags | None = None
 
 
-class TensorOverride(_Input):
+class TensorOverride(Input):
     """Completes one tensor read from the file. Shape may narrow -1 to a number, never contradict."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -67,7 +69,7 @@ class TensorOverride(_Input):
     columns: Annotated[list[Text], Field(max_length=100_000)] | None = None
 
 
-class SignatureOverrides(_Input):
+class SignatureOverrides(Input):
     """Completes the signature read from the file."""
 
     inputs: Annotated[list[TensorOverride], Field(max_length=1000)] = []
@@ -79,7 +81,7 @@ class SignatureOverrides(_Input):
     classes: Annotated[list[Text], Field(max_length=100_000)] | None = None
 
 
-class LineageIn(_Input):
+class LineageIn(Input):
     """Where a version comes from. `parent` is "model/version"."""
 
     source_uri: Text = ""
@@ -89,7 +91,7 @@ class LineageIn(_Input):
     parent: Text = ""
 
 
-class VersionIn(_Input):
+class VersionIn(Input):
     """What is said of an upload beside its files. No `version`: the next whole number. No `backend`: by the
     files."""
 
@@ -101,26 +103,26 @@ class VersionIn(_Input):
     tags: Tags = {}
 
 
-class AliasIn(_Input):
+class AliasIn(Input):
     """The version that an alias shall stand for."""
 
     version: VersionText
 
 
-class AliasPath(_Input):
+class AliasPath(Input):
     """The alias itself, where no route checks it."""
 
     alias: AliasName
 
 
-class PageIn(_Input):
+class PageIn(Input):
     """Which part of a list."""
 
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
     after: Annotated[str, StringConstraints(max_length=100, pattern=r"^[^\x00]*$")] = ""
 
 
-class Share(_Input):
+class Share(Input):
     """One version of a deployment. `weight` is percent with at most two decimals."""
 
     version: VersionText
@@ -133,7 +135,7 @@ class Share(_Input):
         return int(self.weight * 100)
 
 
-class ShadowIn(_Input):
+class ShadowIn(Input):
     """A version that gets a copy of `share` percent of the requests, after they were answered. Numbers a and
     b are the same where |a - b| <= tolerance * max(1, |a|)."""
 
@@ -148,7 +150,7 @@ def _ascending(rows: list[int]) -> list[int]:
     return rows
 
 
-class BatchingIn(_Input):
+class BatchingIn(Input):
     """How workers batch; 0 leaves it to the worker."""
 
     max_rows: Annotated[int, Field(ge=0, le=1 << 16)] = 0
@@ -160,7 +162,7 @@ class BatchingIn(_Input):
     max_queue_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
 
 
-class FallbackIn(_Input):
+class FallbackIn(Input):
     """The version that answers where another one fails. No `on`: UNAVAILABLE, INTERNAL, and DEADLINE_EXCEEDED
     while there is time left."""
 
@@ -168,14 +170,14 @@ class FallbackIn(_Input):
     on: Annotated[list[FailureName], Field(max_length=4)] = []
 
 
-class CacheIn(_Input):
+class CacheIn(Input):
     """Answers are kept for equal inputs. The owner states with it that they depend on nothing else."""
 
     ttl_s: Annotated[FiniteFloat, Field(ge=0.001, le=30 * 86_400)]
     max_entry_bytes: Annotated[int, Field(ge=1, le=1 << 24)] = 1 << 16
 
 
-class HedgingIn(_Input):
+class HedgingIn(Input):
     """A request that takes longer than `quantile` of its version's recent ones, and `min_delay_ms`, goes to
     a second worker as well; the first answer counts."""
 
@@ -183,7 +185,7 @@ class HedgingIn(_Input):
     min_delay_ms: Annotated[int, Field(ge=0, le=3_600_000)] = 0
 
 
-class DeployIn(_Input):
+class DeployIn(Input):
     """The whole wanted state of a model's serving; what is absent takes its default."""
 
     versions: Annotated[list[Share], Field(min_length=1, max_length=100)]
@@ -200,7 +202,7 @@ class DeployIn(_Input):
     expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
 
 
-class KeyIn(_Input):
+class KeyIn(Input):
     """An API key to create. `rate_per_second` 0: no limit; `burst` 0: one second's worth; no models: all."""
 
     name: Label

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, DateTime, ForeignKey, ForeignKeyConstraint, LargeBinary, Text
+from sqlalchemy import BigInteger, DateTime, ForeignKey, ForeignKeyConstraint, Identity, LargeBinary, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -32,6 +32,8 @@ class ModelRow(Tables):
     description: Mapped[str]
     tags: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
+    #: Share of the units that no experiment gets, in 1/10,000.
+    holdout: Mapped[int] = mapped_column(server_default="0")
 
 
 class VersionRow(Tables):
@@ -132,6 +134,115 @@ class AlertRow(Tables):
     #: Serialized headrace.v1.DriftAlert.
     alert: Mapped[bytes]
     received_at: Mapped[datetime]
+
+
+class ExperimentRow(Tables):
+    """An experiment as it is asked for (`spec`) and as it stands."""
+
+    __tablename__ = "experiments"
+
+    experiment_id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(ForeignKey("models.name", ondelete="CASCADE"))
+    #: draft, scheduled, running or stopped.
+    status: Mapped[str]
+    #: Grows with every change; the revision of its Trial.
+    revision: Mapped[int]
+    #: `experiment_schemas.ExperimentIn`.
+    spec: Mapped[dict[str, Any]]
+    #: [[first, last], …]: the buckets of the model's layer it owns while it runs, and owned when it stopped.
+    layer: Mapped[list[Any]]
+    #: [[first, last, index of the variant], …], 0 … 9999 once.
+    buckets: Mapped[list[Any]]
+    #: Why a scheduled one that is due does not run yet; empty: nothing is in its way.
+    waiting_for: Mapped[str]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    #: When its weights changed last.
+    weighted_at: Mapped[datetime | None]
+    stopped_at: Mapped[datetime | None]
+    stopped_because: Mapped[str]
+    #: No verdict is computed any more.
+    closed_at: Mapped[datetime | None]
+
+
+class ExperimentEventRow(Tables):
+    """What happened to an experiment, when and why. Never changed."""
+
+    __tablename__ = "experiment_events"
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    experiment_id: Mapped[str] = mapped_column(ForeignKey("experiments.experiment_id", ondelete="CASCADE"))
+    at: Mapped[datetime]
+    kind: Mapped[str]
+    reason: Mapped[str]
+    detail: Mapped[dict[str, Any]]
+
+
+class VerdictRow(Tables):
+    """The newest verdict on a trial."""
+
+    __tablename__ = "verdicts"
+
+    trial_id: Mapped[str] = mapped_column(primary_key=True)
+    #: Serialized headrace.v1.Verdict.
+    verdict: Mapped[bytes]
+    computed_at: Mapped[datetime]
+    received_at: Mapped[datetime]
+
+
+class RolloutRow(Tables):
+    """A rollout as it is asked for (`spec`) and as it stands. Changed under the model's lock only."""
+
+    __tablename__ = "rollouts"
+
+    rollout_id: Mapped[str] = mapped_column(primary_key=True)
+    #: No foreign key: what happened outlives the model.
+    model: Mapped[str]
+    version: Mapped[str]
+    previous_version: Mapped[str]
+    #: `rollout_plan.Status`.
+    status: Mapped[str]
+    #: Index in the plan. `entered_at` null: its first step waits for workers.
+    step: Mapped[int]
+    entered_at: Mapped[datetime | None]
+    #: What the step's durations count from.
+    clock_at: Mapped[datetime | None]
+    paused_at: Mapped[datetime | None]
+    #: A person said that this step has taken long enough.
+    promoted: Mapped[bool]
+    #: Of its Trial: the revision of the deployment that put these weights in force.
+    revision: Mapped[int]
+    #: `rollout_schemas.RolloutIn`.
+    spec: Mapped[dict[str, Any]]
+    #: Serialized headrace.v1.ServingConfig, as it was before.
+    before: Mapped[bytes]
+    #: The last decision, to tell when it changes, and its words.
+    decided: Mapped[str]
+    reason: Mapped[str]
+    started_at: Mapped[datetime]
+    #: When the present shadow step began; null in the others.
+    shadow_since: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    #: No verdict is computed any more.
+    closed_at: Mapped[datetime | None]
+
+
+class RolloutEventRow(Tables):
+    """A decision in a rollout, with what it rests on. Never changed."""
+
+    __tablename__ = "rollout_events"
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    rollout_id: Mapped[str] = mapped_column(ForeignKey("rollouts.rollout_id", ondelete="CASCADE"))
+    at: Mapped[datetime]
+    action: Mapped[str]
+    cause: Mapped[str]
+    status: Mapped[str]
+    step: Mapped[int]
+    #: Of the new version, in 1/10,000.
+    weight: Mapped[int]
+    reason: Mapped[str]
+    evidence: Mapped[list[Any]]
 
 
 class ControlOutbox(OutboxRow, Tables):

@@ -196,7 +196,7 @@ class Fallback(_message.Message):
     def __init__(self, version: _Optional[str] = ..., on: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ...) -> None: ...
 
 class ServedVersion(_message.Message):
-    __slots__ = ("version", "artifact_digest", "backend", "signature", "variant", "weight", "artifact_bytes")
+    __slots__ = ("version", "artifact_digest", "backend", "signature", "variant", "weight", "artifact_bytes", "held")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ARTIFACT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,7 @@ class ServedVersion(_message.Message):
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     ARTIFACT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     version: str
     artifact_digest: str
     backend: str
@@ -211,7 +212,8 @@ class ServedVersion(_message.Message):
     variant: str
     weight: int
     artifact_bytes: int
-    def __init__(self, version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., backend: _Optional[str] = ..., signature: _Optional[_Union[_tensor_pb2.Signature, _Mapping]] = ..., variant: _Optional[str] = ..., weight: _Optional[int] = ..., artifact_bytes: _Optional[int] = ...) -> None: ...
+    held: bool
+    def __init__(self, version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., backend: _Optional[str] = ..., signature: _Optional[_Union[_tensor_pb2.Signature, _Mapping]] = ..., variant: _Optional[str] = ..., weight: _Optional[int] = ..., artifact_bytes: _Optional[int] = ..., held: _Optional[bool] = ...) -> None: ...
 
 class BucketRange(_message.Message):
     __slots__ = ("first", "last", "version")

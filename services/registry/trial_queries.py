@@ -1,0 +1,105 @@
+"""Queries of one transaction on experiments and verdicts. No rule of the domain lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.registry.tables import ExperimentEventRow, ExperimentRow, VerdictRow
+
+
+class TrialQueries:
+    """The part of the repository that trials need."""
+
+    _session: AsyncSession
+
+    # experiments
+
+    async def experiment(
+        self, experiment_id: str, *, lock: bool = False, skip_locked: bool = False
+    ) -> ExperimentRow | None:
+        """With `lock`, as it is once no other transaction holds it; with `skip_locked` None where one does.
+
+        Lock the model first, as everybody does: the other order makes deadlocks.
+        """
+        if "\0" in experiment_id:
+            return None
+        statement = select(ExperimentRow).where(ExperimentRow.experiment_id == experiment_id)
+        if lock:
+            statement = statement.with_for_update(skip_locked=skip_locked)
+            statement = statement.execution_options(populate_existing=True)
+        return (await self._session.scalars(statement)).one_or_none()
+
+    async def experiments(
+        self, model: str | None, statuses: Collection[str], after: str, limit: int
+    ) -> Sequence[ExperimentRow]:
+        """By id, which grows with time; of `model` and with one of `statuses` where given."""
+        statement = select(ExperimentRow).where(ExperimentRow.experiment_id > after)
+        if model is not None:
+            statement = statement.where(ExperimentRow.model == model)
+        if statuses:
+            statement = statement.where(ExperimentRow.status.in_(statuses))
+        statement = statement.order_by(ExperimentRow.experiment_id).limit(limit)
+        return (await self._session.scalars(statement)).all()
+
+    async def open_experiments(self) -> Sequence[tuple[ExperimentRow, bytes | None]]:
+        """Everything that is scheduled, running or not closed after its stop, each with its last verdict."""
+        statement = (
+            select(ExperimentRow, VerdictRow.verdict)
+            .outerjoin(VerdictRow, VerdictRow.trial_id == ExperimentRow.experiment_id)
+            .where(ExperimentRow.closed_at.is_(None), ExperimentRow.status != "draft")
+            .order_by(ExperimentRow.experiment_id)
+        )
+        return [(row[0], row[1]) for row in (await self._session.execute(statement)).all()]
+
+    async def delete_experiment(self, experiment_id: str) -> None:
+        """With its events and its verdict."""
+        await self._session.execute(delete(ExperimentRow).where(ExperimentRow.experiment_id == experiment_id))
+        await self._session.execute(delete(VerdictRow).where(VerdictRow.trial_id == experiment_id))
+
+    async def experiment_counts(self) -> dict[str, int]:
+        """How many experiments there are by status."""
+        statement = select(ExperimentRow.status, func.count()).group_by(ExperimentRow.status)
+        return {row[0]: row[1] for row in (await self._session.execute(statement)).all()}
+
+    async def experiment_events(
+        self, experiment_id: str, before: int, limit: int
+    ) -> Sequence[ExperimentEventRow]:
+        """Events below `before`, newest first."""
+        statement = select(ExperimentEventRow).where(
+            ExperimentEventRow.experiment_id == experiment_id, ExperimentEventRow.id < before
+        )
+        statement = statement.order_by(ExperimentEventRow.id.desc()).limit(limit)
+        return (await self._session.scalars(statement)).all()
+
+    # trials
+
+    async def trial_revisions(self) -> dict[str, int]:
+        """Trial id → revision of everything that was ever on the topic."""
+        statement = select(ExperimentRow.experiment_id, ExperimentRow.revision)
+        statement = statement.where(ExperimentRow.started_at.is_not(None))
+        return {row[0]: row[1] for row in (await self._session.execute(statement)).all()}
+
+    async def put_verdict(
+        self, trial_id: str, verdict: bytes, computed_at: datetime, received_at: datetime
+    ) -> None:
+        """One computed before the verdict that is there changes nothing."""
+        values = {"verdict": verdict, "computed_at": computed_at, "received_at": received_at}
+        statement = insert(VerdictRow).values(trial_id=trial_id, **values)
+        await self._session.execute(
+            statement.on_conflict_do_update(
+                index_elements=["trial_id"],
+                set_=values,
+                where=VerdictRow.computed_at < statement.excluded.computed_at,
+            )
+        )
+
+    async def verdict(self, trial_id: str) -> VerdictRow | None:
+        """The newest verdict on a trial."""
+        if "\0" in trial_id:
+            return None
+        return await self._session.get(VerdictRow, trial_id)
