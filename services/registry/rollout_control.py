@@ -1,0 +1,70 @@
+"""What rollouts do by themselves, as an actor of the controller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final
+
+from services.registry.edge import Edge
+from services.registry.repository import Repository
+from services.registry.rollout_plan import Action
+from services.registry.rollout_state import rollout_of, trial_of
+from services.registry.rollout_steps import next_step
+from services.registry.rollouts import carry_out, facts_of, is_news
+from services.registry.tables import RolloutRow
+from services.registry.trials import publish_trial
+from services.registry.workers import Workers
+
+#: Evidence of a finished rollout goes on being counted so long: outcomes come late.
+CLOSED_AFTER: Final = timedelta(days=1)
+
+
+class RolloutActor:
+    """Decides without a lock whether a rollout has anything to do, and again under the model's lock before it
+    is done: of several registries that come to the same decision one acts, and the others find it done."""
+
+    kind = "rollout"
+
+    def __init__(self, edge: Edge, workers: Workers) -> None:
+        self._edge = edge
+        self._workers = workers
+
+    async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
+        """Rollouts that have something to do or to say now."""
+        found = [row.rollout_id for row in await tx.open_rollouts() if await self._is_due(tx, row, now)]
+        for status, count in (await tx.rollout_counts()).items():
+            self._edge.metrics.rollouts.labels(status).set(count)
+        return found
+
+    async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:
+        """Decide and do, in one transaction."""
+        row = await tx.rollout(trial_id)
+        if row is None:
+            return None
+        # A model that is gone has no lock to take; then the rollout's own is enough.
+        if await tx.model(row.model, lock=True, skip_locked=True) is None and await tx.model(row.model):
+            return None
+        row = await tx.rollout(trial_id, fresh=True)
+        if row is None or row.closed_at is not None:
+            return None
+        if row.finished_at is not None:
+            return self._close(tx, row, now)
+        facts = await facts_of(tx, row, self._workers)
+        step = next_step(rollout_of(row), facts, now)
+        if not is_news(row, step):
+            return None
+        await carry_out(tx, row, step, facts.verdict, self._edge.clock)
+        return None if step.action is Action.WAIT else str(step.action)
+
+    async def _is_due(self, tx: Repository, row: RolloutRow, now: datetime) -> bool:
+        if row.finished_at is not None:
+            return row.finished_at + CLOSED_AFTER <= now
+        return is_news(row, next_step(rollout_of(row), await facts_of(tx, row, self._workers), now))
+
+    def _close(self, tx: Repository, row: RolloutRow, now: datetime) -> str | None:
+        if row.finished_at is None or row.finished_at + CLOSED_AFTER > now:
+            return None
+        row.closed_at, row.revision = now, row.revision + 1
+        publish_trial(tx, trial_of(row))
+        return "close"

@@ -1,0 +1,86 @@
+"""Which workers are alive and what they have loaded, from their heartbeats on `control.workers.v1`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from headrace.v1.control_pb2 import LoadedVersion, ServingConfig, WorkerStatus
+
+from services.common.bus import Bus, Table
+from services.common.clock import Clock
+from services.common.topics import WORKERS
+from services.registry.rollout_plan import Readiness
+
+#: A worker that was not heard of for so many of its intervals is gone.
+MISSED: Final = 3
+_LIVE: Final = frozenset({WorkerStatus.STATE_STARTING, WorkerStatus.STATE_READY})
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    status: WorkerStatus
+    until: float  # monotonic
+
+
+class Workers:
+    """The last heartbeat of every worker that is alive.
+
+    Whoever follows the topic from its start is told the last words of workers long dead as well: only what
+    came after that counts, so that a registry that has just started knows of nobody for an interval.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._heard: dict[str, _Heard] = {}
+        self.table: Table | None = None
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """One record of the topic."""
+        worker_id = key.decode()
+        if value is None:
+            self._heard.pop(worker_id, None)
+        elif self.table is not None and self.table.caught_up:
+            self.hear(worker_id, WorkerStatus.FromString(value))
+
+    def hear(self, worker_id: str, status: WorkerStatus) -> None:
+        """A heartbeat, now."""
+        if status.state in _LIVE:
+            until = self._clock.monotonic() + MISSED * max(status.interval_ms, 1) / 1000
+            self._heard[worker_id] = _Heard(status, until)
+        else:
+            self._heard.pop(worker_id, None)
+
+    def readiness(self, config: ServingConfig, version: str) -> Readiness:
+        """How far the workers of `config`'s pool are with `version` of its model."""
+        now = self._clock.monotonic()
+        for worker_id in [name for name, heard in self._heard.items() if heard.until < now]:
+            del self._heard[worker_id]
+        digest = next((v.artifact_digest for v in config.versions if v.version == version), "")
+        ready, workers, error = 0, 0, ""
+        for worker_id, heard in sorted(self._heard.items()):
+            if heard.status.pool != config.pool:
+                continue
+            workers += 1
+            # The same artifact only; it may be there twice, on its way out and on its way in again.
+            states = {
+                loaded.state: loaded.error
+                for loaded in heard.status.versions
+                if (loaded.model, loaded.version, loaded.artifact_digest) == (config.model, version, digest)
+            }
+            ready += LoadedVersion.STATE_READY in states
+            failed = states.get(LoadedVersion.STATE_FAILED)
+            if failed is not None and LoadedVersion.STATE_READY not in states and not error:
+                error = f"{worker_id}: {failed or 'no reason given'}"
+        return Readiness(workers, ready, error)
+
+
+@asynccontextmanager
+async def workers_followed(bus: Bus, clock: Clock) -> AsyncIterator[Workers]:
+    """Workers, heard of while the block runs."""
+    workers = Workers(clock)
+    async with bus.table(WORKERS, workers.apply) as table:
+        workers.table = table
+        yield workers
