@@ -31,12 +31,15 @@ from services.registry.keys import ensure_admin_key
 from services.registry.metrics import Metrics
 from services.registry.publishing import Republisher
 from services.registry.readiness import edge_watched
+from services.registry.rollout_control import RolloutActor
+from services.registry.rollout_endpoints import rollout_routes
 from services.registry.servicer import RegistryServicer
 from services.registry.serving_endpoints import deployment_routes, key_routes
 from services.registry.settings import Settings
 from services.registry.tables import ControlOutbox
 from services.registry.uploads import Uploads
 from services.registry.verdicts import verdicts_followed
+from services.registry.workers import Workers, workers_followed
 
 SCHEMA = "registry"
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -61,7 +64,9 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         stack.push_async_callback(database.dispose)
         tracing = setup_tracing("registry", cfg.otel_exporter_otlp_endpoint, cfg.otel_traces_sample_ratio)
         stack.push_async_callback(tracing.close)
-        bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "registry"))
+        bus = await stack.enter_async_context(
+            KafkaBus(cfg.kafka_bootstrap_servers, "registry", session_timeout=cfg.kafka_session_timeout_s)
+        )
         relay = await stack.enter_async_context(OutboxRelay(database, ControlOutbox, bus, clock))
         store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
         stack.push_async_callback(store.close)
@@ -76,7 +81,8 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         await _let_admin_in(edge, cfg.bootstrap_admin_key)
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
         await stack.enter_async_context(alerts_followed(edge, bus))
-        controller = await stack.enter_async_context(Controller(edge, []))
+        workers = await stack.enter_async_context(workers_followed(bus, clock))
+        controller = await stack.enter_async_context(Controller(edge, [RolloutActor(edge, workers)]))
         await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))
         health = Health()
         await stack.enter_async_context(edge_watched(edge, health))
@@ -90,7 +96,7 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
                 drain_s=cfg.drain_s / 2,
             )
         )
-        app = rest_app(edge, health, tracing, cfg.internal_token)
+        app = rest_app(edge, workers, health, tracing, cfg.internal_token)
         http_port = await stack.enter_async_context(
             serve_asgi(app, cfg.host, cfg.http_port, drain_s=cfg.drain_s / 2)
         )
@@ -100,11 +106,17 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
             health.start_draining()
 
 
-def rest_app(edge: Edge, health: Health, tracing: Tracing, token: str) -> FastAPI:
+def rest_app(edge: Edge, workers: Workers, health: Health, tracing: Tracing, token: str) -> FastAPI:
     """REST with its middleware: health and metrics outermost, then the credential, then traces."""
     app = FastAPI(title="Headrace registry", version="1", redoc_url=None)
     install_problem_handlers(app)
-    for routes in (model_routes(edge), version_routes(edge), deployment_routes(edge), key_routes(edge)):
+    for routes in (
+        model_routes(edge),
+        version_routes(edge),
+        deployment_routes(edge),
+        key_routes(edge),
+        rollout_routes(edge, workers),
+    ):
         app.include_router(routes)
     app.add_middleware(MeasureRequests, metrics=edge.metrics)
     app.add_middleware(TraceRequests, tracing=tracing)

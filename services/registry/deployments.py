@@ -27,6 +27,7 @@ from services.common.errors import Aborted, FailedPrecondition, InvalidArgument,
 from services.common.topics import DEPLOYMENTS
 from services.registry.buckets import BUCKETS, Range, allocate
 from services.registry.repository import Repository
+from services.registry.rollout_guard import guard_rollout, rollout_name
 from services.registry.schemas import CacheIn, DeployIn, FallbackIn, ShadowIn, utc_us
 from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
 
@@ -78,6 +79,9 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         experiments=old.experiments,
         holdout=owner.holdout,
     )
+    rollout = await tx.unfinished_rollout(model)
+    if rollout is not None:
+        guard_rollout(rollout, old, config)
     if row is not None and _same_state(old, config):
         return _deployment(row)
     return await _commit_revision(tx, config, "deploy", clock)
@@ -147,7 +151,7 @@ def release(config: ServingConfig, needed: Collection[str]) -> None:
 
 def set_weights(config: ServingConfig, weights: Mapping[str, int]) -> None:
     """Give the versions of `config` these weights in 1/10,000, 0 where there is none, moving as few units as
-    possible. `weights` add up to 10,000 (ValueError else). Who gets traffic is held no more."""
+    possible. `weights` add up to 10,000 (ValueError else)."""
     for version in config.versions:
         version.weight = weights.get(version.version, 0)
     moved = _buckets(config.buckets, config.versions)
@@ -157,7 +161,9 @@ def set_weights(config: ServingConfig, weights: Mapping[str, int]) -> None:
 
 async def needed_versions(tx: Repository, config: ServingConfig) -> dict[str, str]:
     """Versions that something that runs on the model needs, and what does."""
-    return {
+    rollout = await tx.unfinished_rollout(config.model)
+    of_rollout = () if rollout is None else (rollout.previous_version, rollout.version)
+    return {version: rollout_name(rollout) for version in of_rollout if rollout is not None} | {
         variant.version: f"experiment {experiment.experiment_id}"
         for experiment in config.experiments
         for variant in experiment.variants

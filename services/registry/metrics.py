@@ -59,6 +59,9 @@ class Metrics:
             ["kind", "action"],
             registry=self.registry,
         )
+        self.rollouts = Gauge(
+            "headrace_registry_rollouts", "Rollouts by status.", ["status"], registry=self.registry
+        )
         self.experiments = Gauge(
             "headrace_registry_experiments",
             "Experiments by status.",

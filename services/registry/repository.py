@@ -122,7 +122,10 @@ class Repository(TrialQueries, RolloutQueries):
     # deployments
 
     async def deployment(self, model: str) -> DeploymentRow | None:
-        return await self._get(DeploymentRow, model)
+        """As it is now, also where this transaction changed it: `put_deployment` goes past the session."""
+        if "\0" in model:
+            return None
+        return await self._session.get(DeploymentRow, model, populate_existing=True)
 
     async def deployments(self, after: str, limit: int) -> Sequence[DeploymentRow]:
         statement = select(DeploymentRow).where(DeploymentRow.model > after)

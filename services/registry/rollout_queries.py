@@ -50,11 +50,6 @@ class RolloutQueries:
         statement = select(RolloutRow.status, func.count()).group_by(RolloutRow.status)
         return {row[0]: row[1] for row in (await self._session.execute(statement)).all()}
 
-    async def rollout_revisions(self) -> dict[str, int]:
-        """Rollout id → revision of its trial."""
-        rows = await self._session.execute(select(RolloutRow.rollout_id, RolloutRow.revision))
-        return {row[0]: row[1] for row in rows.all()}
-
     async def rollout_events(self, rollout_id: str, before: int, limit: int) -> Sequence[RolloutEventRow]:
         """Events below `before`, newest first."""
         statement = select(RolloutEventRow).where(

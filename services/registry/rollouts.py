@@ -18,6 +18,7 @@ from services.common.ids import new_id
 from services.registry import deployments
 from services.registry.alerts import KEPT
 from services.registry.repository import Repository
+from services.registry.rollout_guard import rollout_name
 from services.registry.rollout_plan import Action, Alert, Cause, Facts, Rollout, Status, Step
 from services.registry.rollout_schemas import NewRolloutIn, check_rollout
 from services.registry.rollout_state import evidence_of, rollout_of, spec_of, step_in, trial_of
@@ -280,7 +281,7 @@ async def _leave(
         row.revision += 1
         return
     needed = await deployments.needed_versions(tx, ServingConfig.FromString(deployed.config))
-    others = [version for version, what in needed.items() if what != deployments.rollout_name(row)]
+    others = [version for version, what in needed.items() if what != rollout_name(row)]
 
     def edit_and_release(config: ServingConfig) -> None:
         edit(config)

@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.registry.tables import ExperimentEventRow, ExperimentRow, VerdictRow
+from services.registry.tables import ExperimentEventRow, ExperimentRow, RolloutRow, VerdictRow
 
 
 class TrialQueries:
@@ -82,7 +82,9 @@ class TrialQueries:
         """Trial id → revision of everything that was ever on the topic."""
         statement = select(ExperimentRow.experiment_id, ExperimentRow.revision)
         statement = statement.where(ExperimentRow.started_at.is_not(None))
-        return {row[0]: row[1] for row in (await self._session.execute(statement)).all()}
+        experiments = (await self._session.execute(statement)).all()
+        rollouts = await self._session.execute(select(RolloutRow.rollout_id, RolloutRow.revision))
+        return {row[0]: row[1] for row in (*experiments, *rollouts.all())}
 
     async def put_verdict(
         self, trial_id: str, verdict: bytes, computed_at: datetime, received_at: datetime

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headrace.v1.control_pb2 import Unit
 from headrace.v1.trials_pb2 import Bandit, Trial, TrialArm
 
 from services.common.topics import TRIALS
-from services.registry.experiment_schemas import ExperimentIn
+from services.registry.experiment_schemas import UNITS, ExperimentIn
 from services.registry.repository import Repository
+from services.registry.rollout_state import trial_of
 from services.registry.schemas import utc_us
 from services.registry.tables import ExperimentRow
 from services.registry.trial_schemas import metric_message, ten_thousandths
-
-UNITS = {"user": Unit.UNIT_USER, "session": Unit.UNIT_SESSION, "request": Unit.UNIT_REQUEST}
 
 
 def publish_trial(tx: Repository, trial: Trial) -> None:
@@ -31,11 +29,18 @@ def end_trial(tx: Repository, trial_id: str) -> None:
 
 async def republish_trial(tx: Repository, trial_id: str, seen: int) -> None:
     """Put a trial on the topic again, which holds revision `seen` (0: nothing). A higher one is overtaken."""
-    row = await tx.experiment(trial_id, lock=True)
-    if row is None:
-        return
-    row.revision = max(row.revision, seen + 1 if row.revision < seen else 0)
-    publish_trial(tx, experiment_trial(row))
+    experiment = await tx.experiment(trial_id, lock=True)
+    rollout = await tx.rollout(trial_id, fresh=True)
+    if experiment is not None:
+        experiment.revision = _overtaking(experiment.revision, seen)
+        publish_trial(tx, experiment_trial(experiment))
+    elif rollout is not None:
+        rollout.revision = _overtaking(rollout.revision, seen)
+        publish_trial(tx, trial_of(rollout))
+
+
+def _overtaking(revision: int, seen: int) -> int:
+    return revision if revision >= seen else seen + 1
 
 
 def experiment_trial(row: ExperimentRow) -> Trial:
