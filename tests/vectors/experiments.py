@@ -27,6 +27,7 @@ from services.analytics.statistics import (
 from services.analytics.statistics.effects import Arm, Difference, Effect, cuped, effect
 from services.analytics.statistics.fixed_horizon import (
     Inference,
+    Tails,
     equivalence,
     non_inferiority,
     t_test,
@@ -70,21 +71,36 @@ def successes(case: Case) -> tuple[tuple[float, int], tuple[float, int]]:
 
 
 def alpha(case: Case) -> float:
-    """The two-sided error rate."""
-    if "conf.level" in case.inputs:
-        return 1 - float(case.inputs["conf.level"])
-    return case.number("alpha", "sig.level", default=0.05)
+    """The error rate."""
+    level = case.number("conf.level", "confidence", "ci_level", default=math.nan)
+    return case.number("alpha", "sig.level", default=0.05 if math.isnan(level) else 1 - level)
+
+
+_TAILS: dict[str, Tails] = {
+    "larger": "larger",
+    "greater": "larger",
+    "smaller": "smaller",
+    "less": "smaller",
+}
+
+
+def tails(case: Case, *, flipped: bool = False) -> Tails:
+    """What the test looks for; `flipped` where the source takes first minus second and we the other way."""
+    named = _TAILS.get(case.option("alternative"), "two-sided")
+    if flipped and named != "two-sided":
+        return "smaller" if named == "larger" else "larger"
+    return named
 
 
 def sides(case: Case) -> int:
     """1 where the case asks for a one-sided test."""
-    if str(case.inputs.get("alternative", "")).strip("'\"").replace("_", ".") in (
-        "one.sided",
-        "larger",
-        "smaller",
-    ):
-        return 1
-    return int(case.inputs.get("sides", 2))
+    one = case.option("alternative").replace("_", ".").replace("-", ".") == "one.sided"
+    return 1 if one or tails(case) != "two-sided" else int(case.number("sides", default=2))
+
+
+def from_r(case: Case) -> bool:
+    """Whether the numbers come from R."""
+    return "r_call" in case.inputs or bool(re.match(r"R\b", case.source))
 
 
 def spelled(result: Inference) -> dict[str, Any]:
@@ -95,33 +111,44 @@ def spelled(result: Inference) -> dict[str, Any]:
         "ci": result.ci,
         "p_value": result.p_value,
         "std_error": result.std_error,
+        "t": result.statistic,
+        "z": result.statistic,
+        "df": result.degrees_of_freedom,
+        "ci_low": result.ci[0],
+        "ci_high": result.ci[1],
     }
 
 
 def welch_t_test(case: Case) -> Values:
     """R's t.test: first sample minus second."""
-    a, b = Moments.of(case.inputs["a"]), Moments.of(case.inputs["b"])
-    result = means.welch(b, a, alpha=alpha(case))
-    return {
-        "t": result.statistic,
-        "df": result.degrees_of_freedom,
-        "p_value": result.p_value,
-        "ci_low": result.ci[0],
-        "ci_high": result.ci[1],
-        "mean_a": a.mean,
-        "mean_b": b.mean,
-    }
+    first, second = (case.inputs[side] for side in "ab") if "a" in case.inputs else case.inputs["vectors"]
+    a, b = Moments.of(first), Moments.of(second)
+    if case.flag("paired"):
+        found = means.paired_effect(Moments.of(np.subtract(first, second)))
+    elif case.flag("var.equal"):
+        found = means.pooled_effect(b, a)
+    else:
+        found = effect(Arm.from_moments(b), Arm.from_moments(a))
+    null = case.number("mu", default=0.0)
+    result = t_test(found, alpha=alpha(case), alternative=tails(case), null=null)
+    return spelled(result) | {"mean_a": a.mean, "mean_b": b.mean, "mean_difference": result.estimate}
 
 
 def welch_t_test_arrays(case: Case) -> Values:
     a, b = case.data["a"], case.data["b"]
-    result = means.welch(Moments.of(a), Moments.of(b), alpha=alpha(case))
-    return {
-        "t": result.statistic,
-        "df": result.degrees_of_freedom,
-        "p_value": result.p_value,
+    wanted = tails(case)
+    left, right = Moments.of(a), Moments.of(b)
+    if case.option("equal_var") == "True":
+        result = t_test(means.pooled_effect(left, right), alpha=alpha(case), alternative=wanted)
+    else:
+        result = means.welch(left, right, alpha=alpha(case), alternative=wanted)
+    ranks = means.mann_whitney(a, b, alternative=wanted)
+    return spelled(result) | {
         "diff_ci": result.ci,
-        "mannwhitney_p": means.mann_whitney(a, b).p_value,
+        "mean_a": left.mean,
+        "mean_b": right.mean,
+        "mannwhitney_p": ranks.p_value,
+        "mannwhitney_u": ranks.statistic,
     }
 
 
@@ -131,9 +158,11 @@ def sample_size_two_proportions(case: Case) -> Values:
         "power": case.number("power", default=0.8),
         "alpha": alpha(case),
         "sides": sides(case),
+        "ratio": case.number("ratio", default=1.0),
     }
-    pooled = power.sample_size_two_proportions(p1, p2, **options)
+    pooled = power.sample_size_two_proportions(p1, p2, **options, strict=case.flag("strict"))
     return {
+        "n": pooled,
         "n_per_group": pooled,
         "n_pooled_normal": pooled,
         "n_arcsine": power.sample_size_arcsine(p1, p2, **options),
@@ -143,15 +172,20 @@ def sample_size_two_proportions(case: Case) -> Values:
 def power_two_proportions(case: Case) -> Values:
     given = case.inputs
     reached = power.power_two_proportions(
-        float(given["n"]), float(given["p1"]), float(given["p2"]), alpha=alpha(case), sides=sides(case)
+        float(given["n"]),
+        float(given["p1"]),
+        float(given["p2"]),
+        alpha=alpha(case),
+        sides=sides(case),
+        ratio=case.number("ratio", default=1.0),
+        strict=case.flag("strict"),
     )
     return {"power": reached}
 
 
 def samples(case: Case) -> int:
     """1 for a one-sample or paired t-test."""
-    kind = str(case.inputs.get("type", "")).strip("'\"")
-    return 1 if kind in ("one.sample", "paired") else 2
+    return 1 if case.option("type").replace("-", ".") in ("one.sample", "paired") else 2
 
 
 def sample_size_mean(case: Case) -> Values:
@@ -162,8 +196,10 @@ def sample_size_mean(case: Case) -> Values:
         alpha=alpha(case),
         sides=sides(case),
         samples=samples(case),
+        ratio=case.number("ratio", default=1.0),
+        strict=case.flag("strict"),
     )
-    return {"n_per_group": needed}
+    return {"n_per_group": needed, "n": needed}
 
 
 def power_mean(case: Case) -> Values:
@@ -174,20 +210,25 @@ def power_mean(case: Case) -> Values:
         alpha=alpha(case),
         sides=sides(case),
         samples=samples(case),
+        ratio=case.number("ratio", default=1.0),
+        strict=case.flag("strict"),
     )
     return {"power": reached}
 
 
 def r_corrects(case: Case) -> bool:
     """R's prop.test and chisq.test correct for continuity unless told otherwise."""
-    call = str(case.inputs.get("r_call", ""))
-    return bool(call) and re.search(r"correct\s*=\s*F", call) is None
+    return from_r(case) and case.flag("correct", default=True)
 
 
 def two_proportion_z_test(case: Case) -> Values:
     control, treatment = successes(case)
     result = proportions.two_proportion_z_test(
-        control, treatment, alpha=alpha(case), continuity=r_corrects(case)
+        control,
+        treatment,
+        alpha=alpha(case),
+        continuity=r_corrects(case),
+        alternative=tails(case, flipped=from_r(case)),
     )
     return {
         "z": result.z,
@@ -217,14 +258,28 @@ def k_proportions(case: Case) -> Values:
     return chi_square(proportions.k_proportions(wins, totals))
 
 
+def r_table(case: Case) -> np.ndarray:
+    """Rows as R was given them, or as its `matrix` lays one vector out."""
+    rows = case.inputs["vectors"]
+    if len(rows) > 1:
+        return np.asarray(rows, dtype=np.float64)
+    values = np.asarray(rows[0], dtype=np.float64)
+    wide = int(case.number("ncol", default=0))
+    high = int(case.number("nrow", default=values.size // wide if wide else 1))
+    return values.reshape((high, values.size // high), order="C" if case.flag("byrow") else "F")
+
+
 def srm_chi_square(case: Case) -> Values:
     if "users" in case.inputs:
-        return chi_square(counts.sample_ratio(case.inputs["users"], case.inputs["weights"]))
-    return chi_square(counts.sample_ratio(*case.inputs["vectors"]))
+        users = case.inputs["users"]
+        weights = case.inputs.get("weights", [1.0] * len(users))
+        return chi_square(counts.sample_ratio(users, weights))
+    observed, *shares = case.inputs["vectors"]
+    return chi_square(counts.sample_ratio(observed, shares[0] if shares else [1.0] * len(observed)))
 
 
 def categorical_chi_square(case: Case) -> Values:
-    return chi_square(counts.contingency(case.inputs["vectors"], continuity=r_corrects(case)))
+    return chi_square(counts.contingency(r_table(case), continuity=r_corrects(case)))
 
 
 _R_METHODS = {
@@ -239,20 +294,30 @@ _R_METHODS = {
 
 def multiple_testing(case: Case) -> Values:
     values = case.inputs["p_values"] if "p_values" in case.inputs else case.inputs["vectors"][0]
-    named = str(case.inputs.get("method", "")) or case.pattern(
-        r"p\.adjust\(.*?\)\s*,\s*(?:method\s*=\s*)?'([\w-]+)'", ""
-    )
-    named = (named or case.pattern(r"multipletests\(([\w-]+)\)", "fdr_bh")).lower()
+    named = case.option("method") or case.pattern(r"p\.adjust\(.*?\)\s*,\s*['\"]([\w-]+)['\"]", "")
+    usual = "holm" if from_r(case) else "fdr_bh"  # R's own default; ours of old for other sources
+    named = (named or case.pattern(r"multipletests\(['\"]?([\w-]+)['\"]?\)", usual)).lower()
     method = _R_METHODS.get(named, named)
     if method not in get_args(multiple.Correction):
         raise ValueError(f"unknown correction {named}")
     result = multiple.adjust(values, method, alpha=case.number("q", "alpha", default=0.05))  # type: ignore[arg-type] # checked above
     answers: dict[str, Any] = {f"p{place}": p for place, p in enumerate(result.p_values, start=1)}
-    return answers | {"adjusted": result.p_values, "rejections": int(result.rejected.sum())}
+    return answers | {
+        "adjusted": result.p_values,
+        "rejected": result.rejected,
+        "rejections": int(result.rejected.sum()),
+    }
 
 
 def two_sided_test(case: Case) -> Values:
-    return spelled(t_test(two_arms(case), alpha=alpha(case)))
+    return spelled(t_test(two_arms(case), alpha=alpha(case), alternative=one_sided(case)))
+
+
+def one_sided(case: Case) -> Tails:
+    """GrowthBook names its one-sided tests for the alternative."""
+    if "OneSidedTreatmentGreater" in case.source:
+        return "larger"
+    return "smaller" if "OneSidedTreatmentLesser" in case.source else tails(case)
 
 
 def sequential_asymptotic_cs(case: Case) -> Values:
@@ -309,11 +374,11 @@ def ratio_metric(case: Case) -> Values:
 
 
 def z_test_difference(case: Case) -> Values:
-    return spelled(z_test(two_arms(case), alpha=alpha(case)))
+    return spelled(z_test(two_arms(case), alpha=alpha(case), alternative=tails(case)))
 
 
 def chi_square_difference(case: Case) -> Values:
-    result = proportions.two_proportion_z_test(*successes(case), alpha=alpha(case))
+    result = proportions.two_proportion_z_test(*successes(case), alpha=alpha(case), alternative=tails(case))
     return {"difference": result.estimate, "ci": result.wald_ci, "p_value": result.p_value}
 
 
@@ -322,21 +387,22 @@ def wilson_interval(case: Case) -> Values:
 
 
 def non_inferiority_proportion(case: Case) -> Values:
-    named = str(case.inputs.get("alternative", case.pattern(r"alternative='(\w+)'", "larger")))
-    margin = float(case.inputs["margin"])
-    result = non_inferiority(
-        two_arms(case), margin, alternative="smaller" if named == "smaller" else "larger"
-    )
-    return {"z": result.statistic, "p_value": result.p_value}
+    margin = case.number("margin", "value", default=0.0)
+    arms = two_arms(case)
+    if case.option("method").startswith("agresti"):
+        adjusted = [Arm.proportion(s + 1, n + 2) for s, n in successes(case)]
+        arms = effect(adjusted[0], adjusted[1])
+    result = non_inferiority(arms, margin, alternative="smaller" if tails(case) == "smaller" else "larger")
+    return {"z": result.statistic, "statistic": result.statistic, "p_value": result.p_value}
 
 
 def tost_equivalence(case: Case) -> Values:
-    arms = [Arm.from_moments(Moments.of(case.data[side])) for side in "ab"]
-    return {
-        "p_value": equivalence(
-            effect(arms[0], arms[1]), float(case.inputs["low"]), float(case.inputs["upp"])
-        ).p_value
-    }
+    a, b = (Moments.of(case.data[side]) for side in "ab")
+    found = effect(Arm.from_moments(a), Arm.from_moments(b))
+    if case.option("usevar") == "pooled":
+        found = means.pooled_effect(a, b)
+    result = equivalence(found, float(case.inputs["low"]), case.number("upp", "high", default=math.nan))
+    return {"p_value": result.p_value, "p_low": result.p_above_low, "p_upp": result.p_below_high}
 
 
 def aa_simulation(case: Case) -> Values:
@@ -366,7 +432,8 @@ def aa_limits(case: Case, answer: Values) -> list[str]:
 
 
 def bandit_top_two(case: Case) -> Values:
-    return {"weights": policies.top_two_weights(case.data["y"])}
+    draws = case.data["y"]
+    return {"weights": policies.top_two_weights(-draws if case.flag("inverse") else draws)}
 
 
 def confidence_sequence_boundary(case: Case) -> Values:
@@ -384,7 +451,7 @@ def confidence_sequence_boundary(case: Case) -> Values:
             return boundaries.gamma_exponential(v, error, v_opt=v_opt, c=c, alpha_opt=alpha_opt)
         if "gamma_poisson" in case.source:
             return boundaries.gamma_poisson(v, error, v_opt=v_opt, c=c, alpha_opt=alpha_opt)
-        one_sided = bool(given.get("is_one_sided", True))
+        one_sided = case.flag("is_one_sided", default=True)
         if "beta_binomial" in case.source:
             mixture = boundaries.BetaBinomialMixture(
                 v_opt, g=float(given["g"]), h=float(given["h"]), alpha_opt=alpha_opt, one_sided=one_sided
@@ -419,15 +486,25 @@ def bernoulli_sequence(case: Case) -> Values:
     return {"ci": limits}
 
 
+def intersected(case: Case, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tightest limits so far, where the case asks for them."""
+    if not case.flag("running_intersection"):
+        return low, high
+    return np.maximum.accumulate(low), np.minimum.accumulate(high)
+
+
 def betting_sequence(case: Case) -> Values:
     breaks = int(case.number("breaks", default=float(case.pattern(r"breaks=(\d+)", "1000"))))
-    low, high = bounded.betting(case.data["x"], alpha=alpha(case), breaks=breaks)
+    most = case.number("trunc_scale", "m_trunc", default=0.5)
+    low, high = bounded.betting(case.data["x"], alpha=alpha(case), breaks=breaks, most=most)
+    low, high = intersected(case, low, high)
     places = np.asarray(case.inputs["at"]) - 1
     return {"lower": low[places], "upper": high[places]}
 
 
 def empirical_bernstein_sequence(case: Case) -> Values:
     low, high = bounded.empirical_bernstein(case.data["x"], alpha=alpha(case))
+    low, high = intersected(case, low, high)
     places = np.asarray(case.inputs["at"]) - 1
     return {"lower": low[places], "upper": high[places]}
 
@@ -457,10 +534,10 @@ def sequential_srm(case: Case) -> Values:
 
 
 def group_sequential_bounds(case: Case) -> Values:
-    words = str(case.inputs.get("spending", ""))
-    if "Brien" in words:
+    words = case.option("spending").lower().replace("-", "_")
+    if "brien" in words or words == "obf":
         spending: group_sequential.Spending = group_sequential.obrien_fleming_spending
-    elif "Pocock" in words:
+    elif "pocock" in words:
         spending = group_sequential.pocock_spending
     else:
         spending = group_sequential.power_spending(case.number("rho_spending_power", default=2.0))
@@ -472,8 +549,23 @@ def group_sequential_bounds(case: Case) -> Values:
 
 def off_policy_evaluation(case: Case) -> Values:
     made = case.data
-    found = policies.off_policy(made["action"], made["reward"], made["pscore"], made["pe"], made["qhat"])
-    answers = {"ips": found.ips, "snips": found.snips, "dr": found.dr, "dm": found.dm}
+    clip = case.number("clip", "lambda_", default=math.inf)
+    found = policies.off_policy(
+        made["action"],
+        made["reward"],
+        made["pscore"],
+        made["pe"],
+        made.get("qhat"),
+        clip=None if math.isinf(clip) else clip,
+    )
+    answers = {
+        "ips": found.ips,
+        "snips": found.snips,
+        "dr": found.dr,
+        "dm": found.dm,
+        "ips_std_error": found.ips_std_error,
+        "effective_n": found.effective_n,
+    }
     if "q" in made:  # the truth, known here since the recipe made the rewards
         truth = policies.off_policy(made["action"], made["reward"], made["pscore"], made["pe"], made["q"])
         answers["truth_on_these_contexts"] = truth.dm

@@ -21,8 +21,10 @@ def bernoulli(
     successes: float, trials: int, *, alpha: float = 0.05, t_opt: float = 1000, alpha_opt: float = 0.05
 ) -> tuple[float, float]:
     """Confidence sequence for a success probability at its present length: the p at which the beta-binomial
-    mixture stays below 1 / alpha. Tightest about `t_opt` trials.
+    mixture stays below 1 / alpha. Tightest about `t_opt` trials. (0, 1) without any.
     """
+    if trials == 0:
+        return 0.0, 1.0
     share, threshold = successes / trials, math.log(1 / alpha)
 
     def excess(p: float) -> float:

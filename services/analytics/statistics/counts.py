@@ -28,6 +28,10 @@ def sample_ratio(units: ArrayLike, weights: ArrayLike) -> CountTest:
     An arm of weight zero that got units makes the statistic infinite.
     """
     observed, shares = np.asarray(units, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if observed.sum() == 0:
+        return CountTest(0.0, observed.size - 1, 1.0)
+    if shares.sum() <= 0:
+        raise ValueError("some weight must be above zero")
     expected = shares / shares.sum() * observed.sum()
     if np.any((expected == 0) & (observed > 0)):
         return CountTest(float("inf"), observed.size - 1, 0.0)
@@ -38,6 +42,11 @@ def sample_ratio(units: ArrayLike, weights: ArrayLike) -> CountTest:
 
 
 def contingency(table: ArrayLike, *, continuity: bool = False) -> CountTest:
-    """Independence of rows and columns. `continuity` is Yates' correction, applied to 2 by 2 tables only."""
-    result = stats.chi2_contingency(np.asarray(table, dtype=np.float64), correction=continuity)
+    """Independence of rows and columns, empty ones left out. `continuity` is Yates' correction, applied to 2
+    by 2 tables only."""
+    cells = np.asarray(table, dtype=np.float64)
+    cells = cells[cells.sum(axis=1) > 0][:, cells.sum(axis=0) > 0]
+    if min(cells.shape) < 2:
+        return CountTest(0.0, 0, 1.0)
+    result = stats.chi2_contingency(cells, correction=continuity)
     return CountTest(float(result.statistic), int(result.dof), float(result.pvalue))

@@ -11,13 +11,16 @@ from scipy import stats
 from services.analytics.statistics.effects import Effect
 
 Alternative = Literal["larger", "smaller"]
+#: What a test looks for: a difference either way, or one of the two.
+Tails = Literal["two-sided", "larger", "smaller"]
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
     """One test: the estimate is treatment minus control in the unit of the effect (relative: a share).
 
-    `ci` covers the truth with probability 1 - alpha. `degrees_of_freedom` is infinite for a normal test.
+    `ci` covers the truth with probability 1 - alpha; of a one-sided test it reaches to infinity on the side
+    of the alternative. `degrees_of_freedom` is infinite for a normal test.
     `always_valid` says whether estimate, interval and p-value hold at every look.
     """
 
@@ -32,35 +35,51 @@ class Inference:
     always_valid: bool = False
 
 
-def t_test(effect: Effect, *, alpha: float = 0.05) -> Inference:
-    """Two-sided Welch test of no effect."""
-    statistic = _ratio(effect.estimate, effect.std_error)
-    spread = student_quantile(1 - alpha / 2, effect.degrees_of_freedom) * effect.std_error
+def t_test(
+    effect: Effect, *, alpha: float = 0.05, alternative: Tails = "two-sided", null: float = 0.0
+) -> Inference:
+    """Welch test that the effect is `null`."""
+    method = f"Welch's t-test, {effect.difference} difference"
+    return _test(effect, effect.degrees_of_freedom, alpha, alternative, null, method)
+
+
+def z_test(
+    effect: Effect, *, alpha: float = 0.05, alternative: Tails = "two-sided", null: float = 0.0
+) -> Inference:
+    """Normal test that the effect is `null`, unpooled variances."""
+    return _test(effect, math.inf, alpha, alternative, null, f"z-test, {effect.difference} difference")
+
+
+def _test(
+    effect: Effect, freedom: float, alpha: float, alternative: Tails, null: float, method: str
+) -> Inference:
+    statistic = _ratio(effect.estimate - null, effect.std_error)
     return Inference(
         estimate=effect.estimate,
         std_error=effect.std_error,
-        ci=(effect.estimate - spread, effect.estimate + spread),
-        p_value=min(1.0, 2 * student_tail(abs(statistic), effect.degrees_of_freedom)),
+        ci=_interval(effect.estimate, effect.std_error, freedom, alpha, alternative),
+        p_value=tail_probability(statistic, freedom, alternative),
         statistic=statistic,
-        degrees_of_freedom=effect.degrees_of_freedom,
+        degrees_of_freedom=freedom,
         alpha=alpha,
-        method=f"Welch's t-test, {effect.difference} difference",
+        method=method if alternative == "two-sided" else f"{method}, one-sided",
     )
 
 
-def z_test(effect: Effect, *, alpha: float = 0.05) -> Inference:
-    """Two-sided normal test of no effect, unpooled variances."""
-    statistic = _ratio(effect.estimate, effect.std_error)
-    spread = float(stats.norm.isf(alpha / 2)) * effect.std_error
-    return Inference(
-        estimate=effect.estimate,
-        std_error=effect.std_error,
-        ci=(effect.estimate - spread, effect.estimate + spread),
-        p_value=min(1.0, 2 * float(stats.norm.sf(abs(statistic)))),
-        statistic=statistic,
-        degrees_of_freedom=math.inf,
-        alpha=alpha,
-        method=f"z-test, {effect.difference} difference",
+def tail_probability(statistic: float, degrees_of_freedom: float, alternative: Tails) -> float:
+    """p-value of a statistic that follows Student's t (normal for infinite degrees of freedom)."""
+    if alternative == "two-sided":
+        return min(1.0, 2 * student_tail(abs(statistic), degrees_of_freedom))
+    return student_tail(statistic if alternative == "larger" else -statistic, degrees_of_freedom)
+
+
+def _interval(
+    estimate: float, std_error: float, freedom: float, alpha: float, alternative: Tails
+) -> tuple[float, float]:
+    spread = student_quantile(1 - (alpha / 2 if alternative == "two-sided" else alpha), freedom) * std_error
+    return (
+        -math.inf if alternative == "smaller" else estimate - spread,
+        math.inf if alternative == "larger" else estimate + spread,
     )
 
 
@@ -76,8 +95,11 @@ class OneSidedResult:
 def non_inferiority(effect: Effect, margin: float, *, alternative: Alternative = "larger") -> OneSidedResult:
     """Wald test of H0: effect at or beyond `margin`, against a "larger" (or "smaller") one.
 
-    With margin -0.005 and "larger" a small p says: the treatment loses less than half a point.
+    With margin -0.005 and "larger" a small p says: the treatment loses less than half a point. Without any
+    spread seen nothing is shown: p = 1.
     """
+    if effect.std_error <= 0:
+        return OneSidedResult(0.0, 1.0, "Wald non-inferiority test")
     statistic = _ratio(effect.estimate - margin, effect.std_error)
     tail = stats.norm.sf(statistic) if alternative == "larger" else stats.norm.cdf(statistic)
     return OneSidedResult(statistic, float(tail), "Wald non-inferiority test")
@@ -94,9 +116,11 @@ class EquivalenceResult:
 
 
 def equivalence(effect: Effect, low: float, high: float) -> EquivalenceResult:
-    """Two one-sided tests (Schuirmann 1987): the larger of both p-values."""
+    """Two one-sided tests (Schuirmann 1987): the larger of both p-values; 1 without any spread seen."""
     if not low < high:
         raise ValueError("the equivalence region needs low < high")
+    if effect.std_error <= 0:
+        return EquivalenceResult(1.0, 1.0, 1.0, "two one-sided t-tests (TOST)")
     freedom = effect.degrees_of_freedom
     above = student_tail(_ratio(effect.estimate - low, effect.std_error), freedom)
     below = student_tail(_ratio(high - effect.estimate, effect.std_error), freedom)

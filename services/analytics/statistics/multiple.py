@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from statsmodels.stats.multitest import multipletests
 
-Correction = Literal["bonferroni", "holm", "hochberg", "hommel", "bh", "by", "none"]
+Correction = Literal["bonferroni", "holm", "hochberg", "hommel", "bh", "by", "sidak", "holm-sidak", "none"]
 
 _STATSMODELS = {
     "bonferroni": "bonferroni",
@@ -18,6 +18,8 @@ _STATSMODELS = {
     "hommel": "hommel",
     "bh": "fdr_bh",
     "by": "fdr_by",
+    "sidak": "sidak",
+    "holm-sidak": "holm-sidak",
 }
 
 
@@ -32,8 +34,8 @@ class Adjusted:
 
 def adjust(p_values: ArrayLike, method: Correction = "holm", *, alpha: float = 0.05) -> Adjusted:
     """Adjust p-values so that comparing each with alpha holds the family-wise error (bonferroni; holm 1979;
-    hochberg 1988; hommel 1988) or the false discovery rate (bh: Benjamini & Hochberg 1995; by: Benjamini &
-    Yekutieli 2001, under any dependence).
+    hochberg 1988; hommel 1988; sidak and holm-sidak for independent tests) or the false discovery rate (bh:
+    Benjamini & Hochberg 1995; by: Benjamini & Yekutieli 2001, under any dependence).
     """
     raw = np.asarray(p_values, dtype=np.float64)
     if raw.size == 0 or method == "none":

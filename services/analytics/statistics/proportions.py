@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from services.analytics.statistics.counts import CountTest
+from services.analytics.statistics.fixed_horizon import Tails, tail_probability
 
 
 def wilson(successes: float, n: int, *, alpha: float = 0.05) -> tuple[float, float]:
@@ -49,43 +50,55 @@ def two_proportion_z_test(
     *,
     alpha: float = 0.05,
     continuity: bool = False,
+    alternative: Tails = "two-sided",
 ) -> TwoProportions:
-    """Two-sided z-test of equal shares; each side is (successes, n), n > 0.
+    """z-test of equal shares; each side is (successes, n). An empty side says nothing: p = 1. The intervals of
+    a one-sided test reach to -1 or 1 on the side of the alternative.
 
     Interval: unpooled Wald, and Newcombe's hybrid of two Wilson intervals (1998, method 10). `continuity`
     applies Yates' correction to z and the Wald interval, as R's prop.test does by default.
     """
     (s_c, n_c), (s_t, n_t) = control, treatment
+    if not (n_c and n_t):
+        everything = (-1.0, 1.0)
+        shares = [s / n if n else 0.0 for s, n in (control, treatment)]
+        return TwoProportions(0.0, 0.0, 1.0, everything, everything, shares[0], shares[1], alpha)
     p_c, p_t = s_c / n_c, s_t / n_t
     gap, harmonic = p_t - p_c, 1 / n_c + 1 / n_t
     pooled = (s_c + s_t) / (n_c + n_t)
     yates = min(0.5, abs(gap) / harmonic) * harmonic if continuity else 0.0
     error = math.sqrt(pooled * (1 - pooled) * harmonic)
     z = math.copysign(abs(gap) - yates, gap) / error if error > 0 else 0.0
-    quantile = float(stats.norm.isf(alpha / 2))
+    level = alpha if alternative == "two-sided" else 2 * alpha
+    quantile = float(stats.norm.isf(level / 2))
     spread = quantile * math.sqrt(p_c * (1 - p_c) / n_c + p_t * (1 - p_t) / n_t) + yates
-    low_c, high_c = wilson(s_c, n_c, alpha=alpha)
-    low_t, high_t = wilson(s_t, n_t, alpha=alpha)
+    low_c, high_c = wilson(s_c, n_c, alpha=level)
+    low_t, high_t = wilson(s_t, n_t, alpha=level)
+    wald = max(-1.0, gap - spread), min(1.0, gap + spread)
+    newcombe = gap - math.hypot(p_t - low_t, high_c - p_c), gap + math.hypot(high_t - p_t, p_c - low_c)
     return TwoProportions(
         estimate=gap,
         z=z,
-        p_value=2 * float(stats.norm.sf(abs(z))),
-        wald_ci=(max(-1.0, gap - spread), min(1.0, gap + spread)),
-        newcombe_ci=(
-            gap - math.hypot(p_t - low_t, high_c - p_c),
-            gap + math.hypot(high_t - p_t, p_c - low_c),
-        ),
+        p_value=tail_probability(z, math.inf, alternative),
+        wald_ci=_opened(wald, alternative),
+        newcombe_ci=_opened(newcombe, alternative),
         p_control=p_c,
         p_treatment=p_t,
         alpha=alpha,
     )
 
 
+def _opened(ci: tuple[float, float], alternative: Tails) -> tuple[float, float]:
+    return -1.0 if alternative == "smaller" else ci[0], 1.0 if alternative == "larger" else ci[1]
+
+
 def k_proportions(successes: ArrayLike, totals: ArrayLike) -> CountTest:
-    """Chi-square test that k groups share one proportion, k - 1 degrees of freedom."""
+    """Chi-square test that k groups share one proportion, k - 1 degrees of freedom, empty groups left out."""
     wins, sizes = np.asarray(successes, dtype=np.float64), np.asarray(totals, dtype=np.float64)
-    pooled = wins.sum() / sizes.sum()
-    if pooled in (0.0, 1.0):
-        return CountTest(0.0, wins.size - 1, 1.0)
+    pooled = wins.sum() / sizes.sum() if sizes.sum() else 0.0
+    if np.any(sizes == 0):
+        return k_proportions(wins[sizes > 0], sizes[sizes > 0])
+    if wins.size < 2 or pooled in (0.0, 1.0):
+        return CountTest(0.0, max(0, wins.size - 1), 1.0)
     statistic = float(np.sum((wins - sizes * pooled) ** 2 / (sizes * pooled * (1 - pooled))))
     return CountTest(statistic, wins.size - 1, float(stats.chi2.sf(statistic, wins.size - 1)))

@@ -22,8 +22,10 @@ def quantile_p_value(
 
     Each arm's count below a common point x is a coin of bias `quantile` under the null; the p-value is the
     inverse of the smallest product of both beta-binomial martingales over x. `t_opt` is the number of values
-    an arm at which the test is sharpest.
+    an arm at which the test is sharpest. 1 where an arm is empty.
     """
+    if not (np.size(control) and np.size(treatment)):
+        return 1.0
     variance = quantile * (1 - quantile)
     mixture = BetaBinomialMixture(t_opt * variance, g=quantile, h=1 - quantile, alpha_opt=alpha_opt)
     arms = [

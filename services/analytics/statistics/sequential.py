@@ -60,6 +60,22 @@ def asymptotic_sequence(
     )
 
 
+def one_sided_sequence(
+    effect: Effect, *, alpha: float = 0.05, tuning_n: float = DEFAULT_TUNING_N
+) -> tuple[float, float]:
+    """Lower and upper limits of an effect, each an asymptotic confidence sequence of its own at level alpha
+    (Waudby-Smith et al., arXiv:2103.06476, Proposition B.1): estimate -/+
+    s sqrt(2 (N rho^2 + 1) / (N^2 rho^2) ln(1 + sqrt(N rho^2 + 1) / (2 alpha))), rho tuned for 2 alpha.
+    """
+    units = effect.n_control + effect.n_treatment
+    if not units:
+        return -math.inf, math.inf
+    growth = units * mixture_rate(2 * alpha, tuning_n) ** 2
+    reach = 2 * (growth + 1) / growth * math.log1p(math.sqrt(growth + 1) / (2 * alpha))
+    half = effect.std_error * math.sqrt(reach)
+    return effect.estimate - half, effect.estimate + half
+
+
 def msprt_p_values(
     deviations: ArrayLike, variance_times: ArrayLike, *, rho: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -97,10 +113,15 @@ def sequential_sample_ratio(
     concentration looks for small mismatches.
     """
     null = np.asarray(probabilities, dtype=np.float64)
-    null = null / null.sum()
+    used = null > 0
+    null = null[used] / null.sum()
     prior = concentration * null
     odds = []
-    for counts in np.atleast_2d(np.asarray(counts_per_look, dtype=np.float64)):
+    for everyone in np.atleast_2d(np.asarray(counts_per_look, dtype=np.float64)):
+        counts = everyone[used]
+        if everyone.sum() > counts.sum():  # units in an arm that was to get none
+            odds.append(0.0)
+            continue
         total = counts.sum()
         log_alternative = (
             gammaln(prior.sum())

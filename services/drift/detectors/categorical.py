@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from services.drift.detectors.binning import category_counts
+from services.drift.detectors.ks import Alternative
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +53,17 @@ def chi_square_two_sample(reference_counts: ArrayLike, current_counts: ArrayLike
     return CategoricalResult(float(result.statistic), float(result.pvalue), int(result.dof))
 
 
-def fisher_exact(reference: ArrayLike, current: ArrayLike) -> CategoricalResult:
-    """Fisher's exact two-sided test of two samples of zeros and ones (or any two values)."""
+def fisher_exact(
+    reference: ArrayLike, current: ArrayLike, *, alternative: Alternative = "two-sided"
+) -> CategoricalResult:
+    """Fisher's exact test of two samples of zeros and ones (or any two values). "greater": the current sample
+    holds the larger value more often. A feature with one value only shows nothing: p = 1."""
     left, right = category_counts(reference, current)
+    if left.size == 1:
+        return CategoricalResult(1.0, 1.0)
     if left.size != 2:
         raise ValueError("Fisher's exact test needs a feature with exactly two values")
-    result = stats.fisher_exact(np.vstack((left, right)))
+    result = stats.fisher_exact(np.vstack((left, right)), alternative)
     return CategoricalResult(float(result.statistic), float(result.pvalue))
 
 

@@ -5,16 +5,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.vectors.cases import Case, problems, read
+from tests.vectors.cases import Case, judged, problems, read
+from tests.vectors.drift import ANSWERS as DRIFT_ANSWERS
+from tests.vectors.drift import CHECKS as DRIFT_CHECKS
 from tests.vectors.experiments import ANSWERS, CHECKS
 
-FILE = Path(__file__).parents[2] / "vectors" / "statistics.json"
-CASES = [case for case in read(FILE) if case.kind in ANSWERS]
+FOLDER = Path(__file__).parents[2] / "vectors"
+CASES = [case for case in read(FOLDER / "statistics.json") if case.kind in ANSWERS]
+#: The same kinds with other options, computed with R and with GrowthBook's package.
+VARIANTS = read(FOLDER / "variants.json")
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 def test_published_case(case: Case) -> None:
-    assert problems(case, ANSWERS, CHECKS) == []
+    assert judged(case, ANSWERS, CHECKS) == ([], [])
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in VARIANTS])
+def test_variant_of_a_published_case(case: Case) -> None:
+    assert judged(case, ANSWERS | DRIFT_ANSWERS, CHECKS | DRIFT_CHECKS) == ([], [])
+
+
+def test_an_option_nobody_knows_is_named_where_the_numbers_differ() -> None:
+    case = next(case for case in CASES if case.kind == "wilson_interval")
+    odd = dataclasses.replace(case, inputs={**case.inputs, "alpha": 0.2, "moon_phase": "full"})
+    assert problems(odd, ANSWERS, CHECKS)[-1] == "these inputs are not understood: moon_phase"
 
 
 def test_no_kind_lost_its_cases() -> None:
