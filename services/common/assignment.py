@@ -42,16 +42,29 @@ def fill(ranges: Iterable[BucketRange], versions: Sequence[str]) -> list[int]:
     Raises ValueError unless the ranges cover every bucket exactly once with versions that are there.
     """
     known = {version: index for index, version in enumerate(versions)}
-    filled = [-1] * BUCKETS
-    for part in ranges:
-        if part.version not in known:
-            raise ValueError(f"buckets name version {part.version!r}, which is not served")
-        if not part.first <= part.last < BUCKETS:
-            raise ValueError(f"no range of buckets: {part.first} to {part.last}")
-        for number in range(part.first, part.last + 1):
-            if filled[number] >= 0:
+    filled = claim((part.first, part.last, _index(known, part.version)) for part in ranges)
+    if None in filled:
+        raise ValueError(f"bucket {filled.index(None)} belongs to no version")
+    return [owner for owner in filled if owner is not None]
+
+
+def claim(ranges: Iterable[tuple[int, int, int]]) -> list[int | None]:
+    """For every bucket who owns it. A range is the first bucket, the last, and who owns both and all between.
+
+    Raises ValueError where a range is none, or a bucket is given twice.
+    """
+    owners: list[int | None] = [None] * BUCKETS
+    for first, last, owner in ranges:
+        if not 0 <= first <= last < BUCKETS:
+            raise ValueError(f"no range of buckets: {first} to {last}")
+        for number in range(first, last + 1):
+            if owners[number] is not None:
                 raise ValueError(f"bucket {number} is given twice")
-            filled[number] = known[part.version]
-    if -1 in filled:
-        raise ValueError(f"bucket {filled.index(-1)} belongs to no version")
-    return filled
+            owners[number] = owner
+    return owners
+
+
+def _index(known: dict[str, int], version: str) -> int:
+    if version not in known:
+        raise ValueError(f"buckets name version {version!r}, which is not served")
+    return known[version]

@@ -142,7 +142,7 @@ class Call(Routed):
         if target is None:
             raise RuntimeError("a cached answer to a call that was not routed")
         reply.cached = True
-        reply.version, reply.variant = target.version, target.variant
+        reply.version, reply.variant, reply.experiment = target.version, target.variant, target.experiment
         self._finish(reply, ran=True)
 
     def give_up(self, error: HeadraceError) -> None:
@@ -160,6 +160,7 @@ class Call(Routed):
                 field=error.field or "",
                 version=target.version if target else "",
                 variant=target.variant if target else "",
+                experiment=target.experiment if target else "",
                 retry_after_ms=error.retry_after_ms or 0,
             ),
             ran=False,
@@ -374,6 +375,7 @@ class Call(Routed):
         if self.target is not None and not reply.version:
             reply.version = self.target.version
             reply.variant = self.target.variant
+            reply.experiment = self.target.experiment
 
     def _end(self, code: Code, now: float) -> None:
         dispatcher, target = self._dispatcher, self.target

@@ -193,6 +193,8 @@ def columns(
         queue_us=[0] * count,
         compute_us=[0] * count,
         rows=[_rows(r) for r in requests],
+        experiments=[1] * count if target.experiment else [],
+        experiment_ids=[target.experiment] if target.experiment else [],
     )
 
 

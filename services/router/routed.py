@@ -100,7 +100,13 @@ class Routed:
             target = route.named(request.version)
             stamp = target.stamp_named
         else:
-            target = route.assign(unit)
+            assigned = None if route.experiments is None else route.experiments.assign(request)
+            if assigned is None:
+                target = route.assign(unit)
+            else:
+                target = route.arm(assigned)
+                digest = assigned.digest
+                self.unit_hash = int.from_bytes(digest, "little")
             self.propensity = target.propensity
             stamp = target.stamp
             if route.watched:
@@ -114,10 +120,10 @@ class Routed:
 
     def _watch(self, route: Route, target: Target) -> None:
         """Note who else has to do with requests that were assigned."""
-        fallback, shadow = route.fallback, route.shadow
-        if fallback is not None and fallback.target is not target:
-            self._fallback = fallback
-        if shadow is not None and shadow.target is not target and not self.request.origin:
+        shadow = route.shadow
+        if target.fallback is not None:
+            self._fallback = target.fallback
+        if shadow is not None and shadow.target.key != target.key and not self.request.origin:
             self.mirrored = Mirror.chosen(shadow, self.request)
             if self.mirrored:
                 self.plain = False

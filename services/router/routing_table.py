@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
 import structlog
-from headrace.v1.control_pb2 import Balancing, ServedVersion, ServingConfig
+from headrace.v1.control_pb2 import Balancing, Experiment, ServedVersion, ServingConfig
+from headrace.v1.control_pb2 import Fallback as FallbackConfig
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.assignment import BUCKETS, Buckets, fill
 from services.common.errors import NotFound
+from services.common.experiments import Assigned, Layer
 
 log = structlog.get_logger(__name__)
 
@@ -20,11 +22,13 @@ VersionKey = tuple[str, str]
 
 
 class Target:
-    """One version that can be routed to."""
+    """One version that can be routed to; where an experiment assigns it, as one of its variants."""
 
     __slots__ = (
         "batched",
         "digest",
+        "experiment",
+        "fallback",
         "key",
         "name",
         "propensity",
@@ -34,18 +38,33 @@ class Target:
         "version",
     )
 
-    def __init__(self, model: str, served: ServedVersion, propensity: float, revision: int = 0) -> None:
+    def __init__(
+        self,
+        model: str,
+        served: ServedVersion,
+        propensity: float,
+        revision: int = 0,
+        *,
+        variant: str = "",
+        experiment: str = "",
+    ) -> None:
         self.key: VersionKey = (model, served.version)
         self.version = served.version
-        self.variant = served.variant or served.version
+        self.variant = variant or served.variant or served.version
+        #: The one that assigned it; "": none.
+        self.experiment = experiment
         self.digest = served.artifact_digest
         #: Whether the first dimension of every tensor counts rows.
         self.batched = served.signature.batched
         #: Share of the units that its buckets get, 0 … 1.
         self.propensity = propensity
+        #: Who answers where it fails; None: nobody else.
+        self.fallback: Fallback | None = None
         #: Fields of a serialized PredictRequest: who answers; and with them how it came to that, assigned or
         #: named by the request.
-        self.name = PredictRequest(version=self.version, variant=self.variant).SerializeToString()
+        self.name = PredictRequest(
+            version=self.version, variant=self.variant, experiment=experiment
+        ).SerializeToString()
         known = self.name + PredictRequest(revision=revision).SerializeToString()
         self.stamp = known + PredictRequest(propensity=propensity).SerializeToString()
         self.stamp_named = known + PredictRequest(propensity=1.0).SerializeToString()
@@ -70,6 +89,8 @@ class Shadow(NamedTuple):
     target: Target
     share: int
     tolerance: float
+    #: Attribute of requests by whose value comparisons are told apart; "": none.
+    slice_by: str = ""
 
 
 class Hedging(NamedTuple):
@@ -94,6 +115,7 @@ class Route:
     """Everything a request for one model needs."""
 
     __slots__ = (
+        "_arms",
         "_buckets",
         "_by_name",
         "_of_unit",
@@ -101,6 +123,7 @@ class Route:
         "_targets",
         "balancing",
         "cache",
+        "experiments",
         "fallback",
         "hedging",
         "log_payloads",
@@ -146,16 +169,56 @@ class Route:
         if config.shadow.share:
             shadow = config.shadow
             target = self._served(shadow.version, "shadow")
-            self.shadow = Shadow(target, shadow.share, shadow.tolerance or _TOLERANCE)
+            self.shadow = Shadow(target, shadow.share, shadow.tolerance or _TOLERANCE, shadow.slice_by)
         self.hedging: Hedging | None = None
         if config.HasField("hedging"):
             quantile = min(max(config.hedging.quantile or _QUANTILE, 0.5), 0.999)
             self.hedging = Hedging(quantile, config.hedging.min_delay_ms / 1e3)
         self.fallback: Fallback | None = None
         if config.HasField("fallback"):
-            self.fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)
+            self.fallback = self._fallback(config.fallback)
         #: Whether somebody else may have to do with a request that was assigned.
         self.watched = self.shadow is not None or self.fallback is not None
+        #: None where no experiment runs.
+        self.experiments: Layer | None = None
+        self._arms: list[list[Target]] = []
+        if config.experiments:
+            self.experiments = self._layer(config)
+
+    def _layer(self, config: ServingConfig) -> Layer:
+        """What runs, with its variants in `_arms`: those that buckets assign, and those chosen by hand."""
+        layer = Layer(config.model, config.experiments, config.holdout)
+        for index, experiment in enumerate(config.experiments):
+            shares = [layer.share(index, arm) for arm in range(len(experiment.variants))]
+            self._arms.append(self._arms_of(experiment, config, shares))
+            self._arms.append(self._arms_of(experiment, config, [1.0] * len(shares)))
+        return layer
+
+    def _arms_of(self, experiment: Experiment, config: ServingConfig, shares: list[float]) -> list[Target]:
+        """The variants as they are stamped where they are assigned with these propensities."""
+        served = {one.version: one for one in config.versions}
+        arms = []
+        for variant, share in zip(experiment.variants, shares, strict=True):
+            if variant.version not in served:
+                raise ValueError(f"variant {variant.name!r} of {experiment.experiment_id} is not served")
+            label = {"variant": variant.name, "experiment": experiment.experiment_id}
+            arm = Target(config.model, served[variant.version], share, config.revision, **label)
+            fallback = self.fallback
+            if fallback is not None and fallback.target.key != arm.key:
+                # Whoever answers in the end, the unit was given this variant and counts for it.
+                stand_in = served[fallback.target.version]
+                other = Target(config.model, stand_in, share, config.revision, **label)
+                arm.fallback = Fallback(other, fallback.on)
+            arms.append(arm)
+        return arms
+
+    def _fallback(self, config: FallbackConfig) -> Fallback:
+        """Who stands in for all others."""
+        fallback = Fallback(self._served(config.version, "fallback"), config.on)
+        for target in self._targets:
+            if target is not fallback.target:
+                target.fallback = fallback
+        return fallback
 
     def _served(self, version: str, role: str) -> Target:
         for target in self._targets:
@@ -173,6 +236,10 @@ class Route:
         if self._sole is not None:
             return self._sole
         return self._targets[self._buckets[self._of_unit(unit)]]
+
+    def arm(self, assigned: Assigned) -> Target:
+        """The version that answers where an experiment has assigned."""
+        return self._arms[2 * assigned.experiment + assigned.overridden][assigned.variant]
 
     def named(self, name: str) -> Target:
         """The version or alias `name`. Raises NotFound."""

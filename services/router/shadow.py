@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,11 +24,12 @@ from services.common.clock import Clock
 from services.common.errors import HeadraceError
 from services.common.frames import lost
 from services.common.ids import new_id
+from services.common.targeting import Value, attribute
 from services.common.topics import SHADOWS
 from services.router.comparison import Comparison, Output, compare
 from services.router.endpoints import Endpoint, Endpoints, Group
 from services.router.outliers import verdict
-from services.router.routing_table import Route, Shadow, Target
+from services.router.routing_table import Route, Shadow, Target, VersionKey
 from services.router.stats import Stats
 
 log = structlog.get_logger(__name__)
@@ -36,6 +37,10 @@ log = structlog.get_logger(__name__)
 #: A shadow that takes longer has failed, seconds.
 _PATIENCE_S: Final = 10.0
 _US_MAX: Final = (1 << 32) - 1
+#: Values told apart in one record; the rest is `_OTHER`. And how much of a long one is kept.
+_MOST_SLICES: Final = 20
+_OTHER: Final = "other"
+_SLICE_LENGTH: Final = 256
 _NOTHING: Final = Output(OutputComparison.KIND_UNSPECIFIED, np.zeros(0, np.bool_))
 
 
@@ -52,6 +57,8 @@ class Copy:
     sent_at: float = 0.0
     reply: PredictReply | None = None
     shadow_latency_s: float = 0.0
+    #: The value of the attribute by which comparisons are told apart.
+    slice: str = ""
 
 
 class Mirror:
@@ -88,7 +95,9 @@ class Mirror:
             self._stats.shadowed(shadow.target.key, "dropped")
             return
         self.under_way += 1
-        self._waiting.append(Copy(request, route, target, shadow, reply, latency_s))
+        value = _text(attribute(request, shadow.slice_by)) if shadow.slice_by else ""
+        request.ClearField("attributes")
+        self._waiting.append(Copy(request, route, target, shadow, reply, latency_s, slice=value))
         if len(self._waiting) == 1:
             # Behind the flush of this turn's replies.
             asyncio.get_running_loop().call_soon(self._send_all)
@@ -111,6 +120,7 @@ class Mirror:
             self._drop(copy)
             return
         request.version, request.variant = target.version, target.variant
+        request.experiment = ""
         request.origin, request.priority = Origin.ORIGIN_SHADOW, Priority.PRIORITY_LOW
         request.attempt, request.propensity, request.trace = 0, 1.0, b""
         copy.sent_at = now
@@ -162,9 +172,9 @@ class Mirror:
                 self.under_way -= len(answered)
 
     def _compare(self, copies: Sequence[Copy]) -> list[tuple[list[Copy], ShadowComparison]]:
-        groups: dict[tuple[Target, Shadow], list[Copy]] = {}
+        groups: dict[tuple[VersionKey, str, Shadow], list[Copy]] = {}
         for copy in copies:
-            groups.setdefault((copy.target, copy.shadow), []).append(copy)
+            groups.setdefault((copy.target.key, copy.target.digest, copy.shadow), []).append(copy)
         now_us = self._clock.unix_us()
         return [(members, comparison_record(members, self._source, now_us)) for members in groups.values()]
 
@@ -178,7 +188,7 @@ def comparison_record(copies: Sequence[Copy], source: str, now_us: int) -> Shado
         for c, reply in zip(copies, replies, strict=True)
     ]
     requests = [copy.request for copy in copies]
-    return ShadowComparison(
+    record = ShadowComparison(
         batch_id=new_id(),
         source=source,
         model=first.target.key[0],
@@ -199,7 +209,31 @@ def comparison_record(copies: Sequence[Copy], source: str, now_us: int) -> Shado
         rows=[one.rows for one in compared],
         rows_equal=[one.rows_equal for one in compared],
         outputs=list(_outputs(compared)),
+        slice_by=first.shadow.slice_by,
     )
+    if first.shadow.slice_by:
+        record.slices.extend(_slices([copy.slice for copy in copies], record.slice_names))
+    return record
+
+
+def _slices(values: Sequence[str], names: MutableSequence[str]) -> Iterator[int]:
+    """The place of each value in `names`, which grows by them up to the bound."""
+    places: dict[str, int] = {}
+    for value in values:
+        known = value if value in places or len(places) < _MOST_SLICES else _OTHER
+        if known not in places:
+            places[known] = len(places)
+            names.append(known)
+        yield places[known]
+
+
+def _text(value: Value | None) -> str:
+    """How an attribute is written in a record; truth values and whole numbers as in JSON."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value)[:_SLICE_LENGTH]
 
 
 def _outputs(compared: Sequence[Comparison]) -> Sequence[OutputComparison]:

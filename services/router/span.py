@@ -48,6 +48,7 @@ class RouteSpan:
                 "headrace.model": model,
                 "headrace.version": target.version if target is not None else "",
                 "headrace.variant": target.variant if target is not None else "",
+                "headrace.experiment": target.experiment if target is not None else "",
                 "headrace.attempts": call.attempt + 1,
                 "headrace.fallback": call.fell_back,
                 "headrace.code": Code.Name(code),

@@ -38,11 +38,13 @@ _COMPUTE_US: Final = tag(PredictionBatch.COMPUTE_US_FIELD_NUMBER, 2)
 _ROWS: Final = tag(PredictionBatch.ROWS_FIELD_NUMBER, 2)
 _INPUTS: Final = tag(PredictionBatch.INPUTS_FIELD_NUMBER, 2)
 _OUTPUTS: Final = tag(PredictionBatch.OUTPUTS_FIELD_NUMBER, 2)
+_EXPERIMENTS: Final = tag(PredictionBatch.EXPERIMENTS_FIELD_NUMBER, 2)
+_EXPERIMENT_IDS: Final = tag(PredictionBatch.EXPERIMENT_IDS_FIELD_NUMBER, 2)
 _US_MAX: Final = (1 << 32) - 1
 _MOST_KEPT: Final = 1024
 
-#: What a request says of itself: variant, propensity, revision, origin, attempt, rows.
-_Said = tuple[str, float, int, int, int, int]
+#: What a request says of itself: variant, propensity, revision, origin, attempt, rows, experiment.
+_Said = tuple[str, float, int, int, int, int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ class PredictionRecords:
         count = len(items)
         requests = [item.request for item in items]
         said = [
-            (r.variant, r.propensity, r.revision, r.origin, r.attempt, i.rows)
+            (r.variant, r.propensity, r.revision, r.origin, r.attempt, i.rows, r.experiment)
             for r, i in zip(requests, items, strict=True)
         ]
         if codes is None and said.count(said[0]) == count:
@@ -219,7 +221,7 @@ class PredictionRecords:
     def _said(self, said: Sequence[_Said], codes: Sequence[Code]) -> bytes:
         """What does not come from a clock, nor names the request."""
         count = len(said)
-        variants, propensities, revisions, origins, attempts, rows = zip(*said, strict=True)
+        variants, propensities, revisions, origins, attempts, rows, experiments = zip(*said, strict=True)
         names = list(dict.fromkeys(variants))
         return b"".join(
             (
@@ -234,8 +236,19 @@ class PredictionRecords:
                 _ATTEMPTS, _varints(attempts),
                 _CACHED, _varints([0] * count),
                 _ROWS, _varints(rows),
+                _assigned(experiments),
             )
         )  # fmt: skip
+
+
+def _assigned(experiments: Sequence[str]) -> bytes:
+    """Which experiment assigned each; nothing where none assigned any."""
+    ids = [name for name in dict.fromkeys(experiments) if name]
+    if not ids:
+        return b""
+    places = {name: place for place, name in enumerate(ids, 1)}
+    named = [_EXPERIMENT_IDS + varint(len(name)) + name for name in map(str.encode, ids)]
+    return b"".join([*named, _EXPERIMENTS, _varints([places.get(name, 0) for name in experiments])])
 
 
 def _varints(numbers: Sequence[int]) -> bytes:

@@ -26,7 +26,7 @@ class Replies:
     def __init__(self, version: str, *, batched: bool) -> None:
         self._version = delimited(PredictReply.VERSION_FIELD_NUMBER, version.encode())
         self._batched = batched
-        self._variants: Kept[str, bytes] = Kept(_MOST_KEPT)
+        self._variants: Kept[tuple[str, str], bytes] = Kept(_MOST_KEPT)
         self._heads: Kept[tuple[object, ...], list[bytes | None]] = Kept(_MOST_KEPT)
 
     def of_part(self, part: Part, times: Answered) -> list[bytes]:
@@ -36,15 +36,16 @@ class Replies:
         replies = []
         first = 0
         # What the member before had, since most have the same.
-        rows, queue_us, variant, begin = -1, -1, "", b""
+        rows, queue_us, variant, experiment, begin = -1, -1, "", "", b""
         heads: list[bytes | None] = []
         for item in part.items:
             if item.rows != rows:
                 rows = item.rows
                 heads = self._heads_of(columns, rows)
-            if item.queue_us != queue_us or item.request.variant != variant:
-                queue_us, variant = item.queue_us, item.request.variant
-                begin = self._named(variant) + varint(queue_us) + compute
+            request = item.request
+            if item.queue_us != queue_us or request.variant != variant or request.experiment != experiment:
+                queue_us, variant, experiment = item.queue_us, request.variant, request.experiment
+                begin = self._named(variant, experiment) + varint(queue_us) + compute
             pieces = [_ID, varint(item.id), begin]
             for column, head in zip(columns, heads, strict=True):
                 data = column.rows(first, rows)
@@ -53,11 +54,11 @@ class Replies:
             first += rows
         return replies
 
-    def _named(self, variant: str) -> bytes:
-        named = self._variants.get(variant)
+    def _named(self, variant: str, experiment: str) -> bytes:
+        named = self._variants.get((variant, experiment))
         if named is None:
-            given = delimited(PredictReply.VARIANT_FIELD_NUMBER, variant.encode()) if variant else b""
-            named = self._variants[variant] = self._version + given + _QUEUE_US
+            given = PredictReply(variant=variant, experiment=experiment).SerializeToString()
+            named = self._variants[variant, experiment] = self._version + given + _QUEUE_US
         return named
 
     def _heads_of(self, columns: Sequence[OutputColumn], rows: int) -> list[bytes | None]:
@@ -86,6 +87,7 @@ def error_reply(request: PredictRequest, error: HeadraceError, compute_us: int =
         field=error.field or "",
         version=request.version,
         variant=request.variant,
+        experiment=request.experiment,
         compute_us=compute_us,
         retry_after_ms=error.retry_after_ms or 0,
     )

@@ -125,7 +125,7 @@ class PredictRequest(_message.Message):
     def __init__(self, id: _Optional[int] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., request_id: _Optional[bytes] = ..., unit: _Optional[str] = ..., timeout_us: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., trace: _Optional[bytes] = ..., outputs: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., received_at_us: _Optional[int] = ..., key_id: _Optional[str] = ..., variant: _Optional[str] = ..., propensity: _Optional[float] = ..., unit_hash: _Optional[int] = ..., revision: _Optional[int] = ..., attempt: _Optional[int] = ..., origin: _Optional[_Union[Origin, str]] = ..., experiment: _Optional[str] = ..., session: _Optional[str] = ..., attributes: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
 
 class PredictReply(_message.Message):
-    __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters")
+    __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters", "experiment")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +146,7 @@ class PredictReply(_message.Message):
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     id: int
     code: _tensor_pb2.Code
     message: str
@@ -159,7 +160,8 @@ class PredictReply(_message.Message):
     compute_us: int
     retry_after_ms: int
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
-    def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
+    experiment: str
+    def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., experiment: _Optional[str] = ...) -> None: ...
 
 class UnopenedFrame(_message.Message):
     __slots__ = ("items",)
@@ -168,7 +170,7 @@ class UnopenedFrame(_message.Message):
     def __init__(self, items: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SealedReply(_message.Message):
-    __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters")
+    __slots__ = ("id", "code", "message", "field", "version", "variant", "outputs", "cached", "fallback", "queue_us", "compute_us", "retry_after_ms", "parameters", "experiment")
     class ParametersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +191,7 @@ class SealedReply(_message.Message):
     COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     id: int
     code: _tensor_pb2.Code
     message: str
@@ -202,7 +205,8 @@ class SealedReply(_message.Message):
     compute_us: int
     retry_after_ms: int
     parameters: _containers.MessageMap[str, _tensor_pb2.Parameter]
-    def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[bytes]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ...) -> None: ...
+    experiment: str
+    def __init__(self, id: _Optional[int] = ..., code: _Optional[_Union[_tensor_pb2.Code, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., version: _Optional[str] = ..., variant: _Optional[str] = ..., outputs: _Optional[_Iterable[bytes]] = ..., cached: _Optional[bool] = ..., fallback: _Optional[bool] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., retry_after_ms: _Optional[int] = ..., parameters: _Optional[_Mapping[str, _tensor_pb2.Parameter]] = ..., experiment: _Optional[str] = ...) -> None: ...
 
 class SealedReplyFrame(_message.Message):
     __slots__ = ("hello", "items", "draining")

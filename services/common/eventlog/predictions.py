@@ -87,7 +87,8 @@ def _layout(key: bytes, record: PredictionBatch) -> _Layout | None:
             tensors += (tensor.name, tensor.datatype, shape[1:])
     return (
         key, record.source, record.writer, record.model, record.version, record.artifact_digest,
-        record.exclude_from_drift, record.exclude_from_experiments, *record.variant_names, *tensors,
+        record.exclude_from_drift, record.exclude_from_experiments, tuple(record.variant_names),
+        tuple(record.experiment_ids), *tensors,
     )  # fmt: skip
 
 
@@ -97,6 +98,8 @@ def _joined(group: _Group) -> Event | None:
     # In protobuf, messages laid end to end are one message whose repeated fields are those of all.
     whole = PredictionBatch.FromString(b"".join([event.value for event in group.events]))
     if any(len(getattr(whole, name)) != group.requests for name in _COLUMNS) or whole.answered_before_us:
+        return None
+    if len(whole.experiments) != (group.requests if first.experiment_ids else 0):
         return None
     answered = [record.answered_at_us for record in records]
     last = max(answered)
@@ -112,6 +115,8 @@ def _joined(group: _Group) -> Event | None:
     whole.request_ids = b"".join([record.request_ids for record in records])
     del whole.variant_names[:]
     whole.variant_names.extend(first.variant_names)
+    del whole.experiment_ids[:]
+    whole.experiment_ids.extend(first.experiment_ids)
     for joined, of_first, of_each in (
         (whole.inputs, first.inputs, [record.inputs for record in records]),
         (whole.outputs, first.outputs, [record.outputs for record in records]),

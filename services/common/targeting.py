@@ -1,0 +1,88 @@
+"""Which requests an experiment is about: conditions on their attributes. Pure.
+
+Attributes are those that the gateway was told, and the request's own parameters where they have other names.
+Text is compared with text, numbers and truth values (1 and 0) with numbers. What is not there or of another
+kind fulfils NOT_IN and, where it is not there, ABSENT.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+from headrace.v1.control_pb2 import Condition
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.tensor_pb2 import Parameter
+
+Value = str | int | float
+_Test = Callable[[Value | None], bool]
+
+_ORDER: Final[dict[int, Callable[[Any, Any], bool]]] = {
+    Condition.OPERATOR_LESS: operator.lt,
+    Condition.OPERATOR_LESS_OR_EQUAL: operator.le,
+    Condition.OPERATOR_GREATER: operator.gt,
+    Condition.OPERATOR_GREATER_OR_EQUAL: operator.ge,
+}
+
+
+class Targeting:
+    """Every one of some conditions."""
+
+    __slots__ = ("_conditions",)
+
+    def __init__(self, conditions: Iterable[Condition]) -> None:
+        """Raises ValueError where a condition says what cannot be tested."""
+        self._conditions = tuple((one.attribute, _test(one), one) for one in conditions)
+
+    def holds(self, request: PredictRequest) -> bool:
+        """Whether every condition holds."""
+        return all(test(attribute(request, name)) for name, test, _ in self._conditions)
+
+    def unmet(self, request: PredictRequest) -> Iterator[Condition]:
+        """The conditions that do not hold."""
+        return (one for name, test, one in self._conditions if not test(attribute(request, name)))
+
+
+def attribute(request: PredictRequest, name: str) -> Value | None:
+    """The attribute `name` of `request`; None where it has none."""
+    parameter = request.attributes.get(name)
+    if parameter is None:
+        parameter = request.parameters.get(name)
+    return None if parameter is None else _value(parameter)
+
+
+def _value(parameter: Parameter) -> Value | None:
+    kind = parameter.WhichOneof("value")
+    return None if kind is None else getattr(parameter, kind)
+
+
+def _test(condition: Condition) -> _Test:
+    """Whether a value fulfils `condition`. Raises ValueError."""
+    if not condition.attribute:
+        raise ValueError("a condition names no attribute")
+    values = [_value(one) for one in condition.values]
+    said = condition.operator
+    if said in (Condition.OPERATOR_PRESENT, Condition.OPERATOR_ABSENT):
+        if values:
+            raise ValueError(f"the condition on {condition.attribute!r} takes no value")
+        present = said == Condition.OPERATOR_PRESENT
+        return lambda value: (value is not None) is present
+    if not values or None in values:
+        raise ValueError(f"the condition on {condition.attribute!r} lacks a value")
+    if said in (Condition.OPERATOR_IN, Condition.OPERATOR_NOT_IN):
+        known = frozenset(values)
+        among = said == Condition.OPERATOR_IN
+        return lambda value: (value in known) is among
+    bound = values[0]
+    if len(values) > 1 or bound is None:
+        raise ValueError(f"the condition on {condition.attribute!r} takes one value")
+    if said == Condition.OPERATOR_STARTS_WITH:
+        if not isinstance(bound, str):
+            raise ValueError(f"the condition on {condition.attribute!r} takes text")
+        return lambda value: isinstance(value, str) and value.startswith(bound)
+    compare = _ORDER.get(said)
+    if compare is None:
+        raise ValueError(f"the condition on {condition.attribute!r} has an unknown operator")
+    text = isinstance(bound, str)
+    return lambda value: value is not None and isinstance(value, str) is text and compare(value, bound)
