@@ -29,6 +29,8 @@ START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 90.0
 KILLED_TIMEOUT_S = 20.0
 POLL_S = 0.1
+#: Of consumers in a stack for a test: groups form, and let go of what died, in half the usual time.
+SESSION_TIMEOUT_S = 3.0
 
 Progress = Callable[[StackStatus], None]
 
@@ -76,6 +78,7 @@ class Stack:
             chosen.setdefault("PYTHONPYCACHEPREFIX", str(REPOSITORY / ".headrace" / "bytecode"))
         chosen |= free_ports(workers)
         chosen |= {"HEADRACE_HOME": str(home), "HEADRACE_WORKERS": str(workers)}
+        chosen["KAFKA_SESSION_TIMEOUT_S"] = str(SESSION_TIMEOUT_S)
         if kafka_home is not None:
             chosen["KAFKA_HOME"] = str(kafka_home)
         return cls(chosen | dict(environment or {}), detached=False, supervisor=supervisor)

@@ -74,7 +74,11 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         stack.push_async_callback(store.close)
         await _reach(store)
         health.set_ready("artifact_store")
-        bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-analytics"))
+        bus = await stack.enter_async_context(
+            KafkaBus(
+                cfg.kafka_bootstrap_servers, "headrace-analytics", session_timeout=cfg.kafka_session_timeout_s
+            )
+        )
 
         await signatures.load(database)
         files = SegmentFiles(store, cfg.state_dir / "analytics" / "segments")

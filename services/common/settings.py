@@ -54,6 +54,9 @@ class ServiceSettings(_Environment):
     #: Address that its servers listen on.
     host: str = "127.0.0.1"
     kafka_bootstrap_servers: str
+    #: After how long a silence the partitions of a dead consumer go to the others of its group. Brokers take
+    #: up to half of it to let one join, and a consumer that is stopped meanwhile waits for that.
+    kafka_session_timeout_s: Annotated[float, Field(ge=1)] = 6.0
     #: Shared by the services of one installation; sent as `authorization: Bearer <token>`.
     internal_token: Annotated[str, Field(min_length=16, repr=False)]
     #: OTLP gRPC endpoint such as `http://127.0.0.1:4317`; empty: no tracing.

@@ -70,7 +70,11 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         async with transaction(database) as session:
             signatures.restore(await repository.signatures(session))
         await stack.enter_async_context(watched(health, {"database": lambda: check_database(database)}))
-        bus = await stack.enter_async_context(KafkaBus(cfg.kafka_bootstrap_servers, "headrace-drift"))
+        bus = await stack.enter_async_context(
+            KafkaBus(
+                cfg.kafka_bootstrap_servers, "headrace-drift", session_timeout=cfg.kafka_session_timeout_s
+            )
+        )
         relay = await stack.enter_async_context(OutboxRelay(database, Outbox, bus, clock))
         await stack.enter_async_context(WebhookSender(database, clock, metrics))
 

@@ -72,7 +72,10 @@ async def worker_app(
     async with AsyncExitStack() as stack:
         if bus is None:
             open_chunks = kafka_chunks(
-                cfg.kafka_bootstrap_servers, f"worker-{cfg.worker_id}", cfg.batch_assignment
+                cfg.kafka_bootstrap_servers,
+                f"worker-{cfg.worker_id}",
+                cfg.batch_assignment,
+                cfg.kafka_session_timeout_s,
             )
             bus = await stack.enter_async_context(
                 KafkaBus(cfg.kafka_bootstrap_servers, f"worker-{cfg.worker_id}")

@@ -48,9 +48,13 @@ class BatchOptions:
 OpenChunks = Callable[[Topic, str], Chunks]
 
 
-def kafka_chunks(bootstrap: str, client_id: str, assignment: Assignment) -> OpenChunks:
+def kafka_chunks(
+    bootstrap: str, client_id: str, assignment: Assignment, session_timeout: float
+) -> OpenChunks:
     """Chunks of the broker at `bootstrap`."""
-    return lambda topic, group: KafkaChunks(bootstrap, client_id, topic, group, assignment=assignment)
+    return lambda topic, group: KafkaChunks(
+        bootstrap, client_id, topic, group, assignment=assignment, session_timeout=session_timeout
+    )
 
 
 class BatchWorker:
