@@ -83,7 +83,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             serve_asgi(ops, cfg.ops_host or cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port)
         )
 
-        events: Bus = bus if bus is not None else await enter(KafkaBus(cfg.kafka_bootstrap_servers, process))
+        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process))
         folder = cfg.state_dir / "gateway"
         tables = (
             await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
@@ -198,6 +198,10 @@ def _gauges(
     gauge("headrace_gateway_in_flight_limit", "What may be in flight.", lambda: admission.limit)
     gauge("headrace_gateway_models", "Models in service.", lambda: len(catalogue))
     gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
+
+
+def _kafka(cfg: Settings, process: str) -> KafkaBus:
+    return KafkaBus(cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s)
 
 
 def _job_settings(cfg: Settings, process: str) -> JobSettings:
