@@ -22,12 +22,13 @@ from deploy.embedded.stack import Stack
 from examples import cancer
 from tests.e2e.batch import ENDED, Json, Patients
 from tests.fixtures.servers import kafka_home
+from tests.fixtures.waiting import PATIENCE_S
 
 ROWS = 200_000
 SEED = int(os.environ.get("CHAOS_SEED", "20261121"))
 #: The longest wait for progress before the next one dies.
-PATIENCE_S = 2.0
-WITHIN_S = 120.0
+NO_PROGRESS_S = 2.0
+WITHIN_S = 180.0
 MODEL = "slow-cancer"
 #: Width of the two layers that keep a worker busy, so that the job lasts for some seconds.
 WIDTH = 1024
@@ -42,7 +43,9 @@ def _asked(client: httpx.Client, method: str, path: str, **more: Any) -> httpx.R
     return None if answer.status_code in {499, 502, 503, 504} else answer
 
 
-def _until(client: httpx.Client, method: str, path: str, within_s: float, **more: Any) -> httpx.Response:
+def _until(
+    client: httpx.Client, method: str, path: str, within_s: float = PATIENCE_S, **more: Any
+) -> httpx.Response:
     deadline = time.monotonic() + within_s
     while (answer := _asked(client, method, path, **more)) is None:
         assert time.monotonic() < deadline, f"{path} was not answered"
@@ -76,7 +79,7 @@ def _deploy(stack: Stack, folder: Path) -> None:
     with Headrace(stack.rest_url, stack.admin_key) as client:
         client.push_model(MODEL, path, version="1")
         client.deploy(MODEL, {"1": 100})
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 client.predict(MODEL, row)
@@ -104,7 +107,7 @@ def _kill_in_any_order(stack: Stack, client: httpx.Client, job: str, broker: str
 
 def _at(client: httpx.Client, job: str, rows: float) -> str:
     """The state of the job once so many rows are done, or after a while: whoever would tell may be dead."""
-    state, deadline = "", time.monotonic() + PATIENCE_S
+    state, deadline = "", time.monotonic() + NO_PROGRESS_S
     while time.monotonic() < deadline and state not in ENDED:
         answer = _asked(client, "GET", f"/v1/batch/{job}")
         if answer is not None:
@@ -125,11 +128,11 @@ def _survives(stack: Stack, broker: str, seed: int, tmp_path: Path) -> None:
     with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=10) as client:
         body = {"model": MODEL, "version": "1", "input_uri": path.as_uri(), "output_format": "parquet"}
         key = {"idempotency-key": f"chaos-{seed}"}
-        job = _until(client, "POST", "/v1/batch", 30, json=body, headers=key).json()["batch_id"]
+        job = _until(client, "POST", "/v1/batch", json=body, headers=key).json()["batch_id"]
         died = _kill_in_any_order(stack, client, job, broker, seed)
         deadline = time.monotonic() + WITHIN_S
         while True:
-            answer = _until(client, "GET", f"/v1/batch/{job}", 60)
+            answer = _until(client, "GET", f"/v1/batch/{job}")
             told: Json = answer.json()
             if told["status"] in ENDED:
                 break
@@ -138,10 +141,10 @@ def _survives(stack: Stack, broker: str, seed: int, tmp_path: Path) -> None:
         assert told["status"] == "completed", (seed, died, told)
         assert len(died) == 5, f"the job was over before everything had died: {died}"
         assert told["counts"] == {"total": ROWS, "completed": ROWS, "failed": 0}, (seed, died, told)
-        again = _until(client, "POST", "/v1/batch", 30, json=body, headers=key).json()["batch_id"]
+        again = _until(client, "POST", "/v1/batch", json=body, headers=key).json()["batch_id"]
         assert again == job
         results = tmp_path / "results.parquet"
-        results.write_bytes(_until(client, "GET", f"/v1/batch/{job}/results", 30).content)
+        results.write_bytes(_until(client, "GET", f"/v1/batch/{job}/results").content)
     table = pq.read_table(results)
     assert np.array_equal(table.column("row").to_numpy(), np.arange(ROWS)), (seed, died)
     assert np.array_equal(table.column("label").to_numpy(), patients.labels), (seed, died)

@@ -17,17 +17,11 @@ from services.common.clock import SystemClock
 from services.common.errors import Unavailable
 from services.common.eventlog import EventLog
 from services.common.topics import Topic
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 EVENTS = Topic("test.events.v1", partitions=4)
 STATE = Topic("test.state.v1", partitions=1, compacted=True)
 CLOCK = SystemClock()
-PATIENCE = 40.0
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - many conditions, none of which could set an event
-            await asyncio.sleep(0.01)
 
 
 def numbered(first: int, last: int) -> list[Record]:
@@ -63,7 +57,7 @@ async def test_publishing_without_a_broker_fails_at_its_deadline(
     async with KafkaBus(server.url, "test", publish_deadline=1.0) as bus:
         await bus.publish(numbered(0, 5))
         server.kill()
-        async with asyncio.timeout(PATIENCE):  # it ends by itself
+        async with patience("a publish to end by itself"):
             with pytest.raises(Unavailable):
                 await bus.publish(numbered(5, 500))
         await restarted(server)
@@ -92,7 +86,7 @@ async def test_a_bus_may_be_opened_before_its_broker_and_its_topics(
             await bus.lag(EVENTS, "g")
         await restarted(server)
         await ensure_topics(server.url, [EVENTS, STATE])
-        await table.ready(PATIENCE)
+        await table.ready(PATIENCE_S)
         await bus.publish([*numbered(0, 10), Record(STATE.name, b"a", b"1")])
         await eventually(lambda: reader.numbers == set(range(10)) and known == {b"a": b"1"})
 
@@ -109,7 +103,7 @@ async def test_a_broker_that_comes_back_empty_is_read_from_its_beginning(
         bus.consume(EVENTS, "g", reader),
         bus.table(STATE, known.__setitem__) as table,
     ):
-        await table.ready(PATIENCE)
+        await table.ready(PATIENCE_S)
         await bus.publish(numbered(0, 60))
         await bus.publish([Record(STATE.name, b"k%d" % i, b"before") for i in range(20)])
         await eventually(lambda: len(reader.numbers) == 60 and len(known) == 20)
@@ -147,7 +141,7 @@ async def test_a_handler_that_outlives_a_memory_only_broker_hides_nothing_of_the
     async with KafkaBus(server.url, "test", session_timeout=2.0) as bus:
         await bus.publish(numbered(0, 60))
         async with bus.consume(EVENTS, "g", slow):
-            await asyncio.wait_for(old.wait(), PATIENCE)
+            await asyncio.wait_for(old.wait(), PATIENCE_S)
             server.kill()
             await restarted(server)
             await ensure_topics(server.url, [EVENTS])
@@ -155,7 +149,7 @@ async def test_a_handler_that_outlives_a_memory_only_broker_hides_nothing_of_the
             if noticed:
                 await asyncio.sleep(4.0)  # two sessions
             new.set()
-            await asyncio.wait_for(again.wait(), PATIENCE)
+            await asyncio.wait_for(again.wait(), PATIENCE_S)
         async with bus.consume(EVENTS, "g", late):
             await eventually(lambda: late.numbers >= set(range(1000, 1200)))
         assert await bus.lag(EVENTS, "g") == 0
@@ -173,7 +167,7 @@ async def test_a_durable_broker_killed_under_load_loses_no_logged_event(
         bus.consume(EVENTS, "g", reader),
         bus.table(STATE, known.__setitem__) as table,
     ):
-        await table.ready(PATIENCE)
+        await table.ready(PATIENCE_S)
         log = EventLog(tmp_path, bus, EVENTS.name, clock=CLOCK)
         await log.start()
         for i in range(3000):

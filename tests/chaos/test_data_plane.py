@@ -74,7 +74,6 @@ async def counted_since(client: httpx.AsyncClient, before: int, at_least: int) -
         client,
         f"/v1/analytics/models/{MODEL}",
         lambda shown: total(shown) >= before + at_least,
-        within_s=60,
     )
     return await settled(client, MODEL) - before
 

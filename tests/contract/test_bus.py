@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,15 +17,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import DEPLOYMENTS, KEYS, WORKERS, Topic, dead_letters
-
-PATIENCE = 20.0
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Return when `condition` holds; fail when it does not within PATIENCE seconds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - many conditions, none of which could set an event
-            await asyncio.sleep(0.005)
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 
 def values(records: Sequence[Record]) -> list[bytes | None]:
@@ -165,7 +157,7 @@ class BusContract:
 
         await bus.publish(numbered(topic, 8))
         async with bus.consume(topic, "g", failing):
-            await asyncio.wait_for(failed.wait(), PATIENCE)
+            await asyncio.wait_for(failed.wait(), PATIENCE_S)
         assert await bus.lag(topic, "g") == 8
         async with bus.consume(topic, "g", working):
             await eventually(lambda: len(seen) >= 8)
@@ -236,7 +228,7 @@ class BusContract:
             seen[1].extend(records)
 
         async with bus.consume(topic, "g", left), bus.consume(topic, "g", right):
-            async with asyncio.timeout(PATIENCE):
+            async with patience("both members to get records"):
                 start = 0
                 while not (seen[0] and seen[1]):  # a join takes its time, and all may go to one until then
                     await bus.publish(numbered(topic, 16, keys=16, start=start))
@@ -252,7 +244,7 @@ class BusContract:
             await bus.publish([Record(state.name, b"m%d" % (i % 3), b"%d" % i)])
         await bus.publish([Record(state.name, b"m1", None)])
         async with bus.table(state, lambda key, value: applied.append((key, value))) as table:
-            await table.ready(PATIENCE)
+            await table.ready(PATIENCE_S)
             assert table.caught_up
             assert sorted(applied) == [(b"m0", b"27"), (b"m1", None), (b"m2", b"29")]
             applied.clear()
@@ -262,7 +254,7 @@ class BusContract:
 
     async def test_a_table_of_an_empty_topic_is_ready(self, bus: Bus, state: Topic) -> None:
         async with bus.table(state, lambda key, value: None) as table:
-            await table.ready(PATIENCE)
+            await table.ready(PATIENCE_S)
             assert table.readings == 1
 
     async def test_a_table_survives_values_that_are_refused(self, bus: Bus, state: Topic) -> None:
@@ -275,7 +267,7 @@ class BusContract:
 
         await bus.publish([Record(state.name, b"a", b"bad"), Record(state.name, b"b", b"good")])
         async with bus.table(state, apply) as table:
-            await table.ready(PATIENCE)
+            await table.ready(PATIENCE_S)
             await bus.publish([Record(state.name, b"c", b"bad"), Record(state.name, b"d", b"good")])
             await eventually(lambda: len(applied) >= 2)
         assert applied == [b"b", b"d"]
@@ -285,8 +277,8 @@ class BusContract:
         two: dict[bytes, bytes | None] = {}
         await bus.publish([Record(state.name, b"a", b"1"), Record(state.name, b"b", b"2")])
         async with bus.table(state, one.__setitem__) as first, bus.table(state, two.__setitem__) as second:
-            await first.ready(PATIENCE)
-            await second.ready(PATIENCE)
+            await first.ready(PATIENCE_S)
+            await second.ready(PATIENCE_S)
         assert one == two == {b"a": b"1", b"b": b"2"}
 
 
@@ -312,7 +304,7 @@ class TestMemoryBus(BusContract):
 
         await bus.publish([*numbered(topic, 5), Record(state.name, b"a", b"1")])
         async with bus.consume(topic, "g", handler), bus.table(state, known.__setitem__) as table:
-            await table.ready(PATIENCE)
+            await table.ready(PATIENCE_S)
             await eventually(lambda: len(seen) == 5)
             bus.lose_everything()
             await bus.publish([*numbered(topic, 9, start=100), Record(state.name, b"b", b"2")])

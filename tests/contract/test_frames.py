@@ -25,7 +25,8 @@ from headrace.v1.dataplane_pb2_grpc import DataPlaneServicer, DataPlaneStub, add
 from headrace.v1.tensor_pb2 import Code, Tensor
 
 from services.common.frames import FrameCalls, lost
-from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, serving_at, until
+from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, serving_at
+from tests.fixtures.waiting import eventually, patience
 
 ServicerContext = grpc.aio.ServicerContext[RequestFrame, ReplyFrame]
 Exchange = Callable[[RequestFrame], Awaitable[ReplyFrame]]
@@ -153,7 +154,7 @@ async def own_client(address: str) -> AsyncIterator[Exchange]:
 
 async def collect(frame: RequestFrame, read: Callable[[], Awaitable[Message | None]]) -> ReplyFrame:
     replies: dict[int, PredictReply] = {}
-    async with asyncio.timeout(20):
+    async with patience("a reply to every item"):
         while len(replies) < len(frame.items):
             got = await read()
             assert isinstance(got, ReplyFrame)
@@ -307,7 +308,7 @@ class TestStatus:
 
     async def test_our_client_hears_why_grpcio_refused(self) -> None:
         async with grpcio_server() as address, calling(address, connect=False, credential="wrong") as calls:
-            await until(lambda: "UNAUTHENTICATED" in calls.last_error)
+            await eventually(lambda: "UNAUTHENTICATED" in calls.last_error)
             assert not calls.connected
 
     async def test_our_client_survives_a_restart_of_a_grpcio_server(self) -> None:
@@ -318,7 +319,7 @@ class TestStatus:
         async with calling(f"127.0.0.1:{port}") as calls:
             assert (await calls.predict(PredictRequest(version="1"), None)).version == "1"
             await server.stop(None)
-            await until(lambda: not calls.connected)
+            await eventually(lambda: not calls.connected)
             assert lost(await calls.predict(PredictRequest(version="1"), None))
             again = grpc.aio.server()
             register(GrpcioEcho(), again)

@@ -25,8 +25,8 @@ from tests.fixtures.router import (
     request,
     routing,
     status,
-    until,
 )
+from tests.fixtures.waiting import eventually
 
 LOADED = dict.fromkeys((("cancer", "1"), ("cancer", "2")), LoadedVersion.STATE_READY)
 
@@ -67,7 +67,7 @@ async def test_a_request_goes_through_both_hops(tmp_path: Path, tls: FrameTlsSet
         try:
             calls.start()
             await calls.wait_connected(5)
-            await until(lambda: any(e.reachable for e in router.dispatcher.endpoints.all()))
+            await eventually(lambda: any(e.reachable for e in router.dispatcher.endpoints.all()))
             reply = await calls.predict(request(7), asyncio.get_running_loop().time() + 5)
             assert reply.code == Code.CODE_OK
             assert reply.outputs[0].data == (7).to_bytes(4, "little") * 30

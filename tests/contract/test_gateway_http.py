@@ -29,6 +29,7 @@ from tests.fixtures.gateway import (
     answer_like_a_worker,
     failing,
 )
+from tests.fixtures.waiting import PATIENCE_S, until
 
 ROW = [10.0, 2.0, 3.0]
 _LIMIT = 1 << 20
@@ -610,11 +611,9 @@ def test_a_client_that_leaves_cancels_its_item(gateway: GatewayThread) -> None:
     before = len(gateway.running.router.cancelled)
     connection = socket.create_connection(("127.0.0.1", gateway.running.port), 5)
     connection.sendall(message(GOOD))
-    assert arrived.wait(2)
+    assert arrived.wait(PATIENCE_S)
     connection.close()
-    deadline = time.monotonic() + 5
-    while len(gateway.running.router.cancelled) == before and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(gateway.running.router.cancelled) > before)
     assert gateway.running.router.cancelled[before:] == [gateway.running.router.requests[-1].id]
 
 

@@ -18,6 +18,7 @@ from deploy.embedded.server import free_port
 from services.common.bus.snapshot import save_snapshot
 from services.common.frames import FrameServer
 from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, answer_like_a_worker, configs, default_keys
+from tests.fixtures.waiting import eventually, eventually_of, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BODY = {"model": "cancer", "inputs": [[1, 2, 3]]}
@@ -52,14 +53,13 @@ async def started(env: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Proce
 
 
 async def until_ready(client: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            try:
-                if (await client.get("/health/ready")).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(0.05)
+    async def ready() -> bool:
+        try:
+            return (await client.get("/health/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    await eventually(ready)
 
 
 async def test_serves_its_snapshot_and_drains(tmp_path: Path) -> None:
@@ -83,12 +83,9 @@ async def test_serves_its_snapshot_and_drains(tmp_path: Path) -> None:
         assert answer.json()["prediction"] == ["benign"]
         router.answer = lambda _request: None
         waiting = asyncio.create_task(client.post("/v1/predict", json=BODY, headers=HEADERS))
-        async with asyncio.timeout(5):
-            while len(router.requests) < 2:  # noqa: ASYNC110 - another process decides
-                await asyncio.sleep(0.01)
+        await eventually(lambda: len(router.requests) >= 2)
         process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.1)
-        assert (await client.get("/health/ready")).status_code == 503
+        await eventually_of(lambda: client.get("/health/ready"), lambda said: said.status_code == 503)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['GRPC_PORT']}") as channel:
             said = await health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService"), timeout=5
@@ -98,7 +95,7 @@ async def test_serves_its_snapshot_and_drains(tmp_path: Path) -> None:
         router.peers[-1].reply(reply)
         late = await waiting
         assert (late.status_code, late.headers["connection"]) == (200, "close")
-        async with asyncio.timeout(10):
+        async with patience("the end of the process"):
             assert await process.wait() == 0
     await server.close()
 
@@ -107,7 +104,7 @@ async def test_without_its_settings_it_says_which(tmp_path: Path) -> None:
     env = environment(tmp_path, 1, {})
     del env["INTERNAL_TOKEN"]
     async with started(env) as process:
-        async with asyncio.timeout(20):
+        async with patience("the end of the process"):
             output, _ = await process.communicate()
         assert process.returncode == 2
     assert b"INTERNAL_TOKEN" in output

@@ -18,6 +18,7 @@ from deploy.embedded.server import free_port
 from services.common.bus.snapshot import save_snapshot
 from services.common.frames import FrameServer
 from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, configs, default_keys
+from tests.fixtures.waiting import eventually, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BODY = {"model": "cancer", "inputs": [[1, 2, 3]]}
@@ -39,15 +40,15 @@ class Group:
 
     async def until(self, client: httpx.AsyncClient, *wanted: str) -> None:
         """Wait until the joint metrics have every line of `wanted`."""
-        async with asyncio.timeout(60):
-            while True:
-                try:
-                    lines = (await client.get(f"{self.ops}/metrics")).text.splitlines()
-                    if set(wanted) <= set(lines):
-                        return
-                except httpx.TransportError:
-                    pass
-                await asyncio.sleep(0.1)
+
+        async def there() -> bool:
+            try:
+                lines = (await client.get(f"{self.ops}/metrics")).text.splitlines()
+            except httpx.TransportError:
+                return False
+            return set(wanted) <= set(lines)
+
+        await eventually(there, on=wanted)
 
 
 @asynccontextmanager
@@ -93,7 +94,7 @@ async def two_gateways(folder: Path) -> AsyncIterator[Group]:
 async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> None:
     async with two_gateways(tmp_path) as group, httpx.AsyncClient(trust_env=False) as client:
         await group.until(client, "headrace_processes_up 2.0")
-        async with asyncio.timeout(60):
+        async with patience("both processes to answer"):
             answered = 0
             while answered < 20:  # one that is ready is enough for the parent; here both must be
                 async with httpx.AsyncClient(trust_env=False) as one:
@@ -137,7 +138,7 @@ async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> Non
         )
 
         group.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(15):
+        async with patience("the end of the parent"):
             assert await group.process.wait() == 0
 
 
@@ -147,6 +148,4 @@ async def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
         await group.until(client, "headrace_processes_up 2.0")
         children = group.children()
         group.process.kill()
-        async with asyncio.timeout(20):
-            while any(Path(f"/proc/{pid}").exists() for pid in children):  # noqa: ASYNC110 - the kernel's own
-                await asyncio.sleep(0.1)
+        await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))

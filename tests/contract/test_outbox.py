@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from textwrap import dedent
 
@@ -28,6 +28,7 @@ from services.common.db import (
 from services.common.errors import Fatal, InvalidArgument, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing
 from tests.fixtures.servers import database_url, postgres_server, servers_directory
+from tests.fixtures.waiting import eventually
 
 __all__ = ["database_url", "postgres_server", "servers_directory"]
 
@@ -125,17 +126,11 @@ async def _pending(database: AsyncEngine) -> int:
         return (await session.execute(select(func.count()).select_from(Outbox))).scalar_one()
 
 
-async def _eventually(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
-        while not await condition():  # noqa: ASYNC110 - the condition lies in another process
-            await asyncio.sleep(0.01)
-
-
 async def _drained(database: AsyncEngine) -> None:
     async def empty() -> bool:
         return await _pending(database) == 0
 
-    await _eventually(empty)
+    await eventually(empty)
 
 
 async def test_committed_rows_are_published_as_they_were_and_then_gone(database: AsyncEngine) -> None:
@@ -246,13 +241,13 @@ async def test_a_broker_that_is_away_is_waited_for_and_reported(database: AsyncE
         return relay.failing is None
 
     async with relay:
-        await _eventually(reported)
+        await eventually(reported)
         assert "broker" in (relay.failing or "")
         assert relay.oldest_pending_s > 0
         bus.failures = 0
         relay.wake()
         await _drained(database)
-        await _eventually(recovered)
+        await eventually(recovered)
     assert bus.keys() == ["a"]
 
 
@@ -265,7 +260,7 @@ async def test_a_failure_nobody_foresaw_is_survived_and_reported(database: Async
         return "a bug in the bus" in (relay.failing or "")
 
     async with relay:
-        await _eventually(reported)
+        await eventually(reported)
         await _drained(database)
     assert bus.keys() == ["a"]
 

@@ -22,6 +22,7 @@ import pytest
 from numpy.typing import NDArray
 
 from examples import cancer
+from tests.fixtures.waiting import PATIENCE_S
 
 Json = dict[str, Any]
 ENDED = {"completed", "failed", "cancelled", "expired"}
@@ -64,7 +65,7 @@ def submitted(client: httpx.Client, **body: Any) -> str:
     return str(answer.json()["batch_id"])
 
 
-def ended(client: httpx.Client, batch_id: str, within_s: float = 60.0) -> Json:
+def ended(client: httpx.Client, batch_id: str, within_s: float = PATIENCE_S) -> Json:
     """The job once it has ended."""
     deadline = time.monotonic() + within_s
     while True:

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deploy.embedded.stack import Stack
+from tests.fixtures.waiting import PATIENCE_S
 
 Json = dict[str, Any]
 
@@ -45,7 +46,7 @@ async def predict_all(
 
 
 async def until(
-    client: httpx.AsyncClient, path: str, condition: Callable[[Json], bool], within_s: float = 30.0
+    client: httpx.AsyncClient, path: str, condition: Callable[[Json], bool], within_s: float = PATIENCE_S
 ) -> Json:
     """Ask `path` until `condition` holds; fails with the last answer where it never does."""
     deadline = time.monotonic() + within_s

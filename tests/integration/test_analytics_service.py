@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -50,6 +51,7 @@ from services.common.objects.store import ObjectInfo
 from services.common.telemetry import Tracing, kafka_headers
 from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, SHADOWS, all_topics, dead_letters
 from tests.fixtures.prediction_log import START_US, outcome, outcome_batch, prediction_batch, request_id
+from tests.fixtures.waiting import PATIENCE_S
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -69,6 +71,7 @@ async def running(
     database_url: str, bootstrap: str, folder: Path, **sizes: Any
 ) -> AsyncIterator[httpx.AsyncClient]:
     cfg = Settings(
+        kafka_session_timeout_s=2.0,
         kafka_bootstrap_servers=bootstrap,
         internal_token=TOKEN,
         database_url=database_url,
@@ -91,7 +94,8 @@ async def until(
 ) -> dict[str, Any]:
     """Ask again until `condition` holds; the last answer is shown when it never does."""
     body: dict[str, Any] = {}
-    for _ in range(200):
+    give_up_at = time.monotonic() + PATIENCE_S
+    while time.monotonic() < give_up_at:
         answer = await client.get(path)
         body = answer.json()
         if answer.status_code == 200 and condition(body):
@@ -102,7 +106,8 @@ async def until(
 
 async def caught_up(bootstrap: str) -> None:
     """Until the group has read everything there is."""
-    for _ in range(200):
+    give_up_at = time.monotonic() + PATIENCE_S
+    while time.monotonic() < give_up_at:
         lags = [await broker_lag(bootstrap, topic, "analytics") for topic in (PREDICTIONS, OUTCOMES)]
         if not any(lags):
             return

@@ -28,8 +28,7 @@ from headrace_client import (
 from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.stack import Stack
 from tests.fixtures.onnx_models import mlp
-
-PATIENCE_S = 30.0
+from tests.fixtures.waiting import PATIENCE_S
 
 T = TypeVar("T")
 

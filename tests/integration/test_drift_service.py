@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from services.common.ids import new_id
 from services.common.topics import ALERTS, DEPLOYMENTS, PREDICTIONS, all_topics, dead_letters
 from services.drift.app import drift_app
 from services.drift.settings import Settings
+from tests.fixtures.waiting import PATIENCE_S
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -63,6 +65,7 @@ def prediction(rng: np.random.Generator, rows: int, shift: float = 0.0) -> Recor
 async def running(database_url: str, bootstrap: str) -> AsyncIterator[httpx.AsyncClient]:
     cfg = Settings(
         kafka_bootstrap_servers=bootstrap,
+        kafka_session_timeout_s=2.0,
         internal_token=TOKEN,
         database_url=database_url,
         http_port=0,
@@ -84,7 +87,8 @@ async def until(
 ) -> dict[str, Any]:
     """Ask again until `condition` holds; the last answer is shown when it never does."""
     body: dict[str, Any] = {}
-    for _ in range(300):
+    give_up_at = time.monotonic() + PATIENCE_S
+    while time.monotonic() < give_up_at:
         answer = await client.get(path)
         body = answer.json()
         if answer.status_code == 200 and condition(body):

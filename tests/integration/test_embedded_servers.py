@@ -23,6 +23,7 @@ from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.tansu import TansuServer
 from deploy.embedded.valkey import ValkeyServer
+from tests.fixtures.waiting import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -43,7 +44,7 @@ async def _consume(bootstrap: str, topic: str, count: int) -> list[bytes]:
     consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
     async with consumer:
         found: list[bytes] = []
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while len(found) < count and time.monotonic() < deadline:
             for records in (await consumer.getmany(timeout_ms=500)).values():
                 found.extend(record.value for record in records)

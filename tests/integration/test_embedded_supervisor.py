@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from deploy.embedded.stack import AlreadyRuns, Stack
 from deploy.embedded.status import Phase, State
 from services.common.topics import all_topics
 from tests.fixtures.servers import kafka_home
+from tests.fixtures.waiting import until
 
 SMALL = "tests.fixtures.small_stack"
 SERVICES = {"gateway", "router", "worker-0", "worker-1", "registry", "analytics", "drift"}
@@ -65,10 +65,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _wait_held(stack: Stack, part: str) -> None:
-    deadline = time.monotonic() + 20
-    while stack.part(part).state is not State.HELD:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: stack.part(part).state is State.HELD)
 
 
 async def _partition_counts(bootstrap: str) -> dict[str, int]:
@@ -129,10 +126,7 @@ def test_nothing_outlives_a_killed_supervisor_and_it_starts_again(stack: Stack) 
     family = _family(stack)
     assert len(family) > 2 * len(SERVICES)
     stack.kill("supervisor")
-    deadline = time.monotonic() + 20
-    while stack.running:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not stack.running)
     assert _running(family) == []
     stack.start()
     status = stack.status()
@@ -282,10 +276,7 @@ def test_interrupting_up_stops_what_it_has_started(home: Path, number: signal.Si
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 30
-    while "valkey" not in stack.pids():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: "valkey" in stack.pids())
     family = _family(stack)
     starting.send_signal(number)
     assert starting.wait(timeout=60) == 130

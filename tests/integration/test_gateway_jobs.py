@@ -19,6 +19,7 @@ from services.common.topics import JOB_RESULTS, JOBS, dead_letters
 from tests.fixtures.gateway import OTHER_MODEL, PREDICT_ONLY, READ_ONLY
 from tests.fixtures.gateway_jobs import Jobs, jobs
 from tests.fixtures.jobs import arrow_of, lines_of, numbers, parquet_of
+from tests.fixtures.waiting import eventually
 
 
 async def test_every_format_gives_every_row_once(database_url: str, tmp_path: Path) -> None:
@@ -232,9 +233,7 @@ async def test_a_job_expires(database_url: str, tmp_path: Path) -> None:
     async with jobs(database_url, tmp_path) as here:
         here.worker.gate.clear()
         batch_id = await here.submitted(inputs=[1, 2, 3], expires_in_s=1)
-        async with asyncio.timeout(20):
-            while batch_id not in here.worker.stopped:  # noqa: ASYNC110 - a table has no event
-                await asyncio.sleep(0.02)
+        await eventually(lambda: batch_id in here.worker.stopped)
         here.worker.gate.set()
         job = await here.ended(batch_id)
         assert job["status"] == "expired"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from headrace.v1.batch_pb2 import BatchChunk, BatchChunkResult
 from services.common.objects import ArtifactStore
 from tests.fixtures.gateway import OTHER_MODEL, PREDICT_ONLY
 from tests.fixtures.gateway_jobs import Jobs, jobs
+from tests.fixtures.waiting import eventually_of
 
 Json = dict[str, Any]
 ENDPOINT = "/v1/models/cancer/predict"
@@ -74,14 +74,13 @@ async def ended(here: Jobs, batch_id: str) -> Json:
 
 
 async def reaches(here: Jobs, batch_id: str, states: set[str]) -> Json:
-    async with asyncio.timeout(20):
-        while True:
-            answer = await here.rest.get(f"/v1/batches/{batch_id}")
-            assert answer.status_code == 200, answer.text
-            body: Json = answer.json()
-            if body["status"] in states:
-                return body
-            await asyncio.sleep(0.02)
+    async def shown() -> Json:
+        answer = await here.rest.get(f"/v1/batches/{batch_id}")
+        assert answer.status_code == 200, answer.text
+        body: Json = answer.json()
+        return body
+
+    return await eventually_of(shown, lambda body: body["status"] in states)
 
 
 async def lines(here: Jobs, file_id: str) -> list[Json]:

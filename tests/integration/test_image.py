@@ -14,6 +14,7 @@ import pytest
 from deploy import credentials
 from deploy.embedded.server import free_port
 from tests.fixtures.dockerfile import Stage, build
+from tests.fixtures.waiting import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def get(port: int, path: str) -> int:
 
 
 def wait_for(port: int, path: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while get(port, path) != 200:
         assert process.poll() is None, log.read_text()[-4000:]
         assert time.monotonic() < deadline, log.read_text()[-4000:]

@@ -42,6 +42,7 @@ async def test_a_batch_waits_while_its_key_has_no_room(
     database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai_steps, "_NO_ROOM_S", 0.02)
+    monkeypatch.setattr(openai_steps, "_IDLE_S", 0.02)
     submit, refused = JobService.submit, list[JobSpec]()
 
     async def full(self: JobService, spec: JobSpec, caller: Key) -> Job:

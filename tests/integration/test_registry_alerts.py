@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.topics import ALERTS, DEPLOYMENTS, KEYS, dead_letters
 from services.registry.alerts import GROUP, KEPT
 from tests.fixtures.registry import Running, following, registry_settings, running_registry
+from tests.fixtures.waiting import eventually_of
 
 
 def alert(number: int, feature: str, **changes: Any) -> Record:
@@ -35,12 +35,12 @@ def alert(number: int, feature: str, **changes: Any) -> Record:
 
 
 async def alerts_until(running: Running, condition: Callable[[list[dict[str, Any]]], bool]) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            answer = await running.rest.get("/v1/models/churn/alerts", params={"limit": KEPT})
-            if condition(answer.json()["alerts"]):
-                return
-            await asyncio.sleep(0.05)
+    async def alerts() -> list[dict[str, Any]]:
+        answer = await running.rest.get("/v1/models/churn/alerts", params={"limit": KEPT})
+        found: list[dict[str, Any]] = answer.json()["alerts"]
+        return found
+
+    await eventually_of(alerts, condition)
 
 
 async def test_alerts_are_stored_once_and_the_newest_kept(

@@ -17,7 +17,8 @@ from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
 from services.common.topics import DEPLOYMENTS, KEYS
 from tests.fixtures.onnx_files import classifier, encoder, linear
-from tests.fixtures.registry import Running, eventually, following, registry_settings, running_registry
+from tests.fixtures.registry import Running, following, registry_settings, running_registry
+from tests.fixtures.waiting import eventually
 
 TOKENIZER = json.dumps({"model": {"type": "WordPiece", "vocab": {}}}).encode()
 

@@ -17,9 +17,10 @@ from deploy.embedded.valkey import ValkeyServer
 from services.common.errors import ResourceExhausted
 from services.common.frames import Peer
 from services.router.result_store import ResultStore
-from tests.fixtures.router import FakeWorker, deploy, request, sole, until
+from tests.fixtures.router import FakeWorker, deploy, request, sole
 from tests.fixtures.router_platform import BOTH, Platform, platform, refuse, soon
 from tests.fixtures.servers import *  # noqa: F403 - fixtures
+from tests.fixtures.waiting import eventually, eventually_of
 
 
 @asynccontextmanager
@@ -37,8 +38,8 @@ async def caching(
         made.versions[0].artifact_digest = f"sha256:{directory.name}"
         made.cache.ttl_ms, made.cache.max_entry_bytes = 60_000, entry
         await deploy(p.bus, made)
-        await until(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
-        await until(lambda: p.store.usable)
+        await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
+        await eventually(lambda: p.store.usable)
         yield p
 
 
@@ -79,9 +80,8 @@ async def test_an_answer_is_given_again_and_logged_as_cached(tmp_path: Path, red
 
 
 async def until_kept(url: str, count: int) -> None:
-    async with Redis.from_url(url) as redis, asyncio.timeout(5):
-        while await redis.dbsize() < count:  # noqa: ASYNC110 - another process does what is waited for
-            await asyncio.sleep(0.01)
+    async with Redis.from_url(url) as redis:
+        await eventually_of(redis.dbsize, lambda kept: kept >= count)
 
 
 async def test_what_comes_in_one_frame_is_looked_up_in_one_round_trip(tmp_path: Path, redis_url: str) -> None:
@@ -98,7 +98,7 @@ async def test_equal_requests_are_computed_once(tmp_path: Path, redis_url: str) 
         held: list[tuple[Peer, PredictRequest]] = []
         worker.behave = lambda _, peer, item: held.append((peer, item))
         waiting = [asyncio.create_task(p.ask(5)) for _ in range(50)]
-        await until(lambda: held)
+        await eventually(lambda: held)
         late = asyncio.create_task(p.calls.predict(request(5), soon(0.05)))
         assert (await late).code == Code.CODE_DEADLINE_EXCEEDED
         worker.echo(*held[0])
@@ -115,7 +115,7 @@ async def test_when_the_first_one_goes_another_takes_its_place(tmp_path: Path, r
         worker = await p.worker("w1", BOTH)
         worker.behave = lambda *_: None
         first = asyncio.create_task(p.ask(5))
-        await until(lambda: worker.seen)
+        await eventually(lambda: worker.seen)
         others = [asyncio.create_task(p.ask(5)) for _ in range(3)]
         await asyncio.sleep(0.05)
         worker.behave = None
@@ -212,12 +212,12 @@ async def test_the_store_dies_under_load_and_comes_back(tmp_path: Path) -> None:
                     users.create_task(user(number))
                 await asyncio.sleep(0.2)
                 server.kill()
-                await until(lambda: not p.store.usable)
+                await eventually(lambda: not p.store.usable)
                 assert (await p.ask(9999)).code == Code.CODE_OK
                 assert "headrace_router_cache_up 0.0" in await p.metrics()
                 server.launch()
                 await asyncio.to_thread(server.wait_ready, 10)
-                await until(lambda: p.store.usable)
+                await eventually(lambda: p.store.usable)
                 stop = True
             assert codes == {Code.CODE_OK}
             assert p.router.dispatcher.budget.active == 0
@@ -238,7 +238,7 @@ async def test_a_store_that_does_not_answer_in_time_is_a_miss() -> None:
         answers: list[bytes | None] = []
         reading = asyncio.create_task(store.read())
         assert store.ask(b"k", answers.append)
-        await until(lambda: answers)
+        await eventually(lambda: answers)
         assert answers == [None]
         assert not store.ask(b"k", answers.append)
         store.keep(b"k", b"v", 1)

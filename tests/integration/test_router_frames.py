@@ -36,9 +36,9 @@ from tests.fixtures.router import (
     routing,
     sole,
     status,
-    until,
 )
 from tests.fixtures.router_platform import BOTH, LOADING, READY, Platform, platform, refuse, soon
+from tests.fixtures.waiting import eventually
 
 
 class TestRouting:
@@ -75,9 +75,9 @@ class TestRouting:
             await p.worker("w1")
             await deploy(p.bus, config(revision=5, default_timeout_ms=100))
             await deploy(p.bus, config(revision=4, default_timeout_ms=200))
-            await until(lambda: p.router.dispatcher.table.find("cancer").revision == 5)  # type: ignore[union-attr]
+            await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 5)  # type: ignore[union-attr]
             await p.bus.publish([Record("control.deployments.v1", b"cancer", None)])
-            await until(lambda: p.router.dispatcher.table.find("cancer") is None)
+            await eventually(lambda: p.router.dispatcher.table.find("cancer") is None)
             assert (await p.ask()).code == Code.CODE_NOT_FOUND
 
     @pytest.mark.parametrize("balancing", Balancing.values())
@@ -85,7 +85,7 @@ class TestRouting:
         async with platform(tmp_path) as p:
             await deploy(p.bus, sole("digits", balancing=balancing))
             workers = [await p.worker(f"w{n}", {("digits", "1"): READY}) for n in range(3)]
-            await until(lambda: p.router.dispatcher.table.find("digits"))
+            await eventually(lambda: p.router.dispatcher.table.find("digits"))
             for start in range(0, 300, 30):
                 replies = await asyncio.gather(
                     *(p.ask(n, model="digits", unit=f"u{n}") for n in range(start, start + 30))
@@ -123,7 +123,7 @@ class TestWorkersLeave:
                     users.create_task(user(number))
                 await asyncio.sleep(0.05)
                 # On a busy machine it may have just answered all it had; then its death would go unnoticed.
-                await until(lambda: holding["w1"])
+                await eventually(lambda: holding["w1"])
                 await first.kill()
             assert codes == {Code.CODE_OK: 64 * 40}
             assert any(item.attempt == 1 for item in second.seen)
@@ -137,10 +137,10 @@ class TestWorkersLeave:
             held: list[tuple[Peer, PredictRequest]] = []
             first.behave = lambda _, peer, item: held.append((peer, item))
             waiting = asyncio.create_task(p.ask(1))
-            await until(lambda: held)
+            await eventually(lambda: held)
             second = await p.worker("w2")
             drain = asyncio.create_task(first.server.drain(5))
-            await until(lambda: len(p.router.dispatcher.endpoints.group(("cancer", "1")).members) == 1)
+            await eventually(lambda: len(p.router.dispatcher.endpoints.group(("cancer", "1")).members) == 1)
             assert (await p.ask(2)).code == Code.CODE_OK
             assert len(second.seen) == 1
             first.echo(*held[0])
@@ -152,10 +152,10 @@ class TestWorkersLeave:
             worker = await p.worker("w1")
             leaving = status("w1", worker.address, BOTH, state=WorkerStatus.STATE_DRAINING, sequence=2)
             await beat(p.bus, leaving)
-            await until(lambda: not p.router.dispatcher.endpoints.group(("cancer", "1")).members)
+            await eventually(lambda: not p.router.dispatcher.endpoints.group(("cancer", "1")).members)
             assert (await p.ask()).code == Code.CODE_UNAVAILABLE
             await beat(p.bus, status("w1", worker.address, {}, state=WorkerStatus.STATE_GONE, sequence=3))
-            await until(lambda: not p.router.dispatcher.endpoints.all())
+            await eventually(lambda: not p.router.dispatcher.endpoints.all())
 
     async def test_the_only_worker_comes_back_within_the_wait(self, tmp_path: Path) -> None:
         async with platform(tmp_path) as p:
@@ -163,7 +163,7 @@ class TestWorkersLeave:
             held: list[PredictRequest] = []
             worker.behave = lambda _, __, item: held.append(item)
             waiting = asyncio.create_task(p.ask(5))
-            await until(lambda: held)
+            await eventually(lambda: held)
             await worker.kill()
             again = FakeWorker("w1")
             await again.start(int(worker.address.rpartition(":")[2]))
@@ -217,7 +217,7 @@ class TestOutliers:
             assert len(sick.seen) == seen
             assert 'breaker_open{model="cancer",version="1",worker="sick"} 1.0' in await p.metrics()
             sick.behave = None
-            await until(lambda: group.outliers.due)
+            await eventually(lambda: group.outliers.due)
             assert (await p.ask(version="1")).code == Code.CODE_OK
             assert len(sick.seen) == seen + 1
             assert len(group.members) == 2
@@ -243,7 +243,7 @@ async def with_fallback(directory: Path, **settings: object) -> AsyncIterator[Pl
         made.versions.add(version="1", variant="stable", artifact_digest="sha256:1")
         made.fallback.version = "1"
         await deploy(p.bus, made)
-        await until(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
+        await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
         yield p
 
 
@@ -289,7 +289,7 @@ class TestFallback:
             assert (reply.code, reply.version, reply.fallback) == (Code.CODE_OK, "1", True)
             assert worker.seen[0].attempt == 0
             await beat(p.bus, status("w1", worker.address, BOTH, sequence=2))
-            await until(lambda: p.router.dispatcher.endpoints.group(("cancer", "2")).members)
+            await eventually(lambda: p.router.dispatcher.endpoints.group(("cancer", "2")).members)
             assert not (await p.ask()).fallback
 
     async def test_what_both_fail_is_answered_once_with_the_fallbacks_error(self, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ class TestFallback:
             assert all(reply.fallback and reply.code == Code.CODE_OK for reply in replies)
             assert {item.version for item in worker.seen} == {"1"}
             worker.behave = None
-            await until(lambda: group.outliers.due)
+            await eventually(lambda: group.outliers.due)
             assert not (await p.ask()).fallback
             assert not group.broken
 
@@ -324,7 +324,7 @@ class TestFallback:
             old = await p.worker("old", {("cancer", "1"): READY})
             new.behave = lambda *_: None
             waiting = [asyncio.create_task(p.ask(n)) for n in range(30)]
-            await until(lambda: len(new.seen) == 30)
+            await eventually(lambda: len(new.seen) == 30)
             await new.kill()
             replies = await asyncio.gather(*waiting)
             assert {(reply.code, reply.version, reply.fallback) for reply in replies} == {
@@ -342,12 +342,12 @@ class TestDeadlinesAndCancels:
             reply = await p.calls.predict(request(), loop.time() + 0.2)
             assert reply.code == Code.CODE_DEADLINE_EXCEEDED
             assert 0 < worker.seen[0].timeout_us <= 200_000
-            await until(lambda: not p.router.dispatcher.budget.active)
+            await eventually(lambda: not p.router.dispatcher.budget.active)
 
     async def test_the_deployments_timeout_holds_where_the_caller_has_none(self, tmp_path: Path) -> None:
         async with platform(tmp_path) as p:
             await deploy(p.bus, config(revision=2, default_timeout_ms=100))
-            await until(lambda: p.router.dispatcher.table.find("cancer").revision == 2)  # type: ignore[union-attr]
+            await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 2)  # type: ignore[union-attr]
             worker = await p.worker("w1")
             worker.behave = lambda *_: None
             assert (await p.calls.predict(request(), None)).code == Code.CODE_DEADLINE_EXCEEDED
@@ -357,11 +357,11 @@ class TestDeadlinesAndCancels:
             worker = await p.worker("w1")
             worker.behave = lambda *_: None
             waiting = [asyncio.create_task(p.ask(n)) for n in range(3)]
-            await until(lambda: len(worker.seen) == 3)
+            await eventually(lambda: len(worker.seen) == 3)
             waiting[0].cancel()
-            await until(lambda: worker.cancelled == 1)
+            await eventually(lambda: worker.cancelled == 1)
             await p.calls.close()
-            await until(lambda: worker.cancelled == 3)
+            await eventually(lambda: worker.cancelled == 3)
             assert p.router.dispatcher.budget.active == 0
             assert [e.in_flight for e in p.router.dispatcher.endpoints.all()] == [0]
             await asyncio.gather(*waiting, return_exceptions=True)
@@ -379,7 +379,7 @@ class TestNoEndpoint:
         async with platform(tmp_path) as p:
             worker = await p.worker("w1", {("cancer", "1"): LOADING, ("cancer", "2"): LOADING})
             waiting = asyncio.create_task(p.ask())
-            await until(lambda: len(p.router.dispatcher.waiting) == 1)
+            await eventually(lambda: len(p.router.dispatcher.waiting) == 1)
             await beat(p.bus, status("w1", worker.address, BOTH, sequence=2))
             assert (await waiting).code == Code.CODE_OK
 
@@ -389,7 +389,7 @@ class TestNoEndpoint:
             worker = await p.worker("w1", loading)
             assert (await p.ask()).code == Code.CODE_UNAVAILABLE
             waiting = asyncio.create_task(p.ask())
-            await until(lambda: len(p.router.dispatcher.waiting) == 1)
+            await eventually(lambda: len(p.router.dispatcher.waiting) == 1)
             failed = dict.fromkeys(loading, LoadedVersion.STATE_FAILED)
             await beat(p.bus, status("w1", worker.address, failed, sequence=2))
             assert (await waiting).code == Code.CODE_UNAVAILABLE
@@ -417,7 +417,7 @@ class TestRestart:
         async with platform(tmp_path) as p:
             worker = await p.worker("w1")
             assert (await p.ask()).code == Code.CODE_OK
-            await until((tmp_path / "router-router-0" / "routing.json").exists)
+            await eventually((tmp_path / "router-router-0" / "routing.json").exists)
             away = AwayBus()
             async with routing(tmp_path / "other", away, table_wait_s=0.1) as never:
                 await asyncio.sleep(0.3)
@@ -425,7 +425,7 @@ class TestRestart:
             await p._stack.aclose()
             await worker.start(int(worker.address.rpartition(":")[2]))
             async with routing(tmp_path, away, table_wait_s=0.1) as router, gateway(router) as calls:
-                await until(lambda: router.health.ready)
+                await eventually(lambda: router.health.ready)
                 reply = await calls.predict(request(7), soon())
                 assert reply.code == Code.CODE_OK
             await worker.server.close()
@@ -438,14 +438,14 @@ class TestRestart:
             worker = FakeWorker("w1")
             await worker.start()
             await beat(bus, status("w1", worker.address, BOTH))
-            await until(lambda: router.dispatcher.endpoints.group(("cancer", "1")).members)
+            await eventually(lambda: router.dispatcher.endpoints.group(("cancer", "1")).members)
             held: list[tuple[Peer, PredictRequest]] = []
             worker.behave = lambda _, peer, item: held.append((peer, item))
             async with gateway(router) as calls:
                 waiting = asyncio.create_task(calls.predict(request(), soon()))
-                await until(lambda: held)
+                await eventually(lambda: held)
                 stopping = asyncio.create_task(stack.aclose())
-                await until(lambda: calls.draining)
+                await eventually(lambda: calls.draining)
                 worker.echo(*held[0])
                 assert (await waiting).code == Code.CODE_OK
                 await stopping
@@ -477,8 +477,8 @@ async def test_workers_that_left_without_a_word_are_forgotten(tmp_path: Path) ->
         silent = status("ghost", "127.0.0.1:1", BOTH)
         silent.interval_ms = 10
         await beat(p.bus, silent)
-        await until(p.router.dispatcher.endpoints.all)
-        await until(lambda: not p.router.dispatcher.endpoints.all())
+        await eventually(p.router.dispatcher.endpoints.all)
+        await eventually(lambda: not p.router.dispatcher.endpoints.all())
         old = status("fossil", "127.0.0.1:1", BOTH, sent_at_us=1)
         await p.bus.publish([Record(WORKERS.name, b"fossil", old.SerializeToString())])
         await asyncio.sleep(0.1)

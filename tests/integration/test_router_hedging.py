@@ -10,8 +10,9 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import Peer
-from tests.fixtures.router import FakeWorker, config, deploy, until
+from tests.fixtures.router import FakeWorker, config, deploy
 from tests.fixtures.router_platform import Platform, platform, refuse
+from tests.fixtures.waiting import eventually
 
 LATE = Hedging(min_delay_ms=20)
 
@@ -24,7 +25,7 @@ def hedged(p: Platform) -> bool:
 async def both(p: Platform) -> list[FakeWorker]:
     """Two workers; the router hedges, and knows what is usual."""
     await deploy(p.bus, config(revision=2, hedging=LATE))
-    await until(lambda: hedged(p))
+    await eventually(lambda: hedged(p))
     workers = [await p.worker(name) for name in ("w1", "w2")]
     replies = await asyncio.gather(*(p.ask(n, version="1") for n in range(128)))
     assert {reply.code for reply in replies} == {Code.CODE_OK}
@@ -55,7 +56,7 @@ async def test_the_second_worker_answers_and_the_first_is_told(tmp_path: Path) -
         assert {name for name, _ in seen} == {"w1", "w2"}
         assert [item.attempt for _, item in seen] == [0, 1]
         assert seen[0][1].request_id == seen[1][1].request_id
-        await until(lambda: sum(worker.cancelled for worker in workers) == 1)
+        await eventually(lambda: sum(worker.cancelled for worker in workers) == 1)
         dispatcher = p.router.dispatcher
         assert dispatcher.budget.retrying == 0
         assert dispatcher.budget.active == 0
@@ -113,9 +114,9 @@ async def test_a_caller_that_leaves_takes_both_back(tmp_path: Path) -> None:
         for worker in workers:
             worker.behave = lambda _worker, _peer, item: seen.append(item)
         asking = asyncio.create_task(p.ask(1000, version="1"))
-        await until(lambda: len(seen) == 2)
+        await eventually(lambda: len(seen) == 2)
         asking.cancel()
-        await until(lambda: sum(worker.cancelled for worker in workers) == 2)
+        await eventually(lambda: sum(worker.cancelled for worker in workers) == 2)
         assert [endpoint.in_flight for endpoint in p.router.dispatcher.endpoints.all()] == [0, 0]
         assert p.router.dispatcher.budget.retrying == 0
 
@@ -127,8 +128,8 @@ async def test_the_retry_budget_bounds_hedges(tmp_path: Path) -> None:
         for worker in workers:
             worker.behave = lambda _worker, _peer, item: seen.append(item)
         asking = [asyncio.create_task(p.ask(1000 + n, version="1")) for n in range(10)]
-        await until(lambda: len(seen) == 12)
-        await until(lambda: p.router.dispatcher.budget.refused >= 8)
+        await eventually(lambda: len(seen) == 12)
+        await eventually(lambda: p.router.dispatcher.budget.refused >= 8)
         assert len(seen) == 12
         for task in asking:
             task.cancel()

@@ -9,8 +9,9 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import Peer
-from tests.fixtures.router import FakeWorker, request, until
+from tests.fixtures.router import FakeWorker, request
 from tests.fixtures.router_platform import platform
+from tests.fixtures.waiting import eventually
 
 
 async def test_what_its_caller_saw_as_a_timeout_is_logged_as_one(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ async def test_what_its_caller_saw_as_a_timeout_is_logged_as_one(tmp_path: Path)
             *(p.calls.predict(request(n, version="1"), loop.time() + 0.2) for n in range(10))
         )
         assert {reply.code for reply in replies} == {Code.CODE_DEADLINE_EXCEEDED}
-        await until(lambda: not p.router.dispatcher.budget.active)
+        await eventually(lambda: not p.router.dispatcher.budget.active)
         records = await p.records()
         codes = [code for record in records for code in record.codes]
         assert codes == [Code.CODE_DEADLINE_EXCEEDED] * 10
@@ -36,9 +37,9 @@ async def test_who_leaves_early_is_no_timeout(tmp_path: Path) -> None:
         worker = await p.worker("w1")
         worker.behave = lambda *_: None
         waiting = asyncio.create_task(p.ask(1, version="1"))
-        await until(lambda: worker.seen)
+        await eventually(lambda: worker.seen)
         waiting.cancel()
-        await until(lambda: worker.cancelled == 1)
+        await eventually(lambda: worker.cancelled == 1)
         assert await p.records() == []
 
 

@@ -14,8 +14,9 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.bus import Record
 from services.common.frames import Peer
 from services.common.topics import SHADOWS
-from tests.fixtures.router import FakeWorker, deploy, request, sole, until
+from tests.fixtures.router import FakeWorker, deploy, request, sole
 from tests.fixtures.router_platform import BOTH, READY, Platform, platform, refuse
+from tests.fixtures.waiting import eventually
 
 
 @asynccontextmanager
@@ -27,7 +28,7 @@ async def shadowing(directory: Path, share: int = 10_000, **settings: object) ->
         made.versions.add(version="2", artifact_digest="sha256:2")
         made.shadow.version, made.shadow.share = "2", share
         await deploy(p.bus, made)
-        await until(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
+        await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
         yield p
 
 
@@ -39,7 +40,7 @@ async def comparisons(p: Platform, requests: int) -> list[ShadowComparison]:
         got.extend(ShadowComparison.FromString(record.value or b"") for record in records)
 
     async with p.bus.consume(SHADOWS, "test", take):  # type: ignore[arg-type]
-        await until(lambda: sum(len(record.codes) for record in got) >= requests)
+        await eventually(lambda: sum(len(record.codes) for record in got) >= requests)
     return got
 
 
@@ -75,7 +76,7 @@ async def test_answers_come_from_production_and_are_compared(tmp_path: Path) -> 
         assert len(copies) == 20
         assert {(c.version, c.priority) for c in copies} == {("2", Priority.PRIORITY_LOW)}
         assert all(item.version == "1" for item in worker.seen if not item.origin)
-        await until(lambda: not under_way(p))
+        await eventually(lambda: not under_way(p))
         assert 'shadows_total{model="cancer",result="different",version="2"} 4.0' in await p.metrics()
         assert [e.in_flight for e in p.router.dispatcher.endpoints.all()] == [0]
 
@@ -98,22 +99,22 @@ async def test_a_shadow_that_fails_or_hangs_costs_nobody_anything(tmp_path: Path
         bad.behave = lambda _, peer, item: held.append((peer, item))
         replies = await asyncio.gather(*(p.ask(n) for n in range(40)))
         assert {(reply.code, reply.version) for reply in replies} == {(Code.CODE_OK, "1")}
-        await until(lambda: len(held) == 8)
+        await eventually(lambda: len(held) == 8)
         assert under_way(p) == 8
         assert 'shadows_total{model="cancer",result="dropped",version="2"} 32.0' in await p.metrics()
         for peer, item in held:
             peer.reply(PredictReply(id=item.id, code=Code.CODE_INTERNAL, version="2"))
         records = await comparisons(p, 8)
         assert {v for record in records for v in record.verdicts} == {ShadowVerdict.SHADOW_VERDICT_FAILED}
-        await until(lambda: not under_way(p))
+        await eventually(lambda: not under_way(p))
         held.clear()
         waiting = await p.ask(1)
-        await until(lambda: held)
+        await eventually(lambda: held)
         await bad.kill()
-        await until(lambda: not under_way(p))
+        await eventually(lambda: not under_way(p))
         assert waiting.code == Code.CODE_OK
         assert (await p.ask(2)).code == Code.CODE_OK
-        await until(lambda: not under_way(p))
+        await eventually(lambda: not under_way(p))
         assert len(good.seen) == 42
 
 
@@ -146,7 +147,7 @@ async def test_without_kafka_comparisons_are_lost_and_counted(tmp_path: Path) ->
         await p.worker("w1")
         p.bus.away = True
         assert (await p.ask(1)).code == Code.CODE_OK
-        await until(lambda: p.router.dispatcher.stats.unpublished_shadows == 1)
+        await eventually(lambda: p.router.dispatcher.stats.unpublished_shadows == 1)
         assert under_way(p) == 0
         p.bus.away = False
         assert (await p.ask(2)).code == Code.CODE_OK

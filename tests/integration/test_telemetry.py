@@ -8,8 +8,7 @@ import re
 import secrets
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from services.common.topics import PREDICTIONS
 from tests.fixtures import promql
 from tests.fixtures.onnx_files import model_bytes, value
 from tests.fixtures.otlp import OtlpReceiver, ReceivedSpan, otlp
+from tests.fixtures.waiting import until
 
 __all__ = ["otlp"]
 
@@ -37,13 +37,6 @@ ON_THE_WAY = {"gateway", "router", "worker", "analytics", "drift"}
 PARTS = ("gateway", "router", "worker-0", "registry", "analytics", "drift")
 NEVER_SAMPLED = "00"
 SAMPLED = "01"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.05)
 
 
 def brittle() -> bytes:
@@ -105,7 +98,8 @@ def deploy(client: httpx.Client) -> None:
     ).raise_for_status()
     deployment = {"versions": [{"version": "1", "weight": 100}]}
     client.put("/v1/deployments/brittle", json=deployment).raise_for_status()
-    wait_until(lambda: client.get("/v2/models/brittle/ready").status_code == 200, 60)
+    # Gateway and router learn of it each on its own, and the worker has to load it.
+    until(lambda: predict(client, 0, NEVER_SAMPLED)[0].status_code == 200)
 
 
 def predict(client: httpx.Client, x: float, sampled: str | None = SAMPLED) -> tuple[httpx.Response, str, str]:
@@ -222,12 +216,12 @@ def test_the_logs_of_a_failed_request_name_its_trace(
     def said(part: str) -> list[dict[str, Any]]:
         return [line for line in log_lines(stack, part) if line.get("trace_id") == trace]
 
-    wait_until(lambda: bool(said("gateway")), 10)
+    until(lambda: said("gateway"))
     (line,) = said("gateway")
     assert line["event"] == "request_failed"
     assert line["request_id"] == answer.json()["request_id"]
     if sampled == SAMPLED:  # the context of other requests does not travel with the frames
-        wait_until(lambda: bool(said("worker-0")), 10)
+        until(lambda: said("worker-0"))
         (line,) = said("worker-0")
         assert line["event"] == "model_failed"
         assert line["model"] == "brittle/1"
@@ -297,4 +291,4 @@ async def test_a_record_that_nobody_can_read_is_set_aside_and_counted(stack: Sta
         return sum(sample.value for sample in families[f"headrace_{part}_dead_letters"].samples)
 
     # The services look every 15 s.
-    await asyncio.to_thread(wait_until, lambda: aside("analytics") == aside("drift") == 1, 45)
+    await asyncio.to_thread(until, lambda: aside("analytics") == aside("drift") == 1)

@@ -18,6 +18,7 @@ import yaml
 from deploy.embedded.server import free_port
 from deploy.embedded.stack import Stack
 from tests.fixtures import promql
+from tests.fixtures.waiting import PATIENCE_S
 from tests.integration.test_telemetry import caller, deploy, metrics_url, predict
 
 PROMETHEUS = shutil.which("prometheus")
@@ -97,7 +98,7 @@ if PROMETHEUS is not None:
                 prometheus(configuration(stack, promql.ALERTS), tmp_path) as server,
             ):
                 deploy(client)
-                deadline = time.monotonic() + 90
+                deadline = time.monotonic() + PATIENCE_S
                 while not settled(server, 6):
                     assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-4000:]
                     assert predict(client, 0)[0].status_code == 200

@@ -17,7 +17,7 @@ from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
 from services.worker.batch.group import Assignment, KafkaChunks
 from services.worker.batch.port import Delivery
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 PARTITIONS = 8
 
@@ -72,9 +72,7 @@ class Pool:
 
 
 async def settled(pool: Pool) -> None:
-    async with asyncio.timeout(20):
-        while await pool.lag():  # noqa: ASYNC110  the broker's business, asked
-            await asyncio.sleep(0.2)
+    await eventually_of(pool.lag, lambda left: left == 0)
 
 
 class GroupContract:
@@ -102,7 +100,7 @@ class GroupContract:
             await asyncio.sleep(1.0)
             # Partitions that came while others were paused bring one each on top.
             assert len(chunks._ready) <= 8 + PARTITIONS
-            taken = [await asyncio.wait_for(chunks.next(), 10) for _ in range(500)]
+            taken = [await asyncio.wait_for(chunks.next(), PATIENCE_S) for _ in range(500)]
         assert sorted(int(one.record.value or b"") for one in taken) == list(range(500))
 
     async def test_what_was_not_settled_comes_again_to_whoever_takes_over(self, pool: Pool) -> None:
@@ -209,7 +207,7 @@ async def test_a_broker_that_comes_back_empty_is_read_from_its_beginning(
         await asyncio.sleep(3.0)
         await ensure_topics(pool.bootstrap, [pool.topic])
         await pool.put(1000, 20)
-        await eventually(lambda: set(map(int, member.values)) >= set(range(1000, 1020)), 40)
+        await eventually(lambda: set(map(int, member.values)) >= set(range(1000, 1020)))
         await settled(pool)
 
 
@@ -233,4 +231,4 @@ async def test_publishing_while_the_broker_is_away_says_so_or_waits(
             await waiting
         except Unavailable:
             await member.chunks.publish([Record(pool.topic.name, b"k", b"5")])
-        await eventually(lambda: b"5" in member.values, 40)
+        await eventually(lambda: b"5" in member.values)

@@ -25,11 +25,10 @@ from services.common.ids import new_id
 from services.common.topics import PREDICTIONS, WORKERS, all_topics
 from tests.fixtures.deployments import config, put_artifact, record, served
 from tests.fixtures.onnx_models import mlp
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-for-tests-only"
-PATIENCE = 40.0
 
 
 def free_port() -> int:
@@ -67,7 +66,7 @@ class Process:
     async def end(self, number: signal.Signals) -> int:
         assert self.process is not None
         self.process.send_signal(number)
-        async with asyncio.timeout(PATIENCE):
+        async with patience("the end of the worker"):
             return await self.process.wait()
 
     @property
@@ -92,7 +91,7 @@ async def connected(port: int) -> AsyncIterator[FrameCalls]:
     calls = FrameCalls(f"127.0.0.1:{port}", credential=TOKEN, role="router", instance="test", limits=Limits())
     calls.start()
     try:
-        await calls.wait_connected(PATIENCE)
+        await calls.wait_connected(PATIENCE_S)
         yield calls
     finally:
         await calls.close()
@@ -107,7 +106,7 @@ async def predict(calls: FrameCalls) -> tuple[bytes, PredictReply]:
 
 
 async def until_loaded(calls: FrameCalls) -> bytes:
-    async with asyncio.timeout(PATIENCE):
+    async with patience("the version to be loaded"):
         while True:
             identifier, reply = await predict(calls)
             if reply.code == Code.CODE_OK:
@@ -157,7 +156,7 @@ async def test_a_killed_worker_publishes_its_log_when_it_is_back(
                 published.update(ids[i : i + 16] for i in range(0, len(ids), 16))
 
         async with bus.consume(PREDICTIONS, "test", collect):
-            await eventually(lambda: answered <= published, PATIENCE)
+            await eventually(lambda: answered <= published, PATIENCE_S)
         assert writers == {PredictionBatch.WRITER_WORKER}
 
 
@@ -187,7 +186,7 @@ async def test_sigterm_says_goodbye_and_exits_with_zero(
             # Answered, or refused before anything ran: the router tries the next endpoint with those.
             assert {reply.code for _, reply in results} <= {Code.CODE_OK, Code.CODE_UNAVAILABLE}
             assert await running == 0, worker.log
-        await eventually(lambda: states[-1:] == [WorkerStatus.STATE_GONE], PATIENCE)
+        await eventually(lambda: states[-1:] == [WorkerStatus.STATE_GONE], PATIENCE_S)
     assert WorkerStatus.STATE_READY in states
     assert LoadedVersion.STATE_READY in ready
     assert "Traceback" not in worker.log
@@ -203,7 +202,7 @@ async def test_a_missing_setting_is_one_sentence(tmp_path: Path) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    async with asyncio.timeout(PATIENCE):
+    async with patience("the end of the worker"):
         output, _ = await process.communicate()
     assert process.returncode == 2
     assert b"KAFKA_BOOTSTRAP_SERVERS" in output

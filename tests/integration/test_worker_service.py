@@ -42,7 +42,7 @@ from tests.fixtures.onnx_models import (
     two_inputs,
     with_metadata,
 )
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 TOKEN = "a-token-for-tests-only"
 
@@ -86,7 +86,7 @@ class Rig:
         )
         calls.start()
         try:
-            await calls.wait_connected(5.0)
+            await calls.wait_connected(PATIENCE_S)
             yield calls
         finally:
             await calls.close()

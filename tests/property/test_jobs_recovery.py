@@ -3,7 +3,6 @@ it holds, results come late, twice or never. Each chunk counts once, and every j
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -38,6 +37,7 @@ from services.gateway.jobs.tables import ChunkRow, JobRow
 from services.gateway.jobs.watching import Watching
 from tests.fixtures.gateway import configs
 from tests.fixtures.jobs import StandInWorker, numbers, parquet_of
+from tests.fixtures.waiting import eventually
 
 MIGRATIONS = Path("services/gateway/migrations")
 
@@ -111,9 +111,7 @@ class World:
         controller, losses = self.gateways[place]
         try:
             await controller.tick()
-            async with asyncio.timeout(10):
-                while controller.cutting:  # noqa: ASYNC110 - in threads; nothing tells that they are done
-                    await asyncio.sleep(0.001)
+            await eventually(lambda: not controller.cutting)
             await losses.look()
         except HeadraceError:
             return

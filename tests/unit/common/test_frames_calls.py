@@ -28,8 +28,8 @@ from tests.fixtures.frames import (
     message,
     run_on,
     serving,
-    until,
 )
+from tests.fixtures.waiting import eventually
 
 Loop = Callable[[], asyncio.AbstractEventLoop]
 
@@ -68,7 +68,7 @@ class TestRefusedHere:
             got: list[PredictReply] = []
             local_id = calls.submit(PredictRequest(), None, got.append)
             assert got == []  # never before submit returned
-            await until(lambda: got)
+            await eventually(lambda: got)
             assert lost(got[0])
             assert got[0].id == local_id
             with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 cannot be reached"):
@@ -108,7 +108,7 @@ class TestDeadlinesAndCancels:
         async with serving(echoes) as (_, address), calling(address) as calls:
             reply = await calls.predict(PredictRequest(version="hold"), now() + 0.05)
             assert reply.code == Code.CODE_DEADLINE_EXCEEDED
-            await until(lambda: echoes.made[0].cancelled)
+            await eventually(lambda: echoes.made[0].cancelled)
             assert echoes.made[0].peer.in_flight == 0
             echoes.made[0].release()  # late answers go nowhere
             assert (await calls.predict(PredictRequest(version="x"), None)).version == "x"
@@ -134,10 +134,10 @@ class TestDeadlinesAndCancels:
             tasks = [
                 asyncio.create_task(calls.predict(PredictRequest(version="hold"), None)) for _ in range(6)
             ]
-            await until(lambda: echoes.made and len(echoes.made[0].held) == 6)
+            await eventually(lambda: echoes.made and len(echoes.made[0].held) == 6)
             for task in tasks[::2]:
                 task.cancel()
-            await until(lambda: len(echoes.made[0].cancelled) == 3)
+            await eventually(lambda: len(echoes.made[0].cancelled) == 3)
             echoes.made[0].release()
             replies = await asyncio.gather(*tasks[1::2])
             assert [reply.code for reply in replies] == [Code.CODE_OK] * 3
@@ -175,7 +175,7 @@ class TestEnds:
             waiting = [
                 asyncio.create_task(calls.predict(PredictRequest(version="hold"), None)) for _ in range(3)
             ]
-            await until(lambda: echoes.made and len(echoes.made[0].held) == 3)
+            await eventually(lambda: echoes.made and len(echoes.made[0].held) == 3)
             await server.close()
             assert all(lost(reply) for reply in await asyncio.gather(*waiting))
             assert echoes.made[0].closed == 1
@@ -189,9 +189,9 @@ class TestEnds:
         echoes = Echoes()
         async with serving(echoes) as (server, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
-            await until(lambda: echoes.made and echoes.made[0].held)
+            await eventually(lambda: echoes.made and echoes.made[0].held)
             drain = asyncio.create_task(server.drain(5))
-            await until(lambda: calls.draining)
+            await eventually(lambda: calls.draining)
             assert not calls.usable
             assert lost(await calls.predict(PredictRequest(), None))
             assert not drain.done()
@@ -204,7 +204,7 @@ class TestEnds:
         echoes = Echoes()
         async with serving(echoes) as (server, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
-            await until(lambda: echoes.made and echoes.made[0].held)
+            await eventually(lambda: echoes.made and echoes.made[0].held)
             await server.drain(0.05)
             assert lost(await waiting)
 
@@ -235,7 +235,7 @@ class TestEnds:
         echoes = Echoes()
         async with serving(echoes) as (_, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
-            await until(lambda: echoes.made and echoes.made[0].held)
+            await eventually(lambda: echoes.made and echoes.made[0].held)
             echo = echoes.made[0]
             echo.peer.reply(PredictReply(id=12345))
             echo.answer(echo.held[0])
@@ -375,6 +375,6 @@ class TestBadServers:
         server = await asyncio.start_server(other, "127.0.0.1", 0)
         address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         async with calling(address, connect=False) as calls:
-            await until(lambda: "protocol 2" in calls.last_error)
+            await eventually(lambda: "protocol 2" in calls.last_error)
             assert not calls.connected
         server.close()

@@ -25,8 +25,8 @@ from tests.fixtures.frames import (
     message,
     run_on,
     serving,
-    until,
 )
+from tests.fixtures.waiting import eventually
 
 Running = tuple[FrameServer, str]
 Loop = Callable[[], asyncio.AbstractEventLoop]
@@ -320,7 +320,7 @@ class TestAllowed:
         await raw.open()
         await raw.until(0)
         await raw.send(frame(0, 1, 1, item(1, "hold")))
-        await until(lambda: echoes.made and echoes.made[-1].held)
+        await eventually(lambda: echoes.made and echoes.made[-1].held)
         echoes.made[-1].release()
         assert await self.replies(raw, 1) == [1]
         await raw.until(1)
@@ -386,7 +386,7 @@ class TestAllowed:
                         await raw.send(frame(0, 0, 1, body[at : at + 16_384]))
             except ConnectionError:
                 pass
-            await until(lambda: not server.connections)
+            await eventually(lambda: not server.connections)
             raw.close()
 
 
@@ -411,7 +411,7 @@ class TestGarbage:
                 raw.close()
             async with calling(address, SMALL) as calls:
                 assert (await calls.predict(PredictRequest(version="fine"), None)).version == "fine"
-            await until(lambda: not server.connections)
+            await eventually(lambda: not server.connections)
         assert asyncio.all_tasks() == before
         gc.collect()
         assert failures == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.router.snapshot import Snapshot
-from tests.fixtures.router import until
+from tests.fixtures.waiting import eventually
 
 
 async def written(path: Path, records: dict[str, bytes]) -> None:
@@ -39,7 +39,7 @@ async def test_changes_are_written_while_it_runs(tmp_path: Path) -> None:
     snapshot = Snapshot(path, {"deployments": lambda: records})
     task = asyncio.create_task(snapshot.run())
     snapshot.changed()
-    await until(path.exists)
+    await eventually(path.exists)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert (await restored(path))[1] == {b"a": b"1"}
