@@ -29,6 +29,8 @@ CORE = pa.schema(
         ("version", pa.dictionary(pa.int32(), pa.string())),
         ("artifact_digest", pa.dictionary(pa.int32(), pa.string())),
         ("variant", pa.dictionary(pa.int32(), pa.string())),
+        # Null: assigned by no experiment. Segments from before there were any lack the column.
+        ("experiment", pa.dictionary(pa.int32(), pa.string())),
         ("unit_hash", pa.uint64()),
         ("propensity", pa.float32()),
         ("revision", pa.uint64()),
@@ -122,11 +124,14 @@ def parse(value: bytes | None) -> PredictionBatch:
         len(batch.rows),
         len(variants),
         len(batch.answered_before_us),
+        len(batch.experiments),
     }
     if not lengths <= {0, n}:
         _blame_column(batch, n)
     if max(variants[:], default=-1) >= len(batch.variant_names):
         raise InvalidArgument("a variant is not named")
+    if batch.experiments and max(batch.experiments[:]) > len(batch.experiment_ids):
+        raise InvalidArgument("an experiment is not named")
     numbers = {*codes[:], *origins[:], batch.writer}
     if not 0 <= min(numbers) <= max(numbers) <= 255:
         raise InvalidArgument("codes, origins or the writer hold numbers that are none")
@@ -145,7 +150,7 @@ def _check_names(model: str, version: str) -> None:
 
 
 def _blame_column(batch: PredictionBatch, n: int) -> None:
-    for name in (*(field for field, _, _ in _NUMBERS), "variants", "answered_before_us"):
+    for name in (*(field for field, _, _ in _NUMBERS), "variants", "answered_before_us", "experiments"):
         length = len(getattr(batch, name))
         if length not in (0, n):
             raise InvalidArgument(f"{name} has {length} entries for {n} requests")
@@ -195,6 +200,7 @@ def to_table(
         "writer": numbers_array(np.repeat([batch.writer for batch in batches], counts).astype("u1")),
         "answered_at_us": numbers_array(_answered_at(batches, counts, whole)),
         "variant": _variants(batches, counts, whole),
+        "experiment": _experiments(batches, counts, whole),
     }
     for name in ("source", "model", "version", "artifact_digest"):
         columns[name] = _repeated([getattr(batch, name) for batch in batches], counts)
@@ -275,6 +281,32 @@ def _variants(
         places = np.array([known.setdefault(name, len(known)) for name in names], dtype=np.int32)
         parts.append(places[np.array(batch.variants[:] or [0] * n, dtype=np.int64)])
     return pa.DictionaryArray.from_arrays(numbers_array(np.concatenate(parts)), texts_array(list(known)))
+
+
+def _experiments(
+    batches: Sequence[PredictionBatch], counts: NDArray[np.int64], whole: PredictionBatch | None
+) -> pa.Array:
+    """Null where no experiment assigned a request. Records without the column have no entries in it."""
+    ids: list[str] = []
+    if whole is not None:
+        ids = whole.experiment_ids[:]
+    else:
+        for batch in batches:
+            ids += batch.experiment_ids[:]
+    if not ids:
+        return pa.nulls(int(counts.sum()), CORE.field("experiment").type)
+    entries: list[int] = []
+    for batch in batches:
+        entries += batch.experiments[:]
+    named = np.array([len(batch.experiment_ids) for batch in batches], dtype=np.int64)
+    local = np.zeros(counts.sum(), dtype=np.int64)
+    local[np.repeat([bool(batch.experiments) for batch in batches], counts)] = entries
+    # Its place among the ids of all records, then among those that differ.
+    place = np.maximum(local - 1, 0) + np.repeat(np.cumsum(named) - named, counts)
+    known = {name: index for index, name in enumerate(dict.fromkeys(ids))}
+    of_place = np.array([*(known[name] for name in ids), 0], dtype=np.int32)
+    indices = pa.array(of_place[place], mask=local == 0)
+    return pa.DictionaryArray.from_arrays(indices, texts_array(list(known)))
 
 
 def _one_name_each(batches: Sequence[PredictionBatch], whole: PredictionBatch) -> bool:

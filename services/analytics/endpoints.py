@@ -39,8 +39,8 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
 
     @router.get("/models/{model}")
     async def show_model(model: str, since: Instant = None, until: Instant = None) -> Json:
-        """Per version and variant of the requests that callers sent: counts, error rate with its Wilson
-        interval, latency quantiles, outcome means. Shadow and batch requests are counted apart."""
+        """Per version, variant and experiment of the requests that callers sent: counts, error rate with its
+        Wilson interval, latency quantiles, outcome means. Shadow and batch requests are counted apart."""
         since_us, until_us = _period(since, until, clock)
         rows, means, accuracies, others = await reader.ask(
             model, _overview, since_us=since_us, until_us=until_us
@@ -192,8 +192,8 @@ def _overview(
     )
 
 
-def _arm_of(row: dict[str, Any]) -> tuple[str, str]:
-    return row["version"], row["variant"]
+def _arm_of(row: dict[str, Any]) -> tuple[str, str, str | None]:
+    return row["version"], row["variant"], row["experiment"]
 
 
 def _period(since: datetime | None, until: datetime | None, clock: Clock) -> tuple[int, int | None]:

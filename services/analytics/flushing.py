@@ -118,7 +118,7 @@ class SegmentWriter:
 
     async def put_joined(self, rows: Sequence[SegmentRow], files: Sequence[str]) -> list[Segment]:
         """Write one object instead of several of the same version and layout."""
-        return await self._write([await asyncio.to_thread(_encode_joined, rows, files)])
+        return await self._write([await asyncio.to_thread(encode_joined, rows, files)])
 
     async def _write(self, encoded: Sequence[tuple[Segment, bytes]]) -> list[Segment]:
         segments = [segment for segment, _ in encoded]
@@ -350,7 +350,8 @@ def _encode_records(
     return encode(table, version, kind, [logged.batch_id for logged in records])
 
 
-def _encode_joined(rows: Sequence[SegmentRow], files: Sequence[str]) -> tuple[Segment, bytes]:
+def encode_joined(rows: Sequence[SegmentRow], files: Sequence[str]) -> tuple[Segment, bytes]:
+    """One object of what is in several of one version and layout; columns that some lack are null there."""
     # Each is sorted and ids grow with time, so one after another they are sorted well enough for look-ups,
     # which skip groups of rows by their bounds; sorting all again would be half of the work.
     in_order = sorted(zip(rows, files, strict=True), key=lambda pair: pair[0].first_id)

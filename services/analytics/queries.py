@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import duckdb
@@ -33,10 +34,12 @@ CLASSES = pa.schema([("version", pa.string()), ("name", pa.string()), ("number",
 _ORIGINS = {1: "online", 2: "shadow", 3: "batch"}
 
 _LOGGED = (
-    "request_id, batch_id, position, writer, model, version, artifact_digest, variant, unit_hash, "
-    "propensity, revision, code, origin, attempt, cached, answered_at_us, latency_us, queue_us, compute_us, "
-    "rows, predicted, predicted_text"
+    "request_id, batch_id, position, writer, model, version, artifact_digest, variant, experiment, "
+    "unit_hash, propensity, revision, code, origin, attempt, cached, answered_at_us, latency_us, queue_us, "
+    "compute_us, rows, predicted, predicted_text"
 )
+#: What segments that were written before there was such a column have in its place.
+_SINCE_THEN = {"experiment": "NULL::VARCHAR"}
 
 _VIEWS = """
 CREATE TEMP VIEW logged AS
@@ -86,7 +89,7 @@ LEFT JOIN (SELECT version, name AS answer_text, number FROM classes) AS of_answe
 """
 
 _SUMMARY = """
-SELECT version, variant, count(*) AS requests, count(DISTINCT unit_hash) AS units,
+SELECT version, variant, experiment, count(*) AS requests, count(DISTINCT unit_hash) AS units,
        count(*) FILTER (failed) AS errors, count(*) FILTER (code = 1) AS cancelled,
        count(*) FILTER (cached) AS cached,
        min(answered_at_us) AS first_at_us, max(answered_at_us) AS last_at_us,
@@ -94,19 +97,20 @@ SELECT version, variant, count(*) AS requests, count(DISTINCT unit_hash) AS unit
        stddev_samp(latency_us) FILTER (code = 0) / 1000 AS latency_sd,
        quantile_cont(latency_us, [0.5, 0.95, 0.99]) FILTER (code = 0) AS latency_quantiles,
        any_value(artifact_digest) FILTER (artifact_digest <> '') AS artifact_digest
-FROM online GROUP BY version, variant ORDER BY version, variant
+FROM online GROUP BY version, variant, experiment ORDER BY version, variant, experiment NULLS FIRST
 """
 
 _OUTCOME_MEANS = """
-SELECT version, variant, metric, count(*) AS n, avg(number) AS mean, stddev_samp(number) AS sd
+SELECT version, variant, experiment, metric, count(*) AS n, avg(number) AS mean, stddev_samp(number) AS sd
 FROM online JOIN outcomes USING (request_id) WHERE number IS NOT NULL
-GROUP BY version, variant, metric ORDER BY version, variant, metric
+GROUP BY version, variant, experiment, metric ORDER BY version, variant, experiment NULLS FIRST, metric
 """
 
 _ACCURACIES = """
-SELECT version, variant, count(value) AS n, sum(value) AS correct, count(*) - count(value) AS unmapped
+SELECT version, variant, experiment, count(value) AS n, sum(value) AS correct,
+       count(*) - count(value) AS unmapped
 FROM labelled
-GROUP BY version, variant ORDER BY version, variant
+GROUP BY version, variant, experiment ORDER BY version, variant, experiment NULLS FIRST
 """
 
 _MEASURED = {
@@ -126,17 +130,20 @@ CREATE TEMP MACRO arm_of(version, variant) AS CASE
     WHEN variant = getvariable('a') THEN 'a'
     WHEN variant = getvariable('b') THEN 'b' END;
 
+-- What an experiment assigned is its own, with weights of its own.
+CREATE TEMP VIEW of_the_split AS SELECT * FROM online WHERE experiment IS NULL;
+
 -- Whoever names a version gets it with propensity 1, as does everybody while it has all traffic.
 CREATE TEMP MACRO by_chance(propensity) AS propensity > 0 AND propensity < 1;
 
 SELECT count(DISTINCT arm_of(version, variant)) FILTER (by_chance(propensity)),
        count(*) FILTER (NOT by_chance(propensity))
-FROM online WHERE arm_of(version, variant) IS NOT NULL
+FROM of_the_split WHERE arm_of(version, variant) IS NOT NULL
 """
 
 _ARMS = """
 CREATE TEMP TABLE exposures AS
-SELECT arm_of(version, variant) AS arm, unit_hash, revision, propensity, answered_at_us FROM online
+SELECT arm_of(version, variant) AS arm, unit_hash, revision, propensity, answered_at_us FROM of_the_split
 WHERE arm_of(version, variant) IS NOT NULL AND (by_chance(propensity) OR NOT getvariable('randomised'));
 
 CREATE TEMP TABLE firsts AS
@@ -145,7 +152,8 @@ FROM exposures GROUP BY unit_hash;
 
 CREATE TEMP TABLE observations AS
 SELECT arm_of(version, variant) AS arm, unit_hash, value FROM measured
-WHERE arm_of(version, variant) IS NOT NULL AND (by_chance(propensity) OR NOT getvariable('randomised'));
+WHERE experiment IS NULL AND arm_of(version, variant) IS NOT NULL
+      AND (by_chance(propensity) OR NOT getvariable('randomised'));
 """
 
 _ARM = """
@@ -250,26 +258,38 @@ def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnect
     connection.register("inbox", core)
     connection.register("given", snapshot.outcomes)
     connection.register("classes", snapshot.classes)
-    sources = ["inbox"]
-    if snapshot.files:
-        _set(connection, files=list(snapshot.files))
-        sources.append("read_parquet(getvariable('files'))")
-    parts = [f"FROM {source} SELECT {_LOGGED}" for source in sources]
+    older = [file for file in snapshot.files if not _complete(file)]
+    files = [file for file in snapshot.files if _complete(file)] if older else list(snapshot.files)
+    parts = [f"FROM inbox SELECT {_LOGGED}"]
+    if files:
+        _set(connection, files=files)
+        parts.append(f"FROM read_parquet(getvariable('files')) SELECT {_LOGGED}")
+    if older:
+        _set(connection, older=older)
+        columns = ", ".join(_SINCE_THEN.get(name, name) for name in _LOGGED.split(", "))
+        parts.append(f"FROM read_parquet(getvariable('older')) SELECT {columns}")
     connection.execute(f"CREATE TEMP VIEW everything AS {' UNION ALL '.join(parts)}")
     connection.execute(_VIEWS)
     return connection
 
 
+@lru_cache(maxsize=100_000)
+def _complete(file: str) -> bool:
+    """Whether the segment has every column of today. What is in a file never changes."""
+    return set(_SINCE_THEN) <= set(pq.read_schema(file).names)
+
+
 def summary(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    """Per version and variant of online requests: counts, `codes` other than OK, latency of OK answers (mean
-    and sd in ms, quantiles 0.5, 0.95, 0.99 in µs)."""
+    """Per version, variant and experiment of online requests: counts, `codes` other than OK, latency of OK
+    answers (mean and sd in ms, quantiles 0.5, 0.95, 0.99 in µs)."""
     rows = _dicts(connection, _SUMMARY)
     codes = connection.execute(
-        "SELECT version, variant, code, count(*) FROM online WHERE code <> 0 GROUP BY ALL ORDER BY ALL"
+        "SELECT version, variant, experiment, code, count(*) FROM online WHERE code <> 0 "
+        "GROUP BY ALL ORDER BY ALL"
     ).fetchall()
     for row in rows:
-        mine = (row["version"], row["variant"])
-        row["codes"] = {code: n for version, variant, code, n in codes if (version, variant) == mine}
+        mine = (row["version"], row["variant"], row["experiment"])
+        row["codes"] = {code: n for *of, code, n in codes if tuple(of) == mine}
     return rows
 
 
@@ -282,19 +302,21 @@ def other_origins(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 
 
 def outcome_means(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    """Per version, variant and metric: how many outcomes with a number were joined, their mean and sd."""
+    """Per version, variant, experiment and metric: how many outcomes with a number were joined, their mean and
+    sd."""
     return _dicts(connection, _OUTCOME_MEANS)
 
 
 def accuracies(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    """Per version and variant: labelled rows, how many of them were predicted right, and how many more have a
-    label that is no class of the version or no prediction to hold it against (`unmapped`)."""
+    """Per version, variant and experiment: labelled rows, how many of them were predicted right, and how many
+    more have a label that is no class of the version or no prediction to hold it against (`unmapped`)."""
     return _dicts(connection, _ACCURACIES)
 
 
 def arms(connection: duckdb.DuckDBPyConnection, metric: str, a: str, b: str) -> Arms:
     """Observations of two versions (or variants) per unit that the split sent there. A unit that met both
-    counts with the one that it met first, by its requests there. Once per connection.
+    counts with the one that it met first, by its requests there. Requests that an experiment assigned do not
+    count: they are not of the deployment's split. Once per connection.
 
     `metric`: error_rate, latency_ms, accuracy, or the name of an outcome with numbers.
     """

@@ -61,6 +61,7 @@ def version_json(row: Json, outcomes: list[Json], accuracy: Json | None) -> Json
     return {
         "version": row["version"],
         "variant": row["variant"],
+        "experiment": row["experiment"],
         "artifact_digest": row["artifact_digest"],
         "requests": row["requests"],
         "units": row["units"],
@@ -170,6 +171,7 @@ def row_json(row: Json) -> Json:
         "version": row["version"],
         "artifact_digest": row["artifact_digest"] or None,
         "variant": row["variant"],
+        "experiment": row.get("experiment"),
         "answered_at": instant(row["answered_at_us"]),
         "code": code_name(row["code"]),
         "latency_ms": row["latency_us"] / 1000,

@@ -65,7 +65,7 @@ def encode(
         sink,
         compression="zstd",
         row_group_size=_ROWS_A_GROUP,
-        use_dictionary=["source", "model", "version", "artifact_digest", "variant"],
+        use_dictionary=["source", "model", "version", "artifact_digest", "variant", "experiment"],
         store_schema=True,
     )
     data = sink.getvalue().to_pybytes()

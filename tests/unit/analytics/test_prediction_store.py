@@ -13,9 +13,11 @@ from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 from services.analytics import queries
 from services.analytics.columns import CORE, drop_payload, layout, parse, to_table
 from services.analytics.comparison import compare_quantiles
+from services.analytics.flushing import encode_joined
 from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
 from services.analytics.schemas import unmapped_warnings
 from services.analytics.segments import encode, object_name
+from services.analytics.tables import SegmentRow
 from services.common.errors import InvalidArgument
 from services.common.tensors import encode_bytes
 from tests.fixtures.prediction_log import START_US, prediction_batch, request_id
@@ -75,6 +77,66 @@ def test_scores_become_the_best_class_and_texts_stay_texts() -> None:
     assert to_table([words], "other")["predicted_text"].to_pylist() == [None, None]
 
 
+def test_requests_name_the_experiment_that_assigned_them_or_none() -> None:
+    """In one record, in records that name others in another order, and in none."""
+    batches = [
+        prediction_batch([1, 2, 3], experiment_ids=["exp_a", "exp_b"], experiments=[2, 0, 1]),
+        prediction_batch([4]),
+        prediction_batch([5, 6], experiment_ids=["exp_b"], experiments=[1, 1]),
+    ]
+    expected = ["exp_b", None, "exp_a", None, "exp_b", "exp_b"]
+    values = [batch.SerializeToString() for batch in batches]
+    for known in (None, values):
+        table = to_table([parse(value) for value in values], "", known)
+        assert table["experiment"].to_pylist() == expected
+        assert to_table(batches[1:2], "", known and known[1:2])["experiment"].to_pylist() == [None]
+    assert queries_experiments(core(*batches)) == {"exp_a": 1, "exp_b": 3, None: 2}
+
+
+def queries_experiments(inbox: pa.Table, *files: str) -> dict[str | None, int]:
+    with queries.open_snapshot(Snapshot(files=files, inbox=inbox)) as connection:
+        rows = connection.execute("SELECT experiment, count(*) FROM online GROUP BY experiment").fetchall()
+        assert connection.execute("SELECT count(*) FROM online WHERE experiment = 'exp_b'").fetchall() == [
+            (dict(rows).get("exp_b", 0),)
+        ]
+        found = queries.summary(connection)
+    assert sum(row["requests"] for row in found) == sum(dict(rows).values())
+    return dict(rows)
+
+
+def test_segments_from_before_there_were_experiments_are_read_and_joined(tmp_path: Path) -> None:
+    """Alone, beside newer ones, and after joining with them."""
+    old = to_table([prediction_batch([1, 2])]).drop_columns(["experiment"])
+    new = to_table([prediction_batch([3], experiment_ids=["exp_b"], experiments=[1])])
+    files = []
+    for name, table in (("old", old), ("new", new)):
+        segment, data = encode(table, "1", "", [name.encode()])
+        file = tmp_path / f"{name}.parquet"
+        file.write_bytes(data)
+        files.append((segment, str(file)))
+    waiting = core(prediction_batch([4]))
+    assert queries_experiments(waiting, files[0][1]) == {None: 3}
+    assert queries_experiments(waiting, files[0][1], files[1][1]) == {None: 3, "exp_b": 1}
+    rows = [
+        SegmentRow(object=one.object, version="1", layout="", first_id=one.first_id, last_id=one.last_id)
+        for one, _ in files
+    ]
+    _, joined = encode_joined(rows, [file for _, file in files])
+    (tmp_path / "joined.parquet").write_bytes(joined)
+    assert queries_experiments(waiting, str(tmp_path / "joined.parquet")) == {None: 3, "exp_b": 1}
+
+
+def test_what_an_experiment_assigned_is_no_part_of_the_comparison_of_versions() -> None:
+    batches = [
+        prediction_batch([1, 2]),
+        prediction_batch([3, 4], version="2"),
+        prediction_batch([5, 6, 7], version="2", experiment_ids=["exp_b"], experiments=[1, 1, 1]),
+    ]
+    with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
+        found = queries.arms(connection, "error_rate", "1", "2")
+    assert (len(found.a.units), len(found.b.units), found.b.counts.sum()) == (2, 2, 2)
+
+
 def test_half_precision_is_widened() -> None:
     batch = prediction_batch([1], payload=False)
     data = (np.array([1.5, -2.0], "<f4").view("<u4") >> 16).astype("<u2").tobytes()
@@ -105,6 +167,12 @@ def test_a_tensor_that_does_not_fit_is_left_out_and_its_requests_stay() -> None:
         PredictionBatch(batch_id=bytes(16), model="m", request_ids=bytes(32), rows=[1]).SerializeToString(),
         PredictionBatch(
             batch_id=bytes(16), model="m", request_ids=bytes(16), variants=[3]
+        ).SerializeToString(),
+        PredictionBatch(
+            batch_id=bytes(16), model="m", request_ids=bytes(16), experiments=[2], experiment_ids=["a"]
+        ).SerializeToString(),
+        PredictionBatch(
+            batch_id=bytes(16), model="m", request_ids=bytes(32), experiments=[1], experiment_ids=["a"]
         ).SerializeToString(),
     ],
 )
@@ -158,7 +226,15 @@ def test_the_latest_outcome_counts_and_each_joins_once() -> None:
     outcomes = said((1, 1.0, None, 0, 10), (1, 0.0, None, 0, 20), (1, 1.0, None, 0, 15), (9, 1.0, None, 0, 1))
     with queries.open_snapshot(Snapshot(inbox=core(*retried()), outcomes=outcomes)) as connection:
         assert queries.outcome_means(connection) == [
-            {"version": "2", "variant": "2", "metric": "label", "n": 1, "mean": 0.0, "sd": None}
+            {
+                "version": "2",
+                "variant": "2",
+                "experiment": None,
+                "metric": "label",
+                "n": 1,
+                "mean": 0.0,
+                "sd": None,
+            }
         ]
         assert [(row["n"], row["correct"]) for row in queries.accuracies(connection)] == [(1, 0.0)]
 
