@@ -9,7 +9,7 @@ from headrace.v1.trials_pb2 import Evidence, Trial, TrialArm, TrialMetric, Verdi
 
 from services.common.assignment import BUCKETS
 from services.registry.rollout_plan import Rollout, Status
-from services.registry.rollout_schemas import RolloutIn, StepIn, plan_of
+from services.registry.rollout_schemas import RolloutIn, plan_of
 from services.registry.schemas import utc_us
 from services.registry.tables import RolloutRow
 from services.registry.trial_schemas import metric_message
@@ -43,11 +43,6 @@ def rollout_of(row: RolloutRow) -> Rollout:
         paused=row.paused_at is not None,
         promoted=row.promoted,
     )
-
-
-def step_in(row: RolloutRow, step: int) -> StepIn:
-    """A step as it was asked for."""
-    return spec_of(row).all_steps()[step]
 
 
 def trial_of(row: RolloutRow) -> Trial:

@@ -7,25 +7,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 
-from headrace.v1.control_pb2 import ServingConfig, Shadow
+from headrace.v1.control_pb2 import ServingConfig
 from headrace.v1.events_pb2 import DriftAlert
 from headrace.v1.trials_pb2 import Verdict
 
-from services.common.assignment import BUCKETS
 from services.common.clock import Clock
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.common.ids import new_id
-from services.registry import deployments
+from services.registry import deployments, rollout_config
 from services.registry.alerts import KEPT
 from services.registry.repository import Repository
 from services.registry.rollout_guard import rollout_name
-from services.registry.rollout_plan import Action, Alert, Cause, Facts, Rollout, Status, Step
+from services.registry.rollout_plan import Action, Alert, Cause, Facts, Status, Step
 from services.registry.rollout_schemas import NewRolloutIn, check_rollout
-from services.registry.rollout_state import evidence_of, rollout_of, spec_of, step_in, trial_of
+from services.registry.rollout_state import evidence_of, rollout_of, spec_of, trial_of
 from services.registry.rollout_steps import next_step
-from services.registry.rollout_words import back, loading, percent
+from services.registry.rollout_words import back, loading
 from services.registry.tables import RolloutEventRow, RolloutRow
-from services.registry.trial_schemas import ten_thousandths
 from services.registry.trials import publish_trial
 from services.registry.workers import Workers
 
@@ -60,7 +58,7 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     config = ServingConfig.FromString(deployed.config)
     alias = await tx.alias(wanted.model, wanted.version)
     version = wanted.version if alias is None else alias.version
-    previous = _in_service(config)
+    previous = rollout_config.in_service(config)
     if previous == version:
         raise InvalidArgument(f"version {version!r} answers everything already", field="version")
     added = await deployments.held_versions(tx, wanted.model, config, [version])
@@ -210,7 +208,10 @@ async def carry_out(
             await _hand_over(tx, row, clock)
             await _finish(tx, row, step, verdict, clock)
         case Action.ABORT:
-            await _leave(tx, row, lambda config: _set_shadow(config, row, None), clock)
+            before = ServingConfig.FromString(row.before)
+            await _leave(
+                tx, row, lambda config: rollout_config.restore_shadow(config, before, row.version), clock
+            )
             await _finish(tx, row, step, verdict, clock)
 
 
@@ -227,46 +228,32 @@ def is_news(row: RolloutRow, step: Step) -> bool:
 async def _enter(tx: Repository, row: RolloutRow, step: Step, verdict: Verdict | None, clock: Clock) -> None:
     now = clock.now()
     row.step, row.entered_at, row.clock_at, row.promoted = step.step, now, now, False
-    rollout = rollout_of(row)
+    rollout, before = rollout_of(row), ServingConfig.FromString(row.before)
     row.status = Status.BAKING if rollout.at_full else Status.RUNNING
-    shadow = _shadow_of(row, rollout)
-    row.shadow_since = None if shadow is None else now
-
-    def edit(config: ServingConfig) -> None:
-        weights = {row.version: rollout.weight, row.previous_version: BUCKETS - rollout.weight}
-        deployments.set_weights(config, weights)
-        _set_shadow(config, row, shadow)
-
-    row.revision = (await deployments.revise(tx, row.model, "rollout", clock, edit)).config.revision
+    row.shadow_since = now if rollout.planned.shadow else None
+    asked = spec_of(row).all_steps()[row.step]
+    revised = await deployments.revise(
+        tx,
+        row.model,
+        "rollout",
+        clock,
+        lambda config: rollout_config.enter_step(config, before, rollout, asked),
+    )
+    row.revision = revised.config.revision
     await _note(tx, row, step, verdict, now)
     publish_trial(tx, trial_of(row))
 
 
 async def _go_back(tx: Repository, row: RolloutRow, clock: Clock) -> None:
-    """The very buckets that were before."""
     before = ServingConfig.FromString(row.before)
-    weights = {version.version: version.weight for version in before.versions if version.weight}
-
-    def edit(config: ServingConfig) -> None:
-        _set_shadow(config, row, None)
-        if weights.keys() <= {version.version for version in config.versions}:
-            deployments.set_weights(config, weights)
-            del config.buckets[:]
-            config.buckets.extend(before.buckets)
-
-    await _leave(tx, row, edit, clock)
+    await _leave(tx, row, lambda config: rollout_config.restore(config, before, row.version), clock)
 
 
 async def _hand_over(tx: Repository, row: RolloutRow, clock: Clock) -> None:
-    """The new version stays, the previous one goes unless it shall stay or something else needs it."""
     keep = spec_of(row).keep_previous
 
     def edit(config: ServingConfig) -> None:
-        for version in config.versions:
-            if version.version == row.version:
-                version.held = False
-            elif version.version == row.previous_version:
-                version.held = not keep
+        rollout_config.hand_over(config, row.version, row.previous_version, keep_previous=keep)
 
     await _leave(tx, row, edit, clock)
 
@@ -342,41 +329,6 @@ async def _open_alerts(tx: Repository, model: str, version: str) -> Sequence[Ale
             critical = alert.severity == DriftAlert.SEVERITY_CRITICAL
             alerts.append(Alert(alert.feature, critical, row.received_at, alert.message))
     return alerts
-
-
-def _in_service(config: ServingConfig) -> str:
-    """The one version that answers. Raises FailedPrecondition where there are several."""
-    weighted = [version for version in config.versions if version.weight]
-    if len(weighted) > 1:
-        shares = ", ".join(f"{v.version} ({percent(v.weight)})" for v in weighted)
-        raise FailedPrecondition(
-            f"several versions of {config.model} share its requests: {shares}; a rollout starts from one",
-            field="model",
-        )
-    return weighted[0].version
-
-
-def _shadow_of(row: RolloutRow, rollout: Rollout) -> Shadow | None:
-    if not rollout.planned.shadow:
-        return None
-    step = step_in(row, row.step)
-    return Shadow(
-        version=row.version,
-        share=ten_thousandths(step.shadow) if step.shadow is not None else 0,
-        tolerance=step.tolerance,
-        slice_by=step.slice_by,
-    )
-
-
-def _set_shadow(config: ServingConfig, row: RolloutRow, shadow: Shadow | None) -> None:
-    """Let the new version be a shadow, or put back what was before where it is one no more."""
-    if shadow is not None:
-        config.shadow.CopyFrom(shadow)
-    elif config.shadow.version == row.version:
-        before = ServingConfig.FromString(row.before)
-        config.ClearField("shadow")
-        if before.HasField("shadow"):
-            config.shadow.CopyFrom(before.shadow)
 
 
 def _with(reason: str, why: str) -> str:
