@@ -302,8 +302,8 @@ def other_origins(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 
 
 def outcome_means(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
-    """Per version, variant, experiment and metric: how many outcomes with a number were joined, their mean and
-    sd."""
+    """Per version, variant, experiment and metric: how many outcomes with a number were joined, their mean
+    and sd."""
     return _dicts(connection, _OUTCOME_MEANS)
 
 
