@@ -16,13 +16,16 @@ from prometheus_client import CollectorRegistry
 from services.analytics.consumers import Consumers
 from services.analytics.endpoints import routes, shadow_routes
 from services.analytics.flushing import Flusher, SegmentWriter
+from services.analytics.looking import Looking
 from services.analytics.metrics import Metrics
 from services.analytics.reading import Reader
 from services.analytics.segments import SegmentFiles
 from services.analytics.settings import Settings
 from services.analytics.shadows import ShadowConsumer
 from services.analytics.signatures import Signatures
+from services.analytics.trials import Trials
 from services.common.bus.kafka import KafkaBus
+from services.common.bus.port import Table
 from services.common.clock import Clock
 from services.common.db import check_database, engine, migrate
 from services.common.errors import Fatal, HeadraceError, Unavailable
@@ -32,7 +35,16 @@ from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
 from services.common.telemetry import setup_tracing
 from services.common.telemetry.asgi import TraceRequests
-from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, REPLAY, SHADOWS, dead_letters
+from services.common.topics import (
+    DEPLOYMENTS,
+    OUTCOMES,
+    PREDICTIONS,
+    REPLAY,
+    SHADOWS,
+    TRIALS,
+    Topic,
+    dead_letters,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -59,7 +71,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
     """Serve and consume while the block runs; on the way out the running batch is finished first."""
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    health = Health("database", "artifact_store", "deployments")
+    health = Health("database", "artifact_store", "deployments", "trials")
     tracing = setup_tracing(
         "analytics", cfg.otel_exporter_otlp_endpoint or None, cfg.otel_traces_sample_ratio
     )
@@ -86,6 +98,8 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         spill = cfg.state_dir / "analytics" / "spill"
         await asyncio.to_thread(spill.mkdir, parents=True, exist_ok=True)
         reader = Reader(database, files, signatures, metrics, spill)
+        trials = Trials()
+        looking = Looking(trials, reader, database, bus, clock, metrics, cfg.analytics_looks_share)
         app = FastAPI(title="Headrace analytics", version="1")
         app.include_router(routes(reader, clock))
         app.include_router(shadow_routes(database, clock))
@@ -95,29 +109,26 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         app.add_middleware(OpsEndpoints, health=health, registry=registry)
         port = await stack.enter_async_context(serve_asgi(app, cfg.host, cfg.http_port))
 
-        table = await stack.enter_async_context(bus.table(DEPLOYMENTS, signatures.apply))
-        try:
-            # Which output holds the answer is known once the deployments are.
-            await table.ready(_TABLE_WAIT_S)
-        except Unavailable as error:
-            log.warning("deployments_late", reason=error.message)
+        # Which output holds the answer is known once the deployments are.
+        await _read(await stack.enter_async_context(bus.table(DEPLOYMENTS, signatures.apply)), DEPLOYMENTS)
         health.set_ready("deployments")
         await stack.enter_async_context(
             Flusher(database, writer, files, signatures, sizes, clock, metrics, cfg.retention())
         )
-        consumers = Consumers(database, writer, sizes, clock, tracing, metrics)
-        await stack.enter_async_context(
-            bus.consume(PREDICTIONS, GROUP, consumers.on_predictions, max_records=2000, collect_s=_COLLECT_S)
-        )
-        await stack.enter_async_context(
-            bus.consume(OUTCOMES, GROUP, consumers.on_outcomes, max_records=2000, collect_s=_COLLECT_S)
-        )
-        shadows = ShadowConsumer(database, clock, metrics)
-        await stack.enter_async_context(
-            bus.consume(SHADOWS, GROUP, shadows.on_comparisons, max_records=500, collect_s=_COLLECT_S)
-        )
-        lag = asyncio.create_task(_watch_lag(bus, metrics), name="lag")
-        stack.push_async_callback(_cancelled, lag)
+        await _read(await stack.enter_async_context(bus.table(TRIALS, trials.apply)), TRIALS)
+        health.set_ready("trials")
+        await stack.enter_async_context(looking)
+        consumers = Consumers(database, writer, sizes, clock, tracing, metrics, looking.seen)
+        shadows = ShadowConsumer(database, clock, metrics, looking.seen)
+        for topic, handler, most in (
+            (PREDICTIONS, consumers.on_predictions, 2000),
+            (OUTCOMES, consumers.on_outcomes, 2000),
+            (SHADOWS, shadows.on_comparisons, 500),
+        ):
+            await stack.enter_async_context(
+                bus.consume(topic, GROUP, handler, max_records=most, collect_s=_COLLECT_S)
+            )
+        await stack.enter_async_context(_lag_watched(bus, metrics))
         gc.freeze()  # what is there now stays: every full collection would look through all of it
         stack.callback(gc.unfreeze)
         yield Analytics(port, health)
@@ -136,6 +147,24 @@ async def _reach(store: ArtifactStore) -> None:
             await asyncio.sleep(0.5)
 
 
+async def _read(table: Table, topic: Topic) -> None:
+    """Wait until the topic was read, for a while; without a broker the service starts all the same."""
+    try:
+        await table.ready(_TABLE_WAIT_S)
+    except Unavailable as error:
+        log.warning("topic_late", topic=topic.name, reason=error.message)
+
+
+@asynccontextmanager
+async def _lag_watched(bus: KafkaBus, metrics: Metrics) -> AsyncIterator[None]:
+    task = asyncio.create_task(_watch_lag(bus, metrics), name="lag")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
     while True:
         for topic in (PREDICTIONS, OUTCOMES, SHADOWS):
@@ -149,8 +178,3 @@ async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
                 # The broker's client raises of its own, too; without lag the service goes on.
                 log.exception("lag_failed", topic=topic.name)
         await asyncio.sleep(_LAG_PERIOD_S)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

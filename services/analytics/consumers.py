@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from google.protobuf.message import DecodeError
 from headrace.v1.events_pb2 import Outcome, OutcomeBatch
@@ -45,7 +45,10 @@ class Consumers:
         clock: Clock,
         tracing: Tracing,
         metrics: Metrics,
+        seen: Callable[[str], None] = lambda _model: None,
     ) -> None:
+        """`seen` is told which models there is something new of; an empty name stands for any."""
+        self._seen = seen
         self._engine = engine
         self._writer = writer
         self._sizes = sizes
@@ -84,6 +87,7 @@ class Consumers:
             requests[logged.batch.model] += logged.requests
         for model, count in requests.items():
             self._metrics.requests.labels(model).inc(count)
+            self._seen(model)
         self._trace("analytics.predictions", records, started)
 
     async def _take_outcomes(self, records: Sequence[Record]) -> None:
@@ -96,6 +100,8 @@ class Consumers:
             async with transaction(self._engine) as session:
                 added = await repository.add_outcomes(session, outcomes, self._clock.now())
         self._metrics.outcomes.inc(added)
+        for model in {outcome.model for outcome in outcomes}:
+            self._seen(model)
         self._count("outcomes", len(records), 0)
         self._trace("analytics.outcomes", records, started)
 

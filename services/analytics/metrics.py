@@ -36,3 +36,21 @@ class Metrics:
             registry=registry,
             buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
         )
+        self.trials = Gauge(
+            "headrace_analytics_trials", "Experiments and rollouts that are judged", registry=registry
+        )
+        self.looks = Counter(
+            "headrace_analytics_looks", "Looks at experiments and rollouts", ["result"], registry=registry
+        )
+        self.look_seconds = Histogram(
+            "headrace_analytics_look_seconds",
+            "Time of a look at one experiment or rollout",
+            registry=registry,
+            buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30),
+        )
+        self.placebo_rate = Gauge(
+            "headrace_placebo_false_positive_rate",
+            "Share of A/A halves of a control that the deciding method ever told apart",
+            ["model"],
+            registry=registry,
+        )

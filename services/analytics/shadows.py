@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.message import DecodeError
@@ -31,7 +31,15 @@ _FORGOTTEN_AT_ONCE = 1000
 class ShadowConsumer:
     """Handles inference.shadows.v1 for the group `analytics`."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        clock: Clock,
+        metrics: Metrics,
+        seen: Callable[[str], None] = lambda _model: None,
+    ) -> None:
+        """`seen` is told which models there is something new of."""
+        self._seen = seen
         self._engine = engine
         self._clock = clock
         self._metrics = metrics
@@ -48,6 +56,8 @@ class ShadowConsumer:
             # In a fixed order, so that two replicas never wait for each other's rows.
             for key in sorted(merged):
                 await _add(session, key, merged[key])
+        for model in {key[0] for key in merged}:
+            self._seen(model)
         self._metrics.records.labels("shadows").inc(len(records))
         self._metrics.repeated.labels("shadows").inc(len(records) - len(given) + len(repeated))
 

@@ -115,3 +115,33 @@ class OutcomeRow(TableBase):
     row: Mapped[int] = mapped_column(BigInteger)
     observed_at_us: Mapped[int] = mapped_column(BigInteger)
     received_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
+
+
+class MaximumRow(TableBase):
+    """The largest log e-values ever seen of one statement of a trial; the split's has metric and arm
+    empty."""
+
+    __tablename__ = "trial_maxima"
+
+    trial_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    metric: Mapped[str] = mapped_column(Text, primary_key=True)
+    arm: Mapped[str] = mapped_column(Text, primary_key=True)
+    log_e_harm: Mapped[float] = mapped_column(Float)
+    log_e_safe: Mapped[float] = mapped_column(Float)
+    log_e_better: Mapped[float] = mapped_column(Float)
+
+
+class PlaceboRow(TableBase):
+    """The A/A halves of one trial's control (trial id empty: of the version that serves): which of the
+    `salts` ever crossed the bound that decides, and a naive one, at any of the looks."""
+
+    __tablename__ = "placebos"
+
+    model: Mapped[str] = mapped_column(Text, primary_key=True)
+    trial_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    looks: Mapped[int] = mapped_column(BigInteger)
+    units: Mapped[int] = mapped_column(BigInteger)
+    crossed: Mapped[list[int]] = mapped_column(JSONB)
+    naive: Mapped[list[int]] = mapped_column(JSONB)
+    salts: Mapped[int] = mapped_column(Integer)
+    looked_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))

@@ -1,0 +1,59 @@
+"""The trials there are: control.trials.v1, followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+from google.protobuf.message import DecodeError
+from headrace.v1.trials_pb2 import Trial
+
+log = structlog.get_logger(__name__)
+
+
+class Trials:
+    """Applies records of the topic. Revisions only grow; a trial that a returning broker no longer knows
+    stays, since the registry says everything again."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Trial] = {}
+        self._changed: Callable[[str], None] = lambda _model: None
+
+    def watch(self, changed: Callable[[str], None]) -> None:
+        """`changed` is told the model of every change from now on."""
+        self._changed = changed
+
+    def apply(self, key: bytes, value: bytes | None) -> None:
+        """Take one record. One that is older than what is known, or can be no trial, changes nothing."""
+        name = key.decode("utf-8", "replace")
+        known = self._known.get(name)
+        if value is None:
+            if known is not None:
+                del self._known[name]
+                self._changed(known.model)
+            return
+        try:
+            trial = Trial.FromString(value)
+        except DecodeError:
+            log.warning("trial_unreadable", trial_id=name, size=len(value))
+            return
+        if trial.trial_id != name or len(trial.arms) < 2 or not trial.model:
+            log.warning("trial_ignored", trial_id=name, arms=len(trial.arms))
+            return
+        if known is not None and trial.revision < known.revision:
+            return
+        if trial != known:
+            self._known[name] = trial
+            self._changed(trial.model)
+
+    def get(self, trial_id: str) -> Trial | None:
+        """The newest record of a trial, closed ones included."""
+        return self._known.get(trial_id)
+
+    def open(self) -> list[Trial]:
+        """Those on which verdicts are wanted, of a model or of all."""
+        return [trial for trial in self._known.values() if not trial.closed]
+
+    def of(self, model: str) -> list[Trial]:
+        """Every trial of a model that is known, closed ones included."""
+        return [trial for trial in self._known.values() if trial.model == model]
