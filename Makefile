@@ -4,7 +4,16 @@
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
+# Processes at once. Tests wait half of their time for servers and processes, so there are more of them than cores.
 JOBS ?= 2
+TEST_JOBS ?= $(shell expr $(JOBS) + 1)
+
+# The tests start some hundred processes. Where Python is told to keep no bytecode beside its sources, each would
+# compile all that it imports: what it compiled is kept out of their way instead.
+ifdef PYTHONDONTWRITEBYTECODE
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.headrace/bytecode
+endif
 
 help:
 	@echo "make up      start the whole platform on this machine and wait until it is ready"
@@ -36,7 +45,7 @@ logs:
 	@$(PY) -m deploy.embedded logs $(if $(FOLLOW),--follow) $(PART)
 
 test: $(STAMP)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -n $(TEST_JOBS)
 
 # The parts run side by side; a part's output appears when it is done.
 check: $(STAMP)
@@ -58,7 +67,7 @@ contracts: $(STAMP)
 	$(PY) proto/generate.py --check
 
 unit: $(STAMP)
-	$(PY) -m pytest tests/unit -n $(JOBS) --dist loadfile
+	$(PY) -m pytest tests/unit -n $(JOBS)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks

@@ -1,10 +1,30 @@
-"""Shared fixtures, re-exported; they are written in tests/fixtures/. And how long a test may take."""
+"""Shared fixtures, re-exported; they are written in tests/fixtures/. And how long a test may take, and when.
+
+What is expected of a test:
+- It waits with tests/fixtures/waiting.py, never with a deadline of its own, and never sleeps a fixed time.
+- Servers are those of its process (tests/fixtures/servers.py). Consumers that form groups get a session of
+  two seconds: `KafkaBus(…, session_timeout=2.0)`, `kafka_session_timeout_s=2.0`.
+- A whole platform is for what nothing smaller can show. Use `platform`, in a file that is named in
+  tests/fixtures/scheduling.py.
+"""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
 
-from tests.fixtures.platform import bare_platform, new_platform, platform, stacks_directory
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.fixtures import examples
+from tests.fixtures.platform import (
+    SharedPlatform,
+    _shared_platform,
+    bare_platform,
+    new_platform,
+    platform,
+    stacks_directory,
+)
+from tests.fixtures.scheduling import LongestFirst, in_order
 from tests.fixtures.servers import (
     _started,
     apache_kafka,
@@ -21,10 +41,12 @@ from tests.fixtures.servers import (
 )
 
 __all__ = [
+    "_shared_platform",
     "_started",
     "apache_kafka",
     "bare_platform",
     "database_url",
+    "examples",
     "kafka_bootstrap",
     "new_apache_kafka",
     "new_platform",
@@ -41,11 +63,35 @@ __all__ = [
 
 #: The first test of a session that wants the platform starts it and registers the examples.
 WITH_A_PLATFORM_S = 900
-_PLATFORMS = {"bare_platform", "new_platform", "platform"}
+_SHARED = {"bare_platform", "platform"}
+_PLATFORMS = {*_SHARED, "new_platform"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The limit of pyproject.toml is for one test; starting a whole platform has limits of its own."""
+    """Longest first. The limit of pyproject.toml is for one test; starting a whole platform has limits of its
+    own."""
+    in_order(items)
     for item in items:
-        if _PLATFORMS & set(getattr(item, "fixturenames", ())) and item.get_closest_marker("timeout") is None:
+        if _uses(item, _PLATFORMS) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(WITH_A_PLATFORM_S))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """See tests/fixtures/scheduling.py."""
+    config.option.loadscopereorder = False
+    return LongestFirst(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """The shared platform is stopped behind the last test that wants it: idle, it still keeps a core busy."""
+    try:
+        return (yield)
+    finally:
+        if _uses(item, _SHARED) and not (nextitem is not None and _uses(nextitem, _SHARED)):
+            SharedPlatform.stop_all()
+
+
+def _uses(item: pytest.Item, fixtures: set[str]) -> bool:
+    return bool(fixtures & set(getattr(item, "fixturenames", ())))

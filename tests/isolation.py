@@ -63,6 +63,7 @@ def prove(service: str, folder: Path) -> None:
         "asyncio_mode=auto",
     )
     options += ("-o", "asyncio_default_fixture_loop_scope=function")
+    options += ("-p", "tests.fixtures.examples")
     command = [str(python), "-m", "pytest", *options, "-o", "pythonpath=.", "tests/unit"]
     subprocess.run(command, check=True, cwd=tests)
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from benchmarks.workload import Dialect
 from deploy.embedded.stack import Stack
 from examples import cancer
 from tests.e2e.rest import caller, settled, total, until
-from tests.fixtures.platform import register_examples
+from tests.fixtures.waiting import eventually_of
 
 RATE = 500.0
 SECONDS = 6.0
@@ -30,18 +28,10 @@ pytestmark = pytest.mark.timeout(600)  # a whole platform is started
 PATIENCE_S = 15.0
 
 
-@pytest.fixture(scope="module")
-def stack(stacks_directory: Path) -> Iterator[Stack]:
+@pytest.fixture
+def stack(platform: Stack) -> Stack:
     """Two workers, the examples deployed. Every test leaves all parts running."""
-    home = Path(tempfile.mkdtemp(dir=stacks_directory))
-    home.chmod(0o755)
-    running = Stack.on_free_ports(home, workers=2)
-    running.start()
-    try:
-        register_examples(running)
-        yield running
-    finally:
-        running.stop()
+    return platform
 
 
 @pytest.fixture
@@ -161,6 +151,7 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
         assert said["answered"] == sent(said) == RATE * SECONDS, json.dumps(said)
         assert await counted_since(client, before, said["answered"]) == said["answered"]
         await share(client, ("2", 100))
-        await asyncio.sleep(1.0)
         body = {"model": MODEL, "inputs": [cancer.load().held_out_rows[0].tolist()], "user_id": "last"}
-        assert (await client.post("/v1/predict", json=body)).json()["version"] == "2"
+        await eventually_of(
+            lambda: client.post("/v1/predict", json=body), lambda answer: answer.json()["version"] == "2"
+        )

@@ -41,21 +41,6 @@ async def load(client: httpx.AsyncClient, seconds: float) -> list[int]:
     return [task.result() for task in tasks]
 
 
-async def test_a_killed_worker_costs_no_request(new_platform: Callable[..., Stack]) -> None:
-    stack = await asyncio.to_thread(new_platform, workers=2)
-    await asyncio.to_thread(register_examples, stack)
-    async with caller(stack, at_once=64) as client:
-        await until(client, "/v2/models/cancer/ready", lambda _: True)
-        before = await settled(client, "cancer")
-        running = asyncio.create_task(load(client, 8.0))
-        await asyncio.sleep(2.5)
-        await asyncio.to_thread(stack.kill, "worker-0")
-        codes = np.array(await running)
-        assert (codes == 200).all(), np.unique(codes, return_counts=True)
-        await until(client, "/v1/analytics/models/cancer", lambda shown: total(shown) >= before + len(codes))
-        assert await settled(client, "cancer") == before + len(codes)
-
-
 @pytest.mark.kafka
 async def test_a_broker_away_for_ten_seconds_loses_nothing(new_platform: Callable[..., Stack]) -> None:
     home = kafka_home()

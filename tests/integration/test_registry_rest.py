@@ -113,50 +113,50 @@ async def test_revisions_are_never_given_twice(running: Running, kafka_bootstrap
 BOTH = [{"version": "1", "weight": 0}, {"version": "2", "weight": 100}]
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [
-        ({"versions": [{"version": "1", "weight": 99}]}, "versions"),
-        ({"versions": [{"version": "1", "weight": 60}, {"version": "2", "weight": 41}]}, "versions"),
-        (
-            {"versions": [{"version": "1", "weight": 50}, {"version": "1", "weight": 50}]},
-            "versions[1].version",
-        ),
-        ({"versions": [{"version": "7", "weight": 100}]}, "versions[0].version"),
-        ({"versions": [{"version": "1", "weight": 33.333}]}, "versions[0].weight"),
-        ({"versions": [{"version": "1", "weight": -1}]}, "versions[0].weight"),
-        ({"versions": [{"version": "1", "weight": "many"}]}, "versions[0].weight"),
-        ({"versions": []}, "versions"),
-        ({"versions": [{"version": "1", "weight": 100}], "pool": "No Pool"}, "pool"),
-        ({"versions": [{"version": "1", "weight": 100}], "balancing": "best"}, "balancing"),
-        ({"versions": [{"version": "1", "weight": 100}], "batching": {"max_rows": -1}}, "batching.max_rows"),
-        ({"versions": [{"version": "1", "weight": 100}], "unknown": 1}, "unknown"),
-        (
-            {"versions": [{"version": "1", "weight": 100}], "fallback": {"version": "1"}},
-            "fallback.version",
-        ),
-        (
-            {"versions": [{"version": "1", "weight": 100}], "fallback": {"version": "2"}},
-            "fallback.version",
-        ),
-        (
-            {"versions": BOTH, "fallback": {"version": "1", "on": ["CANCELLED"]}},
-            "fallback.on[0]",
-        ),
-        ({"versions": BOTH, "cache": {"ttl_s": 0}}, "cache.ttl_s"),
-        ({"versions": BOTH, "shadow": {"version": "3", "share": 1}}, "shadow.version"),
-        ({"versions": BOTH, "shadow": {"version": "1", "share": 0}}, "shadow.share"),
-        ({"versions": BOTH, "hedging": {"quantile": 0.2}}, "hedging.quantile"),
-        ({"versions": BOTH, "hedging": {"quantile": "often"}}, "hedging.quantile"),
-        ({"versions": BOTH, "hedging": {"min_delay_ms": -1}}, "hedging.min_delay_ms"),
-        ({"versions": BOTH, "hedging": {"after": 5}}, "hedging.after"),
-        ({"versions": BOTH, "cache": {"ttl_s": 1, "max_entry_bytes": 0}}, "cache.max_entry_bytes"),
-    ],
-)
-async def test_a_wrong_deployment_names_its_field(running: Running, body: dict[str, Any], field: str) -> None:
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"versions": [{"version": "1", "weight": 99}]}, "versions"),
+    ({"versions": [{"version": "1", "weight": 60}, {"version": "2", "weight": 41}]}, "versions"),
+    (
+        {"versions": [{"version": "1", "weight": 50}, {"version": "1", "weight": 50}]},
+        "versions[1].version",
+    ),
+    ({"versions": [{"version": "7", "weight": 100}]}, "versions[0].version"),
+    ({"versions": [{"version": "1", "weight": 33.333}]}, "versions[0].weight"),
+    ({"versions": [{"version": "1", "weight": -1}]}, "versions[0].weight"),
+    ({"versions": [{"version": "1", "weight": "many"}]}, "versions[0].weight"),
+    ({"versions": []}, "versions"),
+    ({"versions": [{"version": "1", "weight": 100}], "pool": "No Pool"}, "pool"),
+    ({"versions": [{"version": "1", "weight": 100}], "balancing": "best"}, "balancing"),
+    ({"versions": [{"version": "1", "weight": 100}], "batching": {"max_rows": -1}}, "batching.max_rows"),
+    ({"versions": [{"version": "1", "weight": 100}], "unknown": 1}, "unknown"),
+    (
+        {"versions": [{"version": "1", "weight": 100}], "fallback": {"version": "1"}},
+        "fallback.version",
+    ),
+    (
+        {"versions": [{"version": "1", "weight": 100}], "fallback": {"version": "2"}},
+        "fallback.version",
+    ),
+    (
+        {"versions": BOTH, "fallback": {"version": "1", "on": ["CANCELLED"]}},
+        "fallback.on[0]",
+    ),
+    ({"versions": BOTH, "cache": {"ttl_s": 0}}, "cache.ttl_s"),
+    ({"versions": BOTH, "shadow": {"version": "3", "share": 1}}, "shadow.version"),
+    ({"versions": BOTH, "shadow": {"version": "1", "share": 0}}, "shadow.share"),
+    ({"versions": BOTH, "hedging": {"quantile": 0.2}}, "hedging.quantile"),
+    ({"versions": BOTH, "hedging": {"quantile": "often"}}, "hedging.quantile"),
+    ({"versions": BOTH, "hedging": {"min_delay_ms": -1}}, "hedging.min_delay_ms"),
+    ({"versions": BOTH, "hedging": {"after": 5}}, "hedging.after"),
+    ({"versions": BOTH, "cache": {"ttl_s": 1, "max_entry_bytes": 0}}, "cache.max_entry_bytes"),
+]
+
+
+async def test_a_wrong_deployment_names_its_field(running: Running) -> None:
     await running.make("churn", linear(weight=1), linear(weight=2))
-    answer = await running.rest.put("/v1/deployments/churn", json=body)
-    refused(answer, 422, "INVALID_ARGUMENT", field)
+    for body, field in WRONG:
+        answer = await running.rest.put("/v1/deployments/churn", json=body)
+        refused(answer, 422, "INVALID_ARGUMENT", field)
     refused(await running.rest.get("/v1/deployments/churn"), 404, "NOT_FOUND", "model")
 
 

@@ -54,7 +54,7 @@ class Pool:
 
     async def join(self, *, settles: bool = True) -> Member:
         chunks = KafkaChunks(
-            self.bootstrap, "test", self.topic, self.group, assignment=self.assignment, session_timeout=3.0
+            self.bootstrap, "test", self.topic, self.group, assignment=self.assignment, session_timeout=2.0
         )
         member = Member(await self._stack.enter_async_context(chunks), settles=settles)
         task = asyncio.create_task(member.run())
@@ -85,23 +85,23 @@ class GroupContract:
 
     async def test_every_chunk_comes_once_and_is_committed(self, pool: Pool) -> None:
         member = await pool.join()
-        await pool.put(0, 200)
-        await eventually(lambda: len(member.taken) >= 200)
+        await pool.put(0, 80)
+        await eventually(lambda: len(member.taken) >= 80)
         await settled(pool)
-        assert sorted(map(int, member.values)) == list(range(200))
+        assert sorted(map(int, member.values)) == list(range(80))
 
     async def test_only_a_few_are_fetched_ahead(self, pool: Pool) -> None:
         chunks = KafkaChunks(
-            pool.bootstrap, "test", pool.topic, pool.group, assignment=pool.assignment, session_timeout=3.0
+            pool.bootstrap, "test", pool.topic, pool.group, assignment=pool.assignment, session_timeout=2.0
         )
         async with chunks:
-            await pool.put(0, 500)
+            await pool.put(0, 120)
             await eventually(lambda: len(chunks._ready) >= 8)
             await asyncio.sleep(1.0)
             # Partitions that came while others were paused bring one each on top.
             assert len(chunks._ready) <= 8 + PARTITIONS
-            taken = [await asyncio.wait_for(chunks.next(), PATIENCE_S) for _ in range(500)]
-        assert sorted(int(one.record.value or b"") for one in taken) == list(range(500))
+            taken = [await asyncio.wait_for(chunks.next(), PATIENCE_S) for _ in range(120)]
+        assert sorted(int(one.record.value or b"") for one in taken) == list(range(120))
 
     async def test_what_was_not_settled_comes_again_to_whoever_takes_over(self, pool: Pool) -> None:
         async with AsyncExitStack() as leaving:

@@ -416,12 +416,12 @@ class TestGarbage:
         gc.collect()
         assert failures == []
 
-    @hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(LOOPS), st.lists(st.binary(max_size=200), min_size=1, max_size=3))
     def test_raw_bytes(self, loop: Loop, attempts: list[bytes]) -> None:
         run_on(loop, self.survive(attempts))
 
-    @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         st.sampled_from(LOOPS),
         st.lists(

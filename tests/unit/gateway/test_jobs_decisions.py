@@ -10,7 +10,7 @@ import pytest
 from headrace.v1.batch_pb2 import BatchChunkResult, BatchJob, InputFormat
 from headrace.v1.dataplane_pb2 import Priority
 from headrace.v1.tensor_pb2 import Code
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.bus import Record
@@ -218,6 +218,7 @@ def test_specs_of_json() -> None:
     assert caught.value.field == "input_format"
 
 
+@settings(max_examples=30)
 @given(st.lists(st.recursive(st.integers() | st.text(), st.lists), min_size=1), st.sampled_from([None, 2]))
 def test_rows_become_lines(rows: list[object], indent: int | None) -> None:
     lines, count = rows_as_lines(json.dumps(rows, indent=indent).encode())
