@@ -26,7 +26,7 @@ from headrace.v1.tensor_pb2 import Code, Tensor
 
 from services.common.frames import FrameCalls, lost
 from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, serving_at
-from tests.fixtures.waiting import eventually, patience
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 ServicerContext = grpc.aio.ServicerContext[RequestFrame, ReplyFrame]
 Exchange = Callable[[RequestFrame], Awaitable[ReplyFrame]]
@@ -325,7 +325,7 @@ class TestStatus:
             register(GrpcioEcho(), again)
             again.add_insecure_port(f"127.0.0.1:{port}")
             await again.start()
-            await calls.wait_connected(5)
+            await calls.wait_connected(PATIENCE_S)
             assert (await calls.predict(PredictRequest(version="2"), None)).version == "2"
         await again.stop(None)
 

@@ -26,7 +26,7 @@ from tests.fixtures.router import (
     routing,
     status,
 )
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 LOADED = dict.fromkeys((("cancer", "1"), ("cancer", "2")), LoadedVersion.STATE_READY)
 
@@ -66,7 +66,7 @@ async def test_a_request_goes_through_both_hops(tmp_path: Path, tls: FrameTlsSet
         calls, plain = calls_to(router.frames_port, tls), calls_to(router.frames_port, FrameTlsSettings())
         try:
             calls.start()
-            await calls.wait_connected(5)
+            await calls.wait_connected(PATIENCE_S)
             await eventually(lambda: any(e.reachable for e in router.dispatcher.endpoints.all()))
             reply = await calls.predict(request(7), asyncio.get_running_loop().time() + 5)
             assert reply.code == Code.CODE_OK

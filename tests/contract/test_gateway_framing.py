@@ -199,4 +199,4 @@ def test_bytes_at_random_are_answered_or_dropped(gateway: GatewayThread, pieces:
     assert reached <= data.count(b"POST /v1/predict")
     started = time.monotonic()
     assert statuses(gateway.raw(message(LENGTH, b"Connection: close"))) == [b"200"]
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30

@@ -501,7 +501,7 @@ def test_pipelined_requests_are_answered_in_order(gateway: GatewayThread) -> Non
     )
     with socket.create_connection(("127.0.0.1", gateway.running.port), 5) as connection:
         connection.sendall(requests)
-        assert held.wait(2)
+        assert held.wait(PATIENCE_S)
         connection.settimeout(0.1)
         with pytest.raises(TimeoutError):
             connection.recv(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import httpx
@@ -10,6 +9,7 @@ import pytest
 
 from deploy.embedded.stack import Stack
 from tests.e2e.rest import caller, settled, total, until
+from tests.fixtures.waiting import eventually_of
 
 ROW = [1.0] * 30
 STRAY = {"name": "y", "shape": [1], "datatype": "FP32", "data": [1]}
@@ -87,11 +87,8 @@ async def test_keys_and_scopes_are_asked_for(platform: Stack) -> None:
         made = await admin.post("/v1/keys", json={"name": "reader", "scopes": ["read"]})
         assert made.status_code == 201, made.text
     async with caller(platform, key=made.json()["key"]) as reader:
-        for _ in range(100):  # the key travels through Kafka
-            answer = await reader.get("/v1/models")
-            if answer.status_code != 401:
-                break
-            await asyncio.sleep(0.1)
+        # The key travels through Kafka.
+        answer = await eventually_of(lambda: reader.get("/v1/models"), lambda said: said.status_code != 401)
         assert answer.status_code == 200
         assert (await reader.post("/v1/predict", json=body())).status_code == 403
         assert (await reader.post("/v1/keys", json={"name": "x", "scopes": ["admin"]})).status_code == 403

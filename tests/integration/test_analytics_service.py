@@ -51,7 +51,7 @@ from services.common.objects.store import ObjectInfo
 from services.common.telemetry import Tracing, kafka_headers
 from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, SHADOWS, all_topics, dead_letters
 from tests.fixtures.prediction_log import START_US, outcome, outcome_batch, prediction_batch, request_id
-from tests.fixtures.waiting import PATIENCE_S
+from tests.fixtures.waiting import PATIENCE_S, eventually_of
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -635,11 +635,9 @@ async def test_without_its_database_it_is_not_ready_and_says_why(
     async with running(database.database_url("postgres"), bootstrap, tmp_path) as client:
         assert (await client.get("/health/ready")).json()["ready"]
         await asyncio.to_thread(database.kill)
-        for _ in range(100):
-            answer = await client.get("/health/ready")
-            if answer.status_code == 503:
-                break
-            await asyncio.sleep(0.1)
+        answer = await eventually_of(
+            lambda: client.get("/health/ready"), lambda said: said.status_code == 503
+        )
         assert answer.json()["reasons"] == {"database": "The database does not answer."}
 
 

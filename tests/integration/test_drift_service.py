@@ -25,7 +25,7 @@ from services.common.ids import new_id
 from services.common.topics import ALERTS, DEPLOYMENTS, PREDICTIONS, all_topics, dead_letters
 from services.drift.app import drift_app
 from services.drift.settings import Settings
-from tests.fixtures.waiting import PATIENCE_S
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -146,10 +146,7 @@ async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_l
             assert psi["severity"] == "critical"
             assert psi["value"] > psi["critical_value"] > 0
             assert {alert["feature"] for alert in listed["alerts"]} == {"age"}
-            for _ in range(150):
-                if len(posted) >= 3 and len(heard) >= 2:
-                    break
-                await asyncio.sleep(0.1)
+            await eventually(lambda: len(posted) >= 3 and len(heard) >= 2)
             assert psi["alert_id"] in {body["alert_id"] for body in posted}
             assert {alert.feature for alert in heard} == {"age"}
             windows = (await client.get(path)).json()["windows"]
@@ -157,10 +154,7 @@ async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_l
 
             await bus.publish([prediction(rng, 100) for _ in range(2)])
             await until(client, "/v1/drift/alerts?state=resolved", lambda b: len(b["alerts"]) == 2)
-            for _ in range(100):
-                if sum(alert.resolved_at_us > 0 for alert in heard) == 2:
-                    break
-                await asyncio.sleep(0.1)
+            await eventually(lambda: sum(alert.resolved_at_us > 0 for alert in heard) >= 2)
             # Opened and resolved are told under the same id, in this order.
             ended = {alert.alert_id for alert in heard if alert.resolved_at_us}
             assert ended == {alert.alert_id for alert in heard if not alert.resolved_at_us}
@@ -251,8 +245,5 @@ async def test_a_record_that_cannot_be_read_goes_to_the_dead_letters(
             await bus.publish([*records, prediction(rng, 60)])
             body = await until(client, "/v1/drift/models/cancer", lambda b: seen_rows(b) == 60)
             assert body["model"] == "cancer"
-            for _ in range(100):
-                if len(buried) == 2:
-                    break
-                await asyncio.sleep(0.1)
+            await eventually(lambda: len(buried) >= 2)
     assert [record.value for record in buried] == bad

@@ -145,7 +145,7 @@ def test_servers_end_when_their_parent_is_killed(servers_directory: Path) -> Non
     family = [psutil.Process(pid) for pid in pids]
     family += [child for process in family for child in process.children(recursive=True)]
     os.kill(parent.pid, signal.SIGKILL)
-    parent.wait(timeout=10)
+    parent.wait(timeout=PATIENCE_S)
     _, left = psutil.wait_procs([process for process in family if _runs(process)], timeout=10)
     assert [process for process in left if _runs(process)] == []
 

@@ -24,7 +24,7 @@ from deploy.embedded.stack import AlreadyRuns, Stack
 from deploy.embedded.status import Phase, State
 from services.common.topics import all_topics
 from tests.fixtures.servers import kafka_home
-from tests.fixtures.waiting import until
+from tests.fixtures.waiting import PATIENCE_S, until
 
 SMALL = "tests.fixtures.small_stack"
 SERVICES = {"gateway", "router", "worker-0", "worker-1", "registry", "analytics", "drift"}
@@ -279,6 +279,6 @@ def test_interrupting_up_stops_what_it_has_started(home: Path, number: signal.Si
     until(lambda: "valkey" in stack.pids())
     family = _family(stack)
     starting.send_signal(number)
-    assert starting.wait(timeout=60) == 130
+    assert starting.wait(timeout=PATIENCE_S) == 130
     assert not stack.running
     assert _running(family) == []

@@ -83,7 +83,7 @@ def test_an_image_starts_answers_and_drains(
             subprocess.run(image.command(image.healthcheck), env=environment, check=True, timeout=30)
         assert get(health, "/metrics") == 200
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()[-4000:]
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     finally:
         process.kill()
         process.wait(10)

@@ -33,7 +33,7 @@ from tests.fixtures.registry import (
     registry_settings,
     running_registry,
 )
-from tests.fixtures.waiting import eventually, eventually_of, patience
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ADMIN_KEY = "hr_abcdefgh2345_" + "A" * 43
@@ -225,7 +225,7 @@ class Process:
     def stop(self) -> int:
         """The exit code after SIGTERM."""
         self._child.send_signal(signal.SIGTERM)
-        return self._child.wait(20)
+        return self._child.wait(PATIENCE_S)
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=20)

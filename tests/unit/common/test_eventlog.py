@@ -19,6 +19,7 @@ from services.common.clock import SystemClock
 from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from services.common.eventlog import EventLog
 from services.common.topics import Topic
+from tests.fixtures.waiting import PATIENCE_S
 
 TOPIC = Topic("test.events.v1", partitions=1)
 CLOCK = SystemClock()
@@ -44,7 +45,7 @@ async def opened(directory: Path, bus: MemoryBus, **options: int | float) -> Asy
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - many conditions, none of which could set an event
             await asyncio.sleep(0.002)
 

@@ -17,6 +17,7 @@ from services.common.eventlog import EventLog, join_predictions
 from services.common.eventlog.framing import Event
 from services.common.topics import PREDICTIONS
 from tests.fixtures.prediction_log import START_US, prediction_batch
+from tests.fixtures.waiting import PATIENCE_S
 
 CLOCK = SystemClock()
 
@@ -118,7 +119,7 @@ async def test_after_a_crash_the_same_records_are_published_again(tmp_path: Path
     await log.start()
     for n in range(3):
         log.append(b"cancer/1", prediction_batch([n]).SerializeToString())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not dying.records(topic):  # noqa: ASYNC110 - the bus sets no event
             await asyncio.sleep(0.002)
     log.append(b"cancer/1", prediction_batch([3]).SerializeToString())

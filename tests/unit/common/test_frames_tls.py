@@ -15,6 +15,7 @@ from services.common.errors import Unavailable
 from services.common.frames import FrameCalls, FrameServer, client_tls, server_tls
 from tests.fixtures.certificates import certify
 from tests.fixtures.frames import QUICK, TOKEN, Echoes, Wire
+from tests.fixtures.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ async def pair(server_side: ssl.SSLContext, client_side: ssl.SSLContext | None) 
 async def test_mutual_tls(certificate: tuple[Path, Path]) -> None:
     server_side = server_tls(*certificate, client_ca=certificate[0])
     async with pair(server_side, client_tls(certificate[0], *certificate)) as calls:
-        await calls.wait_connected(5)
+        await calls.wait_connected(PATIENCE_S)
         data = b"x" * 3_000_000
         reply = await calls.predict(PredictRequest(inputs=[Tensor(data=data)]), None)
         assert reply.outputs[0].data == data

@@ -15,6 +15,7 @@ from deploy.embedded.keeper import FIRST_BACKOFF_S, MAX_BACKOFF_S, Keeper, backo
 from deploy.embedded.process import Command, EmbeddedError
 from deploy.embedded.server import Server
 from deploy.embedded.status import State
+from tests.fixtures.waiting import PATIENCE_S
 
 SLEEPS = "import time; time.sleep(600)"
 
@@ -82,7 +83,7 @@ async def keeping(
     keeper = Keeper(server, around, on_up=on_up)
     task = asyncio.create_task(keeper.run())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             yield keeper
     finally:
         task.cancel()
@@ -147,7 +148,7 @@ async def test_what_never_comes_up_is_given_up_with_its_last_words(tmp_path: Pat
     server, around = Small(tmp_path, "import sys; sys.exit('no reason to live')"), Around()
     server.answers = False
     with pytest.raises(EmbeddedError, match=r"small ended with code 1 \(no reason to live\)"):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await Keeper(server, around).run()
     assert server.prepared == keeper_module.STARTS_BEFORE_GIVING_UP
     assert around.groups == []

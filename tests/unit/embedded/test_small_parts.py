@@ -26,6 +26,7 @@ from deploy.embedded.stack import STOP_TIMEOUT_S
 from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
 from deploy.embedded.supervisor import DATABASE_GRACE_S, DRAIN_S, STOP_S, grace_s, memory_warning
 from deploy.embedded.view import duration
+from tests.fixtures.waiting import PATIENCE_S
 
 
 def test_an_old_python_is_one_sentence() -> None:
@@ -152,7 +153,7 @@ def test_the_guard_ends_the_groups_it_was_told_of() -> None:
     )
     watching = subprocess.Popen([sys.executable, guard.__file__], stdin=subprocess.PIPE, text=True)
     watching.communicate(f"+{kept.pid} 0\n+{ended.pid} 0.1\n-{kept.pid}\n", timeout=10)
-    assert ended.wait(timeout=5) == -signal.SIGKILL
+    assert ended.wait(timeout=PATIENCE_S) == -signal.SIGKILL
     assert kept.poll() is None
     kept.kill()
     kept.wait(timeout=5)

@@ -32,6 +32,7 @@ from services.gateway.reading import BodyReaders
 from services.gateway.router_client import OnReply, RouterClient
 from services.gateway.targets import Dialect
 from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
+from tests.fixtures.waiting import PATIENCE_S
 
 BODY = json.dumps({"model": "cancer", "inputs": [[1, 2, 3]]}).encode()
 HEAD = (
@@ -434,7 +435,7 @@ def post(body: bytes, headers: bytes = b"") -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - a thread has no event of this loop
             await asyncio.sleep(0.001)
 
@@ -493,7 +494,7 @@ async def test_bodies_that_wait_for_a_thread_are_bounded() -> None:
     done: list[BaseException | None] = []
 
     def work() -> None:
-        blocked.wait(5)
+        blocked.wait(PATIENCE_S)
 
     for _ in range(2):
         readers.read(work, done.append)

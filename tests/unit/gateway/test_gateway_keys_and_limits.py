@@ -26,6 +26,7 @@ from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
+from tests.fixtures.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ async def test_what_was_followed_is_served_without_the_bus(tmp_path: Path) -> No
     )
     ring = KeyRing(ManualClock())
     async with followed(bus, KEYS, ring.apply, tmp_path / "keys.table") as table:
-        await table.ready(5)
+        await table.ready(PATIENCE_S)
         caller(ring)
     later = KeyRing(ManualClock())
     async with followed(MemoryBus(), KEYS, later.apply, tmp_path / "keys.table"):
@@ -222,8 +223,8 @@ async def test_what_the_topic_no_longer_holds_is_forgotten(tmp_path: Path) -> No
     await bus.publish([Record(KEYS.name, kept.key_id.encode(), kept.SerializeToString())])
     async with followed(bus, KEYS, ring.apply, path) as table:
         assert len(ring) == 2
-        await table.ready(5)
-        async with asyncio.timeout(5):
+        await table.ready(PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
             while len(ring) == 2:  # noqa: ASYNC110 - the ring tells nobody
                 await asyncio.sleep(0)
         assert caller(ring, ADMIN).key_id == kept.key_id
@@ -237,7 +238,7 @@ async def test_an_empty_topic_forgets_nothing(tmp_path: Path) -> None:
     save_snapshot(path, {key.key_id.encode(): key.SerializeToString()})
     ring = KeyRing(ManualClock())
     async with followed(MemoryBus(), KEYS, ring.apply, path) as table:
-        await table.ready(5)
+        await table.ready(PATIENCE_S)
         for _ in range(10):
             await asyncio.sleep(0)
         assert caller(ring).key_id == key.key_id
@@ -251,7 +252,7 @@ async def test_an_older_record_brings_no_revoked_key_back(tmp_path: Path) -> Non
     save_snapshot(path, {revoked.key_id.encode(): revoked.SerializeToString()})
     ring = KeyRing(ManualClock())
     async with followed(bus, KEYS, ring.apply, path) as table:
-        await table.ready(5)
+        await table.ready(PATIENCE_S)
         await bus.publish([Record(KEYS.name, older.key_id.encode(), older.SerializeToString())])
         for _ in range(10):
             await asyncio.sleep(0)
@@ -337,7 +338,7 @@ async def test_nothing_ends_the_settling(clock: ManualClock, monkeypatch: pytest
         return [bucket]
 
     task = asyncio.create_task(leases.run(buckets))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while bucket.spent and not task.done():  # noqa: ASYNC110 - settled in the background
             await asyncio.sleep(0)
     task.cancel()

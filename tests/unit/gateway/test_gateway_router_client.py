@@ -20,6 +20,7 @@ from services.gateway.predict import PredictLimits, PredictService
 from services.gateway.router_client import OnReply, RouterClient, WaitingRoom, failure
 from services.gateway.targets import Dialect, Target, target_of
 from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
+from tests.fixtures.waiting import PATIENCE_S
 
 
 class Channel:
@@ -146,7 +147,7 @@ async def test_waiting_for_a_router_is_bounded_in_time_and_number() -> None:
     held, refused = begun(only, waiting=waiting), begun(only, waiting=waiting)
     assert held.got is None
     assert refused.got is not None
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while held.got is None:  # noqa: ASYNC110 - the call tells nobody
             await asyncio.sleep(0.005)
     assert held.got[0] == refused.got[0] == 503

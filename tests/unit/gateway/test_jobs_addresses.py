@@ -15,6 +15,7 @@ import pytest
 from services.common.errors import FailedPrecondition, HeadraceError, InvalidArgument, PermissionDenied
 from services.gateway.jobs.addresses import CallbackRules, is_public
 from services.gateway.jobs.callbacks import backoff_s, signature
+from tests.fixtures.waiting import PATIENCE_S
 
 RULES = CallbackRules(())
 
@@ -170,7 +171,7 @@ async def test_a_resolver_that_hangs_takes_no_threads_of_the_others(monkeypatch:
     hangs = threading.Event()
 
     def getaddrinfo(_host: str, _port: int, **_options: Any) -> list[Any]:
-        hangs.wait(30)
+        hangs.wait(PATIENCE_S)
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)

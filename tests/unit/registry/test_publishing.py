@@ -8,6 +8,7 @@ from headrace.v1.control_pb2 import ServingConfig
 from services.common.bus import MemoryBus, Record
 from services.common.topics import DEPLOYMENTS
 from services.registry.publishing import TopicState, outdated
+from tests.fixtures.waiting import PATIENCE_S
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ async def test_a_topic_state_forgets_what_the_broker_lost() -> None:
     await bus.publish([record("a", 1), record("b", 7), record("a", 2), record("c", 1), record("c", None)])
     async with bus.table(DEPLOYMENTS, state.apply) as table:
         state.table = table
-        await table.ready(5)
+        await table.ready(PATIENCE_S)
         assert state.seen() == {"a": 2, "b": 7}
         bus.lose_everything()
         await bus.publish([record("b", 8)])

@@ -24,6 +24,7 @@ from services.worker.item import Item
 from services.worker.tensors import Array
 from services.worker.turn import Turn
 from tests.fixtures.batch import TABULAR
+from tests.fixtures.waiting import PATIENCE_S
 
 INPUTS = Inputs.of(TABULAR)
 
@@ -124,7 +125,7 @@ async def test_rows_are_let_go_of_without_a_collection(threads: ThreadPoolExecut
         await run.run(lambda: slot, 64)
         left = weakref.ref(run)
         del run
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while left() is not None:  # noqa: ASYNC110 - the thread is about to end its turn
                 await asyncio.sleep(0.01)
     finally:
@@ -196,7 +197,7 @@ async def test_a_worker_that_leaves_ends_the_turn_after_its_run(threads: ThreadP
 
     def hold(_x: Array) -> None:
         entered.set()
-        assert gate.wait(10)
+        assert gate.wait(PATIENCE_S)
 
     model = Model(hold)
     slot, run = Slot(model), run_of(rows_of(10), 2, threads)
@@ -206,7 +207,7 @@ async def test_a_worker_that_leaves_ends_the_turn_after_its_run(threads: ThreadP
     with pytest.raises(asyncio.CancelledError):
         await task
     gate.set()
-    await asyncio.wait_for(slot.given_back.wait(), 10)
+    await asyncio.wait_for(slot.given_back.wait(), PATIENCE_S)
     assert len(model.sizes) == 1
 
 

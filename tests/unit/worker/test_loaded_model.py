@@ -14,13 +14,14 @@ from headrace.v1.dataplane_pb2 import PredictReply
 from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanContext, TraceFlags
 
+from services.common.clock import SystemClock
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
 from services.worker import loaded_model
 from services.worker.item import Batch
 from services.worker.outcome import Outcome, outcome_of
 from tests.fixtures.loaded_model import Rig
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
 @pytest.fixture
@@ -90,15 +91,16 @@ async def test_a_full_log_refuses_instead_of_serving_unlogged(rig: Rig) -> None:
 async def test_late_and_cancelled_members_are_logged_as_such(rig: Rig) -> None:
     model = rig.start()
     rig.backend.gate.clear()
-    good, late, cancelled = rig.item(1), rig.item(2, seconds=0.05), rig.item(3)
+    good, late, cancelled = rig.item(1), rig.item(2, seconds=1.0), rig.item(3)
     model.submit([good, late, cancelled])
     await asyncio.sleep(0.01)
     model.cancel(cancelled)
     waiting = rig.item(4, seconds=0.05)
     model.submit([waiting])
-    await asyncio.sleep(0.1)
     # The one that waits is told at its deadline, although the model is busy.
+    await eventually(lambda: rig.answers)
     assert rig.codes() == {4: Code.CODE_DEADLINE_EXCEEDED}
+    await eventually(lambda: SystemClock().monotonic() > late.deadline)
     rig.backend.gate.set()
     await eventually(lambda: len(rig.answers) == 3)
     assert rig.codes() == {1: Code.CODE_OK, 2: Code.CODE_DEADLINE_EXCEEDED, 4: Code.CODE_DEADLINE_EXCEEDED}
@@ -118,7 +120,7 @@ async def test_drain_waits_for_what_runs_and_close_refuses_what_comes(rig: Rig) 
     await asyncio.sleep(0.02)
     assert not draining.done()
     rig.backend.gate.set()
-    await asyncio.wait_for(draining, 5)
+    await asyncio.wait_for(draining, PATIENCE_S)
     assert set(rig.codes().values()) == {Code.CODE_OK}
     model.close()
     assert rig.backend.closed
