@@ -47,11 +47,14 @@ def observe(batch: PredictionBatch, signature: Signature) -> Observations:
     """The rows of `batch` that were answered, of users and of batch jobs.
 
     Shadow traffic is left out, since its rows are users' own a second time, and so are jobs whose owner wants
-    them in no window. A record without payloads gives zero rows. Raises InvalidArgument for tensors that are
+    them in no window. A record without payloads gives zero rows, one whose inputs were too large to be logged
+    what was answered. Raises InvalidArgument for tensors that are
     not what they say they are.
     """
     kept = _watched_rows(batch)
-    if batch.exclude_from_drift or not batch.inputs or not signature.batched or not kept.any():
+    if batch.exclude_from_drift or not signature.batched or not kept.any():
+        return Observations(0)
+    if not batch.inputs and not batch.outputs:
         return Observations(0)
     numeric: dict[str, Numbers] = {}
     specs = {spec.name: spec for spec in signature.inputs}

@@ -261,4 +261,7 @@ def _defaults(cfg: Settings) -> Defaults:
         max_queue_bytes=cfg.max_queue_bytes,
         max_queue=cfg.max_queue_ms / 1e3,
     )
-    return Defaults(batching, PayloadPolicy(request_bytes=cfg.log_payload_max_bytes), cfg.default_timeout_s)
+    payloads = PayloadPolicy(
+        request_bytes=cfg.log_payload_max_bytes, large_bytes_per_s=cfg.log_large_payload_bytes_per_s
+    )
+    return Defaults(batching, payloads, cfg.default_timeout_s)

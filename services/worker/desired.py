@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 from headrace.v1.control_pb2 import ServedVersion, ServingConfig
@@ -78,9 +78,7 @@ class Deployments:
 
     def _policy(self, config: ServingConfig, *, batched: bool) -> ServingPolicy:
         defaults, given = self._defaults, config.batching
-        payloads = PayloadPolicy(
-            config.log_payloads, defaults.payloads.request_bytes, defaults.payloads.record_bytes
-        )
+        payloads = replace(defaults.payloads, enabled=config.log_payloads)
         max_rows = (given.max_rows or defaults.batching.max_rows) if batched else 1
         batching = BatchPolicy(
             max_rows=max_rows,

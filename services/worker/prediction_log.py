@@ -49,12 +49,14 @@ _Said = tuple[str, float, int, int, int, int, str]
 
 @dataclass(frozen=True, slots=True)
 class PayloadPolicy:
-    """What of the tensors is logged. Sizes are bytes of inputs and outputs together: a request above
-    `request_bytes` is logged without them, records are cut at about `record_bytes`."""
+    """What of the tensors is logged, in bytes. Of requests with inputs larger than `request_bytes` (images)
+    some have them in the log, as many as fit into `large_bytes_per_s`, the others their outputs alone;
+    outputs that are larger are left out. Records are cut at about `record_bytes`; larger inputs are in none."""
 
     enabled: bool = True
-    request_bytes: int = 1 << 20
+    request_bytes: int = 1 << 16
     record_bytes: int = 4 << 20
+    large_bytes_per_s: int = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,6 @@ class Entry:
     code: Code
     part: Part | None = None
     first_row: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors in the log."""
-        return self.item.nbytes + sum(map(len, self.outputs()))
 
     def outputs(self) -> list[bytes]:
         """Its rows of every output."""
@@ -90,7 +87,7 @@ class Answered:
 
 @dataclass(slots=True)
 class Made:
-    """`records` of a batch; `omitted` counts requests answered OK whose tensors are in none of them."""
+    """`records` of a batch; `omitted` counts requests answered OK whose inputs or outputs are not there."""
 
     records: list[bytes]
     omitted: int = 0
@@ -115,12 +112,18 @@ class PredictionRecords:
         ).SerializeToString()
         self._alike: Kept[tuple[int, _Said], bytes] = Kept(_MOST_KEPT)
         self._heads: Kept[tuple[object, ...], list[bytes]] = Kept(_MOST_KEPT)
+        #: What may be spent on large inputs, and since when more of it is earned.
+        self._large_bytes = 0.0
+        self._large_at = 0.0
 
     def of_part(self, part: Part, times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members were all answered OK: the joined tensors go in as they are."""
         outputs = [column.data for column in part.columns]
         nbytes = sum(map(len, part.inputs)) + sum(map(len, outputs))
-        if policy.enabled and nbytes > min(policy.request_bytes, policy.record_bytes):
+        if policy.enabled and (
+            nbytes > policy.record_bytes
+            or (nbytes > policy.request_bytes and _largest(part) > policy.request_bytes)
+        ):
             return self.of_entries(list(entries_of(part)), times, policy)
         pieces = self._columns(part.items, None, times)
         if policy.enabled:
@@ -130,57 +133,78 @@ class PredictionRecords:
     def of_entries(self, entries: Sequence[Entry], times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members fared differently, or that is too large for one record."""
         made = Made([])
-        bare = [e for e in entries if not policy.enabled or e.part is None or e.nbytes > policy.request_bytes]
-        if bare:
-            made.records.append(self._bare(bare, times))
-            made.omitted = sum(e.code == _OK for e in bare) if policy.enabled else 0
-        without = set(map(id, bare))
+        bare: list[Entry] = []
         chunk: list[Entry] = []
-        size = 0
+        size, chunk_inputs = 0, True
         for entry in entries:
-            if id(entry) in without:
+            outputs = sum(map(len, entry.outputs()))
+            if not policy.enabled or entry.part is None or outputs > policy.request_bytes:
+                bare.append(entry)
+                made.omitted += policy.enabled and entry.code == _OK
                 continue
+            inputs = self._with_inputs(entry.item.nbytes, times.finished, policy)
+            made.omitted += not inputs
+            nbytes = outputs + entry.item.nbytes * inputs
             if chunk and (
-                size + entry.nbytes > policy.record_bytes or not _alike(entry.part, chunk[-1].part)
+                size + nbytes > policy.record_bytes
+                or inputs != chunk_inputs
+                or not _alike(entry.part, chunk[-1].part)
             ):
-                made.records.append(self._with_tensors(chunk, times))
+                made.records.append(self._with_tensors(chunk, times, inputs=chunk_inputs))
                 chunk, size = [], 0
             chunk.append(entry)
-            size += entry.nbytes
+            size += nbytes
+            chunk_inputs = inputs
         if chunk:
-            made.records.append(self._with_tensors(chunk, times))
+            made.records.append(self._with_tensors(chunk, times, inputs=chunk_inputs))
+        if bare:
+            made.records.append(self._bare(bare, times))
         return made
+
+    def _with_inputs(self, nbytes: int, now: float, policy: PayloadPolicy) -> bool:
+        """Whether inputs of this size are logged now; threads that decide at once may log one more."""
+        if nbytes <= policy.request_bytes:
+            return True
+        earned = (now - self._large_at) * policy.large_bytes_per_s
+        self._large_at = now
+        self._large_bytes = min(self._large_bytes + earned, policy.record_bytes)
+        if nbytes > self._large_bytes:
+            return False
+        self._large_bytes -= nbytes
+        return True
 
     def _bare(self, entries: Sequence[Entry], times: Answered) -> bytes:
         return b"".join(self._columns([e.item for e in entries], [e.code for e in entries], times))
 
-    def _with_tensors(self, entries: Sequence[Entry], times: Answered) -> bytes:
+    def _with_tensors(self, entries: Sequence[Entry], times: Answered, *, inputs: bool) -> bytes:
         pieces = self._columns([e.item for e in entries], [e.code for e in entries], times)
-        inputs = [b"".join(data) for data in zip(*(e.item.data for e in entries), strict=True)]
+        given = (
+            [b"".join(data) for data in zip(*(e.item.data for e in entries), strict=True)] if inputs else []
+        )
         outputs = [b"".join(data) for data in zip(*(e.outputs() for e in entries), strict=True)]
         part = next(e.part for e in entries if e.part is not None)
-        pieces += self._tensors(part, sum(e.item.rows for e in entries), inputs, outputs)
+        pieces += self._tensors(part, sum(e.item.rows for e in entries), given, outputs)
         return b"".join(pieces)
 
     def _tensors(self, part: Part, rows: int, inputs: list[bytes], outputs: list[bytes]) -> list[bytes]:
+        """Without `inputs`: the outputs alone."""
         sizes = [len(data) for data in (*inputs, *outputs)]
         shapes = [column.shape for column in part.columns]
         names = [column.name for column in part.columns]
-        layout = (part.key or part.items[0].key, rows, *sizes, *shapes, *names)
+        layout = (part.key or part.items[0].key, rows, len(inputs), *sizes, *shapes, *names)
         heads = self._heads.get(layout)
         if heads is None:
-            heads = self._heads[layout] = self._heads_of(part, rows, sizes)
+            heads = self._heads[layout] = self._heads_of(part, rows, sizes, inputs=bool(inputs))
         pieces: list[bytes] = []
         for head, data in zip(heads, (*inputs, *outputs), strict=True):
             pieces += (head, data)
         return pieces
 
-    def _heads_of(self, part: Part, rows: int, sizes: list[int]) -> list[bytes]:
+    def _heads_of(self, part: Part, rows: int, sizes: list[int], *, inputs: bool) -> list[bytes]:
         """What precedes the data of every tensor."""
         batched = self._layout.batched
-        tensors = [
-            (_INPUTS, *named) for named in self._layout.named_shapes(part.key or part.items[0].key, rows)
-        ]
+        named = self._layout.named_shapes(part.key or part.items[0].key, rows) if inputs else ()
+        tensors = [(_INPUTS, *one) for one in named]
         for column in part.columns:
             shape = (rows, *column.shape) if batched else column.shape
             tensors.append((_OUTPUTS, column.name.encode(), column.datatype, shape))
@@ -270,6 +294,13 @@ def entries_of(part: Part, code: Callable[[Item], Code] | None = None) -> Iterat
         answered = _OK if code is None else code(item)
         yield Entry(item, answered, part if answered == _OK else None, first)
         first += item.rows
+
+
+def _largest(part: Part) -> int:
+    """Bytes of the inputs or the outputs of the request that has most of them."""
+    rows = max([item.rows for item in part.items])
+    inputs = max([item.nbytes for item in part.items])
+    return max(inputs, sum([len(column.data) for column in part.columns]) // max(1, part.rows) * rows)
 
 
 def _alike(one: Part | None, other: Part | None) -> bool:

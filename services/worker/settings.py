@@ -53,8 +53,10 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
 
     #: The prediction log on disk, while Kafka is away; full: requests are refused.
     log_max_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
-    #: Larger requests are logged without their tensors.
-    log_payload_max_bytes: Annotated[int, Field(ge=0)] = 1 << 20
+    #: Of requests whose inputs are larger (images), only so many are logged with them as fit into the rate,
+    #: for each version. Outputs that are larger are not logged.
+    log_payload_max_bytes: Annotated[int, Field(ge=0)] = 1 << 16
+    log_large_payload_bytes_per_s: Annotated[int, Field(ge=0)] = 1 << 20
 
     #: Prefixes of what batch jobs may read; the gateway's must be the same.
     batch_input_allow: CommaSeparated = ("store://files/",)

@@ -66,6 +66,17 @@ def test_a_record_without_payloads_says_nothing() -> None:
     assert observe(record, SIGNATURE).rows == 0
 
 
+def test_answers_count_where_inputs_were_too_large_to_be_logged() -> None:
+    record = batch([Code.CODE_OK, Code.CODE_OK], [1, 1], [])
+    with_inputs = observe(record, SIGNATURE)
+    del record.inputs[:]
+    seen = observe(record, SIGNATURE)
+    assert seen.rows == 2
+    assert "age" not in seen.numeric
+    assert seen.categorical == with_inputs.categorical
+    assert seen.categorical or "prediction" in seen.numeric
+
+
 def test_images_and_wide_rows_are_summarised_and_texts_measured() -> None:
     images = np.arange(2 * 4 * 4, dtype="<f4").reshape(2, 4, 4)
     wide = np.ones((2, MAX_COLUMNS + 1), dtype="<f4")

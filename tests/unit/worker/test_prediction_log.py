@@ -121,13 +121,53 @@ def test_large_batches_are_cut_into_several_records() -> None:
         assert sum(record.rows) == record.inputs[0].shape[0] == len(floats(record.outputs[0].data))
 
 
-def test_a_request_too_large_is_logged_without_its_tensors() -> None:
-    made = part(item(1, 1), item(2, 50), item(3, 1))
-    records = read(RECORDS.of_part(made, TIMES, PayloadPolicy(request_bytes=100)))
-    bare = [record for record in records if not record.inputs]
-    full = [record for record in records if record.inputs]
-    assert [list(record.rows) for record in bare] == [[50]]
-    assert [floats(record.outputs[0].data).tolist() for record in full] == [[100, 300]]
+def test_inputs_too_large_are_left_out_and_their_outputs_kept() -> None:
+    made = RECORDS.of_part(
+        part(item(1, 1), item(2, 50), item(3, 1)),
+        TIMES,
+        PayloadPolicy(request_bytes=210, large_bytes_per_s=0),
+    )
+    without = [record for record in read(made) if not record.inputs]
+    full = [record for record in read(made) if record.inputs]
+    assert [list(record.rows) for record in without] == [[50]]
+    assert floats(without[0].outputs[0].data).tolist() == [200] * 50
+    assert [floats(record.inputs[0].data).tolist() for record in full] == [[1, 1], [3, 3]]
+    assert [floats(record.outputs[0].data).tolist() for record in full] == [[100], [300]]
+    assert made.omitted == 1
+
+
+def test_some_large_inputs_are_logged_within_their_rate() -> None:
+    records = PredictionRecords("worker-7", "net", "3", "sha256:abc", InputLayout(SIGNATURE))
+    policy = PayloadPolicy(request_bytes=100, large_bytes_per_s=100)
+
+    def with_inputs(at_s: float) -> bool:
+        times = Answered(started=at_s, finished=at_s, unix_us=2_000_000, compute_us=1)
+        (record,) = read(records.of_part(part(item(1, 25)), times, policy))
+        assert record.outputs
+        return bool(record.inputs)
+
+    # 200 bytes each: one every two seconds.
+    assert [with_inputs(at_s) for at_s in (2.0, 3.0, 4.0, 5.0, 6.5)] == [True, False, True, False, True]
+
+
+def test_outputs_too_large_are_left_out_too() -> None:
+    made = RECORDS.of_part(
+        part(item(1, 1), item(2, 60), item(3, 1)),
+        TIMES,
+        PayloadPolicy(request_bytes=210, large_bytes_per_s=0),
+    )
+    bare = [record for record in read(made) if not record.outputs]
+    assert [(list(record.rows), len(record.inputs)) for record in bare] == [([60], 0)]
+    assert sorted(row for record in read(made) for row in record.rows) == [1, 1, 60]
+    assert made.omitted == 1
+
+
+def test_many_small_requests_stay_one_record() -> None:
+    made = part(*[item(i, 10) for i in range(1, 9)])
+    (record,) = read(RECORDS.of_part(made, TIMES, PayloadPolicy(request_bytes=100)))
+    assert len(record.rows) == 8
+    assert record.inputs
+    assert record.outputs
 
 
 def test_latency_without_a_receipt_counts_from_the_arrival_here() -> None:
