@@ -9,7 +9,7 @@ from services.common.problems import problem_headers
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, openai, v2
-from services.gateway.codecs.compiled import decode_rows
+from services.gateway.codecs.compiled import decode_rows, with_context
 from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.keys import Key
 from services.gateway.plans import plan_of
@@ -90,6 +90,8 @@ class NativeSpeaker(_Speaker):
         elif rows is None:
             return None
         request: bytes | None = plan.rows.serialized(rows, call.request_id, received_at_us, body.user_id)
+        if body.session_id is not None or body.attributes is not None:
+            request = with_context(request, body)
         if request is None:
             return None
         call.model = model

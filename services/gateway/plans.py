@@ -11,7 +11,7 @@ from services.gateway.catalogue import ServedModel
 from services.gateway.codecs.compiled import RowAnswer, RowsRequest, compile_answer, compile_request
 from services.gateway.keys import Key
 
-#: Versions and variants come from routers: few, and bounded all the same.
+#: Versions, variants and experiments come from routers: few, and bounded all the same.
 _REMEMBERED_ANSWERS = 64
 
 
@@ -27,26 +27,26 @@ class Plan:
         self.takes_single_rows = model.default.signature.batched
         #: Takes the seconds of every answer; set by who counts them.
         self.answered: Callable[[float], None] | None = None
-        self._answers: dict[tuple[str, str], RowAnswer | None] = {}
+        self._answers: dict[tuple[str, str, str], RowAnswer | None] = {}
 
     def answer(
         self, reply: SealedReply, request_id: bytes, latency_ms: float, *, single: bool
     ) -> bytes | None:
         """The body of a native answer; None where it takes the ordinary way."""
-        told_apart = (reply.version, reply.variant)
+        told_apart = (reply.version, reply.variant, reply.experiment)
         try:
             found = self._answers[told_apart]
         except KeyError:
             found = self._answer_of(*told_apart)
         return found.text(reply, request_id, latency_ms, single=single) if found is not None else None
 
-    def _answer_of(self, version: str, variant: str) -> RowAnswer | None:
+    def _answer_of(self, version: str, variant: str, experiment: str) -> RowAnswer | None:
         model = self.model
         served = model.versions.get(version, model.default)
-        made = compile_answer(model.name, version, variant, served.signature)
+        made = compile_answer(model.name, version, variant, served.signature, experiment)
         if len(self._answers) >= _REMEMBERED_ANSWERS:
             self._answers.clear()
-        self._answers[version, variant] = made
+        self._answers[version, variant, experiment] = made
         return made
 
 

@@ -20,6 +20,8 @@ from headrace.v1.dataplane_pb2 import PredictRequest, SealedReply
 from headrace.v1.tensor_pb2 import Tensor
 from numpy.typing import NDArray
 
+from services.common.errors import InvalidArgument
+from services.gateway.codecs.attributes import context_fields
 from services.gateway.codecs.tensors import PARSE_ERRORS
 from services.gateway.signature import InputSpec, ModelSignature, OutputSpec
 
@@ -44,6 +46,8 @@ class RowsBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     inputs: list[list[float]] | None = None
     input: list[float] | None = None
     user_id: str | int | None = None
+    session_id: str | int | None = None
+    attributes: dict[str, Any] | None = None
 
 
 _body = msgspec.json.Decoder(RowsBody)
@@ -54,6 +58,16 @@ def decode_rows(raw: bytes | bytearray) -> RowsBody | None:
     try:
         return _body.decode(raw)
     except _MISFITS:
+        return None
+
+
+def with_context(request: bytes | None, body: RowsBody) -> bytes | None:
+    """`request` with the session and the attributes of its body; None where they do not fit."""
+    if request is None:
+        return None
+    try:
+        return request + context_fields(body.session_id, body.attributes)
+    except InvalidArgument:
         return None
 
 
@@ -153,8 +167,9 @@ class RowAnswer:
     __slots__ = ("_classes", "_how", "_many", "_outputs", "_prediction", "_probable", "_single")
 
     def __init__(
-        self, model: str, version: str, variant: str, signature: ModelSignature, outputs: tuple[_Printed, ...]
+        self, said: dict[str, str], signature: ModelSignature, outputs: tuple[_Printed, ...]
     ) -> None:
+        """`said`: who answers, in members that have a value."""
         self._outputs = outputs
         names = [spec.name for spec in signature.outputs]
         at = names.index(signature.prediction)
@@ -170,7 +185,6 @@ class RowAnswer:
             self._how = _How.LABEL
         else:
             self._how = _How.PRINTED_VECTOR if outputs[at].count > 1 else _How.PRINTED
-        said = {"model": model, "version": version} | ({"variant": variant} if variant else {})
         self._single = self._text_around(said, b"%b", b"%b")
         self._many = self._text_around(said, b"[%b]", b"[%b]")
 
@@ -219,7 +233,9 @@ class RowAnswer:
         return (self._single if single else self._many) % (*texts, latency_ms)
 
 
-def compile_answer(model: str, version: str, variant: str, signature: ModelSignature) -> RowAnswer | None:
+def compile_answer(
+    model: str, version: str, variant: str, signature: ModelSignature, experiment: str = ""
+) -> RowAnswer | None:
     """For versions whose outputs are a number or a vector of numbers per row; None for others."""
     names = [spec.name for spec in signature.outputs]
     if not signature.batched or signature.prediction not in names:
@@ -237,7 +253,9 @@ def compile_answer(model: str, version: str, variant: str, signature: ModelSigna
             if not probable and spec.name == signature.prediction and dtype.kind != "f" and width > 1:
                 return None  # several labels a row
         outputs.append(_Printed(spec, dtype))
-    return RowAnswer(model, version, variant, signature, tuple(outputs))
+    said = {"model": model, "version": version}
+    said |= {name: value for name, value in (("variant", variant), ("experiment", experiment)) if value}
+    return RowAnswer(said, signature, tuple(outputs))
 
 
 def tensor_head(name: str, datatype: int, shape: tuple[int, ...], size: int) -> bytes:

@@ -12,6 +12,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Task, Tensor
 
 from services.common.errors import InvalidArgument
+from services.gateway.codecs.attributes import MAX_UNIT, fill_attributes, session_of
 from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, native_result, nested
 from services.gateway.codecs.rows import tensors_of_input, tensors_of_inputs
@@ -21,7 +22,6 @@ from services.gateway.signature import ModelSignature
 
 #: Stands for a member that is not there.
 ABSENT = msgspec.Raw(b"")
-_MAX_UNIT = 512
 
 
 class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -31,6 +31,8 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     inputs: msgspec.Raw = ABSENT
     input: msgspec.Raw = ABSENT
     user_id: str | int | None = None
+    session_id: str | int | None = None
+    attributes: dict[str, Any] | None = None
     version: str | int | None = None
     outputs: list[str] | None = None
     priority: str | None = None
@@ -66,17 +68,21 @@ def wrong_field(error: msgspec.ValidationError) -> InvalidArgument:
 def unit_of(user_id: str | int | None) -> str:
     """The experiment unit that `user_id` names."""
     unit = "" if user_id is None else str(user_id)
-    if len(unit) > _MAX_UNIT:
-        raise InvalidArgument(f"user_id is longer than {_MAX_UNIT} characters.", field="user_id")
+    if len(unit) > MAX_UNIT:
+        raise InvalidArgument(f"user_id is longer than {MAX_UNIT} characters.", field="user_id")
     return unit
 
 
 def fill_request(request: PredictRequest, signature: ModelSignature, body: PredictBody) -> bool:
-    """Put inputs, unit and outputs into `request`; True where the body had the single `input`."""
+    """Put inputs, who asks, and outputs into `request`; True where the body had the single `input`."""
     single, tensors = inputs_of(signature, body)
     request.inputs.extend(tensors)
     if body.user_id is not None:
         request.unit = unit_of(body.user_id)
+    if body.session_id is not None:
+        request.session = session_of(body.session_id)
+    if body.attributes:
+        fill_attributes(request, body.attributes)
     if body.outputs:
         check_outputs(signature, body.outputs)
         request.outputs.extend(body.outputs)
@@ -121,6 +127,8 @@ def encode_answer(
     answer: dict[str, Any] = {"request_id": request_id, "model": model, "version": reply.version}
     if reply.variant:
         answer["variant"] = reply.variant
+    if reply.experiment:
+        answer["experiment"] = reply.experiment
     answer["prediction"] = prediction
     answer["outputs"] = outputs
     if confidence is not None:

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 import orjson
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.tensor_pb2 import Parameter, Tensor
+from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument, Unimplemented
+from services.gateway.codecs.attributes import parameter, session_of
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, bytes_elements
@@ -130,14 +131,18 @@ def check_rows(signature: ModelSignature, tensors: list[Tensor]) -> None:
 
 
 def fill_parameters(request: PredictRequest, parameters: dict[str, Scalar] | None) -> None:
-    """Pass a request's own parameters on; `user_id` names the experiment unit, `priority` the class."""
+    """Pass a request's own parameters on; `user_id` and `session_id` name units of experiments, `priority`
+    the class. What experiments target is looked for among the parameters too."""
     for name, value in (parameters or {}).items():
         if name == "user_id":
             request.unit = str(value)[:512]
+        elif name == "session_id":
+            if value is not None:
+                request.session = session_of(str(value), "parameters.session_id")
         elif name == "priority":
             request.priority = priority_of(value, "parameters.priority")
         elif name not in _OURS and value is not None:
-            request.parameters[name].CopyFrom(_parameter(name, value))
+            request.parameters[name].CopyFrom(parameter(value, f"parameters.{name}"))
 
 
 def timeout_of(parameters: dict[str, Scalar] | None) -> float:
@@ -227,8 +232,10 @@ def answer_parameters(reply: PredictReply) -> dict[str, Scalar]:
         kind = value.WhichOneof("value")
         if kind is not None:
             parameters[name] = getattr(value, kind)
-    if reply.variant and reply.variant != reply.version:
+    if reply.variant and (reply.experiment or reply.variant != reply.version):
         parameters["variant"] = reply.variant
+    if reply.experiment:
+        parameters["experiment"] = reply.experiment
     if reply.cached:
         parameters["cached"] = True
     if reply.fallback:
@@ -252,18 +259,6 @@ def _tensor(spec: InputSpec, one: V2Input, binary: memoryview, where: str) -> tu
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
         raise InvalidArgument(f"{where}: binary_data_size does not fit the body.", field=where)
     return raw_tensor(spec, one.shape, bytes(binary[:size]), where), binary[size:]
-
-
-def _parameter(name: str, value: str | int | float | bool) -> Parameter:
-    if isinstance(value, bool):
-        return Parameter(bool_value=value)
-    if isinstance(value, int):
-        if not -(1 << 63) <= value < 1 << 63:
-            raise InvalidArgument(f"parameters.{name} is outside 64 bits.", field=f"parameters.{name}")
-        return Parameter(int64_value=value)
-    if isinstance(value, float):
-        return Parameter(double_value=value)
-    return Parameter(string_value=value)
 
 
 def _binary_outputs(signature: ModelSignature, asked: V2Request) -> frozenset[str] | None:

@@ -13,6 +13,15 @@ _PREDICT_PROPERTIES: dict[str, Any] = {
     "inputs": _ROWS,
     "input": {"description": "A single row; the answer then holds a single prediction."},
     "user_id": {"type": "string", "description": "Unit that experiments assign; sticky."},
+    "session_id": {"type": "string", "description": "Unit of experiments that assign sessions."},
+    "attributes": {
+        "type": "object",
+        "description": "What experiments may target.",
+        "maxProperties": 32,
+        "additionalProperties": {
+            "oneOf": [{"type": "string", "maxLength": 256}, {"type": "number"}, {"type": "boolean"}]
+        },
+    },
     "version": {
         "type": "string",
         "description": "A version or an alias; without it the traffic split decides.",
@@ -33,6 +42,7 @@ _PREDICTION: dict[str, Any] = {
         "model": {"type": "string"},
         "version": {"type": "string"},
         "variant": {"type": "string"},
+        "experiment": {"type": "string", "description": "The one that assigned the variant."},
         "prediction": {"description": "One entry per row; class names where the model has them."},
         "outputs": {"type": "object", "additionalProperties": {}},
         "confidence": {"description": "Classifiers: largest class probability per row."},
@@ -114,6 +124,8 @@ EMBED = _route(
         | {
             "inputs": {"type": "array", "items": {"type": "string"}},
             "user_id": _PREDICT_PROPERTIES["user_id"],
+            "session_id": _PREDICT_PROPERTIES["session_id"],
+            "attributes": _PREDICT_PROPERTIES["attributes"],
             "version": _PREDICT_PROPERTIES["version"],
         },
         ["model", "inputs"],

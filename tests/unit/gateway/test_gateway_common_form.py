@@ -14,9 +14,10 @@ from headrace.v1.tensor_pb2 import DataType, Signature, Task, Tensor, TensorSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.common.errors import InvalidArgument
 from services.gateway.catalogue import served_model
 from services.gateway.codecs import native
-from services.gateway.codecs.compiled import compile_answer, compile_request, decode_rows
+from services.gateway.codecs.compiled import compile_answer, compile_request, decode_rows, with_context
 from services.gateway.signature import ModelSignature, compile_signature
 
 FP32, FP64, INT64 = DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_FP64, DataType.DATA_TYPE_INT64
@@ -67,17 +68,18 @@ finite = st.floats(-1000, 1000, width=32)
     last=numbers,
     cached=st.booleans(),
     variant=st.sampled_from(["", "x%d"]),
+    experiment=st.sampled_from(["", "exp_%1"]),
 )
 def test_answers_are_those_of_the_ordinary_way(
-    name: str, single: bool, values: list[float], last: float, cached: bool, variant: str
+    name: str, single: bool, values: list[float], last: float, cached: bool, variant: str, experiment: str
 ) -> None:
     shape = SIGNATURES[name]
     values = [*values[:2], last, values[3]]
-    reply = PredictReply(version="1", variant=variant, cached=cached)
+    reply = PredictReply(version="1", variant=variant, cached=cached, experiment=experiment)
     reply.outputs.extend(
         tensor(spec, [1.0] * 4 if spec.datatype.python is int else values) for spec in shape.outputs
     )
-    answer = compile_answer("m%", "1", variant, shape)
+    answer = compile_answer("m%", "1", variant, shape, experiment)
     assert answer is not None
     text = answer.text(
         SealedReply.FromString(reply.SerializeToString()), ID.hex().encode(), 1.25, single=single
@@ -112,18 +114,36 @@ def test_what_is_not_one_row_of_the_declared_form_is_left() -> None:
 @given(
     rows=st.lists(st.lists(finite | st.integers(-9, 9), min_size=3, max_size=3), min_size=1, max_size=5),
     user=st.none() | st.text(max_size=140) | st.integers(-(1 << 63), (1 << 63) - 1),
+    session=st.none() | st.text(max_size=600) | st.integers(-9, 9),
+    attributes=st.none()
+    | st.dictionaries(
+        st.text(max_size=70),
+        st.text(max_size=300) | st.integers(-(1 << 63), (1 << 64) - 1) | finite | st.booleans() | st.none(),
+        max_size=3,
+    ),
 )
-def test_requests_are_those_of_the_ordinary_way(rows: list[list[float]], user: str | int | None) -> None:
+def test_requests_are_those_of_the_ordinary_way(
+    rows: list[list[float]],
+    user: str | int | None,
+    session: str | int | None,
+    attributes: dict[str, Any] | None,
+) -> None:
     shape = SIGNATURES["a value"]
-    raw = orjson.dumps({"model": "m", "inputs": rows, "user_id": user})
+    raw = orjson.dumps(
+        {"model": "m", "inputs": rows, "user_id": user, "session_id": session, "attributes": attributes}
+    )
     body = decode_rows(raw)
     assert body is not None
     assert body.inputs is not None
     made = compile_request(shape, "m", "k")
     assert made is not None
-    quick = made.serialized(body.inputs, ID, 17, body.user_id)
+    quick = with_context(made.serialized(body.inputs, ID, 17, body.user_id), body)
     ordinary = PredictRequest(request_id=ID, received_at_us=17, key_id="k", model="m")
-    native.fill_request(ordinary, shape, native.decode_body(raw))
+    try:
+        native.fill_request(ordinary, shape, native.decode_body(raw))
+    except InvalidArgument:
+        assert quick is None  # the ordinary way has the words for it
+        return
     if quick is None:
         assert len(str(user).encode()) > 127
     else:
