@@ -266,8 +266,12 @@ def _alerts(rollout: Rollout, facts: Facts) -> list[Alert]:
 
 
 def _evidence(rollout: Rollout, verdict: Verdict, metric: str) -> list[Evidence]:
-    """What is said of `metric`; several where its mean and quantiles are watched."""
-    return [item for item in verdict.evidence if item.arm == rollout.version and item.metric == metric]
+    """What is said of `metric`: of its mean, or of a quantile, which analytics calls "latency_ms:p99"."""
+    return [
+        item
+        for item in verdict.evidence
+        if item.arm == rollout.version and item.metric.partition(":")[0] == metric
+    ]
 
 
 def _stay(rollout: Rollout, action: Action, cause: Cause, reason: str, about: str = "") -> Step:

@@ -15,7 +15,6 @@ from services.common.clock import Clock
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.common.ids import new_id
 from services.registry import deployments, rollout_config
-from services.registry.alerts import KEPT
 from services.registry.repository import Repository
 from services.registry.rollout_guard import rollout_name
 from services.registry.rollout_plan import Action, Alert, Cause, Facts, Status, Step
@@ -27,8 +26,9 @@ from services.registry.tables import RolloutEventRow, RolloutRow
 from services.registry.trials import publish_trial
 from services.registry.workers import Workers
 
-#: Decisions kept of each rollout.
+#: Decisions kept of each rollout, and alerts of its model looked at (as many as are kept).
 EVENTS_KEPT = 1000
+_ALERTS = 100
 _ENDS = {
     Action.COMPLETE: Status.COMPLETED,
     Action.ROLL_BACK: Status.ROLLED_BACK,
@@ -323,7 +323,7 @@ async def _unfinished(tx: Repository, rollout_id: str) -> RolloutRow:
 
 async def _open_alerts(tx: Repository, model: str, version: str) -> Sequence[Alert]:
     alerts: list[Alert] = []
-    for row in await tx.alerts(model, KEPT):
+    for row in await tx.alerts(model, _ALERTS):
         alert = DriftAlert.FromString(row.alert)
         if alert.version == version and not alert.resolved_at_us:
             critical = alert.severity == DriftAlert.SEVERITY_CRITICAL

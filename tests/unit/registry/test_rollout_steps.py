@@ -138,7 +138,9 @@ def test_the_gate_safe_needs_every_guardrail_proven() -> None:
     ):
         step = next_step(rollout, facts(rollout, verdict=a_verdict(*found), verdict_at=after(60)), after(60))
         assert (step.action, step.cause, step.about) == (Action.WAIT, Cause.GATE, about)
-    found = [evidence("error_rate", SAFE), evidence("latency_ms", BETTER)]
+    quantile = evidence("latency_ms", BETTER)
+    quantile.metric = "latency_ms:p99"
+    found = [evidence("error_rate", SAFE), quantile]
     step = next_step(rollout, facts(rollout, verdict=a_verdict(*found), verdict_at=after(60)), after(60))
     assert (step.action, step.step) == (Action.ENTER, 3)
 
