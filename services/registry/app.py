@@ -22,9 +22,15 @@ from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.registry.alerts import alerts_followed
 from services.registry.artifacts import Artifacts
-from services.registry.controller import Controller
+from services.registry.controller import Actor, Controller
 from services.registry.edge import Edge
 from services.registry.endpoints import model_routes, version_routes
+from services.registry.experiment_control import ExperimentActor
+from services.registry.experiment_endpoints import (
+    experiment_action_routes,
+    experiment_routes,
+    holdout_routes,
+)
 from services.registry.grpc_server import serve_grpc
 from services.registry.http_metrics import MeasureRequests
 from services.registry.keys import ensure_admin_key
@@ -82,7 +88,8 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
         await stack.enter_async_context(alerts_followed(edge, bus))
         workers = await stack.enter_async_context(workers_followed(bus, clock))
-        controller = await stack.enter_async_context(Controller(edge, [RolloutActor(edge, workers)]))
+        actors: list[Actor] = [ExperimentActor(edge, workers.is_ready), RolloutActor(edge, workers)]
+        controller = await stack.enter_async_context(Controller(edge, actors))
         await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))
         health = Health()
         await stack.enter_async_context(edge_watched(edge, health))
@@ -116,6 +123,9 @@ def rest_app(edge: Edge, workers: Workers, health: Health, tracing: Tracing, tok
         deployment_routes(edge),
         key_routes(edge),
         rollout_routes(edge, workers),
+        experiment_routes(edge, workers.is_ready),
+        experiment_action_routes(edge, workers.is_ready),
+        holdout_routes(edge),
     ):
         app.include_router(routes)
     app.add_middleware(MeasureRequests, metrics=edge.metrics)

@@ -159,14 +159,16 @@ def set_weights(config: ServingConfig, weights: Mapping[str, int]) -> None:
     config.buckets.extend(moved)
 
 
-async def needed_versions(tx: Repository, config: ServingConfig) -> dict[str, str]:
-    """Versions that something that runs on the model needs, and what does."""
+async def needed_versions(tx: Repository, config: ServingConfig, but: str = "") -> dict[str, str]:
+    """Versions that something needs that runs on the model or waits for them to be loaded, and what does,
+    save for the trial `but`."""
     rollout = await tx.unfinished_rollout(config.model)
     of_rollout = () if rollout is None else (rollout.previous_version, rollout.version)
     return {version: rollout_name(rollout) for version in of_rollout if rollout is not None} | {
-        variant.version: f"experiment {experiment.experiment_id}"
-        for experiment in config.experiments
-        for variant in experiment.variants
+        variant["version"]: f"experiment {experiment.experiment_id}"
+        for experiment in await tx.started_experiments(config.model)
+        if experiment.experiment_id != but
+        for variant in experiment.spec["variants"]
     }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
+from headrace.v1.control_pb2 import Unit
 from pydantic import (
     AwareDatetime,
     BeforeValidator,
@@ -48,6 +49,11 @@ def _scalar(value: object) -> object:
 Value = Annotated[StrictBool | StrictInt | StrictFloat | str, BeforeValidator(_scalar)]
 OperatorName = Literal["in", "not_in", "lt", "lte", "gt", "gte", "starts_with", "present", "absent"]
 UnitName = Literal["user", "session", "request"]
+UNITS: Final[dict[UnitName, Unit]] = {
+    "user": Unit.UNIT_USER,
+    "session": Unit.UNIT_SESSION,
+    "request": Unit.UNIT_REQUEST,
+}
 PositiveShare = Annotated[Share, Field(gt=0)]
 
 

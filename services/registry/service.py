@@ -17,6 +17,7 @@ from services.registry.deployments import no_model
 from services.registry.repository import Repository
 from services.registry.schemas import ModelIn, ModelPatch, VersionIn, utc_us
 from services.registry.tables import AliasRow, ModelRow, VersionRow
+from services.registry.trials import end_trial
 
 
 async def create_model(tx: Repository, wanted: ModelIn, clock: Clock) -> Model:
@@ -52,7 +53,8 @@ async def update_model(tx: Repository, name: str, patch: ModelPatch) -> Model:
 
 
 async def delete_model(tx: Repository, name: str) -> None:
-    """Delete a model and its versions. Raises NotFound, FailedPrecondition while deployed or with aliases.
+    """Delete a model, its versions and its experiments. Raises NotFound, FailedPrecondition while deployed,
+    with aliases, or with an experiment that is to start.
 
     Artifacts stay in the store, since other versions may share them, and names of versions stay taken.
     """
@@ -63,6 +65,11 @@ async def delete_model(tx: Repository, name: str) -> None:
     if aliases:
         names = ", ".join(alias.alias for alias in aliases)
         raise FailedPrecondition(f"{name} has aliases ({names}); remove them first", field="model")
+    scheduled = await tx.experiments(name, ["scheduled"], "", 1)
+    if scheduled:
+        raise FailedPrecondition(f"experiment {scheduled[0].experiment_id} is to start on it", field="model")
+    for trial_id in await tx.trials_of(name):
+        end_trial(tx, trial_id)
     await tx.delete_model(name)
 
 
@@ -115,7 +122,8 @@ async def list_versions(tx: Repository, model: str) -> list[ModelVersion]:
 
 
 async def delete_version(tx: Repository, model: str, version: str, clock: Clock) -> None:
-    """Raises NotFound; FailedPrecondition while the version is deployed or an alias stands for it."""
+    """Raises NotFound; FailedPrecondition while the version is deployed, an alias stands for it or an
+    experiment is to start with it."""
     await _existing(tx, model, lock=True)
     row = await _existing_version(tx, model, version)
     aliases = [alias.alias for alias in await tx.aliases(model) if alias.version == version]
@@ -124,6 +132,11 @@ async def delete_version(tx: Repository, model: str, version: str, clock: Clock)
     deployment = await tx.deployment(model)
     if deployment is not None and version in deployments.served_versions(deployment):
         raise FailedPrecondition(f"{version!r} is deployed", field="version")
+    for experiment in await tx.experiments(model, ["scheduled"], "", 1000):
+        if any(variant["version"] == version for variant in experiment.spec["variants"]):
+            raise FailedPrecondition(
+                f"experiment {experiment.experiment_id} is to start with {version!r}", field="version"
+            )
     row.deleted_at = clock.now()
 
 

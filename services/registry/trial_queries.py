@@ -46,6 +46,15 @@ class TrialQueries:
         statement = statement.order_by(ExperimentRow.experiment_id).limit(limit)
         return (await self._session.scalars(statement)).all()
 
+    async def started_experiments(self, model: str) -> Sequence[ExperimentRow]:
+        """Those of `model` that run, or wait for what they need to run."""
+        statement = select(ExperimentRow).where(
+            ExperimentRow.model == model,
+            (ExperimentRow.status == "running")
+            | ((ExperimentRow.status == "scheduled") & (ExperimentRow.waiting_for != "")),
+        )
+        return (await self._session.scalars(statement.order_by(ExperimentRow.experiment_id))).all()
+
     async def open_experiments(self) -> Sequence[tuple[ExperimentRow, bytes | None]]:
         """Everything that is scheduled, running or not closed after its stop, each with its last verdict."""
         statement = (
@@ -77,6 +86,13 @@ class TrialQueries:
         return (await self._session.scalars(statement)).all()
 
     # trials
+
+    async def trials_of(self, model: str) -> Sequence[str]:
+        """Experiments of `model` that were ever on the topic."""
+        statement = select(ExperimentRow.experiment_id).where(
+            ExperimentRow.model == model, ExperimentRow.started_at.is_not(None)
+        )
+        return (await self._session.scalars(statement)).all()
 
     async def trial_revisions(self) -> dict[str, int]:
         """Trial id → revision of everything that was ever on the topic."""

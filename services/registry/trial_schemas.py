@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Annotated, Final, Literal, Self
 
 from headrace.v1.trials_pb2 import TrialMetric
-from pydantic import Field, FiniteFloat, StringConstraints, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, StringConstraints, model_validator
 
 from services.common.errors import InvalidArgument
 from services.registry.schemas import Input
@@ -17,8 +17,10 @@ MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]
 Share = Annotated[Decimal, Field(ge=0, le=1, decimal_places=4)]
 
 #: Metrics that are known without an outcome (accuracy: with the outcome "label").
-PROPORTIONS: Final = frozenset({"error_rate", "accuracy", "shadow_disagreement"})
-_SMALLER_IS_BETTER: Final = frozenset({"error_rate", "latency_ms", "shadow_disagreement"})
+PROPORTIONS: Final = frozenset({"error_rate", "accuracy", "shadow_disagreement", "shadow_error_rate"})
+_SMALLER_IS_BETTER: Final = frozenset(
+    {"error_rate", "latency_ms", "shadow_disagreement", "shadow_error_rate"}
+)
 
 
 class MetricIn(Input):
@@ -100,3 +102,38 @@ def check_metrics(metrics: Sequence[MetricIn]) -> None:
 def ten_thousandths(share: Decimal) -> int:
     """A share as everything inside counts it."""
     return int(share * 10_000)
+
+
+class MetricView(BaseModel):
+    """A metric with every default filled in, as analytics judges it."""
+
+    name: str
+    role: str
+    direction: str
+    margin: float
+    margin_is_relative: bool
+    quantile: float | None
+    missing: str
+    covariate: str | None
+    pre_period_s: int | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, metric: MetricIn, minimal_effect: float = 0.0) -> MetricView:
+        """What `metric_message` makes of it."""
+        message = metric_message(metric, minimal_effect)
+        bounded = message.low < message.high
+        return cls(
+            name=message.name,
+            role=metric.role,
+            direction="decrease" if message.direction == TrialMetric.DIRECTION_DECREASE else "increase",
+            margin=message.margin,
+            margin_is_relative=message.margin_is_relative,
+            quantile=metric.quantile,
+            missing=metric.missing,
+            covariate=metric.covariate,
+            pre_period_s=message.pre_period_s or None,
+            low=message.low if bounded else None,
+            high=message.high if bounded else None,
+        )

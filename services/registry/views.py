@@ -119,6 +119,8 @@ class ServedView(BaseModel):
     artifact_bytes: int
     backend: str
     signature: SignatureView
+    #: Only experiments and rollouts need it: it goes with the last of them.
+    held: bool
 
 
 class BucketView(BaseModel):
@@ -174,6 +176,10 @@ class DeploymentView(BaseModel):
     cache: CacheView | None
     shadow: ShadowView | None
     hedging: HedgingView | None
+    #: Ids of what runs, in the order in which they are asked.
+    experiments: list[str]
+    #: Share of the units that no experiment gets, 0 … 1.
+    holdout: float
     updated_at: datetime
 
     @classmethod
@@ -202,6 +208,8 @@ class DeploymentView(BaseModel):
             cache=_cache(config),
             shadow=_shadow(config),
             hedging=_hedging(config),
+            experiments=[experiment.experiment_id for experiment in config.experiments],
+            holdout=config.holdout / 10_000,
             updated_at=moment(message.updated_at_us),
         )
 
@@ -249,7 +257,7 @@ class RevisionView(BaseModel):
     """One entry of a deployment's history. `deployment` null: undeployed."""
 
     revision: int
-    #: deploy, alias, undeploy or republish.
+    #: deploy, alias, experiment, rollout, holdout, undeploy or republish.
     reason: str
     at: datetime
     deployment: DeploymentView | None
@@ -312,6 +320,7 @@ def _served(served: control_pb2.ServedVersion) -> ServedView:
         artifact_bytes=served.artifact_bytes,
         backend=served.backend,
         signature=SignatureView.of(served.signature),
+        held=served.held,
     )
 
 

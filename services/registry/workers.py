@@ -76,6 +76,10 @@ class Workers:
                 error = f"{worker_id}: {failed or 'no reason given'}"
         return Readiness(workers, ready, error)
 
+    def is_ready(self, config: ServingConfig, version: str) -> bool:
+        """Whether some worker of `config`'s pool can answer for `version` of its model."""
+        return self.readiness(config, version).ready > 0
+
 
 @asynccontextmanager
 async def workers_followed(bus: Bus, clock: Clock) -> AsyncIterator[Workers]:
