@@ -46,6 +46,8 @@ class OpenLoop:
     wait_s: float = 1.0
     #: Under way before anything counts.
     warm_up_s: float = 0.5
+    #: The generator runs before all else of this machine.
+    ahead: bool = False
 
 
 def missing_generator(endpoint: Endpoint) -> str | None:
@@ -127,6 +129,7 @@ def open_loop(endpoint: Endpoint, requests: Path, load: OpenLoop) -> dict[str, A
     argv += ["--connections", str(load.connections)]
     argv += ["--patience", str(load.patience_s), "--wait", str(load.wait_s)]
     argv += ["--warm-up", str(load.warm_up_s)]
+    argv += ["--ahead"] if load.ahead else []
     if load.rate is not None:
         argv += ["--rate", str(load.rate)]
     done = subprocess.run(

@@ -17,11 +17,13 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import re
 import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -336,6 +338,17 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def step_ahead() -> None:
+    """Run before everything else of this machine, as far as we may: clients are elsewhere mostly, and where
+    the server takes all processors a generator that waits for one measures its own wait."""
+    with suppress(OSError):
+        os.setsid()  # a group of its own for the scheduler
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text("-20")
+    with suppress(OSError):
+        os.nice(-20)
+
+
 def main() -> None:
     """Offer the load and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -350,7 +363,10 @@ def main() -> None:
     parser.add_argument(
         "--wait", type=float, default=1.0, help="seconds that a request waits for a free connection"
     )
+    parser.add_argument("--ahead", action="store_true", help="run before all else of this machine")
     given = parser.parse_args()
+    if given.ahead:
+        step_ahead()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         print(json.dumps(runner.run(offer(given))))
 

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -106,7 +107,17 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
         )
         jobs = await enter(jobs_running(_job_settings(cfg, process), around))
         uploads = folder / "uploads" / process
-        openai = await enter(openai_running(jobs, catalogue, keys, clock, uploads, cfg.max_file_bytes))
+        openai = await enter(
+            openai_running(
+                jobs,
+                catalogue,
+                keys,
+                clock,
+                uploads,
+                max_file_bytes=cfg.max_file_bytes,
+                kept=timedelta(seconds=cfg.batch_retention_s),
+            )
+        )
 
         service = PredictService(
             catalogue=catalogue,

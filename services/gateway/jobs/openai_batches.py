@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
-from sqlalchemy import and_, or_, select
+from sqlalchemy import CursorResult, and_, delete, or_, select
 
 from services.common.clock import Clock
 from services.common.db import transaction
@@ -24,6 +24,7 @@ from services.gateway.jobs.openai_tables import OpenAIBatchRow
 
 WINDOW_S = 24 * 3600
 OPEN = ("validating", "running", "finalizing")
+FORGOTTEN_AT_ONCE = 500
 _MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 
 
@@ -173,6 +174,19 @@ class OpenAIBatches:
                     row.due_at = now
         self._changed()
         return row
+
+    async def forget(self, ended_before: datetime) -> int:
+        """Remove batches that ended before, oldest first and a bounded number; how many. Their files are kept
+        for as long as files are."""
+        old = (
+            select(OpenAIBatchRow.batch_id)
+            .where(OpenAIBatchRow.ended_at < ended_before, OpenAIBatchRow.state.not_in(OPEN))
+            .order_by(OpenAIBatchRow.ended_at)
+            .limit(FORGOTTEN_AT_ONCE)
+        )
+        removed = delete(OpenAIBatchRow).where(OpenAIBatchRow.batch_id.in_(old.scalar_subquery()))
+        async with transaction(self._backend().engine) as session:
+            return cast("CursorResult[Any]", await session.execute(removed)).rowcount
 
 
 def batch_json(row: OpenAIBatchRow, counts: JobCounts | None = None) -> dict[str, Any]:

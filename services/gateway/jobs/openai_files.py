@@ -1,7 +1,8 @@
 """Files of callers in the artifact store: inputs of jobs, and what OpenAI batches came to.
 
-A file is the object `files/<file_id>/<filename>` and a row; the object is written first and the row removed
-last, so no object is forgotten. Who asks for somebody else's file is told that there is none."""
+A file is the object `files/<file_id>/<filename>` and a row; the row is written first, marked as incomplete
+until the object is there, and removed last, so no object is forgotten. Who asks for somebody else's file is
+told that there is none."""
 
 from __future__ import annotations
 
@@ -14,14 +15,22 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import structlog
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import CursorResult, and_, or_, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
 
 from services.common.clock import Clock
 from services.common.db import transaction
-from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument, NotFound, ResourceExhausted
+from services.common.errors import (
+    BodyTooLarge,
+    HeadraceError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from services.common.ids import id_text, new_id
 from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.tables import FileRow
@@ -37,6 +46,8 @@ _HOUR_S, _MOST_S = 3600, 30 * 24 * 3600
 _BUFFER = 1 << 20
 _SWEEP_S = 60.0
 _AT_ONCE = 100
+#: An object that is not there after this time never will be: who was writing it is gone.
+_WRITTEN_WITHIN = timedelta(hours=6)
 _ODD = re.compile(r"[^A-Za-z0-9._-]+")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_NAME = 128
@@ -210,20 +221,26 @@ class Files:
             created_at=now,
             expires_at=None if expires_after_s is None else now + timedelta(seconds=expires_after_s),
         )
-        await self._backend().store.put(file.path, source)
+        values = {
+            "key_id": owner,
+            "purpose": purpose,
+            "filename": file.filename,
+            "bytes": file.size,
+            "created_at": file.created_at,
+            "expires_at": file.expires_at,
+            "deleted_at": None,
+        }
+        # One that is there already is written anew with the same bytes, and stays readable meanwhile.
+        noted = upsert(FileRow).values(file_id=file.file_id, **values)
         async with transaction(self._backend().engine) as session:
-            await session.merge(
-                FileRow(
-                    file_id=file.file_id,
-                    key_id=owner,
-                    purpose=purpose,
-                    filename=file.filename,
-                    bytes=file.size,
-                    created_at=file.created_at,
-                    expires_at=file.expires_at,
-                    deleted_at=None,
-                )
-            )
+            await session.execute(noted.on_conflict_do_update(index_elements=["file_id"], set_=values))
+        await self._backend().store.put(file.path, source)
+        stored = update(FileRow).where(FileRow.file_id == file.file_id, FileRow.deleted_at.is_(None))
+        async with transaction(self._backend().engine) as session:
+            done = await session.execute(stored.values(stored_at=self._clock.now()))
+        if not cast("CursorResult[Any]", done).rowcount:  # it took so long that it was swept away
+            await self._backend().store.delete(file.path)
+            raise Unavailable("The file could not be stored in time.")
         return file
 
     async def get(self, file_id: str, reader: Reader) -> StoredFile:
@@ -245,6 +262,7 @@ class Files:
             return [], False
         query = select(FileRow).where(
             FileRow.deleted_at.is_(None),
+            FileRow.stored_at.is_not(None),
             FileRow.purpose != INTERNAL,
             or_(FileRow.expires_at.is_(None), FileRow.expires_at > now),
         )
@@ -290,9 +308,11 @@ class Files:
         await self._remove(file)
 
     async def sweep(self) -> None:
-        """Remove what expired, and objects of deletions that were interrupted."""
+        """Remove what expired, and objects of uploads and deletions that were interrupted."""
+        now = self._clock.now()
+        abandoned = and_(FileRow.stored_at.is_(None), FileRow.created_at <= now - _WRITTEN_WITHIN)
+        gone = or_(FileRow.expires_at <= now, FileRow.deleted_at.is_not(None), abandoned)
         async with transaction(self._backend().engine) as session:
-            gone = or_(FileRow.expires_at <= self._clock.now(), FileRow.deleted_at.is_not(None))
             rows = (await session.scalars(select(FileRow).where(gone).limit(_AT_ONCE))).all()
         for row in rows:
             await self._remove(_file(row))
@@ -336,8 +356,7 @@ def _temporary(folder: Path) -> str:
 
 
 def _visible(row: FileRow, reader: Reader, now: datetime) -> bool:
-    mine = reader.everything or row.key_id == reader.key_id
-    return mine and row.deleted_at is None and (row.expires_at is None or row.expires_at > now)
+    return row.readable(now) and (reader.everything or row.key_id == reader.key_id)
 
 
 def _file(row: FileRow) -> StoredFile:

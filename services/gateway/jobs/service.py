@@ -37,6 +37,7 @@ from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.results import error_lines, parsed_errors, result_batches
 from services.gateway.jobs.sizing import run_rows
 from services.gateway.jobs.specs import JobSpec, rows_as_lines, validated
+from services.gateway.jobs.splitting import Input, about_rows
 from services.gateway.jobs.tables import JobRow
 from services.gateway.jobs.views import STATES, Job, JobPage, job_of
 from services.gateway.jobs.watching import Watching
@@ -51,6 +52,9 @@ MAX_PAGE = 100
 _FILES = "files"
 _INLINE = "files/inline"
 _RETRY_MS = 10_000
+#: An estimate is worth no more than this many seconds of its caller's time, and of ours this many at once.
+_LOOK_S = 1.0
+_LOOKS_AT_ONCE = 8
 _DEFAULT_POOL = "default"
 
 
@@ -86,6 +90,7 @@ class JobService:
         self._changed = changed
         self._clock = clock
         self._limits = limits
+        self._looking = 0
 
     def close(self) -> None:
         """The process ends: whoever follows a job asks another gateway."""
@@ -158,12 +163,27 @@ class JobService:
         self._changed(stored.job_id)
         return job_of(stored, now)
 
-    def estimated_s(self, job: Job) -> float | None:
-        """Seconds that the rows known so far take the workers that are there; None: nobody knows yet."""
+    async def estimated_s(self, job: Job) -> float | None:
+        """Seconds that the rows take the workers that are there, from a look at the beginning of the input or
+        at its metadata; None: there are no workers, or the look fails or takes long."""
         speed = self._pools.speed(job.pool, job.model, job.version)
-        if not job.rows or not speed.rows_per_s or not speed.workers:
+        if not speed.rows_per_s or not speed.workers:
             return None
-        return job.rows / (speed.rows_per_s * speed.workers)
+        rows = float(job.rows) or await self._about_rows(job)
+        return None if rows is None else rows / (speed.rows_per_s * speed.workers)
+
+    async def _about_rows(self, job: Job) -> float | None:
+        if self._looking >= _LOOKS_AT_ONCE:
+            return None
+        self._looking += 1
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                of = Input(job.input_uri, job.input_format, "")
+                return await about_rows(self.ready().sources, of)
+        except (HeadraceError, TimeoutError):  # what is wrong with the input, the job will say
+            return None
+        finally:
+            self._looking -= 1
 
     async def get(self, job_id: str, caller: Key) -> Job:
         """One job. Raises NotFound."""
@@ -323,7 +343,7 @@ class JobService:
         async with transaction(backend.engine) as session:
             file = await JobRepository(session).file(file_id)
         is_theirs = file is not None and (file.key_id == caller.key_id or Scope.ADMIN in caller.scopes)
-        if file is None or file.deleted_at is not None or not is_theirs:
+        if file is None or not file.readable(self._clock.now()) or not is_theirs:
             raise NotFound("There is no such input.", field="input_uri")
 
 

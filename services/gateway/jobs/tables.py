@@ -140,7 +140,8 @@ class DeliveryRow(Tables):
 
 
 class FileRow(Tables):
-    """An uploaded file, the object `files/<file_id>/<filename>` of the artifact store."""
+    """An uploaded file, the object `files/<file_id>/<filename>` of the artifact store. Until `stored_at` is
+    set, the object may not be there, and nobody is told of the file."""
 
     __tablename__ = "files"
 
@@ -150,8 +151,14 @@ class FileRow(Tables):
     filename: Mapped[str]
     bytes: Mapped[int] = mapped_column("bytes", BigInteger)
     created_at: Mapped[datetime]
+    stored_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
+
+    def readable(self, now: datetime) -> bool:
+        """Whether it is there, and neither deleted nor expired."""
+        is_kept = self.expires_at is None or self.expires_at > now
+        return self.stored_at is not None and self.deleted_at is None and is_kept
 
 
 class Outbox(OutboxRow, Tables):

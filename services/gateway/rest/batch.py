@@ -99,7 +99,7 @@ class JobRoutes:
         answer = {
             "batch_id": job.job_id,
             "status": job.state,
-            "estimated_time": self._jobs.estimated_s(job),
+            "estimated_time": await self._jobs.estimated_s(job),
         }
         return _json(answer, 202)
 

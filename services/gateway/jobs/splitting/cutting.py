@@ -16,11 +16,13 @@ from services.gateway.jobs.splitting.parquet import parquet_groups
 from services.gateway.jobs.splitting.port import Cursor, Cuts, refused
 from services.gateway.jobs.splitting.text import cut_text
 
-_GROUPS = {
+#: Formats that say how many rows lie where.
+GROUPS = {
     InputFormat.INPUT_FORMAT_PARQUET: parquet_groups,
     InputFormat.INPUT_FORMAT_ARROW: arrow_batches,
 }
-_TEXTS = (
+#: Formats of lines.
+TEXTS = (
     InputFormat.INPUT_FORMAT_JSON_LINES,
     InputFormat.INPUT_FORMAT_CSV,
     InputFormat.INPUT_FORMAT_OPENAI,
@@ -41,9 +43,9 @@ async def cuts(sources: InputSources, of: Input, limits: ChunkLimits, cursor: Cu
     """Cut `of` from `cursor` on. Raises as Cuts says."""
     if of.inline is not None:
         text: _Inline | _Object = _Inline(of.inline)
-    elif of.format in _TEXTS:
+    elif of.format in TEXTS:
         text = _Object(sources, of, (await sources.stat(of.uri)).size)
-    elif of.format in _GROUPS:
+    elif of.format in GROUPS:
         async for cut in _cut_groups(sources, of, limits, cursor):
             yield cut
         return
@@ -60,7 +62,7 @@ async def cuts(sources: InputSources, of: Input, limits: ChunkLimits, cursor: Cu
 async def _cut_groups(sources: InputSources, of: Input, limits: ChunkLimits, cursor: Cursor | None) -> Cuts:
     file = await sources.open(of.uri, etag=of.etag)
     try:
-        groups = await asyncio.to_thread(_GROUPS[of.format], file)
+        groups = await asyncio.to_thread(GROUPS[of.format], file)
     finally:
         file.close()
 
