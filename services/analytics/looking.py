@@ -150,7 +150,7 @@ class Looking:
         """One look at one trial; whatever fails is tried again later and holds up no other trial."""
         began = self._clock.monotonic()
         try:
-            await self._say(await self._judge(trial))
+            await self._say(await self.judge(trial))
         except HeadraceError as error:
             log.info("trial_later", trial_id=trial.trial_id, reason=error.message)
             result = "later"
@@ -164,7 +164,8 @@ class Looking:
         self._metrics.looks.labels(result).inc()
         self._metrics.look_seconds.observe(now - began)
 
-    async def _judge(self, trial: Trial) -> Verdict:
+    async def judge(self, trial: Trial) -> Verdict:
+        """Look now, whoever's turn it is; what was seen counts as a look, and is not published."""
         look = await self._observe(trial)
         async with transaction(self._engine) as session:
             largest, split = await raise_maxima(session, trial.trial_id, look.evidence, look.ratio_log_e)

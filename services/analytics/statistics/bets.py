@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
-from scipy.special import logsumexp
 
 Floats = NDArray[np.float64]
 
@@ -78,7 +77,7 @@ def randomised_share(counts: RandomisedCounts, bound: float, side: Side, *, rela
         + counts.control_events @ np.log1p(stakes * control_event).T
         + quiet @ np.log1p(stakes * nothing).T
     )
-    return np.asarray(logsumexp(logs, axis=-1) - math.log(_STAKES.size))
+    return _log_sum(logs) - math.log(_STAKES.size)
 
 
 def share(events: float, units: float, bound: float, side: Side) -> float:
@@ -131,7 +130,7 @@ def two_quantiles(
     order = np.arange(1, len(logs) + 1)
     begun = np.cumsum(logs[::-1])[::-1] - np.log(order * (order + 1.0))
     # What is kept for strata that may still come.
-    return float(np.logaddexp(logsumexp(begun), -math.log(len(logs) + 1)))
+    return float(_log_sum(np.append(begun, -math.log(len(logs) + 1))))
 
 
 def confidence_limit(
@@ -156,4 +155,10 @@ def _odds(events: Floats | float, units: float, bound: Floats | float, factors: 
     """Log wealth of the bets on odds multiplied by `factors`, where the null hypothesis says `bound`."""
     change = np.log1p((factors - 1) * np.asarray(bound, dtype=np.float64)[..., None])
     gained = np.asarray(events, dtype=np.float64)[..., None] * np.log(factors)
-    return np.asarray(logsumexp(gained - units * change + _PARTS, axis=-1))
+    return _log_sum(gained - units * change + _PARTS)
+
+
+def _log_sum(logs: Floats) -> Floats:
+    """Log of the sum of exponentials over the last axis; SciPy's takes ten times as long for few numbers."""
+    largest = np.max(logs, axis=-1, keepdims=True)
+    return np.asarray(np.log(np.sum(np.exp(logs - largest), axis=-1)) + largest[..., 0])
