@@ -15,13 +15,14 @@ import pytest
 
 from services.common.lifecycle import serve_asgi
 from services.gateway.rest.management import management_client, upstreams
-from tests.fixtures.gateway import ADMIN, READ_DIGITS, READ_ONLY, TOKEN, GatewayThread
+from tests.fixtures.gateway import ADMIN, ADMIN_DIGITS, READ_DIGITS, READ_ONLY, TOKEN, GatewayThread
 
 
 class Upstream:
     """A service that tells what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self.first_piece = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -35,6 +36,7 @@ class Upstream:
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
         told = {
+            "service": self._name,
             "method": scope["method"],
             "path": scope["raw_path"].decode().partition("?")[0],
             "query": scope["query_string"].decode(),
@@ -55,11 +57,12 @@ class Upstream:
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayThread]:
     with ExitStack() as stack:
         host = stack.enter_context(GatewayThread(tmp_path_factory.mktemp("upstream"), hot=True))
-        entered = serve_asgi(Upstream(), "127.0.0.1", 0, drain_s=0.5)
-        port = host.run(entered.__aenter__())
-        stack.callback(lambda: host.run(entered.__aexit__(None, None, None)))
-        base = f"http://127.0.0.1:{port}"
-        settings = {"registry_url": base, "analytics_url": base, "drift_url": base}
+        settings = {}
+        for name in ("registry", "analytics", "drift"):
+            entered = serve_asgi(Upstream(name), "127.0.0.1", 0, drain_s=0.5)
+            port = host.run(entered.__aenter__())
+            stack.push(lambda *_, one=entered: host.run(one.__aexit__(None, None, None)))
+            settings[f"{name}_url"] = f"http://127.0.0.1:{port}"
         yield stack.enter_context(GatewayThread(tmp_path_factory.mktemp("gateway"), hot=True, **settings))
 
 
@@ -99,6 +102,9 @@ def test_what_passes_on(gateway: GatewayThread) -> None:
         ("DELETE", "/v1/deployments/m", 200),
         ("GET", "/v1/analytics/models/m/compare?a=1&b=2", 200),
         ("PUT", "/v1/drift/m/teapot", 418),
+        ("POST", "/v1/experiments/exp_1/stop", 200),
+        ("GET", "/v1/rollouts?model=m", 200),
+        ("PUT", "/v1/models/m/holdout", 200),
         ("GET", "/v1/models/../keys", 200),  # clients fold it themselves
         ("GET", "/v1/analytics/%2e%2e/keys", 404),
         ("GET", "/v1/analytics/..%2fkeys", 404),
@@ -114,6 +120,41 @@ def test_analytics_may_be_asked_by_readers_with_a_body(gateway: GatewayThread) -
     read = f"Bearer {READ_ONLY}"
     assert gateway.request("POST", "/v1/analytics/query", b"{}", authorization=read).status_code == 200
     assert gateway.request("POST", "/v1/drift/x", b"{}", authorization=read).status_code == 403
+    assert gateway.request("POST", "/v1/experiments/plan", b"{}", authorization=read).status_code == 200
+    assert gateway.request("POST", "/v1/experiments", b"{}", authorization=read).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "service"),
+    [
+        ("POST", "/v1/experiments", "registry"),
+        ("GET", "/v1/experiments/exp_1", "registry"),
+        ("GET", "/v1/experiments/exp_1/assignment?unit=u", "registry"),
+        ("GET", "/v1/experiments/exp_1/results", "analytics"),
+        ("POST", "/v1/experiments/plan", "analytics"),
+        ("POST", "/v1/experiments/off-policy", "analytics"),
+        ("GET", "/v1/experiments/placebo?model=m", "analytics"),
+        ("POST", "/v1/rollouts/rol_1/pause", "registry"),
+        ("GET", "/v1/rollouts/rol_1/results", "analytics"),
+        ("PUT", "/v1/models/m/holdout", "registry"),
+        ("GET", "/v1/shadows/m", "analytics"),
+        ("GET", "/v1/drift/alerts", "drift"),
+    ],
+)
+def test_who_answers(gateway: GatewayThread, method: str, path: str, service: str) -> None:
+    told = gateway.request(method, path).json()
+    assert (told["service"], told["method"], told["path"]) == (service, method, path.partition("?")[0])
+
+
+def test_a_key_for_some_models_changes_nothing_by_naming_one_in_the_query(gateway: GatewayThread) -> None:
+    """What the body is about is the service's to read, and it does not know of the key's models."""
+    for path in ("/v1/experiments?model=digits", "/v1/rollouts?model=digits"):
+        answer = gateway.request("POST", path, b"{}", authorization=f"Bearer {ADMIN_DIGITS}")
+        assert (answer.status_code, answer.json()["field"]) == (403, "model")
+    answer = gateway.request(
+        "PUT", "/v1/models/digits/holdout", b"{}", authorization=f"Bearer {ADMIN_DIGITS}"
+    )
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -138,6 +179,13 @@ def test_analytics_may_be_asked_by_readers_with_a_body(gateway: GatewayThread) -
         ("/v1/analytics/predictions/0", 403),
         ("/v1/analytics/predictions/0?model=cancer", 403),
         ("/v1/drift/webhooks?model=digits", 403),
+        ("/v1/experiments?model=digits", 200),
+        ("/v1/experiments/placebo?model=digits", 200),
+        ("/v1/rollouts?model=digits", 200),
+        ("/v1/rollouts?model=digits&model=cancer", 403),
+        ("/v1/experiments", 403),
+        ("/v1/experiments/exp_1?model=digits", 403),
+        ("/v1/experiments/exp_1/results?model=digits", 403),
         ("/v1/keys", 403),
         ("/v1/models", 403),
     ],

@@ -22,7 +22,8 @@ from services.common.telemetry import current_context, traceparent
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.rest.door import authenticated
 
-#: Where a path names a model, and those that take it from the query; `{}` is any one segment.
+#: Where a path names a model, and those that take it from the query when they are read; `{}` is any one
+#: segment. An experiment's or rollout's own path names no model: a key for some models asks with `?model=`.
 _BY_PATH = (
     ("v1", "models", "{}"),
     ("v1", "deployments", "{}"),
@@ -34,6 +35,18 @@ _BY_QUERY = (
     ("v1", "analytics", "query"),
     ("v1", "analytics", "predictions", "{}"),
     ("v1", "drift", "alerts"),
+    ("v1", "experiments"),
+    ("v1", "experiments", "placebo"),
+    ("v1", "rollouts"),
+)
+_READS = ("GET", "HEAD")
+#: Questions about experiments and rollouts that analytics answers; the registry has all else of them.
+_RESULTS = (
+    "/v1/experiments/plan",
+    "/v1/experiments/off-policy",
+    "/v1/experiments/placebo",
+    "/v1/experiments/{id}/results",
+    "/v1/rollouts/{id}/results",
 )
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
@@ -55,19 +68,26 @@ _NOT_PASSED_BACK = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """One service behind the door. `writes` is the scope for everything but GET and HEAD."""
+    """One service behind the door. `writes` is the scope for everything but GET and HEAD. `paths` are its
+    own though they stand below a prefix of another."""
 
     name: str
     prefixes: tuple[str, ...]
     base_url: str
     writes: Scope
+    paths: tuple[str, ...] = ()
 
 
 def upstreams(registry_url: str, analytics_url: str, drift_url: str) -> tuple[Upstream, ...]:
     """The services behind the door."""
     return (
-        Upstream("registry", ("/v1/models", "/v1/deployments", "/v1/keys"), registry_url, Scope.ADMIN),
-        Upstream("analytics", ("/v1/analytics", "/v1/shadows"), analytics_url, Scope.READ),
+        Upstream(
+            "registry",
+            ("/v1/models", "/v1/deployments", "/v1/keys", "/v1/experiments", "/v1/rollouts"),
+            registry_url,
+            Scope.ADMIN,
+        ),
+        Upstream("analytics", ("/v1/analytics", "/v1/shadows"), analytics_url, Scope.READ, _RESULTS),
         Upstream("drift", ("/v1/drift",), drift_url, Scope.ADMIN),
     )
 
@@ -96,6 +116,10 @@ def management_routes(
     """Routes for every prefix; what stands under them is documented by the services themselves."""
     router = APIRouter(tags=["management"])
     for service in services:
+        for path in service.paths:
+            handler = _handler(client, service, keys, clock)
+            router.add_api_route(path, handler, methods=_METHODS, include_in_schema=False)
+    for service in services:
         for prefix in service.prefixes:
             handler = _handler(client, service, keys, clock)
             for method in ("GET", "POST"):
@@ -113,9 +137,10 @@ def management_routes(
 
 def _handler(client: httpx.AsyncClient, service: Upstream, keys: KeyRing, clock: Clock):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
     async def passed_on(request: Request) -> Response:
-        scope = Scope.READ if request.method in ("GET", "HEAD") else service.writes
-        caller = authenticated(request, keys, scope, clock.monotonic())
-        require_models(caller, request.url.path, request.query_params.getlist("model"))
+        reads = request.method in _READS
+        caller = authenticated(request, keys, Scope.READ if reads else service.writes, clock.monotonic())
+        asked = request.query_params.getlist("model") if reads else ()
+        require_models(caller, request.url.path, asked)
         return await _forward(client, service, request, caller)
 
     return passed_on
