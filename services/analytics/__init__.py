@@ -6,6 +6,10 @@ and `segments.py` (inbox to Parquet, and what is kept how long), `reading.py` an
 request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `shadows.py`, `shadow_totals.py`
 and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
 
+Experiments and rollouts, for people: `experiment_endpoints.py` (who asks), `results.py`, `lifts.py`,
+`quantile_lifts.py` and `caveats.py` (every number beside the verdict), `words.py` (one paragraph), `planning.py`
+(how many units it takes), `off_policy.py` (what another policy would have earned).
+
 Every request counts once. A record is claimed by its batch id, so a redelivered one changes nothing. A
 request that was tried again or hedged has several rows; the answer its caller got is the router's, which
 writes only what it answered itself, else a success, else the one with the highest attempt. That is a total

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from services.analytics.consumers import Consumers
 from services.analytics.endpoints import routes, shadow_routes
+from services.analytics.experiment_endpoints import experiment_routes
 from services.analytics.flushing import Flusher, SegmentWriter
 from services.analytics.looking import Looking
 from services.analytics.metrics import Metrics
@@ -103,6 +104,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         app = FastAPI(title="Headrace analytics", version="1")
         app.include_router(routes(reader, clock))
         app.include_router(shadow_routes(database, clock))
+        app.include_router(experiment_routes(trials, looking, reader, clock))
         install_problem_handlers(app)
         app.add_middleware(InternalAuth, token=cfg.internal_token)
         app.add_middleware(TraceRequests, tracing=tracing)

@@ -52,7 +52,7 @@ def two_proportion_z_test(
     continuity: bool = False,
     alternative: Tails = "two-sided",
 ) -> TwoProportions:
-    """z-test of equal shares; each side is (successes, n). An empty side says nothing: p = 1. The intervals of
+    """z-test of equal shares; each side is (successes, n). An empty side says nothing: p = 1. Intervals of
     a one-sided test reach to -1 or 1 on the side of the alternative.
 
     Interval: unpooled Wald, and Newcombe's hybrid of two Wilson intervals (1998, method 10). `continuity`
@@ -86,6 +86,32 @@ def two_proportion_z_test(
         p_treatment=p_t,
         alpha=alpha,
     )
+
+
+def relative_risk(
+    control: tuple[float, int], treatment: tuple[float, int], *, alpha: float = 0.05
+) -> tuple[float, float]:
+    """Interval of p_treatment / p_control - 1 from two Wilson intervals (Donner & Zou, "Closed-form
+    confidence intervals for functions of the normal mean and standard deviation", 2012, eq. 9), the ratio's
+    companion of Newcombe's. Infinite above where the control may be 0.
+    """
+    (s_c, n_c), (s_t, n_t) = control, treatment
+    if not (n_c and n_t):
+        return -1.0, math.inf
+    p_c, p_t = s_c / n_c, s_t / n_t
+    (low_c, high_c), (low_t, high_t) = (wilson(s, n, alpha=alpha) for s, n in (control, treatment))
+    low = _mover(p_c, p_t, high_c, low_t, -1)
+    return low - 1, (_mover(p_c, p_t, low_c, high_t, 1) if low_c > 0 else math.inf) - 1
+
+
+def _mover(p_c: float, p_t: float, limit_c: float, limit_t: float, sign: int) -> float:
+    """The root of (p_t - r p_c)^2 = (p_t - limit_t)^2 + r^2 (p_c - limit_c)^2 on that side."""
+    square, rest = limit_c * (2 * p_c - limit_c), limit_t * (2 * p_t - limit_t)
+    centre = p_c * p_t
+    spread = math.sqrt(max(0.0, centre**2 - square * rest))
+    if sign > 0:
+        return (centre + spread) / square
+    return max(0.0, rest / (centre + spread)) if centre + spread > 0 else 0.0
 
 
 def _opened(ci: tuple[float, float], alternative: Tails) -> tuple[float, float]:
