@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry
 
 from services.analytics.consumers import Consumers
@@ -19,6 +19,8 @@ from services.analytics.experiment_endpoints import experiment_routes
 from services.analytics.flushing import Flusher, SegmentWriter
 from services.analytics.looking import Looking
 from services.analytics.metrics import Metrics
+from services.analytics.placebo_endpoints import placebo_routes
+from services.analytics.placebo_looking import Placebos
 from services.analytics.reading import Reader
 from services.analytics.segments import SegmentFiles
 from services.analytics.settings import Settings
@@ -34,7 +36,7 @@ from services.common.internal_auth import InternalAuth
 from services.common.lifecycle import Health, OpsEndpoints, serve_asgi, watched
 from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
-from services.common.telemetry import setup_tracing
+from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.common.topics import (
     DEPLOYMENTS,
@@ -101,14 +103,14 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         reader = Reader(database, files, signatures, metrics, spill)
         trials = Trials()
         looking = Looking(trials, reader, database, bus, clock, metrics, cfg.analytics_looks_share)
-        app = FastAPI(title="Headrace analytics", version="1")
-        app.include_router(routes(reader, clock))
-        app.include_router(shadow_routes(database, clock))
-        app.include_router(experiment_routes(trials, looking, reader, clock))
-        install_problem_handlers(app)
-        app.add_middleware(InternalAuth, token=cfg.internal_token)
-        app.add_middleware(TraceRequests, tracing=tracing)
-        app.add_middleware(OpsEndpoints, health=health, registry=registry)
+        placebos = Placebos(trials, reader, database, clock, metrics, cfg.analytics_placebo_share)
+        routers = (
+            routes(reader, clock),
+            shadow_routes(database, clock),
+            placebo_routes(placebos),
+            experiment_routes(trials, looking, reader, clock, placebos.of),
+        )
+        app = _api(routers, cfg.internal_token, tracing, health, registry)
         port = await stack.enter_async_context(serve_asgi(app, cfg.host, cfg.http_port))
 
         # Which output holds the answer is known once the deployments are.
@@ -120,6 +122,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         await _read(await stack.enter_async_context(bus.table(TRIALS, trials.apply)), TRIALS)
         health.set_ready("trials")
         await stack.enter_async_context(looking)
+        await stack.enter_async_context(placebos)
         consumers = Consumers(database, writer, sizes, clock, tracing, metrics, looking.seen)
         shadows = ShadowConsumer(database, clock, metrics, looking.seen)
         for topic, handler, most in (
@@ -135,6 +138,23 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         stack.callback(gc.unfreeze)
         yield Analytics(port, health)
         health.start_draining()
+
+
+def _api(
+    routers: Sequence[APIRouter],
+    token: str,
+    tracing: Tracing,
+    health: Health,
+    registry: CollectorRegistry,
+) -> FastAPI:
+    app = FastAPI(title="Headrace analytics", version="1")
+    for router in routers:
+        app.include_router(router)
+    install_problem_handlers(app)
+    app.add_middleware(InternalAuth, token=token)
+    app.add_middleware(TraceRequests, tracing=tracing)
+    app.add_middleware(OpsEndpoints, health=health, registry=registry)
+    return app
 
 
 async def _reach(store: ArtifactStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
@@ -14,8 +14,9 @@ import structlog
 from headrace.v1.trials_pb2 import Trial, Verdict
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.analytics import repository, shadows, trial_queries
+from services.analytics import shadows, trial_queries
 from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
+from services.analytics.lease import LEASE_WAIT_S, Lease
 from services.analytics.metrics import Metrics
 from services.analytics.pace import Pace
 from services.analytics.reading import Reader
@@ -35,9 +36,6 @@ log = structlog.get_logger(__name__)
 
 #: A verdict that has not changed is said again after that time.
 _SAY_AGAIN_S = 30.0
-_LEASE = timedelta(seconds=30)
-_LEASE_RENEW_S = 10.0
-_LEASE_WAIT_S = 3.0
 
 
 @dataclass(slots=True)
@@ -76,8 +74,7 @@ class Looking:
         self._pace = Pace(share)
         self._wake = asyncio.Event()
         self._said: dict[str, _Said] = {}
-        self._holder = new_id()
-        self._held_until = float("-inf")
+        self._lease = Lease(engine, clock, "trials")
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -91,8 +88,7 @@ class Looking:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
-            with suppress(Exception):  # the lease ends by itself, only later
-                await self._hold(-_LEASE)
+            await self._lease.give_back()
 
     def seen(self, model: str) -> None:
         """There is something new about a model (empty: about any)."""
@@ -113,10 +109,10 @@ class Looking:
             self._pace.keep(trials)
             self._said = {name: said for name, said in self._said.items() if self._trials.get(name)}
             self._metrics.trials.set(len(trials))
-            wait_s = _LEASE_WAIT_S
+            wait_s = LEASE_WAIT_S
             if not trials:
                 wait_s = _SAY_AGAIN_S
-            elif await self._leads():
+            elif await self._lease.held():
                 name, wait_s = self._pace.next(self._clock.monotonic())
                 if name is not None:
                     await self._look(trials[name])
@@ -126,25 +122,6 @@ class Looking:
                     await self._wake.wait()
                     # What comes with it belongs to the same look, and one that is not due does not spin.
                     await asyncio.sleep(min(wait_s, 0.05))
-
-    async def _leads(self) -> bool:
-        now = self._clock.monotonic()
-        if now < self._held_until:
-            return True
-        try:
-            if await self._hold(_LEASE):
-                self._held_until = now + _LEASE_RENEW_S
-                return True
-        except HeadraceError as error:
-            log.info("trials_later", reason=error.message)
-        except Exception:
-            log.exception("trials_lease_failed")
-        return False
-
-    async def _hold(self, lease: timedelta) -> bool:
-        now = self._clock.now()
-        async with transaction(self._engine) as session:
-            return await repository.hold(session, "trials", self._holder, now, now + lease)
 
     async def _look(self, trial: Trial) -> None:
         """One look at one trial; whatever fails is tried again later and holds up no other trial."""

@@ -66,7 +66,8 @@ GROUP BY unit_hash, stratum, period;
 
 CREATE TEMP TABLE firsts AS
 SELECT unit_hash,
-       arg_min(struct_pack(stratum := stratum, arm := seen.arm, failed := seen.failed), came_us) AS seen
+       arg_min(struct_pack(stratum := stratum, arm := seen.arm, failed := seen.failed), came_us) AS seen,
+       min(came_us) AS came_us
 FROM visits WHERE stratum <> getvariable('bake') GROUP BY unit_hash;
 """
 
@@ -276,7 +277,7 @@ def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -
 
 def visits(connection: duckdb.DuckDBPyConnection, strata: Strata) -> Visits:
     """Exact counts of units and failures, after `open_trial`; once per connection."""
-    connection.execute(_VISITS)
+    open_visits(connection)
     count, arms = strata.shares.shape
     first = Tally(np.zeros((count, arms)), np.zeros((count, arms)))
     for stratum, arm, units, failed in connection.execute(_FIRSTS).fetchall():
@@ -291,6 +292,11 @@ def visits(connection: duckdb.DuckDBPyConnection, strata: Strata) -> Visits:
         periods[stratum, period] = (min(at, began), tally)
     ordered = sorted(periods.items(), key=lambda item: (item[1][0], item[0]))
     return Visits(first, [(stratum, tally) for (stratum, _), (_, tally) in ordered], before, bake)
+
+
+def open_visits(connection: duckdb.DuckDBPyConnection) -> None:
+    """Make the tables of requests that count one by one, from `exposed`."""
+    connection.execute(_VISITS)
 
 
 def counts(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> list[Counts]:

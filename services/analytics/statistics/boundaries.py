@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 
 def best_rho(v_opt: float, alpha_opt: float, *, one_sided: bool = False) -> float:
@@ -26,7 +26,7 @@ def normal_mixture_log(s: float, v: float, *, rho: float, one_sided: bool) -> fl
     two_sided = 0.5 * math.log(rho / (v + rho)) + s * s / (2 * (v + rho))
     if not one_sided:
         return two_sided
-    return two_sided + math.log(2) + float(stats.norm.logcdf(s / math.sqrt(v + rho)))
+    return two_sided + math.log(2) + float(special.log_ndtr(s / math.sqrt(v + rho)))
 
 
 def normal_mixture(

@@ -1,0 +1,60 @@
+"""What only one replica does at a time."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.analytics import repository
+from services.common.clock import Clock
+from services.common.db import transaction
+from services.common.errors import HeadraceError
+from services.common.ids import new_id
+
+log = structlog.get_logger(__name__)
+
+_LEASE = timedelta(seconds=30)
+_RENEW_S = 10.0
+
+#: When to ask again where another replica holds it.
+LEASE_WAIT_S = 3.0
+
+
+class Lease:
+    """The right to do `name` for half a minute, renewed by asking."""
+
+    def __init__(self, engine: AsyncEngine, clock: Clock, name: str) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._name = name
+        self._holder = new_id()
+        self._held_until = float("-inf")
+
+    async def held(self) -> bool:
+        """Whether it is this process that does it now; no while the database is away."""
+        now = self._clock.monotonic()
+        if now < self._held_until:
+            return True
+        try:
+            if await self._hold(_LEASE):
+                self._held_until = now + _RENEW_S
+                return True
+        except HeadraceError as error:
+            log.info("lease_later", name=self._name, reason=error.message)
+        except Exception:
+            log.exception("lease_failed", name=self._name)
+        return False
+
+    async def give_back(self) -> None:
+        """Let another one do it at once; where that fails, when the lease ends."""
+        self._held_until = float("-inf")
+        with suppress(Exception):
+            await self._hold(-_LEASE)
+
+    async def _hold(self, lease: timedelta) -> bool:
+        now = self._clock.now()
+        async with transaction(self._engine) as session:
+            return await repository.hold(session, self._name, self._holder, now, now + lease)
