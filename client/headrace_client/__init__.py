@@ -2,8 +2,9 @@
 
 Read in this order: `client` or `async_client` (what can be asked), `operations` (each call as a request and
 the reading of its answer), `exchange` (one request, its retries and errors), then `results`, `errors`,
-`batches` with `batch_calls` and `async_batch_calls` (jobs over many rows, files, dead letters), `tensors`
-(Open Inference Protocol bodies), `uploads` (multipart with progress), `cli` and `batch_cli`.
+`batches` with `batch_calls` and `async_batch_calls` (jobs over many rows, files, dead letters), `experiments`
+with `experiment_calls` and `async_experiment_calls` (experiments and rollouts), `tensors` (Open Inference
+Protocol bodies), `uploads` (multipart with progress), `cli`, `batch_cli` and `experiment_cli`.
 """
 
 from headrace_client.async_client import AsyncHeadrace

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from headrace_client import operations
 from headrace_client.async_batch_calls import AsyncBatches, AsyncDeadLetters, AsyncFiles, AsyncLater
+from headrace_client.async_experiment_calls import AsyncExperiments, AsyncRollouts
 from headrace_client.errors import Conflict
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
@@ -49,6 +50,8 @@ class AsyncHeadrace:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
         self.batches = AsyncBatches(self)
+        self.experiments = AsyncExperiments(self)
+        self.rollouts = AsyncRollouts(self)
         self.files = AsyncFiles(self)
         self.async_predictions = AsyncLater(self)
         self.dead_letters = AsyncDeadLetters(self)
@@ -67,20 +70,30 @@ class AsyncHeadrace:
 
     # Inference.
 
-    async def predict(
+    async def predict(  # noqa: PLR0913 - what a prediction can be asked with
         self,
         model: str,
         inputs: Any,
         *,
         user_id: str | int | None = None,
+        session_id: str | int | None = None,
+        attributes: Mapping[str, Any] | None = None,
         version: str | None = None,
         outputs: Sequence[str] | None = None,
         single: bool = False,
         timeout: float | None = None,
     ) -> Prediction:
-        """`inputs`: named columns, rows or a tensor, numpy or not; `user_id` keeps a user on one version."""
+        """`inputs`: named columns, rows or a tensor, numpy or not; `user_id` keeps a user on one version.
+        Experiments assign users or sessions, and may be about some `attributes` only."""
         call = operations.predict(
-            model, inputs, user_id=user_id, version=version, outputs=outputs, single=single
+            model,
+            inputs,
+            user_id=user_id,
+            session_id=session_id,
+            attributes=attributes,
+            version=version,
+            outputs=outputs,
+            single=single,
         )
         return await self.run(call, timeout)
 

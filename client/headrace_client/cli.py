@@ -15,9 +15,11 @@ from headrace_client.batch_cli import batch_app, dlq_app, files_app
 from headrace_client.client import DEFAULT_URL
 from headrace_client.commands import (
     AsJson,
+    Attributes,
     CommandFailed,
     Key,
     Url,
+    attributes_of,
     connected,
     pair_of,
     print_json,
@@ -25,12 +27,15 @@ from headrace_client.commands import (
     value_of,
 )
 from headrace_client.errors import HeadraceError
+from headrace_client.experiment_cli import experiments_app, rollouts_app
 
 app = typer.Typer(help="Headrace: serve models, split their traffic, watch them.", no_args_is_help=True)
 models_app = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(experiments_app, name="experiments")
+app.add_typer(rollouts_app, name="rollouts")
 app.add_typer(batch_app, name="batch")
 app.add_typer(files_app, name="files")
 app.add_typer(dlq_app, name="dlq")
@@ -196,13 +201,22 @@ def predict(
     inputs: Annotated[str, typer.Option(help="JSON, @file or -: rows, columns or a tensor.")],
     *,
     user: Annotated[str | None, typer.Option(help="Keeps a user on one version.")] = None,
+    session: Annotated[str | None, typer.Option(help="For experiments that assign sessions.")] = None,
+    attribute: Attributes = None,
     version: Annotated[str | None, typer.Option(help="A version or an alias.")] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
     """One prediction."""
     with connected(url, key) as client:
-        answer = client.predict(model, value_of(inputs, "--inputs"), user_id=user, version=version)
+        answer = client.predict(
+            model,
+            value_of(inputs, "--inputs"),
+            user_id=user,
+            session_id=session,
+            attributes=attributes_of(attribute),
+            version=version,
+        )
     print_json(
         {name: getattr(answer, name) for name in answer.__slots__ if getattr(answer, name) is not None}
     )

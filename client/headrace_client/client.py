@@ -16,6 +16,7 @@ from headrace_client import operations
 from headrace_client.batch_calls import AsyncPredictions, Batches, DeadLetters, Files
 from headrace_client.errors import Conflict
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error
+from headrace_client.experiment_calls import Experiments, Rollouts
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
 from headrace_client.uploads import Progress, Upload
 
@@ -48,6 +49,8 @@ class Headrace:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
         self.batches = Batches(self)
+        self.experiments = Experiments(self)
+        self.rollouts = Rollouts(self)
         self.files = Files(self)
         self.async_predictions = AsyncPredictions(self)
         self.dead_letters = DeadLetters(self)
@@ -66,20 +69,30 @@ class Headrace:
 
     # Inference.
 
-    def predict(
+    def predict(  # noqa: PLR0913 - what a prediction can be asked with
         self,
         model: str,
         inputs: Any,
         *,
         user_id: str | int | None = None,
+        session_id: str | int | None = None,
+        attributes: Mapping[str, Any] | None = None,
         version: str | None = None,
         outputs: Sequence[str] | None = None,
         single: bool = False,
         timeout: float | None = None,
     ) -> Prediction:
-        """`inputs`: named columns, rows or a tensor, numpy or not; `user_id` keeps a user on one version."""
+        """`inputs`: named columns, rows or a tensor, numpy or not; `user_id` keeps a user on one version.
+        Experiments assign users or sessions, and may be about some `attributes` only."""
         call = operations.predict(
-            model, inputs, user_id=user_id, version=version, outputs=outputs, single=single
+            model,
+            inputs,
+            user_id=user_id,
+            session_id=session_id,
+            attributes=attributes,
+            version=version,
+            outputs=outputs,
+            single=single,
         )
         return self.run(call, timeout)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,10 @@ Key = Annotated[
     typer.Option(
         "--key", envvar="HEADRACE_API_KEY", help="API key; otherwise .headrace/admin.key.", show_default=False
     ),
+]
+Attributes = Annotated[
+    list[str] | None,
+    typer.Option("--attribute", help="name=value; may be repeated. 3 and true are no texts."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what the server answered.")]
 
@@ -65,6 +69,21 @@ def pair_of(text: str, option: str) -> tuple[str, str]:
     if not equals or not name:
         raise CommandFailed(f"{option} {text!r} must look like name=value.")
     return name, value
+
+
+def attributes_of(given: Sequence[str] | None) -> dict[str, Any] | None:
+    """Attributes of a request: a value that reads as a number or truth value in JSON is one."""
+    return {
+        name: _scalar(value) for name, value in (pair_of(text, "--attribute") for text in given or ())
+    } or None
+
+
+def _scalar(text: str) -> str | int | float | bool:
+    try:
+        value = json.loads(text, parse_constant=str)  # NaN is a text, as JSON has none
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text
 
 
 def print_json(value: Any) -> None:

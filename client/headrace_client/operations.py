@@ -20,13 +20,18 @@ def predict(
     inputs: Any,
     *,
     user_id: str | int | None = None,
+    session_id: str | int | None = None,
+    attributes: Mapping[str, Any] | None = None,
     version: str | None = None,
     outputs: Sequence[str] | None = None,
     single: bool = False,
 ) -> Exchange[Prediction]:
     """`single` sends one row as `input`."""
     body: Json = {"model": model, ("input" if single else "inputs"): inputs}
-    body |= {name: value for name, value in (("user_id", user_id), ("version", version)) if value is not None}
+    said = {"user_id": user_id, "session_id": session_id, "version": version}
+    body |= {name: value for name, value in said.items() if value is not None}
+    if attributes:
+        body["attributes"] = dict(attributes)
     if outputs is not None:
         body["outputs"] = list(outputs)
     return with_json("POST", "/v1/predict", body, lambda answer: Prediction.read(answer.json()))

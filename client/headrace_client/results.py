@@ -13,7 +13,8 @@ Json = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """One answer of a model. `prediction` has one entry per row (the entry itself for a single `input`);
-    `variant` and `confidence` are None where the model or the deployment gives none."""
+    `variant`, `confidence` and `experiment` (the one that assigned the variant) are None where there is
+    none."""
 
     request_id: str
     model: str
@@ -24,6 +25,7 @@ class Prediction:
     latency_ms: float
     variant: str | None = None
     confidence: Any = None
+    experiment: str | None = None
 
     @classmethod
     def read(cls, body: Json) -> Prediction:
@@ -38,6 +40,7 @@ class Prediction:
             latency_ms=body["latency_ms"],
             variant=body.get("variant"),
             confidence=body.get("confidence"),
+            experiment=body.get("experiment"),
         )
 
 
