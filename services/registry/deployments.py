@@ -104,10 +104,16 @@ async def undeploy(tx: Repository, model: str, clock: Clock) -> None:
 
 
 async def revise(
-    tx: Repository, model: str, reason: str, clock: Clock, edit: Callable[[ServingConfig], None]
+    tx: Repository,
+    model: str,
+    reason: str,
+    clock: Clock,
+    edit: Callable[[ServingConfig], None],
+    *,
+    above: int = 0,
 ) -> Deployment:
-    """Change what is deployed by `edit`, as one revision, or none where it changes nothing. The caller holds
-    the model's lock. Raises NotFound where the model is not deployed."""
+    """Change what is deployed by `edit`, as one revision higher than `above`, or none where it changes
+    nothing. The caller holds the model's lock. Raises NotFound where the model is not deployed."""
     row = await tx.deployment(model)
     if row is None:
         raise not_deployed(model)
@@ -115,7 +121,7 @@ async def revise(
     edit(config)
     if _same_state(ServingConfig.FromString(row.config), config):
         return _deployment(row)
-    return await _commit_revision(tx, config, reason, clock)
+    return await _commit_revision(tx, config, reason, clock, above=above)
 
 
 async def held_versions(

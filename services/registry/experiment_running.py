@@ -122,8 +122,8 @@ def free_layer(config: ServingConfig, row: ExperimentRow) -> list[Span]:
 async def _publish(
     tx: Repository, row: ExperimentRow, clock: Clock, edit: Callable[[ServingConfig], None]
 ) -> None:
-    """One revision of the deployment, and the Trial as of it: units are logged with that revision."""
-    deployed = await deployments.revise(tx, row.model, "experiment", clock, edit)
+    """One revision of the deployment, and the Trial with the same one: units are logged with it."""
+    deployed = await deployments.revise(tx, row.model, "experiment", clock, edit, above=row.revision)
     row.revision = max(row.revision, deployed.config.revision)
     if row.started_at is not None:
         publish_trial(tx, experiment_trial(row))

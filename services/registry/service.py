@@ -70,6 +70,7 @@ async def delete_model(tx: Repository, name: str) -> None:
         raise FailedPrecondition(f"experiment {scheduled[0].experiment_id} is to start on it", field="model")
     for trial_id in await tx.trials_of(name):
         end_trial(tx, trial_id)
+        await tx.delete_experiment(trial_id)
     await tx.delete_model(name)
 
 

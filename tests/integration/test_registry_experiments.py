@@ -294,6 +294,12 @@ async def test_what_an_experiment_brings_is_loaded_first_and_leaves_with_it(plat
     assert third["experiment_id"] in why
     await platform.call("POST", f"experiments/{third['experiment_id']}/stop")
     await platform.call("DELETE", "models/churn/versions/2", 204)
+    # A model takes its experiments with it.
+    await platform.told(lambda: first["experiment_id"] in platform.trials)
+    await platform.call("DELETE", "deployments/churn", 204)
+    await platform.call("DELETE", "models/churn", 204)
+    await platform.told(lambda: first["experiment_id"] not in platform.trials)
+    assert (await platform.refusal("GET", f"experiments/{first['experiment_id']}"))[0] == 404
 
 
 async def test_the_controller_acts_on_verdicts_and_goes_on_after_a_restart(settings: Settings) -> None:
@@ -347,6 +353,11 @@ async def test_the_controller_acts_on_verdicts_and_goes_on_after_a_restart(setti
         same = await platform.call("GET", f"experiments/{moving['experiment_id']}")
         assert (same["status"], same["verdict"]["summary"]) == ("running", "new sells more")
         await platform.told(lambda: len(platform.configs["churn"].experiments) == 1)
+        # What the broker lost is published again.
+        lost = moving["experiment_id"]
+        await platform.bus.publish([Record(TRIALS.name, lost.encode(), None)])
+        await platform.told(lambda: lost not in platform.trials)
+        await platform.told(lambda: lost in platform.trials)
         counted = await eventually_of(
             lambda: platform.running.rest.get("/metrics"),
             lambda seen: 'headrace_registry_experiments{status="stopped"} 2.0' in seen.text,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, cast
 
-from services.common.clock import SystemClock
+from services.common.clock import ManualClock
 from services.common.db import DatabaseUnavailable
 from services.registry.controller import Controller
 from services.registry.edge import Edge
@@ -21,34 +20,34 @@ class Database:
     """What the controller needs of an edge. `lost`: no transaction begins."""
 
     def __init__(self) -> None:
-        self.clock = SystemClock()
+        self.clock = ManualClock()
         self.metrics = Metrics()
         self.lost = False
+        self.refused = 0
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Repository]:
         if self.lost:
+            self.refused += 1
             raise DatabaseUnavailable("The database does not answer.")
         yield cast(Repository, None)
 
 
 class Acting:
-    """An actor whose trial `broken` fails in one way or another."""
+    """An actor whose trial `broken` fails."""
 
-    kind = "experiment"
-
-    def __init__(self, *trials: str, error: Exception | None = None) -> None:
+    def __init__(self, *trials: str, kind: str = "experiment") -> None:
+        self.kind = kind
         self.trials = list(trials)
         self.acted: list[str] = []
-        self.error = error
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
         return list(self.trials)
 
     async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:
         self.acted.append(trial_id)
-        if trial_id == "broken" and self.error is not None:
-            raise self.error
+        if trial_id == "broken":
+            raise RuntimeError("a row that makes no sense")
         return "stop"
 
 
@@ -63,14 +62,23 @@ def decisions(database: Database, action: str) -> float:
 
 async def test_a_trial_that_fails_holds_up_nobody_and_is_tried_ever_less_often() -> None:
     database = Database()
-    one = Acting("broken", "well", error=RuntimeError("a row that makes no sense"))
-    other = Acting("later")
+    one, other = Acting("broken", "well"), Acting("later", kind="rollout")
+
+    async def looked_at() -> None:
+        """Every trial that need not wait was, twice more."""
+        seen = one.acted.count("well"), other.acted.count("later")
+        await eventually(lambda: one.acted.count("well") >= seen[0] + 2)
+        await eventually(lambda: other.acted.count("later") >= seen[1] + 2)
+
     async with controller(database, one, other):
-        await eventually(lambda: one.acted.count("well") >= 20 and other.acted.count("later") >= 20)
-        assert one.acted.count("broken") < one.acted.count("well")
-        await eventually(lambda: one.acted.count("broken") >= 2)
-    assert decisions(database, "failed") >= 2
-    assert decisions(database, "stop") >= 40
+        tries = []
+        for seconds in (0.0, 0.4, 0.2, 0.9, 0.2):
+            database.clock.advance(seconds)
+            await looked_at()
+            tries.append(one.acted.count("broken"))
+    assert tries == [1, 1, 2, 2, 3]
+    assert decisions(database, "failed") == 3
+    assert decisions(database, "stop") >= 10
 
 
 async def test_a_lost_database_ends_nothing() -> None:
@@ -78,7 +86,7 @@ async def test_a_lost_database_ends_nothing() -> None:
     database.lost = True
     actor = Acting("a")
     async with controller(database, actor):
-        await asyncio.sleep(0.03)
+        await eventually(lambda: database.refused >= 3)
         assert actor.acted == []
         database.lost = False
         await eventually(lambda: actor.acted)
