@@ -11,6 +11,7 @@ from pydantic import Field, FiniteFloat, StringConstraints
 from services.common.assignment import BUCKETS
 from services.common.errors import InvalidArgument
 from services.registry.rollout_plan import (
+    ERROR_RATE,
     SHADOW_DISAGREEMENT,
     SHADOW_ERRORS,
     SHADOW_METRICS,
@@ -31,6 +32,8 @@ StrategyName = Literal["canary", "blue_green", "shadow_canary"]
 STEP_S: Final = 60.0
 STEP_REQUESTS: Final = 100
 SHADOW_REQUESTS: Final = 1000
+#: By how much more requests may fail, of shadows too where the error rate's own margin is no difference.
+_ERROR_MARGIN: Final = 0.01
 _CANARY: Final = ("0.01", "0.05", "0.1", "0.25", "0.5", "1")
 #: Fields that belong to one kind of step.
 _OF_SHADOWS: Final = frozenset({"match_rate", "slice_by", "tolerance"})
@@ -84,9 +87,11 @@ class RolloutIn(Input):
         metrics = self.metrics_watched()
         rates = [step.match_rate for step in self.all_steps() if step.shadow is not None]
         if rates:
+            margins = [m.margin for m in metrics if m.name == ERROR_RATE and not m.margin_is_relative]
+            errors = next((margin for margin in margins if margin is not None), _ERROR_MARGIN)
             metrics += [
                 _guardrail(SHADOW_DISAGREEMENT, margin=round(1 - min(rates), 12)),
-                _guardrail(SHADOW_ERRORS, margin=0.01),
+                _guardrail(SHADOW_ERRORS, margin=errors),
             ]
         return metrics
 
@@ -202,7 +207,7 @@ def _usual_metrics() -> list[MetricIn]:
         margin_is_relative=True,
         quantile=0.99,
     )
-    return [_guardrail("error_rate", margin=0.01), latency]
+    return [_guardrail(ERROR_RATE, margin=_ERROR_MARGIN), latency]
 
 
 def _guardrail(name: str, margin: float) -> MetricIn:
