@@ -28,7 +28,7 @@ ROWS = 200_000
 SEED = int(os.environ.get("CHAOS_SEED", "20261121"))
 #: The longest wait for progress before the next one dies.
 NO_PROGRESS_S = 2.0
-WITHIN_S = 180.0
+WITHIN_S = 400.0
 MODEL = "slow-cancer"
 #: Width of the two layers that keep a worker busy, so that the job lasts for some seconds.
 WIDTH = 1024

@@ -182,7 +182,7 @@ async def test_a_thousand_requests_count_a_thousand_whatever_is_redelivered(
     signature = Signature(prediction_output="label", classes=["benign", "malignant"])
     served = [ServedVersion(version=version, signature=signature) for version in "123"]
     config = ServingConfig(model="cancer", versions=served)
-    async with KafkaBus(bootstrap, "test") as bus:
+    async with KafkaBus(bootstrap, "test", session_timeout=2.0) as bus:
         await bus.publish([Record(DEPLOYMENTS.name, b"cancer", config.SerializeToString())])
         async with running(database_url, bootstrap, tmp_path, **LAZY) as client:
             await publish_all(bus)
@@ -647,7 +647,7 @@ async def test_two_replicas_count_together(
     bootstrap = new_tansu().url
     await ensure_topics(bootstrap, all_topics())
     async with (
-        KafkaBus(bootstrap, "test") as bus,
+        KafkaBus(bootstrap, "test", session_timeout=2.0) as bus,
         running(database_url, bootstrap, tmp_path, **EAGER) as one,
         running(database_url, bootstrap, tmp_path, **LAZY) as other,
     ):
@@ -690,7 +690,7 @@ async def test_shadow_comparisons_are_counted_once_and_reported(
     bootstrap = new_tansu().url
     await ensure_topics(bootstrap, all_topics())
     async with (
-        KafkaBus(bootstrap, "test") as bus,
+        KafkaBus(bootstrap, "test", session_timeout=2.0) as bus,
         running(database_url, bootstrap, tmp_path, **LAZY) as client,
     ):
         assert (await client.get("/v1/shadows/cancer")).status_code == 404

@@ -121,7 +121,10 @@ async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_l
 
     server = await asyncio.start_server(hook, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/alerts"
-    async with KafkaBus(broker.url, "test") as bus, running(database_url, broker.url) as client:
+    async with (
+        KafkaBus(broker.url, "test", session_timeout=2.0) as bus,
+        running(database_url, broker.url) as client,
+    ):
         heard: list[DriftAlert] = []
 
         async def on_alerts(records: Sequence[Record]) -> None:
@@ -167,7 +170,10 @@ async def test_an_uploaded_reference_replaces_the_learned_one(
     broker = new_tansu()
     await ensure_topics(broker.url, all_topics())
     rng = np.random.default_rng(12)
-    async with KafkaBus(broker.url, "test") as bus, running(database_url, broker.url) as client:
+    async with (
+        KafkaBus(broker.url, "test", session_timeout=2.0) as bus,
+        running(database_url, broker.url) as client,
+    ):
         path = "/v1/drift/models/cancer/versions/1/reference"
         features = {"age": rng.normal(size=300).tolist(), "prediction": ["0", "1"] * 150}
         assert (await client.put(path, json={"features": features})).json()["rows"] == 300
@@ -205,7 +211,7 @@ async def test_a_version_that_is_no_longer_served_is_still_read_and_an_unknown_o
     broker = new_tansu()
     await ensure_topics(broker.url, all_topics())
     rng = np.random.default_rng(14)
-    async with KafkaBus(broker.url, "test") as bus:
+    async with KafkaBus(broker.url, "test", session_timeout=2.0) as bus:
         async with running(database_url, broker.url) as client:
             await bus.publish([config()])
             await bus.publish([prediction(rng, 60)])
@@ -230,7 +236,10 @@ async def test_a_record_that_cannot_be_read_goes_to_the_dead_letters(
     broker = new_tansu()
     await ensure_topics(broker.url, all_topics())
     rng = np.random.default_rng(13)
-    async with KafkaBus(broker.url, "test") as bus, running(database_url, broker.url) as client:
+    async with (
+        KafkaBus(broker.url, "test", session_timeout=2.0) as bus,
+        running(database_url, broker.url) as client,
+    ):
         buried: list[Record] = []
 
         async def on_dead(records: Sequence[Record]) -> None:

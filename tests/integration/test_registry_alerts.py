@@ -50,7 +50,7 @@ async def test_alerts_are_stored_once_and_the_newest_kept(
     dead = dead_letters(ALERTS, GROUP)
     await ensure_topics(broker.url, [DEPLOYMENTS, KEYS, ALERTS, dead])
     async with (
-        KafkaBus(broker.url, "test") as bus,
+        KafkaBus(broker.url, "test", session_timeout=2.0) as bus,
         running_registry(registry_settings(database_url, broker.url, tmp_path)) as running,
     ):
         await running.make("churn")
