@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import structlog
@@ -26,13 +27,15 @@ from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRe
 from services.worker.replies import Replies, error_reply
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
-from services.worker.turn import Turn
+from services.worker.turn import Lent, Turn
 
 log = structlog.get_logger(__name__)
 
 _OK = Code.CODE_OK
 _MOST_LINKS = 128
 _US_MAX = (1 << 32) - 1
+# Requests that come at least this often (20 a second) are always about to come.
+_A_MOMENT_S = 0.05
 # Batches with more bytes of input run in a thread however fast they are: joining these bytes, and serialising
 # them for the log, would hold up the event loop.
 _INLINE_BYTES = 256 << 10
@@ -96,6 +99,8 @@ class LoadedModel:
         self.version = version
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()
+        # When requests ran last, other than in turns.
+        self._visited = -inf
         self._runner = runner
         self._records = records
         self._replies = Replies(version, batched=runner.layout.batched)
@@ -173,6 +178,7 @@ class LoadedModel:
         if isinstance(turn := batch.items[0], Turn):
             self._give(turn)
             return
+        self._visited = started
         queued_at, queue_us = -1.0, 0
         for item in batch.items:
             if item.queued_at != queued_at:  # those that arrived together waited equally long
@@ -206,7 +212,10 @@ class LoadedModel:
         def urgent() -> bool:
             return self._batcher.queued_rows > 0
 
-        turn.bulk.begin(self._runner, urgent, lambda: self._loop.call_soon_threadsafe(over))
+        def visited() -> bool:
+            return self._serving.clock.monotonic() - self._visited < _A_MOMENT_S
+
+        turn.bulk.begin(Lent(self._runner, urgent, visited, lambda: self._loop.call_soon_threadsafe(over)))
 
     def _execute(self, batch: Batch, max_rows: int, started: float) -> tuple[Execution, Outcome]:
         """In a thread: run `batch`, and make of it all that needs no event loop."""
