@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 
 import pytest
-from headrace.v1.control_pb2 import Condition, Experiment, LayerRange, Unit, Variant, VariantRange
+from headrace.v1.control_pb2 import Condition, Experiment, LayerRange, Unit, VariantRange
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Parameter
 from hypothesis import given, settings
@@ -17,32 +16,13 @@ from hypothesis import strategies as st
 from services.common.assignment import BUCKETS, unit_digest
 from services.common.experiments import Layer, unit_of
 from services.common.targeting import Targeting
+from tests.fixtures.experiments import experiment
 
 UNITS = st.sampled_from([Unit.UNIT_USER, Unit.UNIT_SESSION, Unit.UNIT_REQUEST])
 REQUESTS = [
     PredictRequest(model="m", unit=f"user-{n}", session=f"session-{n // 2}", request_id=n.to_bytes(16, "big"))
     for n in range(400)
 ]
-
-
-def experiment(
-    name: str,
-    layer: Sequence[tuple[int, int]] = ((0, BUCKETS - 1),),
-    cuts: Sequence[int] = (5000,),
-    **more: object,
-) -> Experiment:
-    """Variants "v0", "v1", … of versions "0", "1", … whose buckets end where `cuts` say."""
-    bounds = [0, *cuts, BUCKETS]
-    parts = [(first, last - 1, index) for index, (first, last) in enumerate(pairwise(bounds))]
-    made = Experiment(
-        experiment_id=name,
-        salt=f"salt of {name}",
-        layer=[LayerRange(first=first, last=last) for first, last in layer],
-        variants=[Variant(name=f"v{index}", version=str(index)) for _, _, index in parts],
-        buckets=[VariantRange(first=f, last=last, variant=index) for f, last, index in parts if f <= last],
-    )
-    made.MergeFrom(Experiment(**more))  # type: ignore[arg-type]
-    return made
 
 
 @st.composite

@@ -58,6 +58,25 @@ def test_records_of_one_version_become_one_with_every_request_in_order() -> None
     assert len(join_predictions([event(record) for record in records])) == 2
 
 
+def test_records_keep_the_experiment_of_every_request() -> None:
+    """Those that name the same ones are joined, those that name none or others stay apart."""
+    same = {"experiment_ids": ["exp_a"], "variant": "a"}
+    records = [
+        prediction_batch([1, 2], experiments=[1, 0], **same),
+        prediction_batch([3], variant="a"),
+        prediction_batch([4], experiments=[1], **same),
+        prediction_batch([5], experiments=[1], experiment_ids=["exp_b"], variant="a"),
+        prediction_batch([6], variant="a"),
+    ]
+    joined = read(join_predictions([event(record) for record in records]))
+    assert [(list(one.experiment_ids), list(one.experiments)) for one in joined] == [
+        (["exp_a"], [1, 0, 1]),
+        ([], []),
+        (["exp_b"], [1]),
+    ]
+    assert [len(one.rows) for one in joined] == [3, 2, 1]
+
+
 def test_joining_the_same_again_gives_the_same() -> None:
     events = [event(prediction_batch([n])) for n in range(5)]
     assert join_predictions(events) == join_predictions(list(events))

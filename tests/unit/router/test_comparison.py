@@ -140,6 +140,29 @@ def test_a_record_has_one_entry_per_request_in_every_column() -> None:
     assert list(by_name["p"].rows_same_top) == [0, 0, 1]
 
 
+def test_comparisons_are_told_apart_by_an_attribute_and_few_of_its_values() -> None:
+    made = config()
+    made.shadow.version, made.shadow.share, made.shadow.slice_by = "2", 10_000, "country"
+    route = Route(made, 30)
+    shadow = route.shadow
+    assert shadow is not None
+    reply = PredictReply(outputs=[labels([1])])
+
+    def record(values: list[str]) -> list[str]:
+        copies = [
+            Copy(PredictRequest(), route, route.named("1"), shadow, reply, 0.0, reply=reply, slice=value)
+            for value in values
+        ]
+        made = comparison_record(copies, "router-0", 7)
+        assert made.slice_by == "country"
+        assert len(set(made.slice_names)) == len(made.slice_names)
+        return [made.slice_names[place] for place in made.slices]
+
+    assert record(["DE", "", "FR", "DE"]) == ["DE", "", "FR", "DE"]
+    many = [str(n) for n in range(30)]
+    assert record([*many, "3"]) == [*many[:20], *["other"] * 10, "3"]
+
+
 def test_the_share_goes_by_the_request_id() -> None:
     made = config()
     made.shadow.version, made.shadow.share = "2", 2500

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 from headrace.v1.control_pb2 import Balancing, BucketRange, Fallback, ServedVersion
+from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import NotFound
+from services.common.experiments import Assigned
 from services.router.routing_table import FAILURES, Route, RoutingTable
+from tests.fixtures.experiments import experiment
 from tests.fixtures.router import config, sole
 
 
@@ -44,6 +47,33 @@ class TestRoute:
         route = Route(sole(), 30.0)
         assert {route.assign(f"u{n}".encode()).version for n in range(100)} == {"1"}
         assert route.named("1").propensity == 1.0
+
+    def test_variants_are_stamped_with_their_experiment_and_share(self) -> None:
+        made = config(experiments=[experiment("exp_1", cuts=[2500])])
+        for variant, version in zip(made.experiments[0].variants, "12", strict=True):
+            variant.version = version
+        made.fallback.version = "1"
+        route = Route(made, 30.0)
+        new = route.arm(Assigned(0, 1, b""))
+        said = PredictRequest.FromString(new.stamp)
+        assert (said.version, said.variant, said.experiment, said.propensity) == ("2", "v1", "exp_1", 0.75)
+        assert said.revision == made.revision
+        by_hand = route.arm(Assigned(0, 1, b"", overridden=True))
+        assert (by_hand.version, by_hand.propensity) == ("2", 1.0)
+        assert new.fallback is not None
+        stand_in = new.fallback.target
+        assert (stand_in.version, stand_in.variant, stand_in.experiment) == ("1", "v1", "exp_1")
+        assert route.arm(Assigned(0, 0, b"")).fallback is None  # it is the fallback's own version
+        assert Route(config(), 30.0).experiments is None
+
+    def test_an_experiment_that_cannot_be_served_leaves_the_last_good_route(self) -> None:
+        table = applied(1)
+        wrong = config(revision=2, experiments=[experiment("exp_1")])  # of versions 0 and 1
+        with pytest.raises(ValueError, match="variant 'v0' of exp_1 is not served"):
+            table.apply(b"cancer", wrong.SerializeToString())
+        route = table.find("cancer")
+        assert route is not None
+        assert route.revision == 1
 
     @pytest.mark.parametrize("wrong", ["no versions", "twice", "uncovered"])
     def test_what_cannot_be_served_is_refused(self, wrong: str) -> None:

@@ -24,13 +24,14 @@ TIMES = Answered(started=10.0, finished=10.5, unix_us=2_000_000, compute_us=500_
 RECORDS = PredictionRecords("worker-7", "net", "3", "sha256:abc", InputLayout(SIGNATURE))
 
 
-def item(number: int, rows: int, variant: str = "a") -> Item:
+def item(number: int, rows: int, variant: str = "a", experiment: str = "") -> Item:
     def ignore(_request: PredictRequest, _answer: Answer) -> None: ...
 
     request = PredictRequest(
         id=number,
         request_id=bytes([number]) * 16,
         variant=variant,
+        experiment=experiment,
         unit_hash=number * 10,
         propensity=0.25,
         revision=4,
@@ -82,6 +83,18 @@ def test_a_batch_is_one_record_of_columns() -> None:
     assert floats(record.inputs[0].data).tolist() == [1, 1, 2, 2, 2, 2, 2, 2, 3, 3]
     assert list(record.outputs[0].shape) == [5]
     assert floats(record.outputs[0].data).tolist() == [100, 200, 200, 200, 300]
+
+
+def test_records_name_the_experiments_that_assigned_and_are_silent_where_none_did() -> None:
+    (silent,) = read(RECORDS.of_part(part(item(1, 1)), TIMES, PayloadPolicy()))
+    assert (list(silent.experiments), list(silent.experiment_ids)) == ([], [])
+    mixed = [item(1, 1, "a", "exp_b"), item(2, 1), item(3, 1, "a", "exp_a"), item(4, 1, "a", "exp_b")]
+    alike = [item(1, 1, "a", "exp_b"), item(3, 2, "a", "exp_b")]
+    for items, ids, places in ((mixed, ["exp_b", "exp_a"], [1, 0, 2, 1]), (alike, ["exp_b"], [1, 1])):
+        for _ in range(2):  # the second time, what was kept is used
+            (record,) = read(RECORDS.of_part(part(*items), TIMES, PayloadPolicy()))
+            assert (list(record.experiment_ids), list(record.experiments)) == (ids, places)
+            assert len(record.rows) == len(items)
 
 
 def test_the_policy_may_keep_tensors_out() -> None:

@@ -20,10 +20,11 @@ FP32, BYTES = DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_BYTES
 TIMES = Answered(0.0, 0.0, 0, 300)
 
 
-def item(number: int, rows: int, variant: str = "a", queue_us: int = 0) -> Item:
+def item(number: int, rows: int, variant: str = "a", queue_us: int = 0, experiment: str = "") -> Item:
     def ignore(_request: PredictRequest, _answer: Answer) -> None: ...
 
-    made = Item(PredictRequest(id=number, variant=variant), rows, ((), ()), (b"",), 99.0, ignore)
+    request = PredictRequest(id=number, variant=variant, experiment=experiment)
+    made = Item(request, rows, ((), ()), (b"",), 99.0, ignore)
     made.queue_us = queue_us
     return made
 
@@ -42,11 +43,13 @@ def part(items: list[Item]) -> Part:
 def test_every_member_gets_its_own_rows_id_variant_and_times() -> None:
     replies = Replies("7", batched=True)
     items = [item(1, 2), item(1 << 40, 1, "b", 5), item(200, 3, "", 1 << 31), item(2, 3, "b", 5)]
+    items += [item(3, 1, "b", 5, "exp_1"), item(4, 1, "b", 5)]
     for _ in range(2):  # the second time, what was kept is used
         read = [PredictReply.FromString(reply) for reply in replies.of_part(part(items), TIMES)]
-        assert [r.id for r in read] == [1, 1 << 40, 200, 2]
-        assert [r.variant for r in read] == ["a", "b", "", "b"]
-        assert [r.queue_us for r in read] == [0, 5, 1 << 31, 5]
+        assert [r.id for r in read] == [1, 1 << 40, 200, 2, 3, 4]
+        assert [r.variant for r in read] == ["a", "b", "", "b", "b", "b"]
+        assert [r.experiment for r in read] == ["", "", "", "", "exp_1", ""]
+        assert [r.queue_us for r in read] == [0, 5, 1 << 31, 5, 5, 5]
         assert {(r.version, r.compute_us, r.code) for r in read} == {("7", 300, Code.CODE_OK)}
         first = 0
         for one, reply in zip(items, read, strict=True):
@@ -70,10 +73,11 @@ def test_a_model_without_rows_gives_its_output_whole() -> None:
 
 
 def test_an_error_says_when_to_come_back() -> None:
-    request = PredictRequest(id=3, version="1", variant="a")
+    request = PredictRequest(id=3, version="1", variant="a", experiment="exp_1")
     reply = error_reply(request, ResourceExhausted("full", retry_after_ms=70), 9)
     assert (reply.id, reply.code, reply.retry_after_ms) == (3, Code.CODE_RESOURCE_EXHAUSTED, 70)
     assert (reply.message, reply.version, reply.variant, reply.compute_us) == ("full", "1", "a", 9)
+    assert reply.experiment == "exp_1"
 
 
 @pytest.mark.parametrize("number", [0, 1, 127, 128, 16383, 16384, 1 << 32, (1 << 64) - 1])
