@@ -24,7 +24,7 @@ from tests.fixtures.platform import (
     platform,
     stacks_directory,
 )
-from tests.fixtures.scheduling import LongestFirst, in_order
+from tests.fixtures.scheduling import LongestFirst, in_order, unit_of
 from tests.fixtures.servers import (
     _started,
     apache_kafka,
@@ -63,8 +63,7 @@ __all__ = [
 
 #: The first test of a session that wants the platform starts it and registers the examples.
 WITH_A_PLATFORM_S = 900
-_SHARED = {"bare_platform", "platform"}
-_PLATFORMS = {*_SHARED, "new_platform"}
+_PLATFORMS = {"bare_platform", "new_platform", "platform"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -89,7 +88,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     try:
         return (yield)
     finally:
-        if _uses(item, _SHARED) and not (nextitem is not None and _uses(nextitem, _SHARED)):
+        if nextitem is None or unit_of(nextitem.nodeid) != unit_of(item.nodeid):
             SharedPlatform.stop_all()
 
 
