@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -50,6 +50,8 @@ WITHIN_S = 300.0
 JOBS = 4
 ONLINE_RATE = 200.0
 ONLINE_S = 10.0
+ONLINE_WINDOWS = 3
+ENDED = {"completed", "failed", "cancelled", "expired"}
 PEERS = {
     "pandas": PeerEnvironment("pandas", ("pandas==2.3.3", "pyarrow==26.0.0")),
     "ray": PeerEnvironment("ray-data", ("ray[data]==2.60.0", "pandas==2.3.3")),
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--version", default="2", choices=["1", "2"], help="of the cancer example")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--no-online", action="store_true")
+    parser.add_argument("--only-online", action="store_true", help="leave the other figures as they were")
     parser.add_argument("--report", action="store_true", help="only write BATCH.md anew")
     parser.add_argument("--out", type=Path, default=FOLDER)
     given = parser.parse_args()
@@ -85,15 +88,21 @@ def main() -> None:
         save(Figures(**json.loads((given.out / "batch_job.json").read_text())), given.out)
         return
     figures = Figures(given.rows, machine())
+    if given.only_online:
+        figures = Figures(**json.loads((given.out / "batch_job.json").read_text()))
     with tempfile.TemporaryDirectory(prefix="headrace-batch-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         source = patients(folder / "rows.parquet", given.rows)
         model, _metrics = cancer.build(given.version, folder / "model")
-        alone(figures, model, source)
-        offline(figures, model, source, [] if given.no_peers else list(PEERS))
+        if not given.only_online:
+            alone(figures, model, source)
+            offline(figures, model, source, [] if given.no_peers else list(PEERS))
         with running(folder / "home") as stack:
-            on_the_platform(figures, stack, given.version, source)
+            if given.only_online:
+                warmed(stack, given.version, source)
+            else:
+                on_the_platform(figures, stack, given.version, source)
             if not given.no_online:
                 online(figures, stack, given.version, source, folder)
     save(figures, given.out)
@@ -232,6 +241,14 @@ def on_the_platform(figures: Figures, stack: Stack, version: str, source: Path) 
     print(f"platform: {figures.platform['rows_per_s']:,.0f} rows/s", flush=True)
 
 
+def warmed(stack: Stack, version: str, source: Path) -> None:
+    """The model deployed, and a first job done."""
+    headers = {"authorization": f"Bearer {stack.admin_key}"}
+    with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
+        deploy(client, version, source.parent / "model" / "model.onnx")
+        job_of(client, version, readable(stack, source))
+
+
 def deploy(client: httpx.Client, version: str, model: Path) -> None:
     """The cancer model, serving."""
     client.post("/v1/models", json={"name": "cancer", "description": ""})
@@ -270,7 +287,7 @@ def job_of(client: httpx.Client, version: str, uri: str) -> dict[str, Any]:
     deadline = time.monotonic() + WITHIN_S
     while True:
         job: dict[str, Any] = client.get(path).json()
-        if job["status"] in {"completed", "failed", "cancelled", "expired"}:
+        if job["status"] in ENDED:
             return job
         if time.monotonic() > deadline:
             raise RuntimeError(f"the job does not end: {job}")
@@ -319,29 +336,56 @@ def online(figures: Figures, stack: Stack, version: str, source: Path, folder: P
         (("Authorization", headers["authorization"]),),
     )
     requests = write_requests(folder / "requests.bin", endpoint, cancer_workload(folder / "workload"))
-    load = OpenLoop(connections=16, seconds=ONLINE_S, rate=ONLINE_RATE)
-    figures.online["idle"] = told(open_loop(endpoint, requests, load))
-    stop = threading.Event()
-    jobs = 0
+    load = OpenLoop(connections=16, seconds=ONLINE_S, rate=ONLINE_RATE, ahead=True)
+    windows: dict[str, list[dict[str, float]]] = {"idle": [], "during jobs": []}
+    rates: list[float] = []
+    for _ in range(ONLINE_WINDOWS):
+        windows["idle"].append(told(open_loop(endpoint, requests, load)))
+        with saturated(stack, version, readable(stack, source), headers) as done:
+            time.sleep(1.0)
+            began, before = time.perf_counter(), done()
+            windows["during jobs"].append(told(open_loop(endpoint, requests, load)))
+            rates.append((done() - before) / (time.perf_counter() - began))
+        time.sleep(2.0)  # what the jobs left to be read
+    for name, found in windows.items():
+        # The median window: a machine of two processors is interrupted now and then.
+        middle = sorted(found, key=lambda window: window["p99_us"])[len(found) // 2]
+        figures.online[name] = middle | {
+            "p99_us_least": min(window["p99_us"] for window in found),
+            "p99_us_most": max(window["p99_us"] for window in found),
+        }
+    figures.online["during jobs"]["rows_per_s"] = statistics.median(rates)
 
-    def saturate() -> None:
-        nonlocal jobs
+
+@contextmanager
+def saturated(stack: Stack, version: str, uri: str, headers: dict[str, str]) -> Iterator[Callable[[], int]]:
+    """Jobs one after another, two at a time, for as long as the block runs; gives the rows done so far."""
+    stop = threading.Event()
+    done = [0, 0]
+
+    def run(place: int) -> None:
         with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
             while not stop.is_set():
-                job_of(client, version, readable(stack, source))
-                jobs += 1
+                body = {"model": "cancer", "version": version, "input_uri": uri, "output_format": "parquet"}
+                answer = client.post("/v1/batch", json=body)
+                answer.raise_for_status()
+                path, before, job = f"/v1/batch/{answer.json()['batch_id']}", done[place], answer.json()
+                while job["status"] not in ENDED:
+                    if stop.wait(0.25):
+                        client.delete(path)
+                        return
+                    job = client.get(path).json()
+                    done[place] = before + job["counts"]["completed"]
 
-    threads = [threading.Thread(target=saturate) for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(done))]
     for thread in threads:
         thread.start()
     try:
-        time.sleep(1.0)
-        figures.online["during jobs"] = told(open_loop(endpoint, requests, load))
+        yield lambda: sum(done)
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    figures.online["during jobs"]["jobs"] = jobs
 
 
 def told(summary: dict[str, Any]) -> dict[str, float]:
@@ -373,10 +417,20 @@ def report(figures: Figures) -> str:
         for part, told in sorted(figures.memory.items())
     ]
     if figures.online:
-        lines += ["", f"Online requests of one row, {ONLINE_RATE:.0f}/s in an open loop:", ""]
-        lines += ["| meanwhile | p50 ms | p99 ms | answered |", "|---|---:|---:|---:|"]
+        ratio = figures.online["during jobs"]["p99_us"] / figures.online["idle"]["p99_us"]
+        rate = figures.online["during jobs"]["rows_per_s"]
         lines += [
-            f"| {name} | {told['p50_us'] / 1e3:.1f} | {told['p99_us'] / 1e3:.1f} | {told['answered']:.0f} |"
+            "",
+            f"Online requests of one row, {ONLINE_RATE:.0f}/s in an open loop, windows of {ONLINE_S:.0f} s,",
+            f"of {ONLINE_WINDOWS} the median (least and most in brackets). While two jobs at a time run at",
+            f"{rate:,.0f} rows/s together, p99 is {ratio:.1f} times its idle value.",
+            "",
+            "| meanwhile | p50 ms | p99 ms | answered |",
+            "|---|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {name} | {told['p50_us'] / 1e3:.1f} | {told['p99_us'] / 1e3:.1f} "
+            f"({told['p99_us_least'] / 1e3:.1f}–{told['p99_us_most'] / 1e3:.1f}) | {told['answered']:.0f} |"
             for name, told in figures.online.items()
         ]
     return "\n".join(lines) + "\n"
