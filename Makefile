@@ -29,7 +29,7 @@ help:
 venv: $(STAMP)
 
 $(STAMP): requirements/dev.txt client/pyproject.toml proto/pyproject.toml deploy/venv.sh
-	@sh deploy/venv.sh
+	@env -u PYTHONPYCACHEPREFIX sh deploy/venv.sh
 	@touch $@
 
 up: $(STAMP)
