@@ -256,6 +256,7 @@ def test_an_openai_batch_of_embeddings_equals_the_online_route(platform: Stack, 
         for one, some in zip(_lines_of(client, batch.output_file_id), texts, strict=True):
             online = client.embeddings.create(model="minilm", input=some)
             assert online.usage.prompt_tokens > len(some)
+            assert one["response"]["body"]["usage"] == online.usage.to_dict()
             for told, expected in zip(one["response"]["body"]["data"], online.data, strict=True):
                 vector = told["embedding"]
                 if isinstance(vector, str):

@@ -15,7 +15,7 @@ import pyarrow.types as kinds
 
 from services.common.errors import HeadraceError, Internal
 from services.common.problems import http_status
-from services.gateway.codecs.openai import embeddings_answer
+from services.gateway.codecs.openai import TOKENS, embeddings_answer
 from services.gateway.codecs.results import Array, nested, result_of_arrays
 from services.gateway.errors import openai_error
 from services.gateway.jobs.openai_rows import LinePlan
@@ -133,7 +133,9 @@ def _response(status: int, request_id: str, body: dict[str, Any]) -> dict[str, A
 def _body(rendering: Rendering, request_id: str, plan: LinePlan, outputs: Outputs) -> dict[str, Any]:
     signature = rendering.signature
     if rendering.embeddings:
-        return embeddings_answer(rendering.model, outputs[signature.prediction], None, base64=plan.base64)
+        vectors, tokens = outputs[signature.prediction], outputs.get(TOKENS)
+        return embeddings_answer(rendering.model, vectors, tokens, base64=plan.base64)
+    outputs = {name: array for name, array in outputs.items() if name != TOKENS}
     if plan.outputs:
         outputs = {name: array for name, array in outputs.items() if name in plan.outputs}
     return native_body(request_id, rendering.model, rendering.version, signature, outputs, single=plan.single)

@@ -210,7 +210,7 @@ class OpenAISteps:
                 await self._files.get(_file_id(row, "plans"), _PLATFORM_READS), plans_at
             )
             loop = asyncio.get_running_loop()
-            results = _nothing() if job is None else self._jobs.result_batches(job)
+            results = _nothing() if job is None else self._jobs.result_batches(job, extra=True)
             errors = _nothing() if job is None else self._row_errors(job)
             counts = await asyncio.to_thread(
                 _write,

@@ -24,6 +24,8 @@ from services.gateway.jobs.views import JobError, error_json
 
 _CHUNKS_AT_ONCE = 16
 _READ_AHEAD = 1 << 20
+#: How the names of outputs begin that no signature names: a backend gives them beside the model's own.
+_EXTRA = "headrace."
 #: Errors that are held as objects at once; a single request (async_requests.MAX_ROWS) has fewer.
 PARSED_AT_ONCE = 1024
 _NOT_OF_ROWS = frozenset((Code.CODE_OK, Code.CODE_CANCELLED, Code.CODE_DEADLINE_EXCEEDED)) | OF_THE_JOB
@@ -43,12 +45,18 @@ async def done_chunks(backend: Backend, job_id: str) -> AsyncIterator[ChunkRow]:
         index = chunks[-1].index + 1
 
 
-async def result_batches(backend: Backend, job_id: str) -> AsyncIterator[pa.RecordBatch]:
+async def result_batches(
+    backend: Backend, job_id: str, *, extra: bool = False
+) -> AsyncIterator[pa.RecordBatch]:
     """The results: `row`, `custom_id` where the chunk has one, and a column per output; rows without a result
-    are absent. Raises DataLoss where results are damaged or gone, Unavailable."""
+    are absent. With `extra`, also what the signature does not name, such as `headrace.tokens`. Raises
+    DataLoss where results are damaged or gone, Unavailable."""
     async for chunk in done_chunks(backend, job_id):
         async for batch in _chunk_batches(backend.store, chunk):
-            yield batch
+            if extra:
+                yield batch
+            else:
+                yield batch.select([name for name in batch.schema.names if not name.startswith(_EXTRA)])
 
 
 async def error_lines(backend: Backend, job_id: str) -> AsyncIterator[bytes]:

@@ -237,9 +237,10 @@ class JobService:
         """`job` as it is and as it changes, a few times a second at most; ends with the job."""
         return self._watching.follow(job)
 
-    def result_batches(self, job: Job) -> AsyncIterator[pa.RecordBatch]:
-        """What is finished, in the order of the rows: `row`, `custom_id` where it has one, outputs."""
-        return result_batches(self.ready(), job.job_id)
+    def result_batches(self, job: Job, *, extra: bool = False) -> AsyncIterator[pa.RecordBatch]:
+        """What is finished, in the order of the rows: `row`, `custom_id` where it has one, outputs; with
+        `extra` also those that the signature does not name."""
+        return result_batches(self.ready(), job.job_id, extra=extra)
 
     def results(self, job: Job, form: Format, *, partial: bool = False) -> AsyncIterator[bytes]:
         """The results as one file, in pieces. Raises FailedPrecondition where the job has not ended, unless

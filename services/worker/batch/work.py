@@ -27,6 +27,7 @@ from services.common.errors import (
 )
 from services.common.objects import ArtifactStore
 from services.common.topics import JOB_RESULTS, PREDICTIONS
+from services.worker.backends.port import EXTRA_OUTPUTS
 from services.worker.batch.deaths import Deaths
 from services.worker.batch.jobs import Jobs
 from services.worker.batch.metrics import BatchStats
@@ -157,6 +158,9 @@ class ChunkWork:
                 raise Internal(f"the worker died {deaths} times with this chunk in work")
             async with self._at_risk(chunk):
                 rows = await self._patiently(lambda: self._reader.read(chunk, inputs))
+            if extra := EXTRA_OUTPUTS.get(desired.served.backend):  # what the tokens of a text cost
+                asked = (*(spec.name for spec in signature.outputs), *extra)
+                rows = replace(rows, outputs=asked)
             if not deaths:  # else nothing is read beside it, which could be blamed for its doing
                 await reading.aclose()
             async with self._running:

@@ -172,6 +172,20 @@ def answers(
     return read[0], read[1]
 
 
+def test_usage_is_told_where_the_backend_counted_tokens() -> None:
+    rendering = Rendering("batch_1", "m", "1", signature_of(shown_of(EMBEDDER)), True, "completed")
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0] * 3, pa.float32()), 2)
+    columns = {"row": pa.array([0, 1, 2], pa.uint64()), "embedding": vectors}
+    for more, usage in (
+        ({"headrace.tokens": pa.array([3, 4, 5])}, {"prompt_tokens": 7, "total_tokens": 7}),
+        ({}, None),
+    ):
+        good = io.BytesIO()
+        kept = [LinePlan("a", 2), LinePlan("b", 1)]
+        write_answers(rendering, kept, iter([pa.record_batch(columns | more)]), iter([]), good, io.BytesIO())
+        assert json.loads(good.getvalue().splitlines()[0])["response"]["body"]["usage"] == usage
+
+
 def test_results_come_back_to_their_lines() -> None:
     kept = [
         LinePlan("a", 3),
