@@ -15,4 +15,4 @@ experiment_running.py (what is served of them), experiment_control.py (what they
 assignments.py and explanation.py (who gets which variant, and why); pure: experiment_steps.py (what to do
 next), experiment_state.py (rows as routers and decisions see them), layers.py (who owns which buckets).
 Rollouts: rollouts.py, rollout_control.py; pure: rollout_steps.py, rollout_plan.py, rollout_guard.py,
-rollout_words.py. """
+rollout_words.py."""
