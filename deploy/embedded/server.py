@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import random
 import socket
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -29,12 +33,42 @@ def port_is_free(port: int, host: str = LOOPBACK) -> bool:
     return True
 
 
+class _Claims:
+    """Ports that this process has given out, told to its user's other processes by locks on the bytes of one
+    file. They end with the process, and children do not inherit them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+
+    def take(self, first: int, count: int) -> bool:
+        """False where another process has one of them."""
+        if self._file is None:
+            # Open as long as the process: closing any descriptor of the file would end all of its locks.
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+
+_claims = _Claims(Path(tempfile.gettempdir()) / f"headrace-ports-{os.getuid()}")
+
+
 def free_port(count: int = 1) -> int:
-    """The first of `count` free neighbouring ports, given out once per process."""
+    """The first of `count` free neighbouring ports, given out once per process, and to one process at a time:
+    between the choice of a port and its use, or while its server is down, others would find it free."""
     for _ in range(1000):
         first = random.choice(FREE_PORTS)
         block = range(first, first + count)
-        if _handed_out.isdisjoint(block) and all(port_is_free(port) for port in block):
+        if (
+            _handed_out.isdisjoint(block)
+            and all(port_is_free(port) for port in block)
+            and _claims.take(first, count)
+        ):
             _handed_out.update(block)
             return first
     raise EmbeddedError(f"No {count} free neighbouring ports between {FREE_PORTS[0]} and {FREE_PORTS[-1]}.")

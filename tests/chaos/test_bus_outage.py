@@ -151,7 +151,7 @@ async def test_a_handler_that_outlives_a_memory_only_broker_hides_nothing_of_the
             new.set()
             await asyncio.wait_for(again.wait(), PATIENCE_S)
         async with bus.consume(EVENTS, "g", late):
-            await eventually(lambda: late.numbers >= set(range(1000, 1200)))
+            await eventually(lambda: late.numbers >= set(range(1000, 1200)), on=late.records)
         assert await bus.lag(EVENTS, "g") == 0
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from deploy.embedded import guard, lock
 from deploy.embedded.blueprint import make_directories
+from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.kafka_probe import answers_kafka
 from deploy.embedded.log_files import choose, follow, tail, trim_logs
 from deploy.embedded.preflight import LEAST_FREE_BYTES, check_disk, check_python
@@ -191,3 +192,21 @@ def test_nobody_there_is_no_broker() -> None:
 
 def test_durations_are_short() -> None:
     assert [duration(s) for s in (5, 119, 120, 7200, 200_000)] == ["5 s", "119 s", "2 min", "2 h", "2 d"]
+
+
+def test_two_processes_are_given_different_ports() -> None:
+    """Each starts to choose where the other did, among few, before either has bound one."""
+    script = (
+        "import random, subprocess, sys\n"
+        "from deploy.embedded import server\n"
+        "random.seed(1)\n"
+        "server.FREE_PORTS = range(32_100, 32_500)\n"
+        "print(*(server.free_port() for _ in range(20)), flush=True)\n"
+        "if len(sys.argv) > 1:\n"
+        "    subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    ports = done.stdout.split()
+    assert len(ports) == len(set(ports)) == 40
