@@ -1,6 +1,8 @@
 """Chunks that were read or run when this worker died. A chunk that kills its workers is delivered again and
-again by the broker, which does not know; the files here do. They are this worker's own: a chunk that goes
-from one worker to the next kills each of them as often."""
+again by the broker, which does not know; the files here do. They are this worker's own, so the bound is one
+for each worker: a chunk that goes from one to the next kills each of them as often before one of them says
+so, and the gateway, which sees publications and results and no deliveries, cannot count for all. The folder
+must outlive the process (in Kubernetes an emptyDir does), or nothing is counted."""
 
 from __future__ import annotations
 
