@@ -9,7 +9,7 @@ from headrace.v1.trials_pb2 import Trial
 
 from services.analytics.evidence import Observed
 from services.analytics.statistics import counts
-from services.analytics.trial_queries import BAKE, Counts
+from services.analytics.trial_queries import BEFORE, Counts
 
 _FEW_UNITS = 100
 
@@ -41,7 +41,7 @@ def _outcome_warnings(trial: Trial, observed: Observed) -> list[str]:
         cells = observed.cells.get(metric.name)
         if cells is None or metric.quantile:
             continue
-        chosen = cells.where(cells.strata != BAKE)
+        chosen = cells.where(cells.strata < BEFORE)
         arms = [np.unique(chosen.units[chosen.arms == arm]) for arm in range(len(trial.arms))]
         sizes = np.array([side.size for side in arms])
         few = [arm.name for arm, size in zip(trial.arms, sizes, strict=True) if 0 < size < _FEW_UNITS]

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from services.analytics.quantile_evidence import QuantileEvidence
-from services.analytics.trial_queries import BAKE, LATENCY_BASE, Histogram
+from services.analytics.trial_queries import BEFORE, LATENCY_BASE, Histogram
 
 Json = dict[str, Any]
 #: By (stratum, arm).
@@ -22,7 +22,7 @@ def compared_quantiles(
 ) -> list[Json]:
     """Quantiles of units' values in both arms, with the exact always-valid interval of their difference and
     the fixed-horizon one from order statistics of each arm."""
-    strata = sorted({stratum for stratum, _ in histograms if stratum != BAKE})
+    strata = sorted({stratum for stratum, _ in histograms if stratum < BEFORE})
     pairs = [
         (histograms[stratum, 0], histograms[stratum, place])
         for stratum in strata

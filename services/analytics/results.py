@@ -24,7 +24,7 @@ from services.analytics.lifts import Lift, Measured
 from services.analytics.quantile_lifts import Histograms, compared_quantiles
 from services.analytics.statistics import bayesian, counts, group_sequential, multiple
 from services.analytics.statistics.stratified import Cells, stratified_effect
-from services.analytics.trial_queries import BAKE, Counts
+from services.analytics.trial_queries import BEFORE, Counts
 
 Json = dict[str, Any]
 Bounds = Literal["obrien_fleming", "pocock"]
@@ -123,7 +123,7 @@ def _metric(seen: Seen, metric: TrialMetric, options: Options) -> Json:
     }
     cells = seen.observed.cells.get(metric.name) if not metric.quantile else None
     if cells is not None:
-        randomised = cells.where(cells.strata != BAKE)
+        randomised = cells.where(cells.strata < BEFORE)
         shown["arms"] = [
             {
                 "arm": arm.name,
@@ -148,7 +148,7 @@ def _metric(seen: Seen, metric: TrialMetric, options: Options) -> Json:
 def _compared(seen: Seen, metric: TrialMetric, cells: Cells, place: int, options: Options) -> Json:
     """One arm against the control, on units that chance divided."""
     trial, rises = seen.trial, _rises(metric)
-    chosen = cells.where((cells.strata != BAKE) & ((cells.arms == 0) | (cells.arms == place)))
+    chosen = cells.where((cells.strata < BEFORE) & ((cells.arms == 0) | (cells.arms == place)))
     tuning = 2.0 * trial.planned_units or _TUNING_UNITS
     found = lifts.lift(chosen, alpha=trial.alpha, tuning=tuning)
     if found is None:

@@ -46,7 +46,7 @@ def _comparison(metric: Json, comparison: Json) -> str:
     decision = comparison.get("decision")
     name, arm = metric["metric"], comparison["arm"]
     if decision is None or not decision["units"]:
-        return f"Nothing has been measured of {name} for {arm} yet."
+        return f"Nothing has been measured of {name.replace('_', ' ')} for {arm} yet."
     share = is_share(name.split(":")[0])
     gap = _gap(decision["estimate"], share)
     lift = comparison.get("relative_lift")
@@ -113,4 +113,4 @@ def _gap(value: float, share: bool) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return (text[:1].upper() + text[1:]).replace("_", " ")

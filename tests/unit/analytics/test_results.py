@@ -91,7 +91,7 @@ def test_a_better_arm_is_said_to_be_better_by_results_and_verdict_alike() -> Non
     assert one["bayesian"]["chance_to_be_better"] > 0.999
     assert one["bayesian"]["risk_of_taking_it"] < 1e-6
     assert one["group_sequential"]["note"].startswith("Bounds for planned looks need")
-    assert "Error_rate of 2 differs by" in found["summary"]
+    assert "Error rate of 2 differs by" in found["summary"]
     assert "proven to be better" in found["summary"]
 
 

@@ -1,0 +1,361 @@
+"""What the statistics of experiments promise, measured: false positives under peeking, power at the planned
+size, coverage of every interval.
+
+    python -m benchmarks.trial_statistics [RUNS]        writes benchmarks/STATISTICS.md
+
+Worlds whose truth is known are simulated unit by unit and put through the functions that results and verdicts
+use (`services.analytics.lifts`, `quantile_lifts`). Every table names its seed. (Not called statistics.py: a
+script of that name beside others would hide the standard library's.)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from services.analytics.lifts import Lift, lift
+from services.analytics.planning import Question, plan, sequential_cost
+from services.analytics.quantile_lifts import compared_quantiles
+from services.analytics.statistics import group_sequential, power
+from services.analytics.statistics.proportions import two_proportion_z_test
+from services.analytics.statistics.stratified import Cells
+from services.analytics.trial_queries import LATENCY_BASE, Histogram
+
+Floats = NDArray[np.float64]
+
+ALPHA, LOOKS = 0.05, 20
+_SEED = 2_026
+_COVERAGE_LOOKS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Draws `n` units an arm: sums, counts and perhaps a covariate, an entry per unit. `absolute` and
+    `relative` are the true effects."""
+
+    name: str
+    draw: Callable[[np.random.Generator, int], Cells]
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class FalsePositives:
+    """Shares of A/A runs in which something was found: by the deciding method, by a fixed-horizon test read
+    at every look, and by it at the last look only."""
+
+    deciding: float
+    naive: float
+    fixed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Shares of runs in which the truth lay inside: fixed-horizon at one look, sequences at all looks at
+    once."""
+
+    fixed: float
+    relative: float
+    sequence: float
+    relative_sequence: float
+
+
+def cells(
+    control: Sequence[Floats], treatment: Sequence[Floats], covariates: Sequence[Floats] | None = None
+) -> Cells:
+    """Of two arms given as (totals, counts); units of both alternate, so that the first 2k entries are k an
+    arm."""
+    n = control[0].size
+
+    def woven(one: Floats, other: Floats) -> Floats:
+        both = np.empty(2 * n)
+        both[0::2], both[1::2] = one, other
+        return both
+
+    return Cells(
+        units=np.arange(2 * n, dtype=np.uint64),
+        arms=np.tile(np.array([0, 1]), n),
+        strata=np.zeros(2 * n, dtype=np.int64),
+        totals=woven(control[0], treatment[0]),
+        counts=woven(control[1], treatment[1]),
+        covariate=None if covariates is None else woven(covariates[0], covariates[1]),
+    )
+
+
+def shares(base: float, treated: float) -> World:
+    """Zeros and ones."""
+
+    def draw(rng: np.random.Generator, n: int) -> Cells:
+        sides = [(rng.random(n) < p).astype(np.float64) for p in (base, treated)]
+        return cells([sides[0], np.ones(n)], [sides[1], np.ones(n)])
+
+    return World(f"share, {base:g} and {treated:g}", draw, treated - base, treated / base - 1)
+
+
+def means(lift_: float = 0.0) -> World:
+    """Log-normal values, skewed as money is."""
+
+    def draw(rng: np.random.Generator, n: int) -> Cells:
+        sides = [rng.lognormal(0.0, 1.0, n) * factor for factor in (1.0, 1 + lift_)]
+        return cells([sides[0], np.ones(n)], [sides[1], np.ones(n)])
+
+    mean = math.exp(0.5)
+    return World(f"skewed mean, lift {lift_:g}", draw, mean * lift_, lift_)
+
+
+def ratios(lift_: float = 0.0) -> World:
+    """Clicks of views: a unit has several views, and some units click more."""
+
+    def draw(rng: np.random.Generator, n: int) -> Cells:
+        sides = []
+        for factor in (1.0, 1 + lift_):
+            views = rng.poisson(4.0, n) + 1
+            own = rng.beta(2.0, 18.0, n) * factor
+            sides.append([rng.binomial(views, own).astype(np.float64), views.astype(np.float64)])
+        return cells(sides[0], sides[1])
+
+    return World(f"ratio of sums, lift {lift_:g}", draw, 0.1 * lift_, lift_)
+
+
+def adjusted(lift_: float = 0.0) -> World:
+    """A mean with a covariate from before that explains three quarters of it."""
+
+    def draw(rng: np.random.Generator, n: int) -> Cells:
+        sides, before = [], []
+        for factor in (0.0, lift_):
+            known = rng.gamma(2.0, 3.0, n)
+            sides.append([0.8 * known + rng.normal(1.0, 2.0, n) + factor * 5.8, np.ones(n)])
+            before.append(known)
+        return cells(sides[0], sides[1], before)
+
+    return World(f"mean adjusted by a covariate, lift {lift_:g}", draw, 5.8 * lift_, lift_)
+
+
+def looks_of(world: World, rng: np.random.Generator, units: int, looks: int = LOOKS) -> Iterator[Lift | None]:
+    """One run, looked at `looks` times up to `units` an arm, the first at 100 units an arm or later."""
+    whole = world.draw(rng, units)
+    sizes = np.unique(np.linspace(max(100, units // looks), units, looks).astype(int))
+    for size in sizes.tolist():
+        first = np.zeros(2 * units, dtype=np.bool_)
+        first[: 2 * size] = True
+        yield lift(whole.where(first), alpha=ALPHA, tuning=float(2 * units))
+
+
+def false_positives(world: World, *, runs: int, units: int, seed: int) -> FalsePositives:
+    """Of a world without an effect."""
+    rng = np.random.default_rng(seed)
+    deciding = naive = fixed = 0
+    for _ in range(runs):
+        crossed, significant = False, [False]
+        for found in looks_of(world, rng, units):
+            if found is None:
+                continue
+            low, high = found.sequence.interval
+            crossed |= low > 0 or high < 0
+            significant.append(found.fixed.p_value is not None and found.fixed.p_value < ALPHA)
+        deciding += crossed
+        naive += any(significant)
+        fixed += significant[-1]
+    return FalsePositives(deciding / runs, naive / runs, fixed / runs)
+
+
+def coverage(world: World, *, runs: int, units: int, seed: int, looks: int = LOOKS) -> Coverage:
+    """At the last look, and of sequences at every look."""
+    rng = np.random.default_rng(seed)
+    hits = np.zeros(4)
+    for _ in range(runs):
+        always = [True, True]
+        last: Lift | None = None
+        for found in looks_of(world, rng, units, looks):
+            if found is None:
+                continue
+            always[0] &= _inside(found.sequence.interval, world.absolute)
+            always[1] &= _inside(found.sequence.relative_interval, world.relative)
+            last = found
+        if last is not None:
+            hits += [
+                _inside(last.fixed.interval, world.absolute),
+                _inside(last.fixed.relative_interval, world.relative),
+                *always,
+            ]
+    return Coverage(*(hits / runs).tolist())
+
+
+def quantile_coverage(
+    share: float, *, runs: int, units: int, seed: int, looks: int = LOOKS
+) -> tuple[float, float]:
+    """Of the difference of a quantile of log-normal latencies, the treatment 10% slower: fixed-horizon at the
+    last look, and the exact sequence at every look."""
+    rng = np.random.default_rng(seed)
+    base = math.exp(3 + 0.5 * float(stats.norm.ppf(share)))
+    truth = 0.1 * base
+    fixed = always = 0
+    for _ in range(runs):
+        sides = [np.exp(rng.normal(3.0, 0.5, units)) * factor for factor in (1.0, 1.1)]
+        held, last = True, None
+        for size in np.linspace(units // looks, units, looks).astype(int).tolist():
+            pair = [_histogram(side[:size]) for side in sides]
+            (found,) = compared_quantiles({(0, 0): pair[0], (0, 1): pair[1]}, 1, (share,), ALPHA)
+            low, high = found["always_valid_interval"]
+            held &= low <= truth <= high
+            last = found["fixed_horizon_interval"]
+        always += held
+        fixed += _inside(last, truth)
+    return fixed / runs, always / runs
+
+
+def fixed_power(*, runs: int, seed: int) -> list[tuple[str, int, float]]:
+    """(method, units an arm, share of runs that find the planned effect) at sizes planned for 80%."""
+    rng = np.random.default_rng(seed)
+    n = plan(Question("proportion", 0.2, 0.05, sequential=False))["units_per_variant"]
+    left, right = rng.binomial(n, 0.2, runs), rng.binomial(n, 0.25, runs)
+    found = np.mean(
+        [
+            two_proportion_z_test((a, n), (b, n)).p_value < ALPHA
+            for a, b in zip(left.tolist(), right.tolist(), strict=True)
+        ]
+    )
+    size = math.ceil(power.sample_size_mean(0.2, 1.0))
+    a, b = rng.normal(0.0, 1.0, (runs, size)), rng.normal(0.2, 1.0, (runs, size))
+    p_values = stats.ttest_ind(b, a, axis=1, equal_var=False).pvalue
+    return [
+        ("two-proportion z-test, 20% to 25%", n, float(found)),
+        ("Welch's t-test, 0.2 standard deviations", size, float(np.mean(p_values < ALPHA))),
+    ]
+
+
+def sequential_power(*, runs: int, seed: int) -> tuple[int, float]:
+    """Units an arm that `plan` names for looking all the time, and the share of runs that find 20% to 25% by
+    then, looked at 50 times."""
+    n = plan(Question("proportion", 0.2, 0.05))["always_valid"]["at_most"]["units_per_variant"]
+    fixed_size = plan(Question("proportion", 0.2, 0.05, sequential=False))["units_per_variant"]
+    rng = np.random.default_rng(seed)
+    world = shares(0.2, 0.25)
+    found = 0
+    for _ in range(runs):
+        whole = world.draw(rng, n)
+        for size in np.linspace(n // 50, n, 50).astype(int).tolist():
+            first = np.zeros(2 * n, dtype=np.bool_)
+            first[: 2 * size] = True
+            seen = lift(whole.where(first), alpha=ALPHA, tuning=2.0 * fixed_size)
+            if seen is not None and seen.sequence.interval[0] > 0:
+                found += 1
+                break
+    return n, found / runs
+
+
+def planned_looks(name: str, *, runs: int, seed: int, looks: int = 5) -> tuple[float, float]:
+    """False positives, and power at the fixed-horizon size, of group-sequential bounds."""
+    spending = {
+        "O'Brien-Fleming": group_sequential.obrien_fleming_spending,
+        "Pocock": group_sequential.pocock_spending,
+    }[name]
+    times = np.arange(1, looks + 1) / looks
+    limits = np.array(group_sequential.bounds(times.tolist(), alpha=ALPHA, spending=spending))
+    rng = np.random.default_rng(seed)
+    walks = np.cumsum(rng.standard_normal((runs, looks)) / math.sqrt(looks), axis=1) / np.sqrt(times)
+    drift = float(stats.norm.isf(ALPHA / 2) + stats.norm.ppf(0.8)) * np.sqrt(times)
+    return tuple(float(np.mean(np.any(np.abs(walks + d) >= limits, axis=1))) for d in (0.0, drift))  # type: ignore[return-value] # two
+
+
+def _histogram(values: Floats) -> Histogram:
+    buckets = np.ceil(np.log(values) / math.log(LATENCY_BASE)).astype(np.int64)
+    found, counts = np.unique(buckets, return_counts=True)
+    return Histogram(found, counts.astype(np.float64))
+
+
+def _inside(interval: tuple[float, float] | None, truth: float) -> bool:
+    """An interval that is not given has no limits."""
+    return interval is None or interval[0] <= truth <= interval[1]
+
+
+def report(runs: int) -> str:
+    """Everything as tables."""
+    near = [1.96 * math.sqrt(share * (1 - share) / runs) for share in (0.05, 0.8)]
+    lines = [
+        "# What the statistics promise, measured",
+        "",
+        f"By `python -m benchmarks.trial_statistics {runs}`. With {runs:,} runs a share of 5% (or 95%)",
+        f"is known to {near[0]:.1%}, one of 80% to {near[1]:.1%}.",
+        "",
+        f"## False positives of A/A experiments looked at {LOOKS} times (alpha 5%)",
+        "",
+        "| metric | units an arm | deciding method | fixed-horizon test at every look | at the last only |",
+        "|---|---|---|---|---|",
+    ]
+    for place, (world, units) in enumerate(((shares(0.2, 0.2), 2_000), (means(), 2_000), (ratios(), 2_000))):
+        one = false_positives(world, runs=runs, units=units, seed=_SEED + place)
+        lines.append(f"| {world.name} | {units:,} | {one.deciding:.1%} | {one.naive:.1%} | {one.fixed:.1%} |")
+    lines += [
+        "",
+        "## Power at the planned size (80% wanted)",
+        "",
+        "| method | units an arm | found |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {n:,} | {found:.1%} |" for name, n, found in fixed_power(runs=5 * runs, seed=_SEED)
+    ]
+    n, found = sequential_power(runs=runs, seed=_SEED)
+    lines.append(f"| confidence sequence, 20% to 25%, looked at 50 times | {n:,} | {found:.1%} |")
+    cost = sequential_cost(ALPHA, 0.8)
+    lines += [
+        "",
+        f"Looking whenever one wants costs {cost.at_most:.2f} times the fixed-horizon size at most and",
+        f"{cost.on_average:.2f} times on average where the effect is there.",
+        "",
+        "| planned looks (5) | false positives | power at the fixed-horizon size |",
+        "|---|---|---|",
+    ]
+    for name in ("O'Brien-Fleming", "Pocock"):
+        wrong, right = planned_looks(name, runs=50_000, seed=_SEED)
+        lines.append(f"| {name} | {wrong:.1%} | {right:.1%} |")
+    lines += [
+        "",
+        "## Coverage of 95% intervals",
+        "",
+        f"Fixed-horizon at one look; sequences at {_COVERAGE_LOOKS} looks at once: at least 95% by design.",
+        "",
+        "| metric | units an arm | difference | lift | sequence of the difference | of the lift |",
+        "|---|---|---|---|---|---|",
+    ]
+    worlds = [
+        (shares(0.1, 0.12), 200),
+        (shares(0.1, 0.12), 1_000),
+        (shares(0.02, 0.02), 1_000),
+        (means(0.1), 200),
+        (means(0.1), 1_000),
+        (ratios(0.1), 200),
+        (ratios(0.1), 1_000),
+        (adjusted(0.05), 1_000),
+    ]
+    for place, (world, units) in enumerate(worlds):
+        seen = coverage(world, runs=runs, units=units, seed=_SEED + 100 + place, looks=_COVERAGE_LOOKS)
+        lines.append(
+            f"| {world.name} | {units:,} | {seen.fixed:.1%} | {seen.relative:.1%} | {seen.sequence:.1%} "
+            f"| {seen.relative_sequence:.1%} |"
+        )
+    lines += ["", "| quantile | units an arm | difference | exact sequence |", "|---|---|---|---|"]
+    for place, share in enumerate((0.5, 0.95)):
+        fixed, always = quantile_coverage(
+            share, runs=max(200, runs // 10), units=2_000, seed=_SEED + 200 + place, looks=5
+        )
+        lines.append(f"| p{share * 100:g} | 2,000 | {fixed:.1%} | {always:.1%} |")
+    lines += [
+        "",
+        f"Quantiles: {max(200, runs // 10):,} runs, 5 looks. Latencies are kept to 1%, so intervals are a",
+        "little wide.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 2_000
+    (Path(__file__).parent / "STATISTICS.md").write_text(report(wanted))
