@@ -42,7 +42,7 @@ class Head:
         "json_length",
         "key",
         "length",
-        "plain",
+        "odd",
         "priority",
         "target",
         "timeout",
@@ -64,8 +64,8 @@ class Head:
         #: Whose key it carries, as of that generation of the key ring.
         self.key: Key | None = None
         self.generation = -1
-        #: Whether its bodies were of the most common form so far.
-        self.plain = True
+        #: How many of its bodies in a row were not of the most common form.
+        self.odd = 0
 
 
 class Speaker(Protocol):

@@ -17,6 +17,8 @@ from services.gateway.targets import Dialect
 
 JSON = b"content-type: application/json\r\n"
 _FALLBACK = b"x-headrace-fallback: true\r\n"
+#: After so many bodies in a row of another form than the most common one, a client's are not tried for it.
+_ODD_BODIES = 8
 #: The backend whose models say how many tokens a text has.
 _COUNTS_TOKENS = "embedding"
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
@@ -65,12 +67,13 @@ class NativeSpeaker(_Speaker):
 
     def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
         head = call.head
-        if not head.plain:
+        if head.odd >= _ODD_BODIES:
             return None
         body = decode_rows(call.body)
         if body is None:
-            head.plain = False  # nor will the next of this client be
+            head.odd += 1
             return None
+        head.odd = 0
         name, named = body.model, head.target.model
         if named and (name and name != named):
             return None

@@ -99,7 +99,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def ServerMetadata(self, request: oip_pb2.ServerMetadataRequest, context: Context) -> Any:
         async def answer() -> oip_pb2.ServerMetadataResponse:
-            self._caller(context, Scope.PREDICT, Scope.READ)
+            self._charge(self._caller(context, Scope.PREDICT, Scope.READ))
             return oip_pb2.ServerMetadataResponse(
                 name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS
             )
@@ -116,6 +116,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(self, request: oip_pb2.RepositoryIndexRequest, context: Context) -> Any:
         async def answer() -> oip_pb2.RepositoryIndexResponse:
             key = self._caller(context, Scope.PREDICT, Scope.READ)
+            self._charge(key)
             return oip_pb2.RepositoryIndexResponse(models=repository_index(self._catalogue, key))
 
         return await self._answered(context, answer)
@@ -142,6 +143,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     ) -> oip_pb2.ModelInferResponse:
         key = self._caller(context, Scope.PREDICT)
         self._router.admit()
+        self._charge(key)
         model, version = self._found(key, asked.model_name, asked.model_version)
         served.append(model.name)
         request = PredictRequest(
@@ -205,7 +207,9 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         raise AssertionError("abort raises")
 
     def _asked(self, context: Context, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
-        return self._found(self._caller(context, Scope.PREDICT, Scope.READ), model, version)
+        key = self._caller(context, Scope.PREDICT, Scope.READ)
+        self._charge(key)
+        return self._found(key, model, version)
 
     def _found(self, key: Key, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
         key.require_model(model)
@@ -217,9 +221,12 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         key = self.keys.authenticate(authorization, api_key)
         if not any(scope in key.scopes for scope in any_of):
             key.require(any_of[0])
+        return key
+
+    def _charge(self, key: Key) -> None:
+        """Count one call against the key's limit. Raises ResourceExhausted."""
         if key.bucket is not None:
             key.bucket.admit(self._clock.monotonic())
-        return key
 
 
 class _Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only

@@ -38,6 +38,7 @@ _CLIENT_GONE = 499
 _MAX_CORRELATION = 128
 _MAX_DIGITS = 9
 _OK = Code.CODE_OK
+_LATE = Code.CODE_DEADLINE_EXCEEDED
 _LOW = Priority.PRIORITY_LOW
 #: Tag of PredictRequest's trace (9), and the length that every context has.
 _TRACE = b"\x4a\x19"
@@ -198,6 +199,10 @@ class PredictService:
         """Answer `call` with the router's reply."""
         if reply.code != _OK:
             if not self._retried(call, reply):
+                if reply.version and reply.code != _LATE:
+                    # Refusals that came all the way say how long that is; when nothing else comes, only they.
+                    now = self._monotonic()
+                    self._router.answered(reply, now - call.began, now)
                 self.refuse(call, failure(reply))
             return
         call.channel = None

@@ -50,6 +50,8 @@ class Call(Routed):
     """One request and where it is. It is sent as it came, with what the router decided appended."""
 
     _hedge: Attempt | None = None
+    #: Since when it may become late; 0: its deployment does not hedge.
+    watched_at = 0.0
 
     def begin(self) -> None:
         """Route the request and send it."""
@@ -88,6 +90,7 @@ class Call(Routed):
         self._local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_reply)
         if route.hedging is not None and not self.attempt:
             self.plain = False
+            self.watched_at = now
             way.hedges.watch(self, route.hedging, now)
 
     def hedge(self, now: float) -> None:
@@ -235,8 +238,8 @@ class Call(Routed):
             self._end(_OK, now)
             self.owner.pass_on(self, payload)
             return
-        if self.way is not None:
-            self.way.hedges.usual.observe(now - self.began_at)
+        if self.way is not None and self.watched_at and not self.fell_back:
+            self.way.hedges.usual.observe(now - self.watched_at)
         self._finish(reply, ran=True)
 
     def _on_hedge_reply(self, reply: PredictReply, payload: bytes | None) -> None:

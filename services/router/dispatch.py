@@ -80,6 +80,10 @@ class Dispatcher:
     def table_changed(self) -> None:
         """Some routes, and so their targets, are others now."""
         self.ways.clear()
+        served = {target.key for route in self.table for target in route.targets}
+        for key in self._hedges.keys() - served:
+            self._hedges.pop(key).close()
+        self.waiting.forget_all_but(served)
 
     def close(self) -> None:
         """Nothing is sent a second time any more."""

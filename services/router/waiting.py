@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Container
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,11 @@ class Waiting:
         held = self._calls.pop(call, None)
         if held is not None:
             held[1].cancel()
+
+    def forget_all_but(self, served: Container[VersionKey]) -> None:
+        """Nothing else is routed to any more."""
+        for key in [key for key in self._missing_since if key not in served]:
+            del self._missing_since[key]
 
     def wake(self) -> None:
         """Something changed: send those whose version can be answered now, refuse those that wait in vain."""

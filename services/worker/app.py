@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from services.common.bus import Bus, KafkaBus, Table, followed
 from services.common.clock import Clock
-from services.common.errors import Unavailable
+from services.common.errors import Fatal, Unavailable
 from services.common.eventlog import EventLog, join_predictions
 from services.common.frames import FrameServer, Limits, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
@@ -237,10 +237,18 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 async def _listen(server: FrameServer, cfg: Settings) -> tuple[int, str]:
     """The port, and the address that routers are told."""
-    port = await server.start(cfg.host, cfg.frames_port)
+    try:
+        port = await server.start(cfg.host, cfg.frames_port)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Fatal(f"Cannot listen on {cfg.host}:{cfg.frames_port} (FRAMES_PORT): {reason}.") from error
     if cfg.frames_socket is None:
         return port, f"{cfg.reached_at}:{port}"
-    return port, await server.start_unix(cfg.frames_socket)
+    try:
+        return port, await server.start_unix(cfg.frames_socket)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Fatal(f"Cannot listen at {cfg.frames_socket} (FRAMES_SOCKET): {reason}.") from error
 
 
 def _batch(cfg: Settings) -> BatchOptions:

@@ -4,12 +4,13 @@ messages are spared TCP."""
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 import ssl as tls
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ from typing import Final
 _UNIX: Final = "unix:"
 #: Bytes that a socket's path may have on every system (Linux allows three more).
 MAX_PATH_BYTES: Final = 104
+_BACKLOG: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +66,23 @@ def fits(path: Path) -> bool:
 
 
 class PathListener:
-    """A socket bound to `path`, for this user only. One that a dead process left is replaced. Blocks for a
-    moment; raises OSError."""
+    """A socket that listens at `path`, for this user only. One that a dead process left is replaced; a lock
+    beside it keeps two processes from replacing each other's. Blocks for a moment; raises OSError."""
 
     def __init__(self, path: Path) -> None:
         if not fits(path):
             raise OSError(f"the path of a socket has at most {MAX_PATH_BYTES} bytes: {path}")
         self.path = path
-        _clear(path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            os.fchmod(self.socket.fileno(), 0o600)  # Linux makes the file with it: others never get in
-            self.socket.bind(str(path))
-            path.chmod(0o600)
-            self._identity = _identity(path)
+            with _locked(path):
+                _clear(path)
+                with suppress(OSError):  # Linux makes the file with it: others never get in. Not all do it.
+                    os.fchmod(self.socket.fileno(), 0o600)
+                self.socket.bind(str(path))
+                path.chmod(0o600)
+                self._identity = _identity(path)
+                self.socket.listen(_BACKLOG)  # or it would seem to be a dead process's still
         except OSError:
             self.socket.close()
             raise
@@ -88,6 +93,21 @@ class PathListener:
         with suppress(OSError):
             if _identity(self.path) == self._identity:
                 self.path.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone with what is at `path`. The lock's file stays: who removed it could remove one that another
+    holds."""
+    beside = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(beside, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{path} is in use: another process begins to listen there") from None
+        yield
+    finally:
+        os.close(beside)
 
 
 def _identity(path: Path) -> tuple[int, int]:

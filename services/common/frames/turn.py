@@ -17,10 +17,10 @@ class Turn:
     round for what they caused. What anybody else queues leaves when the loop turns.
     """
 
-    __slots__ = ("_flushes", "_loop", "reading")
+    __slots__ = ("_flushes", "reading")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        # Not the loop: whatever held it here would keep it for ever.
         self._flushes: list[Callable[[], None]] = []
         #: Whether a connection is handling bytes, and will call `end`.
         self.reading = False
@@ -29,7 +29,7 @@ class Turn:
         """Call `flush` once at the end of this turn."""
         self._flushes.append(flush)
         if not self.reading and len(self._flushes) == 1:
-            self._loop.call_soon(self.end)
+            asyncio.get_running_loop().call_soon(self.end)
 
     def end(self) -> None:
         """The turn is over, now or earlier."""
@@ -50,5 +50,5 @@ def turn_of(loop: asyncio.AbstractEventLoop) -> Turn:
     """The one of `loop`."""
     turn = _turns.get(loop)
     if turn is None:
-        turn = _turns[loop] = Turn(loop)
+        turn = _turns[loop] = Turn()
     return turn

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import gc
 import socket
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from services.common.frames.address import MAX_PATH_BYTES, Address, PathListener
+from services.common.frames.turn import turn_of
 from tests.fixtures.frames import Echoes, calling, serving_at
 
 
@@ -64,7 +69,6 @@ def test_what_a_dead_process_left_is_replaced_and_nothing_else(path: Path) -> No
     dead = PathListener(path)
     dead.socket.close()
     at = PathListener(path)
-    at.socket.listen()
     dead.remove()  # it is not its own any more
     assert path.exists()
     with pytest.raises(FileExistsError, match="in use"):
@@ -74,6 +78,25 @@ def test_what_a_dead_process_left_is_replaced_and_nothing_else(path: Path) -> No
     path.write_text("somebody's file")
     with pytest.raises(FileExistsError, match="in use"):
         PathListener(path)
+
+
+def test_two_that_begin_at_once_do_not_replace_each_other(path: Path) -> None:
+    with path.with_name(f"{path.name}.lock").open("wb") as beside:
+        fcntl.flock(beside, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="begins to listen"):
+            PathListener(path)
+    at = PathListener(path)
+    at.socket.close()
+
+
+def test_turns_do_not_keep_their_loops() -> None:
+    loop = asyncio.new_event_loop()
+    turn_of(loop)
+    gone = weakref.ref(loop)
+    loop.close()
+    del loop
+    gc.collect()
+    assert gone() is None
 
 
 async def test_a_server_takes_the_place_of_a_killed_one(path: Path) -> None:

@@ -23,6 +23,7 @@ from services.common.telemetry import setup_tracing
 from services.gateway import targets
 from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue
+from services.gateway.hot import heads
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
 from services.gateway.keys import Key, KeyRing
@@ -556,21 +557,33 @@ async def test_a_failed_answer_is_answered_once(connection: Connection) -> None:
 # Heads that were parsed before
 
 
+def acquainted() -> Connection:
+    """One to which the head of `post(BODY)` is known."""
+    connection = Connection()
+    for _ in range(2):
+        connection.feed(post(BODY))
+        connection.channel.answer()
+    assert connection.front.heads.find(post(BODY)) is not None
+    connection.transport.written = b""
+    return connection
+
+
 async def test_a_known_head_needs_no_parser_and_gets_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     connection = Connection()
-    connection.feed(post(BODY))
-    connection.channel.answer()
+    for _ in range(2):
+        connection.feed(post(BODY))
+        connection.channel.answer()
     monkeypatch.setattr(connection.protocol, "parser", None)
     connection.feed(post(BODY))
     connection.channel.answer()
-    first, second = connection.transport.written.split(b"HTTP/1.1 ")[1:]
+    _, first, second = connection.transport.written.split(b"HTTP/1.1 ")[1:]
     assert first[: first.index(b"x-request-id")] == second[: second.index(b"x-request-id")]
-    assert connection.transport.statuses() == [b"200", b"200"]
+    assert connection.transport.statuses() == [b"200"] * 3
 
 
 @pytest.mark.parametrize("cut", [10, len(HEAD) - 1, len(HEAD), len(HEAD) + 5])
 async def test_a_known_head_that_arrives_in_pieces_is_parsed(cut: int) -> None:
-    connection = Connection()
+    connection = acquainted()
     for _ in range(3):
         connection.feed(post(BODY))
         connection.channel.answer()
@@ -581,7 +594,7 @@ async def test_a_known_head_that_arrives_in_pieces_is_parsed(cut: int) -> None:
 
 
 async def test_a_known_head_before_another_request_is_parsed() -> None:
-    connection = Connection()
+    connection = acquainted()
     for _ in range(2):
         connection.feed(post(BODY))
         connection.channel.answer()
@@ -594,15 +607,13 @@ async def test_a_known_head_before_another_request_is_parsed() -> None:
 
 
 async def test_a_known_head_while_another_is_unanswered_waits_its_turn() -> None:
-    connection = Connection()
-    connection.feed(post(BODY))
-    connection.channel.answer()
+    connection = acquainted()
     connection.feed(post(BODY))
     connection.feed(post(BODY))
     assert len(connection.channel.waiting) == 1
     connection.channel.answer()
     connection.channel.answer()
-    assert connection.transport.statuses() == [b"200"] * 3
+    assert connection.transport.statuses() == [b"200"] * 2
 
 
 @pytest.mark.parametrize(
@@ -611,33 +622,54 @@ async def test_a_known_head_while_another_is_unanswered_waits_its_turn() -> None
 )
 async def test_heads_that_are_new_each_time_or_end_a_connection_are_not_remembered(headers: bytes) -> None:
     connection = Connection()
-    connection.feed(post(BODY, headers))
-    connection.channel.answer()
+    for _ in range(3):
+        if not connection.transport.is_closing():
+            connection.feed(post(BODY, headers))
+            connection.channel.answer()
     assert connection.front.heads.find(post(BODY, headers)) is None
+
+
+async def test_heads_that_came_once_drive_out_no_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_REMEMBERED", 4)
+    connection = acquainted()
+    for number in range(20):
+        connection.feed(post(BODY, b"X-Trace: %d\r\n" % number))
+        connection.channel.answer()
+    assert connection.front.heads.find(post(BODY)) is not None
+    assert connection.front.heads.find(post(BODY, b"X-Trace: 19\r\n")) is None
+
+
+async def test_one_malformed_body_leaves_its_head_the_quick_way() -> None:
+    connection = acquainted()
+    connection.feed(post(BODY[:-1] + b"!"))
+    assert connection.transport.statuses() == [b"400"]
+    head, _ = connection.front.heads.find(post(BODY)) or (None, 0)
+    assert head is not None
+    assert head.odd == 1
+    connection.feed(post(BODY))
+    connection.channel.answer()
+    assert head.odd == 0
 
 
 async def test_refused_heads_are_not_remembered() -> None:
     connection = Connection()
     bad = post(BODY).replace(PREDICT_ONLY.encode(), b"hr_nobody")
-    connection.feed(bad)
-    assert connection.transport.statuses() == [b"401"]
+    for _ in range(3):
+        connection.feed(bad)
+    assert connection.transport.statuses() == [b"401"] * 3
     assert connection.front.heads.find(bad) is None
 
 
 async def test_a_revoked_key_closes_a_known_head() -> None:
-    connection = Connection()
-    connection.feed(post(BODY))
-    connection.channel.answer()
+    connection = acquainted()
     revoked = api_key(PREDICT_ONLY, ["predict"], revision=2, revoked=True)
     connection.keys.apply(revoked.key_id.encode(), revoked.SerializeToString())
     connection.feed(post(BODY))
-    assert connection.transport.statuses() == [b"200", b"401"]
+    assert connection.transport.statuses() == [b"401"]
 
 
 async def test_a_model_that_left_is_not_found_by_its_plan() -> None:
-    connection = Connection()
-    connection.feed(post(BODY))
-    connection.channel.answer()
+    connection = acquainted()
     connection.catalogue.apply(b"cancer", None)
     connection.feed(post(BODY))
-    assert connection.transport.statuses() == [b"200", b"404"]
+    assert connection.transport.statuses() == [b"404"]

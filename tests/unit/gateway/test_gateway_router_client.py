@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from services.common.clock import SystemClock
 from services.common.errors import Unavailable
 from services.common.telemetry import setup_tracing
+from services.gateway.admission import Admission
 from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
 from services.gateway.keys import KeyRing
@@ -212,3 +213,26 @@ async def test_cancelling_a_wait_cancels_the_item() -> None:
 def test_hot_paths(path: bytes, target: Target | None) -> None:
     assert target_of(path) == target
     assert target_of(path) == target
+
+
+@pytest.mark.parametrize(
+    ("reply", "counts"),
+    [
+        (SealedReply(version="1"), True),
+        (SealedReply(version="1", code=Code.CODE_RESOURCE_EXHAUSTED), True),
+        # Made by the channel itself, so it went nowhere.
+        (SealedReply(code=Code.CODE_RESOURCE_EXHAUSTED), False),
+        # It may have been the model that took so long.
+        (SealedReply(version="1", code=Code.CODE_DEADLINE_EXCEEDED), False),
+    ],
+)
+async def test_refusals_that_came_all_the_way_say_how_long_it_is(
+    reply: SealedReply, counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(Admission, "observe", lambda _self, delay_s, _in_flight, _now: seen.append(delay_s))
+    channel = Channel()
+    call = begun(channel)
+    channel.answer(reply)
+    assert call.got is not None
+    assert len(seen) == counts

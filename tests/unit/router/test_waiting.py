@@ -96,3 +96,14 @@ async def test_who_is_not_rid_of_a_version_yet_answers_where_nobody_else_has_it(
     room.beat("w2", "h:2")
     room.calls[1].set(usable=True)
     assert room.ready == ["w2"]
+
+
+async def test_what_is_not_routed_to_any_more_is_forgotten(room: Room) -> None:
+    waiting = make(room)
+    held = hold(waiting)
+    assert held is not None
+    assert waiting._missing_since.keys() == {KEY}
+    waiting.forget_all_but({KEY})
+    assert waiting._missing_since.keys() == {KEY}
+    waiting.forget_all_but(set())
+    assert not waiting._missing_since
