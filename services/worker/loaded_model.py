@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import Protocol
 
@@ -52,6 +52,13 @@ class Log(Protocol):
     ) -> None: ...
 
 
+@dataclass(slots=True)
+class Visits:
+    """When requests of any version ran last, other than in turns."""
+
+    last: float = -inf
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What all versions of a worker share."""
@@ -62,6 +69,7 @@ class Serving:
     pool: ThreadPoolExecutor
     #: Batches expected to take longer than this many seconds run in a thread.
     inline_below: float
+    visits: Visits = field(default_factory=Visits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +107,6 @@ class LoadedModel:
         self.version = version
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()
-        # When requests ran last, other than in turns.
-        self._visited = -inf
         self._runner = runner
         self._records = records
         self._replies = Replies(version, batched=runner.layout.batched)
@@ -178,7 +184,7 @@ class LoadedModel:
         if isinstance(turn := batch.items[0], Turn):
             self._give(turn)
             return
-        self._visited = started
+        serving.visits.last = started
         queued_at, queue_us = -1.0, 0
         for item in batch.items:
             if item.queued_at != queued_at:  # those that arrived together waited equally long
@@ -213,7 +219,7 @@ class LoadedModel:
             return self._batcher.queued_rows > 0
 
         def visited() -> bool:
-            return self._serving.clock.monotonic() - self._visited < _A_MOMENT_S
+            return self._serving.clock.monotonic() - self._serving.visits.last < _A_MOMENT_S
 
         turn.bulk.begin(Lent(self._runner, urgent, visited, lambda: self._loop.call_soon_threadsafe(over)))
 
