@@ -92,8 +92,7 @@ class Routed:
         if route is None:
             raise dispatcher.unknown_model(request.model)
         unit = request.unit.encode() or request.request_id
-        digest = unit_digest(unit)
-        self.unit_hash = int.from_bytes(digest, "little")
+        digest = b""
         timeout_us = request.timeout_us
         self.deadline = now + (timeout_us * 1e-6 if timeout_us else route.timeout_s)
         if request.version:
@@ -106,12 +105,13 @@ class Routed:
             else:
                 target = route.arm(assigned)
                 digest = assigned.digest
-                self.unit_hash = int.from_bytes(digest, "little")
             self.propensity = target.propensity
             stamp = target.stamp
             if route.watched:
                 self._watch(route, target)
         self.target = target
+        digest = digest or unit_digest(unit)
+        self.unit_hash = int.from_bytes(digest, "little")
         stamp += _UNIT_HASH + digest
         self.stamp = stamp if timeout_us else stamp + route.timeout
         if request.trace:
