@@ -25,7 +25,7 @@ async def caller(stack: Stack, key: str | None = None, at_once: int = 32) -> Asy
     headers = {"authorization": f"Bearer {key or stack.admin_key}"}
     limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
     async with httpx.AsyncClient(
-        base_url=stack.rest_url, headers=headers, timeout=30, limits=limits
+        base_url=stack.rest_url, headers=headers, timeout=PATIENCE_S, limits=limits
     ) as client:
         yield client
 

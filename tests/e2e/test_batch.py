@@ -41,7 +41,7 @@ TEXTS = 10_000
 @pytest.fixture
 def client(platform: Stack) -> Iterator[httpx.Client]:
     headers = {"authorization": f"Bearer {platform.admin_key}"}
-    with httpx.Client(base_url=platform.rest_url, headers=headers, timeout=30) as client:
+    with httpx.Client(base_url=platform.rest_url, headers=headers, timeout=PATIENCE_S) as client:
         yield client
 
 
@@ -515,7 +515,7 @@ def test_jobs_belong_to_their_key(platform: Stack, client: httpx.Client) -> None
     made = client.post("/v1/keys", json={"name": "other", "scopes": ["predict"]}).json()["key"]
     mine = submitted(client, model="cancer", inputs=PATIENTS.rows[:1].tolist())
     headers = {"authorization": f"Bearer {made}"}
-    with httpx.Client(base_url=platform.rest_url, headers=headers, timeout=30) as other:
+    with httpx.Client(base_url=platform.rest_url, headers=headers, timeout=PATIENCE_S) as other:
         theirs = _submitted_once_known(other)
         assert ended(other, theirs)["status"] == "completed"
         assert [one["batch_id"] for one in other.get("/v1/batch").json()["batches"]] == [theirs]

@@ -85,7 +85,9 @@ async def running(
     async with analytics_app(cfg, SystemClock()) as service:
         base = f"http://127.0.0.1:{service.port}"
         params = {"since": "2025-01-01T00:00:00Z"}
-        async with httpx.AsyncClient(base_url=base, headers=HEADERS, params=params, timeout=20) as client:
+        async with httpx.AsyncClient(
+            base_url=base, headers=HEADERS, params=params, timeout=PATIENCE_S
+        ) as client:
             yield client
 
 

@@ -78,7 +78,7 @@ async def running(database_url: str, bootstrap: str) -> AsyncIterator[httpx.Asyn
     )
     async with drift_app(cfg, SystemClock()) as service:
         base = f"http://127.0.0.1:{service.port}"
-        async with httpx.AsyncClient(base_url=base, headers=HEADERS, timeout=10) as client:
+        async with httpx.AsyncClient(base_url=base, headers=HEADERS, timeout=PATIENCE_S) as client:
             yield client
 
 

@@ -146,7 +146,7 @@ def test_servers_end_when_their_parent_is_killed(servers_directory: Path) -> Non
     family += [child for process in family for child in process.children(recursive=True)]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait(timeout=PATIENCE_S)
-    _, left = psutil.wait_procs([process for process in family if _runs(process)], timeout=10)
+    _, left = psutil.wait_procs([process for process in family if _runs(process)], timeout=PATIENCE_S)
     assert [process for process in left if _runs(process)] == []
 
 

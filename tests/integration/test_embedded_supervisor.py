@@ -147,8 +147,8 @@ def test_a_stack_that_is_not_detached_ends_with_its_starter(home: Path) -> None:
     supervisor = psutil.Process(int(starter.stdout.readline()))
     family = [supervisor, *supervisor.children(recursive=True)]
     starter.kill()
-    starter.communicate(timeout=10)
-    psutil.wait_procs(_running(family), timeout=30)
+    starter.communicate(timeout=PATIENCE_S)
+    psutil.wait_procs(_running(family), timeout=PATIENCE_S)
     assert _running(family) == []
 
 

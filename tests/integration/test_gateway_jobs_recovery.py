@@ -25,6 +25,7 @@ from services.gateway.jobs.retention import Retention
 from tests.fixtures.gateway import ADMIN, running_gateway
 from tests.fixtures.gateway_jobs import Jobs, jobs
 from tests.fixtures.jobs import PARTITIONS, lines_of, numbers
+from tests.fixtures.waiting import PATIENCE_S
 
 VALUES = numbers(60_000)
 
@@ -79,7 +80,7 @@ async def test_two_gateways_share_jobs_and_one_goes(database_url: str, tmp_path:
         stays.worker.store = ArtifactStore(shared["artifact_store_url"])
         async with running_gateway(folders[1] / "state", bus=bus, **own, **shared) as goes:
             headers = {"authorization": f"Bearer {ADMIN}"}
-            async with httpx.AsyncClient(base_url=goes.base, headers=headers, timeout=20) as rest:
+            async with httpx.AsyncClient(base_url=goes.base, headers=headers, timeout=PATIENCE_S) as rest:
                 other = Jobs(goes, stays.worker, rest, stays.data)
                 await other.reachable()
                 many = [await begun(one) for one in (stays, other)]

@@ -80,7 +80,7 @@ async def test_what_was_committed_before_a_crash_is_published_after_it(
         deployed = await first.put("/v1/deployments/churn", {"versions": [{"version": "1", "weight": 100}]})
         assert deployed.status_code == 200, deployed.text
         first.kill()
-    broker.start(timeout=30)
+    broker.start(timeout=PATIENCE_S)
     await ensure_topics(broker.url, [DEPLOYMENTS, KEYS])
     with process(database_url, broker.url, tmp_path) as second:
         await second.ready()
@@ -106,7 +106,7 @@ async def test_a_broker_that_lost_everything_gets_it_again(
             await eventually(lambda: known.get("stays") and known.get("went"))
         broker.kill()
         assert (await running.rest.delete("/v1/deployments/went")).status_code == 204
-        broker.start(timeout=30)
+        broker.start(timeout=PATIENCE_S)
         await ensure_topics(broker.url, [DEPLOYMENTS, KEYS])
         async with following(broker.url, DEPLOYMENTS) as known, following(broker.url, KEYS) as keys:
             await eventually(lambda: revision(known, "stays") == 1)
@@ -154,7 +154,7 @@ async def test_it_starts_and_deploys_without_a_broker(
         await running.make("churn", linear())
         assert (await running.deploy("churn", {"1": 100})).status_code == 200
         assert (await running.rest.get("/health/ready")).status_code == 200
-        broker.start(timeout=30)
+        broker.start(timeout=PATIENCE_S)
         await ensure_topics(broker.url, [DEPLOYMENTS, KEYS])
         async with following(broker.url, DEPLOYMENTS) as known:
             await eventually(lambda: revision(known, "churn") == 1)
@@ -228,7 +228,9 @@ class Process:
         return self._child.wait(PATIENCE_S)
 
     def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=20)
+        return httpx.AsyncClient(
+            base_url=self.url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=PATIENCE_S
+        )
 
 
 @contextmanager
@@ -266,7 +268,7 @@ async def test_without_its_database_it_is_not_ready_and_says_so(
         await status_of_readiness(running, 503)
         assert "database" in (await running.rest.get("/health/ready")).json()["reasons"]
         assert (await running.rest.get("/health/live")).status_code == 200
-        database.start(timeout=30)
+        database.start(timeout=PATIENCE_S)
         await status_of_readiness(running, 200)
         assert (await running.rest.get("/v1/models/churn")).status_code == 200
 

@@ -27,7 +27,7 @@ from services.common.topics import PREDICTIONS
 from tests.fixtures import promql
 from tests.fixtures.onnx_files import model_bytes, value
 from tests.fixtures.otlp import OtlpReceiver, ReceivedSpan, otlp
-from tests.fixtures.waiting import until
+from tests.fixtures.waiting import PATIENCE_S, until
 
 __all__ = ["otlp"]
 
@@ -80,7 +80,7 @@ def stack(otlp: OtlpReceiver) -> Iterator[Stack]:
 
 def caller(stack: Stack) -> httpx.Client:
     headers = {"authorization": f"Bearer {stack.admin_key}"}
-    return httpx.Client(base_url=stack.rest_url, headers=headers, timeout=30)
+    return httpx.Client(base_url=stack.rest_url, headers=headers, timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_grpc_call_is_traced_the_same_way(stack: Stack, otlp: OtlpReceiver) ->
     headers = (("authorization", f"Bearer {stack.admin_key}"), ("traceparent", f"00-{trace}-{span}-01"))
     with grpc.insecure_channel(stack.grpc_address) as channel:
         stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
-        result = stub.ModelInfer(request, metadata=headers, timeout=10)
+        result = stub.ModelInfer(request, metadata=headers, timeout=PATIENCE_S)
     assert np.frombuffer(result.raw_output_contents[0], np.float32).tolist() == [0.25]
     spans = otlp.wait(trace, lambda found: services_of(found) >= ON_THE_WAY)
     assert services_of(spans) == ON_THE_WAY
@@ -229,7 +229,7 @@ def test_the_logs_of_a_failed_request_name_its_trace(
 
 def scrape(stack: Stack, part: str) -> dict[str, dict[str, set[str]]]:
     """The samples of one service: by family type and by sample name, the labels seen."""
-    answer = httpx.get(f"{metrics_url(stack, part)}/metrics", timeout=10)
+    answer = httpx.get(f"{metrics_url(stack, part)}/metrics", timeout=PATIENCE_S)
     assert answer.status_code == 200, part
     found: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(answer.text):
@@ -286,7 +286,7 @@ async def test_a_record_that_nobody_can_read_is_set_aside_and_counted(stack: Sta
         await bus.publish([Record(PREDICTIONS.name, b"brittle/1", b"no prediction")])
 
     def aside(part: str) -> float:
-        text = httpx.get(f"{metrics_url(stack, part)}/metrics", timeout=10).text
+        text = httpx.get(f"{metrics_url(stack, part)}/metrics", timeout=PATIENCE_S).text
         families = {family.name: family for family in text_string_to_metric_families(text)}
         return sum(sample.value for sample in families[f"headrace_{part}_dead_letters"].samples)
 

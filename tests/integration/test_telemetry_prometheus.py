@@ -62,7 +62,7 @@ def prometheus(config: dict[str, Any], folder: Path) -> Iterator[httpx.Client]:
             [*command, f"--web.listen-address={address}"], stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
     try:
-        with httpx.Client(base_url=f"http://{address}", timeout=10) as client:
+        with httpx.Client(base_url=f"http://{address}", timeout=PATIENCE_S) as client:
             yield client
     finally:
         process.terminate()

@@ -202,7 +202,7 @@ async def test_a_broker_that_comes_back_empty_is_read_from_its_beginning(
         await pool.put(0, 100)
         await eventually(lambda: len(member.taken) == 100)
         broker.kill()
-        broker.start(timeout=30)
+        broker.start(timeout=PATIENCE_S)
         # The members are back before anybody makes the topic.
         await asyncio.sleep(3.0)
         await ensure_topics(pool.bootstrap, [pool.topic])
