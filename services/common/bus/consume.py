@@ -77,7 +77,8 @@ class Subscription:
         self._buried: dict[TopicPartition, set[int]] = {}
         self._task: asyncio.Task[None] | None = None
         # What was buried may be in another member's hands, or in a log that a memory-only broker has lost.
-        self._assignment = _Assignment(self._buried.clear)
+        self._assignment = _Assignment(self._on_change)
+        self._committing: asyncio.Future[None] | None = None
         self._subscriber = broker.subscriber(
             topic.name,
             batch=True,
@@ -173,14 +174,29 @@ class Subscription:
     async def _commit(self, consumer: AIOKafkaConsumer, batch: Batch) -> None:
         """Commit behind the batch. A failure is no harm: the records come again, and handlers expect that."""
         offsets = {TopicPartition(raw.topic, raw.partition): raw.offset + 1 for raw in batch}
+        commit = self._committing = asyncio.ensure_future(consumer.commit(offsets))
         try:
-            async with asyncio.timeout(COMMIT_TIMEOUT):
-                await consumer.commit(offsets)
+            await asyncio.wait({commit}, timeout=COMMIT_TIMEOUT)
+        finally:
+            commit.cancel()
+        await asyncio.wait({commit})
+        if commit.cancelled():
+            log.warning("offsets of %s as %s not committed in time", self._topic.name, self._group)
+            return
+        try:
+            commit.result()
         except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
             log.warning("offsets of %s as %s not committed: %r", self._topic.name, self._group, error)
         else:
             for partition in offsets:
                 self._buried.pop(partition, None)
+
+    def _on_change(self) -> None:
+        """Partitions come or go. A commit under way is given up: the client would try it again in the name of
+        the group as it is then, over a log that may be another one."""
+        self._buried.clear()
+        if self._committing is not None:
+            self._committing.cancel()
 
     def _is_buried(self, raw: ConsumerRecord) -> bool:
         """True for a record already in the dead-letter queue that comes again because its batch failed."""
