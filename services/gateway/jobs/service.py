@@ -35,7 +35,7 @@ from services.gateway.jobs.formats import Format, as_json_lines, as_parquet
 from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.results import error_lines, parsed_errors, result_batches
-from services.gateway.jobs.sizing import run_rows
+from services.gateway.jobs.sizing import run_rows, seconds_for
 from services.gateway.jobs.specs import JobSpec, rows_as_lines, validated
 from services.gateway.jobs.splitting import Input, about_rows
 from services.gateway.jobs.tables import JobRow
@@ -170,7 +170,7 @@ class JobService:
         if not speed.rows_per_s or not speed.workers:
             return None
         rows = float(job.rows) or await self._about_rows(job)
-        return None if rows is None else rows / (speed.rows_per_s * speed.workers)
+        return None if rows is None else seconds_for(rows, speed.workers, speed.rows_per_s)
 
     async def _about_rows(self, job: Job) -> float | None:
         if self._looking >= _LOOKS_AT_ONCE:

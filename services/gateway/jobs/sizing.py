@@ -13,6 +13,8 @@ MAX_LINE_BYTES = 8 << 20
 _WORK_S = 1.0
 #: An online request waits for one run at most.
 _RUN_S = 0.003
+#: Cutting, publishing and telling of the end; reading, writing and logging a tabular row.
+_ROUND_TRIPS_S, _AROUND_A_ROW_S = 0.2, 1e-6
 _UNKNOWN_BEST_ROWS = 64
 _UNKNOWN_ROWS = 4096
 
@@ -41,3 +43,8 @@ def run_rows(best_rows: int, rows_per_s: float) -> int:
         return 0
     most = max(1, int(min(best_rows, rows_per_s * _RUN_S)))
     return 1 << (most.bit_length() - 1)
+
+
+def seconds_for(rows: float, workers: int, rows_per_s: float) -> float:
+    """About how long a job of so many rows takes `workers` of that speed, which have nothing else to do."""
+    return round(_ROUND_TRIPS_S + rows / workers * (1 / rows_per_s + _AROUND_A_ROW_S), 2)

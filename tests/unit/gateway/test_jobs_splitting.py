@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from services.common.errors import FailedPrecondition, InvalidArgument
 from services.common.objects import SourceInfo
-from services.gateway.jobs.sizing import MAX_ROWS, ChunkLimits, chunk_limits, run_rows
+from services.gateway.jobs.sizing import MAX_ROWS, ChunkLimits, chunk_limits, run_rows, seconds_for
 from services.gateway.jobs.splitting.arrow_file import arrow_batches
 from services.gateway.jobs.splitting.groups import Group, cut_groups
 from services.gateway.jobs.splitting.images import cut_images
@@ -355,6 +355,12 @@ def test_image_chunks_keep_within_bytes_and_names() -> None:
     (cut,) = cut_images("file:///f", long, ChunkLimits(rows=65_536), None)
     assert sum(chunk.rows for chunk in cut.chunks) == 20_000
     assert all(chunk.input.ByteSize() < 2 << 20 for chunk in cut.chunks)
+
+
+def test_an_estimate_counts_the_model_and_what_is_around_it() -> None:
+    assert seconds_for(0, 2, 1e6) == 0.2
+    assert seconds_for(1_000_000, 1, 1e6) == 2.2
+    assert seconds_for(1_000_000, 4, 100) == 2500.45
 
 
 def test_chunks_are_whole_batches_of_about_a_second() -> None:
