@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from services.analytics.statistics.policies import top_two_weights
 from services.analytics.statistics.stratified import FEWEST_UNITS, Cells, stratified_effect
-from services.analytics.trial_queries import BAKE
+from services.analytics.trial_queries import BEFORE
 
 _WHOLE = 10_000
 _DRAWS = 4_000
@@ -79,7 +79,7 @@ def bounded_weights(
 def _posterior(cells: Cells, arms: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Means relative to the control's and their standard errors. The control's own uncertainty is what its
     comparisons share: the mean over them of the part of the variance that is the control's."""
-    divided = cells.where(cells.strata != BAKE)
+    divided = cells.where(cells.strata < BEFORE)
     means, variances, control = np.zeros(arms), np.zeros(arms), []
     for arm in range(1, arms):
         pair = divided.where((divided.arms == 0) | (divided.arms == arm))

@@ -35,20 +35,25 @@ from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics import bets
 from services.analytics.statistics.bets import RandomisedCounts, Side
 from services.analytics.statistics.stratified import (
+    TUNINGS,
     Cells,
     StratifiedEffect,
     half_width,
     log_evidence,
     stratified_effect,
 )
-from services.analytics.trial_queries import BAKE, Histogram, Strata, Tally, Visits
+from services.analytics.trial_queries import BAKE, BEFORE, Histogram, Strata, Tally, Visits
 
 _FIRST, _PERIODS, _ALL = 0.5, 0.2, 0.2
 #: Of rollouts only: their experiments end with no bake.
 _BAKE = 0.1
-_TUNING_UNITS = 5000.0
 
 SHADOW_METRICS = ("shadow_disagreement", "shadow_error_rate")
+
+_NOTHING = np.zeros(0)
+_NO_CELLS = Cells(
+    _NOTHING.astype(np.uint64), _NOTHING.astype(np.int64), _NOTHING.astype(np.int64), _NOTHING, _NOTHING
+)
 
 #: Log wealth against "the difference is at most (`below`: at least) the bound", which may be relative.
 Wealth = Callable[[float, Side, bool], float]
@@ -159,19 +164,19 @@ def _statement(
 
 def _of_mean(trial: Trial, metric: TrialMetric, arm: int, observed: Observed) -> tuple[Numbers, list[Piece]]:
     baking = trial.kind == Trial.KIND_ROLLOUT
-    cells = observed.cells[metric.name]
+    cells = observed.cells.get(metric.name, _NO_CELLS)
     chosen = cells.where((cells.arms == 0) | (cells.arms == arm))
-    randomised = chosen.where(chosen.strata != BAKE)
+    randomised = chosen.where(chosen.strata < BEFORE)
     pieces = []
     all_share = 1.0 - (_BAKE if baking else 0.0)
     if metric.name == "error_rate":
         pieces += _exact(observed, arm)
         all_share = _ALL
-    tuning = 2.0 * trial.planned_units or _TUNING_UNITS
+    tunings = (2.0 * trial.planned_units,) if trial.planned_units else TUNINGS
     effect = stratified_effect(randomised)
     if effect is not None:
         how = "asymptotic confidence sequence over strata of weights, clustered by unit"
-        pieces.append(_asymptotic(how, all_share, randomised, effect, tuning))
+        pieces.append(_asymptotic(how, all_share, randomised, effect, tunings))
     after = _bake_cells(chosen, observed.strata.last) if baking else None
     baked = stratified_effect(after) if after is not None else None
     if after is not None and baked is not None:
@@ -179,7 +184,7 @@ def _of_mean(trial: Trial, metric: TrialMetric, arm: int, observed: Observed) ->
         if metric.name == "error_rate":
             pieces.append(_baked_share(how, observed.visits, arm))
         else:
-            pieces.append(_asymptotic(how, _BAKE, after, baked, tuning))
+            pieces.append(_asymptotic(how, _BAKE, after, baked, tunings))
     shown = effect or baked
     if shown is None:
         return Numbers(), pieces
@@ -189,7 +194,9 @@ def _of_mean(trial: Trial, metric: TrialMetric, arm: int, observed: Observed) ->
     )
 
 
-def _asymptotic(name: str, weight: float, cells: Cells, effect: StratifiedEffect, tuning: float) -> Piece:
+def _asymptotic(
+    name: str, weight: float, cells: Cells, effect: StratifiedEffect, tunings: Sequence[float]
+) -> Piece:
     @cache
     def against(ratio: float) -> StratifiedEffect | None:
         return stratified_effect(cells.scaled_control(ratio))
@@ -198,10 +205,10 @@ def _asymptotic(name: str, weight: float, cells: Cells, effect: StratifiedEffect
         found = against(1 + bound) if relative else effect
         if found is None:
             return -math.inf
-        return log_evidence(found, 0.0 if relative else bound, above=side == "above", tuning=tuning)
+        return log_evidence(found, 0.0 if relative else bound, above=side == "above", tunings=tunings)
 
     def limits(alpha: float) -> tuple[float, float]:
-        half = half_width(effect, alpha, tuning=tuning)
+        half = half_width(effect, alpha, tunings=tunings)
         return effect.estimate - half, effect.estimate + half
 
     return Piece(name, weight, wealth, limits)
@@ -266,7 +273,7 @@ def _baked_share(name: str, visits: Visits, arm: int) -> Piece:
     def counted(tally: Tally, place: int) -> tuple[float, float]:
         return float(tally.failed[place]), float(tally.units[place])
 
-    control = counted(visits.before if visits.before.units[0] else visits.bake, 0)
+    control = counted(visits.before, 0)
     treatment = counted(visits.bake, arm)
 
     def wealth(bound: float, side: Side, relative: bool) -> float:
@@ -280,7 +287,7 @@ def _bake_cells(cells: Cells, last: int) -> Cells | None:
     baked = cells.strata == BAKE
     if not np.any(baked & (cells.arms > 0)):
         return None
-    both = cells.where(baked | ((cells.strata == last) & (cells.arms == 0)))
+    both = cells.where(baked | (np.isin(cells.strata, (last, BEFORE)) & (cells.arms == 0)))
     return Cells(both.units, both.arms, np.zeros_like(both.strata), both.totals, both.counts, both.covariate)
 
 
@@ -288,8 +295,8 @@ def _of_quantile(
     trial: Trial, metric: TrialMetric, arm: int, observed: Observed
 ) -> tuple[Numbers, list[Piece]]:
     baking = trial.kind == Trial.KIND_ROLLOUT
-    by_place = observed.histograms[metric_key(metric)]
-    strata = sorted({stratum for stratum, _ in by_place if stratum != BAKE})
+    by_place = observed.histograms.get(metric_key(metric), {})
+    strata = sorted({stratum for stratum, _ in by_place if stratum < BEFORE})
     pairs = [
         (by_place[stratum, 0], by_place[stratum, arm])
         for stratum in strata
@@ -301,7 +308,7 @@ def _of_quantile(
         weight = 1.0 - (_BAKE if baking else 0.0)
         name = "exact betting on the shares of units' values above a quantile, per stratum of weights"
         pieces.append(Piece(name, weight, shown.wealth, shown.limits))
-    before = by_place.get((observed.strata.last, 0)) or by_place.get((BAKE, 0))
+    before = by_place.get((observed.strata.last, 0)) or by_place.get((BEFORE, 0))
     after = by_place.get((BAKE, arm))
     if baking and before is not None and after is not None:
         baked = QuantileEvidence([(before, after)], metric.quantile)

@@ -274,8 +274,8 @@ def _stratified(
 
 def _sequence(whole: StratifiedEffect, line: Line | None, *, alpha: float, tuning: float) -> AlwaysValid:
     """Two one-sided mixtures, alpha / 2 each; e against no difference is their mean."""
-    half = half_width(whole, alpha / 2, tuning=tuning)
-    logs = [log_evidence(whole, 0.0, above=above, tuning=tuning) for above in (True, False)]
+    half = half_width(whole, alpha / 2, tunings=(tuning,))
+    logs = [log_evidence(whole, 0.0, above=above, tunings=(tuning,)) for above in (True, False)]
     radius = half / whole.std_error if whole.std_error > 0 else math.inf
     log_e = float(np.logaddexp(logs[0], logs[1])) - math.log(2) if math.isfinite(half) else 0.0
     return AlwaysValid(

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.analytics.statistics.bets import RandomisedCounts, Side, randomised_share
-from services.analytics.statistics.boundaries import best_rho, normal_mixture_log
-from services.analytics.statistics.stratified import FEWEST_CONTRIBUTING, FEWEST_UNITS, Cells
+from services.analytics.statistics.stratified import FEWEST_CONTRIBUTING, FEWEST_UNITS, Cells, log_of_score
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -26,7 +25,6 @@ ALPHA = 0.05
 #: Later units than so many are left out: what has come so far decides nothing any more.
 MOST_UNITS = 20_000
 
-_TUNING_UNITS = 5000.0
 _NAIVE = 1.959963984540054
 
 
@@ -89,10 +87,8 @@ def crossings(control: ControlUnits, *, salts: int = SALTS, alpha: float = ALPHA
     size, scores, contributing = _scores(control.cells, salts)
     naive |= np.abs(scores) > _NAIVE
     if size >= 2 * FEWEST_UNITS and contributing >= FEWEST_CONTRIBUTING:
-        rho = best_rho(_TUNING_UNITS, ALPHA, one_sided=True)
         for place, score in enumerate(np.abs(scores).tolist()):
-            log_e = normal_mixture_log(score * math.sqrt(size), size, rho=rho, one_sided=True)
-            decided[place] |= log_e >= threshold
+            decided[place] |= log_of_score(score, size) >= threshold
     return Crossings(decided, naive)
 
 

@@ -8,7 +8,7 @@ from headrace.v1.trials_pb2 import Trial, TrialMetric
 
 from services.analytics import trial_queries
 from services.analytics.placebo import MOST_UNITS, ControlUnits
-from services.analytics.trial_queries import BAKE, TrialQuestion
+from services.analytics.trial_queries import BEFORE, TrialQuestion
 
 LATENCY = TrialMetric(name="latency_ms")
 
@@ -46,7 +46,7 @@ def of_trial(connection: duckdb.DuckDBPyConnection, trial: Trial) -> ControlUnit
 def of_everybody(connection: duckdb.DuckDBPyConnection, started_us: int) -> ControlUnits:
     """The first units that came since then, whichever version answered them."""
     connection.execute("SET VARIABLE started_us = $value", {"value": started_us})
-    connection.execute("SET VARIABLE bake = $value", {"value": BAKE})
+    connection.execute("SET VARIABLE undivided = $value", {"value": BEFORE})
     connection.execute(_EVERYBODY)
     trial_queries.open_visits(connection)
     return _units(connection, LATENCY)
@@ -56,5 +56,5 @@ def _units(connection: duckdb.DuckDBPyConnection, metric: TrialMetric) -> Contro
     found = connection.execute(_UNITS, {"most": MOST_UNITS}).fetchnumpy()
     units = np.asarray(found["unit_hash"], dtype=np.uint64)
     cells = trial_queries.cells(connection, metric)
-    chosen = (cells.arms == 0) & (cells.strata != BAKE) & np.isin(cells.units, units)
+    chosen = (cells.arms == 0) & (cells.strata < BEFORE) & np.isin(cells.units, units)
     return ControlUnits(units, np.asarray(found["failed"], dtype=np.bool_), cells.where(chosen))

@@ -22,8 +22,9 @@ from services.analytics.statistics.stratified import Cells
 
 Floats = NDArray[np.float64]
 
-#: What is served after the last weights that left the control any traffic.
-BAKE = 1_000_000
+#: What is served after the last weights that left the control any traffic, and, where no weights ever divided
+#: it, what the control served before.
+BAKE, BEFORE = 1_000_000, 999_999
 
 #: Latencies are told apart by 1%.
 LATENCY_BASE = 1.01
@@ -68,7 +69,7 @@ CREATE TEMP TABLE firsts AS
 SELECT unit_hash,
        arg_min(struct_pack(stratum := stratum, arm := seen.arm, failed := seen.failed), came_us) AS seen,
        min(came_us) AS came_us
-FROM visits WHERE stratum <> getvariable('bake') GROUP BY unit_hash;
+FROM visits WHERE stratum < getvariable('undivided') GROUP BY unit_hash;
 """
 
 # The first request of every unit in one stratum.
@@ -237,12 +238,12 @@ def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -
     the pre-period). Once per connection."""
     _prepare(connection, question)
     found = connection.execute(
-        "SELECT revision, arm, round(median(propensity) * 10000)::BIGINT, count(*) FROM mine "
+        "SELECT revision, arm, mode(round(propensity * 10000))::BIGINT FROM mine "
         "WHERE propensity > 0 AND propensity < 1 GROUP BY revision, arm ORDER BY revision, arm"
     ).fetchall()
     arms = len(question.names)
     chances: dict[int, list[int | None]] = {}
-    for revision, arm, chance, _ in found:
+    for revision, arm, chance in found:
         chances.setdefault(revision, [None] * arms)[arm] = chance
     numbers: dict[tuple[int | None, ...], int] = {}
     rows: list[tuple[int, int, int, int]] = []
@@ -282,10 +283,12 @@ def visits(connection: duckdb.DuckDBPyConnection, strata: Strata) -> Visits:
     first = Tally(np.zeros((count, arms)), np.zeros((count, arms)))
     for stratum, arm, units, failed in connection.execute(_FIRSTS).fetchall():
         first.units[stratum, arm], first.failed[stratum, arm] = units, failed
-    before, bake = (_firsts_in(connection, stratum, arms) for stratum in (strata.last, BAKE))
+    before, bake = (
+        _firsts_in(connection, stratum, arms) for stratum in (strata.last if count else BEFORE, BAKE)
+    )
     periods: dict[tuple[int, int], tuple[int, Tally]] = {}
     for at, stratum, period, arm, units, failed in connection.execute(_PERIODS).fetchall():
-        if stratum == BAKE:
+        if stratum >= BEFORE:
             continue
         began, tally = periods.get((stratum, period), (at, Tally(np.zeros(arms), np.zeros(arms))))
         tally.units[arm], tally.failed[arm] = units, failed
@@ -351,7 +354,7 @@ def histograms(
 def _prepare(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> None:
     """`mine`: the trial's requests with their arms; `before`: everybody's before it began."""
     connection.execute("SET VARIABLE started_us = $value", {"value": question.started_us})
-    connection.execute("SET VARIABLE bake = $value", {"value": BAKE})
+    connection.execute("SET VARIABLE undivided = $value", {"value": BEFORE})
     connection.register(
         "arms",
         pa.table(
@@ -396,7 +399,7 @@ def _bake_rows(
         "AND ((arm = $arm AND revision >= $since) OR (arm = 0 AND revision < $since AND $alone))",
         {"arm": arm, "since": question.revision, "alone": last < 0},
     ).fetchall()
-    return [(revision, found, _WHOLE, BAKE) for revision, found in rows]
+    return [(revision, found, _WHOLE, BAKE if found else BEFORE) for revision, found in rows]
 
 
 def _latest(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> None:
@@ -410,7 +413,7 @@ def _latest(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> N
             continue
         ((other, newest),) = connection.execute(
             "SELECT max(revision) FILTER (chance <> $weight), max(revision) FILTER (chance = $weight) FROM "
-            "(SELECT revision, round(median(propensity) * 10000) AS chance FROM mine "
+            "(SELECT revision, mode(round(propensity * 10000)) AS chance FROM mine "
             "WHERE arm = $arm AND propensity > 0 AND propensity < 1 GROUP BY revision)",
             {"arm": arm, "weight": weight},
         ).fetchall()

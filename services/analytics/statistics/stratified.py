@@ -9,19 +9,23 @@ weights moves no estimate (Simpson's paradox).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import optimize
 
-from services.analytics.statistics.boundaries import best_rho, normal_mixture, normal_mixture_log
+from services.analytics.statistics.boundaries import best_rho, normal_mixture_log
 
 Floats = NDArray[np.float64]
 
 #: Units an arm, and units that contribute about equally to the smaller arm's variance, below which a normal
 #: approximation says nothing here.
 FEWEST_UNITS = 100
-FEWEST_CONTRIBUTING = 10.0
+FEWEST_CONTRIBUTING = 4.0
+#: Sizes at which evidence is sharp: a third of the wealth on each.
+TUNINGS = (500.0, 5_000.0, 50_000.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,25 +142,45 @@ def stratified_effect(cells: Cells) -> StratifiedEffect | None:
     )
 
 
-def log_evidence(effect: StratifiedEffect, bound: float, *, above: bool, tuning: float) -> float:
-    """Log of the one-sided normal mixture (Robbins 1970; Howard et al. 2021, Prop. 6) against "no more than
-    `bound`" (not `above`: "no less"), asymptotically valid at every look from FEWEST_UNITS on (Waudby-Smith
-    et al., arXiv:2103.06476). `tuning` is the size at which it is sharpest. Minus infinity without enough
-    units: nothing has been bet yet, and a maximum over time ignores it."""
+def log_evidence(
+    effect: StratifiedEffect, bound: float, *, above: bool, tunings: Sequence[float] = TUNINGS
+) -> float:
+    """Log evidence against "no more than `bound`" (not `above`: "no less"), asymptotically valid at every
+    look from FEWEST_UNITS on (Waudby-Smith et al., arXiv:2103.06476). `tunings` are sizes at which it is
+    sharp. Minus infinity without enough units: nothing has been bet yet, and a maximum over time ignores it.
+    """
     if not effect.normal:
         return -math.inf
     gap = effect.estimate - bound if above else bound - effect.estimate
-    score = gap / effect.std_error * math.sqrt(effect.size)
-    rho = best_rho(tuning, 0.05, one_sided=True)
-    return normal_mixture_log(score, effect.size, rho=rho, one_sided=True)
+    return log_of_score(gap / effect.std_error, effect.size, tunings)
 
 
-def half_width(effect: StratifiedEffect, alpha: float, *, tuning: float) -> float:
+def log_of_score(score: float, size: float, tunings: Sequence[float] = TUNINGS) -> float:
+    """Log of the mean over `tunings` of one-sided normal mixtures (Robbins 1970; Howard et al. 2021, Prop. 6)
+    at a z-score that `size` units made."""
+    logs = [
+        normal_mixture_log(
+            score * math.sqrt(size), size, rho=best_rho(tuning, 0.05, one_sided=True), one_sided=True
+        )
+        for tuning in tunings
+    ]
+    largest = max(logs)
+    return largest + math.log(sum(math.exp(one - largest) for one in logs) / len(logs))
+
+
+def half_width(effect: StratifiedEffect, alpha: float, *, tunings: Sequence[float] = TUNINGS) -> float:
     """Of the confidence sequence that misses on one side with probability `alpha`, ever."""
     if not effect.normal:
         return math.inf
-    bound = normal_mixture(effect.size, alpha, v_opt=tuning, one_sided=True)
-    return bound / math.sqrt(effect.size) * effect.std_error
+    threshold = math.log(1 / alpha)
+
+    def excess(score: float) -> float:
+        return log_of_score(score, effect.size, tunings) - threshold
+
+    most = 4.0
+    while excess(most) < 0:
+        most *= 2
+    return float(optimize.brentq(excess, 0.0, most, xtol=1e-6)) * effect.std_error
 
 
 def _sums(strata: NDArray[np.int64], treated: NDArray[np.bool_], values: Floats, count: int) -> Floats:

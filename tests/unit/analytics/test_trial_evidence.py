@@ -1,0 +1,330 @@
+"""From what was observed to findings, words, weights and placebos; pure."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from headrace.v1.trials_pb2 import Bandit, Evidence, Trial, TrialArm, TrialMetric
+
+from services.analytics.bandit import bounded_weights, recommended_weights
+from services.analytics.evidence import Observed, statement_alpha, weigh
+from services.analytics.pace import Pace
+from services.analytics.placebo import ControlUnits, crossings, halves
+from services.analytics.shadow_totals import ShadowTotals
+from services.analytics.statistics.stratified import Cells
+from services.analytics.trial_queries import BAKE, Counts, Histogram, Strata, Tally, Visits
+from services.analytics.trials import Trials
+from services.analytics.verdicts import (
+    Maxima,
+    look_at,
+    nothing_observed,
+    sample_ratio_log_e,
+    settle,
+    verdict,
+)
+from tests.fixtures.trial_units import (
+    DECREASE,
+    GUARDRAIL,
+    INCREASE,
+    SUCCESS,
+    World,
+    findings,
+    guardrails,
+    observe,
+    revenue,
+    trial,
+)
+
+NONE = Counts(0, 0, 0, 0)
+
+
+def test_the_error_budget_is_divided_between_all_statements() -> None:
+    made = trial([*guardrails(), revenue()])
+    assert statement_alpha(made) == pytest.approx(0.05 / 4)
+    made.arms.add(name="3", version="3")
+    assert statement_alpha(made) == pytest.approx(0.05 / 8)
+
+
+def test_a_slower_version_is_harmful_and_an_equal_one_safe_by_its_margins() -> None:
+    made = trial(guardrails(0.25))
+    rng = np.random.default_rng(5)
+    slow, _ = findings(made, World(users=0, weights=(0.1, 0.5), slower=3.0).simulate(rng), [3_000, 6_000])
+    by_metric = {one.metric: one for one in slow}
+    assert by_metric["latency_ms"].finding == Evidence.FINDING_HARMFUL
+    assert by_metric["latency_ms:p99"].finding == Evidence.FINDING_HARMFUL
+    assert by_metric["error_rate"].finding == Evidence.FINDING_SAFE
+    assert by_metric["latency_ms:p99"].low > 0
+    assert "worse by more than 0.25 of the control's value" in by_metric["latency_ms"].reason
+    same, _ = findings(made, World(users=0, weights=(0.5,), drift=1.0).simulate(rng), [6_000])
+    assert {one.metric: one.finding for one in same}["latency_ms"] == Evidence.FINDING_SAFE
+
+
+def test_a_version_that_breaks_after_everybody_was_seen_is_found() -> None:
+    """Thirty users, ten requests each; in the second period all requests to version 2 fail."""
+    made = trial([guardrails(0.01)[0]])
+    quiet = Tally(np.array([24.0, 6.0]), np.array([0.0, 0.0]))
+    broken = Tally(np.array([24.0, 6.0]), np.array([0.0, 6.0]))
+    strata = Strata(np.array([[0.8, 0.2]]), 0)
+    once = Tally(quiet.units[None, :], quiet.failed[None, :])
+    nobody = Tally(np.zeros(2), np.zeros(2))
+    units = np.arange(30)
+    arms = (units < 6).astype(np.int64)
+    cells = Cells(
+        units.astype(np.uint64),
+        arms,
+        np.zeros(30, dtype=np.int64),
+        (5.0 * arms).astype(np.float64),
+        np.full(30, 10.0),
+    )
+    calm = Visits(once, [(0, quiet)], nobody, nobody)
+    late = Visits(once, [(0, quiet), (0, broken)], nobody, nobody)
+    (before,), (after,) = (
+        weigh(made, Observed(strata, seen, {"error_rate": cells})) for seen in (calm, late)
+    )
+    assert before.log_e_harm < 1
+    assert after.log_e_harm > math.log(2 / 0.05)
+
+
+def test_harm_goes_before_everything_and_what_was_found_stays() -> None:
+    made = trial([guardrails(0.01)[0]])
+    (now,) = weigh(made, nothing_observed(made, ShadowTotals()))
+    assert (now.log_e_harm, now.finding) == (0.0, Evidence.FINDING_UNDECIDED)
+    place = (now.metric, now.arm)
+    threshold = math.log(2 / 0.05)
+    expected = {
+        Maxima(threshold - 0.01, threshold - 0.01, 0.0): Evidence.FINDING_UNDECIDED,
+        Maxima(0.0, threshold, 0.0): Evidence.FINDING_SAFE,
+        Maxima(0.0, threshold, threshold): Evidence.FINDING_BETTER,
+        Maxima(threshold, threshold, threshold): Evidence.FINDING_HARMFUL,
+    }
+    for ever, finding in expected.items():
+        (settled,) = settle(made, [now], {place: ever})
+        assert settled.finding == finding
+
+
+def test_the_bake_is_held_against_the_controls_last_time_and_says_so() -> None:
+    made = trial([guardrails(0.01)[0]])
+    made.arms[0].weight, made.arms[1].weight = 0, 10_000
+    nobody = Tally(np.zeros((1, 2)), np.zeros((1, 2)))
+    before = Tally(np.array([2_000.0, 2_000.0]), np.array([10.0, 10.0]))
+    bake = Tally(np.array([0.0, 400.0]), np.array([0.0, 60.0]))
+    n = 2_400
+    arms = np.repeat([0, 1], [2_000, 400])
+    cells = Cells(
+        np.arange(n).astype(np.uint64),
+        arms,
+        np.where(arms == 1, BAKE, 0),
+        (np.arange(n) % 40 == 0).astype(np.float64),
+        np.ones(n),
+    )
+    observed = Observed(
+        Strata(np.array([[0.5, 0.5]]), 0), Visits(nobody, [], before, bake), {"error_rate": cells}
+    )
+    look = look_at(made, observed, [NONE, NONE], 1)
+    (settled,) = settle(made, look.evidence, {})
+    assert settled.finding == Evidence.FINDING_HARMFUL
+    assert "not randomised: assumes that the world stays" in settled.method
+    assert any("the world stays as it was" in warning for warning in look.warnings)
+
+
+def test_shadows_are_judged_by_what_they_answer_differently_and_fail_alone() -> None:
+    metrics = [
+        TrialMetric(name=name, role=GUARDRAIL, direction=DECREASE, margin=0.01)
+        for name in ("shadow_disagreement", "shadow_error_rate")
+    ]
+    made = trial(metrics)
+    made.shadow_version = "2"
+    good = ShadowTotals(requests=3_000, equal=2_999, different=1)
+    bad = ShadowTotals(requests=600, equal=540, failed=60, shadow_errors=60, only_shadow_errors=60)
+    for totals, finding in ((good, Evidence.FINDING_SAFE), (bad, Evidence.FINDING_HARMFUL)):
+        settled = settle(made, weigh(made, nothing_observed(made, totals)), {})
+        assert [one.finding for one in settled] == [finding, finding]
+    assert "10.00% of 600 requests were answered differently by 2" in settled[0].reason
+    made.shadow_version = ""
+    assert all(one.units == 0 for one in weigh(made, nothing_observed(made, good)))
+
+
+def test_a_split_that_is_not_as_promised_is_told_and_a_drifting_one_is_not() -> None:
+    shares = Strata(np.array([[0.99, 0.01], [0.5, 0.5], [np.nan, 1.0]]), 1)
+    fine = Tally(np.array([[990.0, 10], [500, 510], [0, 7]]), np.zeros((3, 2)))
+    assert sample_ratio_log_e(shares, fine) < 1
+    silent = Tally(np.array([[990.0, 10], [500, 400], [0, 7]]), np.zeros((3, 2)))
+    made = trial([guardrails()[0]])
+    observed = Observed(shares, Visits(silent, [], fine, fine), {"error_rate": observe_nothing()})
+    look = look_at(made, observed, [NONE, NONE], 1)
+    said = verdict(made, look, {}, look.ratio_log_e, verdict_id=bytes(16), now_us=2)
+    assert said.sample_ratio_mismatch == (look.ratio_log_e >= math.log(1_000))
+    worse = Tally(np.array([[990.0, 10], [500, 300], [0, 7]]), np.zeros((3, 2)))
+    assert sample_ratio_log_e(shares, worse) > math.log(1_000)
+    again = verdict(made, look, {}, 20.0, verdict_id=bytes(16), now_us=2)
+    assert again.sample_ratio_mismatch
+    assert "Sample ratio mismatch" in again.summary
+
+
+def observe_nothing() -> Cells:
+    none = np.zeros(0)
+    return Cells(none.astype(np.uint64), none.astype(np.int64), none.astype(np.int64), none, none)
+
+
+def test_quantiles_of_few_values_have_open_limits() -> None:
+    made = trial([guardrails(0.25)[2]])
+    few = {(0, arm): Histogram(np.array([10, 20]), np.array([2.0, 1.0])) for arm in (0, 1)}
+    nobody = Tally(np.zeros(2), np.zeros(2))
+    once = Tally(np.zeros((1, 2)), np.zeros((1, 2)))
+    observed = Observed(
+        Strata(np.array([[0.5, 0.5]]), 0),
+        Visits(once, [], nobody, nobody),
+        histograms={"latency_ms:p99": few},
+    )
+    (one,) = weigh(made, observed)
+    assert one.estimate == 0
+    assert math.isinf(one.low)
+    assert math.isinf(one.high)
+    assert one.log_e_harm < 1
+
+
+def test_weights_move_by_no_more_than_they_may() -> None:
+    assert bounded_weights([0.9, 0.05, 0.05], [3_334, 3_333, 3_333], 500, 1_000) == [4_334, 2_833, 2_833]
+    assert bounded_weights([1.0, 0.0], [5_000, 5_000], 500, 10_000) == [9_500, 500]
+    assert bounded_weights([1.0, 0.0], [10_000, 0], 500, 100) == [9_500, 500]
+    assert bounded_weights([0.2, 0.8], [5_000, 5_000], 6_000, 100) == [5_000, 5_000]
+    assert sum(bounded_weights([1 / 3] * 3, [10_000, 0, 0], 0, 333)) == 10_000
+
+
+def test_a_bandit_asks_for_more_of_what_may_be_best_the_same_each_time() -> None:
+    rng = np.random.default_rng(6)
+    n = 3_000
+    arms = np.arange(n) % 3
+    values = rng.normal(np.array([0.0, 0.3, 0.3])[arms], 1.0)
+    cells = {
+        "revenue": Cells(
+            np.arange(n).astype(np.uint64), arms, np.zeros(n, dtype=np.int64), values, np.ones(n)
+        )
+    }
+    made = Trial(
+        trial_id="exp_1",
+        arms=[
+            TrialArm(name=name, weight=weight) for name, weight in (("a", 3_334), ("b", 3_333), ("c", 3_333))
+        ],
+        metrics=[revenue()],
+        bandit=Bandit(min_weight=500, max_change=2_000, update_every_s=60),
+    )
+    weights = recommended_weights(made, cells, 61_000_000)
+    assert weights == recommended_weights(made, cells, 119_000_000)
+    assert sum(weights) == 10_000
+    assert weights[0] == 1_334
+    assert min(weights[1:]) > 4_000
+    few = {"revenue": cells["revenue"].where(np.arange(n) < 200)}
+    assert recommended_weights(made, few, 61_000_000) == []
+    made.ClearField("bandit")
+    assert recommended_weights(made, cells, 61_000_000) == []
+
+
+def test_success_by_an_increase_is_better_and_by_a_decrease_harmful() -> None:
+    for gain, finding in ((0.3, Evidence.FINDING_BETTER), (-0.3, Evidence.FINDING_HARMFUL)):
+        metric = TrialMetric(name="revenue", role=SUCCESS, direction=INCREASE)
+        made = trial([metric])
+        rng = np.random.default_rng(7)
+        arms = np.arange(4_000) % 2
+        cells = Cells(
+            np.arange(4_000).astype(np.uint64),
+            arms,
+            np.zeros(4_000, dtype=np.int64),
+            rng.normal(2 + gain * arms, 1),
+            np.ones(4_000),
+        )
+        nothing = nothing_observed(made, ShadowTotals())
+        observed = Observed(nothing.strata, nothing.visits, {"revenue": cells})
+        (settled,) = settle(made, weigh(made, observed), {})
+        assert settled.finding == finding
+
+
+def test_the_pace_is_shared_and_a_failing_trial_delays_only_itself() -> None:
+    pace = Pace(share=0.1)
+    pace.keep(["a", "b"])
+    assert pace.next(0.0)[0] == "a"
+    pace.looked("a", 0.0, 0.2)
+    assert pace.next(0.0)[0] == "b"
+    pace.failed("b", 0.0, 0.2)
+    pace.wake("a")
+    nobody, wait_s = pace.next(3.9)
+    assert nobody is None
+    assert wait_s == pytest.approx(0.1)  # 0.2 s of two trials at a tenth of the time
+    assert pace.next(4.0)[0] == "a"
+    pace.looked("a", 4.0, 0.01)
+    assert pace.next(4.0)[0] == "b"
+    for _ in range(20):
+        pace.failed("b", 4.0, 0.0)
+    pace.wake("a")
+    assert pace.next(4.5)[0] == "a"
+    pace.looked("a", 4.5, 0.01)
+    assert pace.next(14.5)[0] == "a"  # nothing new: every ten seconds
+    pace.looked("a", 14.5, 0.01)
+    assert pace.next(64.1)[0] == "a"
+    pace.keep(["b"])
+    assert pace.next(64.1)[0] == "b"
+
+
+def test_trials_only_grow_and_a_deleted_one_is_gone() -> None:
+    changed: list[str] = []
+    trials = Trials()
+    trials.watch(changed.append)
+    made = trial(guardrails())
+    made.revision = 3
+    trials.apply(b"rol_1", made.SerializeToString())
+    trials.apply(b"rol_1", made.SerializeToString())
+    older = trial(guardrails())
+    older.revision = 2
+    older.closed = True
+    trials.apply(b"rol_1", older.SerializeToString())
+    trials.apply(b"rol_2", b"\xff\xff")
+    trials.apply(b"rol_3", made.SerializeToString())
+    assert trials.open() == [made]
+    assert changed == ["m"]
+    made.closed, made.revision = True, 4
+    trials.apply(b"rol_1", made.SerializeToString())
+    assert trials.open() == []
+    assert trials.get("rol_1") == made
+    trials.apply(b"rol_1", None)
+    assert trials.get("rol_1") is None
+    assert changed == ["m", "m", "m"]
+
+
+def test_halves_of_a_control_are_even_unlike_and_seldom_told_apart() -> None:
+    rng = np.random.default_rng(8)
+    units = rng.integers(0, 2**63, 4_000).astype(np.uint64)
+    signs = halves(units)
+    assert np.abs(signs.mean(axis=1)).max() < 0.07
+    likeness = np.abs(signs @ signs.T / 4_000 - np.eye(100))
+    assert likeness.max() < 0.08
+    values = rng.lognormal(0, 1, 4_000)
+    failed = rng.random(4_000) < 0.05
+    decided, naive = np.zeros(100, dtype=bool), np.zeros(100, dtype=bool)
+    for n in range(200, 4_001, 200):
+        cells = Cells(
+            units[:n], np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64), values[:n], np.ones(n)
+        )
+        found = crossings(ControlUnits(units[:n], failed[:n], cells))
+        decided |= found.decided
+        naive |= found.naive
+    assert decided.mean() <= 0.05
+    assert naive.mean() > 0.25
+    # A method that finds differences where there are none is seen.
+    rigged = failed | ((signs[0] > 0) & (rng.random(4_000) < 0.2))
+    found = crossings(ControlUnits(units, rigged, observe_nothing()))
+    assert found.decided[0]
+
+
+def test_words_are_finite_and_summaries_hold_every_reason() -> None:
+    made = trial([*guardrails(0.25), revenue()])
+    requests = World(users=300).simulate(np.random.default_rng(9))
+    look = look_at(made, observe(made, requests, 3_000), [Counts(2_900, 200, 9, 1), Counts(100, 90, 1, 1)], 7)
+    said = verdict(made, look, {}, 0.0, verdict_id=bytes(16), now_us=8)
+    assert len(said.evidence) == 4
+    assert all(one.reason in said.summary for one in said.evidence)
+    assert "nan" not in said.summary
+    assert "inf" not in said.summary
+    assert json.dumps(said.summary)

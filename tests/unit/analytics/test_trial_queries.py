@@ -1,0 +1,257 @@
+"""Requests of a trial in DuckDB: which of them count, in which stratum, with which arm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
+
+from services.analytics import placebo_queries, trial_queries
+from services.analytics.trial_queries import BAKE, TrialQuestion
+
+START_US = 1_750_000_000_000_000
+COLUMNS = (
+    "unit",
+    "version",
+    "revision",
+    "propensity",
+    "at_s",
+    "code",
+    "latency_ms",
+    "experiment",
+    "variant",
+)
+
+
+def request(
+    unit: int, version: str, revision: int, propensity: float, at_s: float, **given: Any
+) -> dict[str, Any]:
+    return {
+        "unit": unit,
+        "version": version,
+        "revision": revision,
+        "propensity": propensity,
+        "at_s": at_s,
+        "code": given.get("code", 0),
+        "latency_ms": given.get("latency_ms", 2.0),
+        "experiment": given.get("experiment"),
+        "variant": given.get("variant", version),
+        "outcome": given.get("outcome"),
+    }
+
+
+@pytest.fixture
+def connection() -> Iterator[duckdb.DuckDBPyConnection]:
+    with duckdb.connect(":memory:") as made:
+        yield made
+
+
+def log(connection: duckdb.DuckDBPyConnection, requests: list[dict[str, Any]]) -> None:
+    """The views of a snapshot that the queries read."""
+    ids = [number.to_bytes(16, "big") for number in range(len(requests))]
+    column = {name: [one[name] for one in requests] for name in COLUMNS}
+    connection.register(
+        "online",
+        pa.table(
+            {
+                "request_id": pa.array(ids, pa.binary()),
+                "version": column["version"],
+                "variant": column["variant"],
+                "experiment": pa.array(column["experiment"], pa.string()),
+                "unit_hash": pa.array(column["unit"], pa.uint64()),
+                "propensity": pa.array(column["propensity"], pa.float32()),
+                "revision": pa.array(column["revision"], pa.uint64()),
+                "code": pa.array(column["code"], pa.uint8()),
+                "failed": [code not in (0, 1) for code in column["code"]],
+                "cached": [False] * len(ids),
+                "answered_at_us": [START_US + round(at * 1e6) for at in column["at_s"]],
+                "latency_us": pa.array([round(1_000 * ms) for ms in column["latency_ms"]], pa.uint32()),
+                "rows": [1] * len(ids),
+                "predicted": pa.array([None] * len(ids), pa.list_(pa.float64())),
+                "predicted_text": pa.array([None] * len(ids), pa.list_(pa.string())),
+            }
+        ),
+    )
+    said = [
+        (id_, one["outcome"]) for id_, one in zip(ids, requests, strict=True) if one["outcome"] is not None
+    ]
+    connection.register(
+        "outcomes",
+        pa.table(
+            {
+                "request_id": pa.array([id_ for id_, _ in said], pa.binary()),
+                "metric": pa.array(["revenue"] * len(said), pa.string()),
+                "row": pa.array([0] * len(said), pa.int64()),
+                "number": pa.array([value for _, value in said], pa.float64()),
+                "text": pa.array([None] * len(said), pa.string()),
+            }
+        ),
+    )
+
+
+def rollout(canary: int, revision: int) -> TrialQuestion:
+    arms = [
+        TrialArm(name="1", version="1", weight=10_000 - canary),
+        TrialArm(name="2", version="2", weight=canary),
+    ]
+    return TrialQuestion.of(
+        Trial(trial_id="rol_1", kind=Trial.KIND_ROLLOUT, revision=revision, arms=arms, started_at_us=START_US)
+    )
+
+
+#: User 1 stays with version 1, 2 stays with 2, 3 is moved by the second weights; 4 comes late.
+WALK = [
+    request(1, "1", 1, 0.9, 0, code=13),
+    request(2, "2", 1, 0.1, 1),
+    request(3, "1", 1, 0.9, 2),
+    request(2, "2", 1, 0.1, 3, code=13),
+    request(1, "1", 2, 0.5, 400),
+    request(3, "2", 2, 0.5, 401, code=13),
+    request(3, "2", 2, 0.5, 402),
+    request(4, "1", 3, 0.5, 403, code=1),
+    request(4, "1", 3, 0.5, 404, latency_ms=8.0),
+    request(5, "2", 2, 1.0, 405, code=13),  # asked for by name
+    request(3, "2", 2, 0.5, 405.5),
+    request(1, "1", 2, 0.5, 405.6),
+    request(6, "1", 2, 0.1, 406),  # chance chose 2, and 1 answered instead
+    request(7, "1", 2, 0.5, 407, experiment="exp_9"),  # of an experiment
+    request(8, "1", 1, 0.9, -5, code=13),  # before
+]
+
+
+def test_strata_are_weights_and_a_moved_unit_counts_in_each(connection: duckdb.DuckDBPyConnection) -> None:
+    log(connection, WALK)
+    strata = trial_queries.open_trial(connection, rollout(5_000, 2))
+    np.testing.assert_allclose(strata.shares, [[0.9, 0.1], [0.5, 0.5]])
+    np.testing.assert_allclose(strata.share(1), [0.1, 0.5])
+    assert strata.last == 1  # revision 3 has the weights of 2
+
+    seen = trial_queries.visits(connection, strata)
+    # Every user once, by its first request: 4's first was cancelled, so its second counts.
+    assert seen.first.units.tolist() == [[2, 1], [1, 0]]
+    assert seen.first.failed.tolist() == [[1, 0], [0, 0]]
+    # After five minutes and under new weights everybody counts anew.
+    assert [stratum for stratum, _ in seen.periods] == [0, 1]
+    assert seen.periods[1][1].units.tolist() == [2, 1]
+    assert seen.periods[1][1].failed.tolist() == [0, 1]
+
+    found = trial_queries.cells(connection, TrialMetric(name="error_rate"))
+    by_place = {
+        (unit, stratum, arm): (total, count)
+        for unit, stratum, arm, total, count in zip(
+            found.units.tolist(),
+            found.strata.tolist(),
+            found.arms.tolist(),
+            found.totals.tolist(),
+            found.counts.tolist(),
+            strict=True,
+        )
+    }
+    assert by_place == {
+        (1, 0, 0): (1, 1),
+        (2, 0, 1): (1, 2),
+        (3, 0, 0): (0, 1),
+        (1, 1, 0): (0, 2),
+        (3, 1, 1): (1, 3),
+        (4, 1, 0): (0, 1),
+    }
+    counted = trial_queries.counts(connection, rollout(5_000, 2))
+    assert [(one.requests, one.units, one.errors) for one in counted] == [(6, 4, 1), (6, 3, 3)]
+    assert [one.requests_since for one in counted] == [4, 4]
+
+
+def test_all_traffic_on_one_arm_is_held_against_the_controls_last_time(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    log(connection, [*WALK, request(1, "2", 4, 1.0, 900), request(9, "2", 4, 1.0, 901, code=13)])
+    strata = trial_queries.open_trial(connection, rollout(10_000, 4))
+    seen = trial_queries.visits(connection, strata)
+    assert (seen.bake.units[1], seen.bake.failed[1]) == (2, 1)
+    assert (seen.before.units[0], seen.before.failed[0]) == (2, 0)
+    assert seen.first.units.sum() == 4
+    found = trial_queries.cells(connection, TrialMetric(name="latency_ms"))
+    assert np.sum(found.strata == BAKE) == 1
+
+
+def test_blue_green_has_no_weights_to_learn_from(connection: duckdb.DuckDBPyConnection) -> None:
+    log(
+        connection,
+        [request(1, "1", 1, 1.0, 0), request(2, "1", 1, 1.0, 1), request(1, "2", 2, 1.0, 9, code=13)],
+    )
+    strata = trial_queries.open_trial(connection, rollout(10_000, 2))
+    assert strata.last == -1
+    seen = trial_queries.visits(connection, strata)
+    assert (seen.before.units[0], seen.bake.units[1], seen.bake.failed[1]) == (2, 1, 1)
+    assert seen.first.units.size == 0
+
+
+def test_experiments_are_told_by_id_and_variant_and_outcomes_join(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    mine = {"experiment": "exp_1"}
+    log(
+        connection,
+        [
+            request(1, "1", 1, 0.5, -9, outcome=4.0),
+            request(1, "1", 1, 0.5, 0, variant="a", outcome=2.0, **mine),
+            request(1, "1", 1, 0.5, 1, variant="a", outcome=3.0, **mine),
+            request(2, "1", 1, 0.5, 2, variant="b", **mine),
+            request(3, "1", 1, 0.5, 3, variant="b", outcome=1.0, **mine),
+            request(3, "1", 1, 1.0, 3, variant="b", outcome=99.0, **mine),  # an override
+            request(4, "1", 1, 0.5, 4, variant="a", outcome=7.0),
+        ],
+    )
+    arms = [TrialArm(name=name, version="1", weight=5_000) for name in "ab"]
+    trial = Trial(trial_id="exp_1", kind=Trial.KIND_EXPERIMENT, arms=arms, started_at_us=START_US)
+    strata = trial_queries.open_trial(connection, TrialQuestion.of(trial))
+    assert strata.shares.tolist() == [[0.5, 0.5]]
+    zero = TrialMetric(
+        name="revenue", missing_is_zero=True, covariate=TrialMetric.COVARIATE_PRE_PERIOD, pre_period_s=60
+    )
+    found = trial_queries.cells(connection, zero)
+    order = np.argsort(found.units)
+    assert found.totals[order].tolist() == [5.0, 0.0, 1.0]
+    assert found.counts.tolist() == [1.0, 1.0, 1.0]
+    assert found.covariate is not None
+    assert found.covariate[order][0] == 4.0
+    assert np.isnan(found.covariate[order][1:]).all()
+    some = trial_queries.cells(connection, TrialMetric(name="revenue"))
+    assert sorted(zip(some.totals.tolist(), some.counts.tolist(), strict=True)) == [(1.0, 1.0), (5.0, 2.0)]
+    assert [one.requests for one in trial_queries.counts(connection, TrialQuestion.of(trial))] == [2, 3]
+
+
+def test_every_unit_weighs_the_same_in_a_histogram(connection: duckdb.DuckDBPyConnection) -> None:
+    log(
+        connection,
+        [request(1, "1", 1, 0.5, at, latency_ms=1.0) for at in range(3)]
+        + [request(1, "1", 1, 0.5, 3, latency_ms=100.0), request(2, "2", 1, 0.5, 4, latency_ms=50.0)],
+    )
+    trial_queries.open_trial(connection, rollout(5_000, 1))
+    found = trial_queries.histograms(connection, TrialMetric(name="latency_ms", quantile=0.99))
+    assert found[0, 0].units.tolist() == [0.75, 0.25]
+    assert found[0, 0].buckets[0] == 0
+    assert found[0, 1].units.tolist() == [1.0]
+
+
+def test_placebos_take_the_controls_units_or_everybody(connection: duckdb.DuckDBPyConnection) -> None:
+    log(connection, WALK)
+    trial = Trial(
+        trial_id="rol_1",
+        kind=Trial.KIND_ROLLOUT,
+        revision=2,
+        arms=[TrialArm(name="1", version="1", weight=5_000), TrialArm(name="2", version="2", weight=5_000)],
+        started_at_us=START_US,
+    )
+    control = placebo_queries.of_trial(connection, trial)
+    assert control.units.tolist() == [1, 3, 4]
+    assert control.failed.tolist() == [True, False, False]
+    assert set(control.cells.arms.tolist()) == {0}
+    with duckdb.connect(":memory:") as other:
+        log(other, WALK)
+        everybody = placebo_queries.of_everybody(other, START_US)
+        assert everybody.units.tolist() == [1, 2, 3, 4, 5, 6, 7]
