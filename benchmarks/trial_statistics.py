@@ -12,27 +12,31 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from services.analytics.lifts import Lift, lift
+from services.analytics.lifts import lift
 from services.analytics.planning import Question, plan, sequential_cost
 from services.analytics.quantile_lifts import compared_quantiles
 from services.analytics.statistics import group_sequential, power
+from services.analytics.statistics.boundaries import normal_mixture
+from services.analytics.statistics.fixed_horizon import tail_probability
 from services.analytics.statistics.proportions import two_proportion_z_test
-from services.analytics.statistics.stratified import Cells
+from services.analytics.statistics.stratified import FEWEST_CONTRIBUTING, FEWEST_UNITS, Cells
 from services.analytics.trial_queries import LATENCY_BASE, Histogram
 
 Floats = NDArray[np.float64]
 
 ALPHA, LOOKS = 0.05, 20
 _SEED = 2_026
-_COVERAGE_LOOKS = 10
+_COVERAGE_LOOKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,54 +142,100 @@ def adjusted(lift_: float = 0.0) -> World:
     return World(f"mean adjusted by a covariate, lift {lift_:g}", draw, 5.8 * lift_, lift_)
 
 
-def looks_of(world: World, rng: np.random.Generator, units: int, looks: int = LOOKS) -> Iterator[Lift | None]:
-    """One run, looked at `looks` times up to `units` an arm, the first at 100 units an arm or later."""
-    whole = world.draw(rng, units)
-    sizes = np.unique(np.linspace(max(100, units // looks), units, looks).astype(int))
-    for size in sizes.tolist():
-        first = np.zeros(2 * units, dtype=np.bool_)
-        first[: 2 * size] = True
-        yield lift(whole.where(first), alpha=ALPHA, tuning=float(2 * units))
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What `lift` says of `units` an arm, in a fraction of its time: tests hold both against each other.
+    `radius` times the standard error is the sequence's half width."""
+
+    units: int
+    means: tuple[float, float]
+    std_error: float
+    radius: float
+    p_value: float
+
+    def outside(self, truth: float) -> bool:
+        """Whether the sequence of the difference excludes it."""
+        return abs(self.means[1] - self.means[0] - truth) > self.radius * self.std_error
+
+
+def sizes_of(units: int, looks: int) -> list[int]:
+    """Units an arm at each look, the first at 100 or later."""
+    found: list[int] = np.unique(np.linspace(max(100, units // looks), units, looks).astype(int)).tolist()
+    return found
+
+
+@cache
+def _radius(units: int, tuning: float) -> float:
+    size = 2.0 * units
+    return normal_mixture(size, ALPHA / 2, v_opt=tuning, one_sided=True) / math.sqrt(size)
+
+
+def look_at(seen: Cells, units: int, tuning: float) -> Look:
+    """One stratum, no covariate, arms of equal size."""
+    arms = []
+    for arm in (0, 1):
+        totals, counts = seen.totals[arm : 2 * units : 2], seen.counts[arm : 2 * units : 2]
+        weight = float(counts.sum())
+        mean = float(totals.sum()) / weight
+        square = (totals - mean * counts) ** 2
+        arms.append((mean, weight, float(square.sum()), float(square @ square)))
+    (m0, w0, q0, f0), (m1, w1, q1, f1) = arms
+    own = q0 / w0**2 + q1 / w1**2
+    even = (q0 + q1) / (2 * units) / ((w0 + w1) / (2 * units)) ** 2 * 2 / units
+    error = math.sqrt(max(own * 2 * units / (2 * units - 1), even))
+    normal = error > 0 and (q0 + q1) ** 2 / (f0 + f1) / 2 >= FEWEST_CONTRIBUTING
+    once = w0 == w1 == units
+    totals = seen.totals[: 2 * units]
+    if once and bool(np.all((totals == 0) | (totals == 1))):
+        p_value = two_proportion_z_test((m0 * units, units), (m1 * units, units)).p_value
+    elif once:
+        a, b = (q / (units - 1) / units for q in (q0, q1))
+        freedom = (a + b) ** 2 / (a * a + b * b) * (units - 1)
+        p_value = tail_probability((m1 - m0) / math.sqrt(a + b), freedom, "two-sided")
+    else:
+        p_value = tail_probability((m1 - m0) / error, 2 * units - 2, "two-sided")
+    radius = _radius(units, tuning) if normal else math.inf
+    return Look(units, (m0, m1), error, radius, p_value)
 
 
 def false_positives(world: World, *, runs: int, units: int, seed: int) -> FalsePositives:
-    """Of a world without an effect."""
+    """Of a world without an effect and without a covariate."""
     rng = np.random.default_rng(seed)
     deciding = naive = fixed = 0
     for _ in range(runs):
-        crossed, significant = False, [False]
-        for found in looks_of(world, rng, units):
-            if found is None:
-                continue
-            low, high = found.sequence.interval
-            crossed |= low > 0 or high < 0
-            significant.append(found.fixed.p_value is not None and found.fixed.p_value < ALPHA)
-        deciding += crossed
-        naive += any(significant)
-        fixed += significant[-1]
+        whole = world.draw(rng, units)
+        found = [look_at(whole, size, 2.0 * units) for size in sizes_of(units, LOOKS)]
+        deciding += any(one.outside(0.0) for one in found)
+        naive += any(one.p_value < ALPHA for one in found)
+        fixed += found[-1].p_value < ALPHA
     return FalsePositives(deciding / runs, naive / runs, fixed / runs)
 
 
 def coverage(world: World, *, runs: int, units: int, seed: int, looks: int = LOOKS) -> Coverage:
-    """At the last look, and of sequences at every look."""
+    """Fixed-horizon intervals at the last look, sequences at every look."""
     rng = np.random.default_rng(seed)
     hits = np.zeros(4)
     for _ in range(runs):
+        whole = world.draw(rng, units)
         always = [True, True]
-        last: Lift | None = None
-        for found in looks_of(world, rng, units, looks):
+        for size in sizes_of(units, looks):
+            found = lift(_first(whole, size), alpha=ALPHA, tuning=2.0 * units)
             if found is None:
                 continue
             always[0] &= _inside(found.sequence.interval, world.absolute)
             always[1] &= _inside(found.sequence.relative_interval, world.relative)
-            last = found
-        if last is not None:
-            hits += [
-                _inside(last.fixed.interval, world.absolute),
-                _inside(last.fixed.relative_interval, world.relative),
-                *always,
-            ]
+            if size == units:
+                fixed = found.fixed
+                hits[:2] += [
+                    _inside(fixed.interval, world.absolute),
+                    _inside(fixed.relative_interval, world.relative),
+                ]
+        hits[2:] += always
     return Coverage(*(hits / runs).tolist())
+
+
+def _first(seen: Cells, units: int) -> Cells:
+    return seen.where(np.arange(seen.units.size) < 2 * units)
 
 
 def quantile_coverage(
@@ -242,10 +292,8 @@ def sequential_power(*, runs: int, seed: int) -> tuple[int, float]:
     for _ in range(runs):
         whole = world.draw(rng, n)
         for size in np.linspace(n // 50, n, 50).astype(int).tolist():
-            first = np.zeros(2 * n, dtype=np.bool_)
-            first[: 2 * size] = True
-            seen = lift(whole.where(first), alpha=ALPHA, tuning=2.0 * fixed_size)
-            if seen is not None and seen.sequence.interval[0] > 0:
+            one = look_at(whole, size, 2.0 * fixed_size)
+            if size >= FEWEST_UNITS and one.outside(0.0) and one.means[1] > one.means[0]:
                 found += 1
                 break
     return n, found / runs
@@ -276,37 +324,46 @@ def _inside(interval: tuple[float, float] | None, truth: float) -> bool:
     return interval is None or interval[0] <= truth <= interval[1]
 
 
-def report(runs: int) -> str:
-    """Everything as tables."""
+def report(runs: int, workers: int = 2) -> str:
+    """Everything as tables; sections are computed side by side."""
     near = [1.96 * math.sqrt(share * (1 - share) / runs) for share in (0.05, 0.8)]
+    idle = [(shares(0.2, 0.2), 2_000), (means(), 2_000), (ratios(), 2_000)]
+    worlds = [
+        (shares(0.1, 0.12), 200),
+        (shares(0.1, 0.12), 1_000),
+        (shares(0.02, 0.02), 1_000),
+        (means(0.1), 200),
+        (means(0.1), 1_000),
+        (ratios(0.1), 200),
+        (ratios(0.1), 1_000),
+        (adjusted(0.05), 1_000),
+    ]
+    few = max(200, runs // 10)
+    work: list[Callable[[], str]] = [
+        *(partial(_false_positive_row, *one, runs, _SEED + place) for place, one in enumerate(idle)),
+        partial(_power_rows, runs),
+        *(partial(_coverage_row, *one, runs, _SEED + 100 + place) for place, one in enumerate(worlds)),
+        *(partial(_quantile_row, share, few, _SEED + 200) for share in (0.5, 0.95)),
+    ]
+    rows = _side_by_side(work, workers)
+    cost = sequential_cost(ALPHA, 0.8)
     lines = [
         "# What the statistics promise, measured",
         "",
-        f"By `python -m benchmarks.trial_statistics {runs}`. With {runs:,} runs a share of 5% (or 95%)",
-        f"is known to {near[0]:.1%}, one of 80% to {near[1]:.1%}.",
+        f"By `python -m benchmarks.trial_statistics {runs}`, seeds from {_SEED} on. With {runs:,} runs a",
+        f"share of 5% (or 95%) is known to {near[0]:.1%}, one of 80% to {near[1]:.1%}.",
         "",
         f"## False positives of A/A experiments looked at {LOOKS} times (alpha 5%)",
         "",
         "| metric | units an arm | deciding method | fixed-horizon test at every look | at the last only |",
         "|---|---|---|---|---|",
-    ]
-    for place, (world, units) in enumerate(((shares(0.2, 0.2), 2_000), (means(), 2_000), (ratios(), 2_000))):
-        one = false_positives(world, runs=runs, units=units, seed=_SEED + place)
-        lines.append(f"| {world.name} | {units:,} | {one.deciding:.1%} | {one.naive:.1%} | {one.fixed:.1%} |")
-    lines += [
+        *rows[:3],
         "",
         "## Power at the planned size (80% wanted)",
         "",
         "| method | units an arm | found |",
         "|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {n:,} | {found:.1%} |" for name, n, found in fixed_power(runs=5 * runs, seed=_SEED)
-    ]
-    n, found = sequential_power(runs=runs, seed=_SEED)
-    lines.append(f"| confidence sequence, 20% to 25%, looked at 50 times | {n:,} | {found:.1%} |")
-    cost = sequential_cost(ALPHA, 0.8)
-    lines += [
+        rows[3],
         "",
         f"Looking whenever one wants costs {cost.at_most:.2f} times the fixed-horizon size at most and",
         f"{cost.on_average:.2f} times on average where the effect is there.",
@@ -325,35 +382,52 @@ def report(runs: int) -> str:
         "",
         "| metric | units an arm | difference | lift | sequence of the difference | of the lift |",
         "|---|---|---|---|---|---|",
-    ]
-    worlds = [
-        (shares(0.1, 0.12), 200),
-        (shares(0.1, 0.12), 1_000),
-        (shares(0.02, 0.02), 1_000),
-        (means(0.1), 200),
-        (means(0.1), 1_000),
-        (ratios(0.1), 200),
-        (ratios(0.1), 1_000),
-        (adjusted(0.05), 1_000),
-    ]
-    for place, (world, units) in enumerate(worlds):
-        seen = coverage(world, runs=runs, units=units, seed=_SEED + 100 + place, looks=_COVERAGE_LOOKS)
-        lines.append(
-            f"| {world.name} | {units:,} | {seen.fixed:.1%} | {seen.relative:.1%} | {seen.sequence:.1%} "
-            f"| {seen.relative_sequence:.1%} |"
-        )
-    lines += ["", "| quantile | units an arm | difference | exact sequence |", "|---|---|---|---|"]
-    for place, share in enumerate((0.5, 0.95)):
-        fixed, always = quantile_coverage(
-            share, runs=max(200, runs // 10), units=2_000, seed=_SEED + 200 + place, looks=5
-        )
-        lines.append(f"| p{share * 100:g} | 2,000 | {fixed:.1%} | {always:.1%} |")
-    lines += [
+        *rows[4:12],
         "",
-        f"Quantiles: {max(200, runs // 10):,} runs, 5 looks. Latencies are kept to 1%, so intervals are a",
-        "little wide.",
+        "| quantile | units an arm | difference | exact sequence |",
+        "|---|---|---|---|",
+        *rows[12:],
+        "",
+        f"Quantiles: {few:,} runs, 5 looks. Latencies are kept to 1%, so intervals are a little wide.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _false_positive_row(world: World, units: int, runs: int, seed: int) -> str:
+    one = false_positives(world, runs=runs, units=units, seed=seed)
+    return f"| {world.name} | {units:,} | {one.deciding:.1%} | {one.naive:.1%} | {one.fixed:.1%} |"
+
+
+def _power_rows(runs: int) -> str:
+    n, found = sequential_power(runs=runs, seed=_SEED)
+    rows = [*fixed_power(runs=5 * runs, seed=_SEED)]
+    rows.append(("confidence sequence, 20% to 25%, looked at 50 times", n, found))
+    return "\n".join(f"| {name} | {size:,} | {share:.1%} |" for name, size, share in rows)
+
+
+def _coverage_row(world: World, units: int, runs: int, seed: int) -> str:
+    seen = coverage(world, runs=runs, units=units, seed=seed, looks=_COVERAGE_LOOKS)
+    found = (seen.fixed, seen.relative, seen.sequence, seen.relative_sequence)
+    return f"| {world.name} | {units:,} | " + " | ".join(f"{share:.1%}" for share in found) + " |"
+
+
+def _quantile_row(share: float, runs: int, seed: int) -> str:
+    fixed, always = quantile_coverage(share, runs=runs, units=2_000, seed=seed, looks=5)
+    return f"| p{share * 100:g} | 2,000 | {fixed:.1%} | {always:.1%} |"
+
+
+def _side_by_side(work: Sequence[Callable[[], str]], workers: int) -> list[str]:
+    """Worlds hold functions, which no queue carries, so workers are forked and told only which."""
+    _WORK[:] = work
+    with get_context("fork").Pool(workers) as pool:
+        return pool.map(_worked, range(len(work)), chunksize=1)
+
+
+_WORK: list[Callable[[], str]] = []
+
+
+def _worked(place: int) -> str:
+    return _WORK[place]()
 
 
 if __name__ == "__main__":

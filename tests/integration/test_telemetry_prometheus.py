@@ -34,6 +34,10 @@ QUIET = {
     "PSI of the newest window",
     "Windows compared, alerts delivered",
     "Calls of the registry",
+    "Experiments and rollouts",
+    "What the platform decided",
+    "False positives of the placebos",
+    "Looks",
 }
 
 

@@ -2,21 +2,39 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from benchmarks.trial_statistics import (
+    ALPHA,
     World,
     adjusted,
     coverage,
     false_positives,
     fixed_power,
+    look_at,
     means,
     planned_looks,
     quantile_coverage,
     ratios,
     sequential_power,
     shares,
+    sizes_of,
 )
+from services.analytics.lifts import lift
+
+
+@pytest.mark.parametrize("world", [shares(0.02, 0.1), means(0.2), ratios(0.2)], ids=lambda world: world.name)
+def test_the_quick_look_is_what_results_show(world: World) -> None:
+    whole = world.draw(np.random.default_rng(0), 500)
+    for size in sizes_of(500, 4):
+        quick = look_at(whole, size, 1_000.0)
+        shown = lift(whole.where(np.arange(1_000) < 2 * size), alpha=ALPHA, tuning=1_000.0)
+        assert shown is not None
+        low, high = shown.sequence.interval
+        assert quick.p_value == pytest.approx(shown.fixed.p_value)
+        assert quick.radius * quick.std_error == pytest.approx((high - low) / 2)
+        assert quick.outside(0.0) == (low > 0 or high < 0)
 
 
 def slack(share: float, runs: int) -> float:
@@ -26,10 +44,10 @@ def slack(share: float, runs: int) -> float:
 
 @pytest.mark.parametrize("world", [shares(0.2, 0.2), ratios()], ids=lambda world: world.name)
 def test_peeking_makes_false_positives_but_not_of_the_deciding_method(world: World) -> None:
-    found = false_positives(world, runs=60, units=800, seed=1)
+    found = false_positives(world, runs=200, units=1_000, seed=1)
     assert found.deciding <= 0.05
     assert found.naive > 0.12
-    assert found.fixed <= 0.05 + slack(0.05, 60)
+    assert found.fixed <= 0.05 + slack(0.05, 200)
 
 
 def test_tests_find_the_planned_effect_as_often_as_planned() -> None:
