@@ -11,7 +11,7 @@ from headrace.v1.trials_pb2 import Bandit, Evidence, Trial, TrialArm, TrialMetri
 
 from services.analytics.bandit import bounded_weights, recommended_weights
 from services.analytics.evidence import Observed, statement_alpha, weigh
-from services.analytics.pace import Pace
+from services.analytics.pace import Open, Pace
 from services.analytics.placebo import ControlUnits, crossings, halves
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.stratified import Cells
@@ -244,7 +244,8 @@ def test_success_by_an_increase_is_better_and_by_a_decrease_harmful() -> None:
 
 def test_the_pace_is_shared_and_a_failing_trial_delays_only_itself() -> None:
     pace = Pace(share=0.1)
-    pace.keep(["a", "b"])
+    running = Open(1, running=True)
+    pace.keep({"a": running, "b": running})
     assert pace.next(0.0)[0] == "a"
     pace.looked("a", 0.0, 0.2)
     assert pace.next(0.0)[0] == "b"
@@ -264,8 +265,33 @@ def test_the_pace_is_shared_and_a_failing_trial_delays_only_itself() -> None:
     assert pace.next(14.5)[0] == "a"  # nothing new: every ten seconds
     pace.looked("a", 14.5, 0.01)
     assert pace.next(64.1)[0] == "a"
-    pace.keep(["b"])
+    pace.keep({"b": running})
     assert pace.next(64.1)[0] == "b"
+
+
+def test_what_is_asked_anew_is_looked_at_at_once_and_what_has_stopped_is_in_nobodys_way() -> None:
+    pace = Pace(share=0.1)
+    stopped = {f"old-{number}": Open(9, running=False) for number in range(50)}
+    pace.keep({"a": Open(1, running=True), **stopped})
+    for _ in range(51):
+        name, _ = pace.next(0.0)
+        assert name is not None
+        pace.looked(name, 0.0, 0.1)
+        pace.wake(name)
+    assert pace.next(0.9)[0] is None
+    assert pace.next(1.0)[0] == "a"  # 0.1 s of the one that runs, at a tenth of the time
+    pace.looked("a", 1.0, 60.0)
+    pace.wake("a")
+    assert pace.next(2.0)[0] is None
+    pace.keep({"a": Open(2, running=True), **stopped})
+    assert pace.next(2.0)[0] == "a"
+    pace.looked("a", 2.0, 60.0)
+    pace.wake("a")
+    due = {pace.next(10.0)[0]}
+    assert due <= set(stopped)
+    for name in stopped:
+        pace.looked(name, 10.0, 0.0)
+    assert pace.next(17.0)[0] == "a"  # however much it costs
 
 
 def test_trials_only_grow_and_a_deleted_one_is_gone() -> None:
