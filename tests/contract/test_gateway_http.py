@@ -17,6 +17,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
 from headrace.v1.events_pb2 import Outcome, OutcomeBatch
 from headrace.v1.tensor_pb2 import Code
 
+from services.common.targeting import attribute
 from services.common.topics import OUTCOMES
 from services.gateway.rest.outcomes import parse_outcomes
 from tests.fixtures.gateway import (
@@ -151,6 +152,31 @@ def test_answers(gateway: GatewayThread, path: str, body: dict[str, Any], expect
         "x-request-id",
         "content-length",
     ]
+
+
+def test_experiments_learn_who_asks_and_callers_which_one_assigned(gateway: GatewayThread) -> None:
+    def answer(request: PredictRequest) -> PredictReply:
+        reply = answer_like_a_worker(request)
+        reply.variant, reply.experiment = "new", "exp_1"
+        return reply
+
+    gateway.running.router.answer = answer
+    asked: dict[str, Any] = {"model": "cancer", "inputs": [ROW], "user_id": "u", "session_id": 7}
+    asked["attributes"] = {"country": "DE", "age": 41, "score": 0.5, "member": True}
+    for path in ("/v1/predict", "/v1/models/cancer/predict"):
+        said = predict(gateway, asked, path).json()
+        assert (said["variant"], said["experiment"], said["prediction"]) == ("new", "exp_1", ["benign"])
+        seen = gateway.running.router.requests[-1]
+        assert (seen.unit, seen.session) == ("u", "7")
+        assert {name: attribute(seen, name) for name in seen.attributes} == asked["attributes"]
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": ROW}
+    parameters = {"user_id": "u", "session_id": "s", "country": "DE"}
+    said = predict(gateway, {"inputs": [tensor], "parameters": parameters}, "/v2/models/cancer/infer").json()
+    assert (said["parameters"]["variant"], said["parameters"]["experiment"]) == ("new", "exp_1")
+    seen = gateway.running.router.requests[-1]
+    assert (seen.unit, seen.session, attribute(seen, "country")) == ("u", "s", "DE")
+    wrong = predict(gateway, asked | {"attributes": {"country": None}})
+    assert (wrong.status_code, wrong.json()["field"]) == (422, "attributes.country")
 
 
 def test_the_v2_timeout_is_honoured(gateway: GatewayThread) -> None:
