@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 #: A verdict that has not changed is said again after that time.
 _SAY_AGAIN_S = 30.0
+#: No trial that runs rests longer than this, whatever a look costs: rollouts wait for what is found.
+_LONGEST_REST_S = 15.0
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class Looking:
         self._bus = bus
         self._clock = clock
         self._metrics = metrics
-        self._pace = Pace(share)
+        self._pace = Pace(share, _LONGEST_REST_S)
         self._wake = asyncio.Event()
         self._said: dict[str, _Said] = {}
         self._lease = Lease(engine, clock, "trials")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: Two looks at one trial are at least so far apart, and where nothing seems to have happened, so far.
 _LEAST_S = 0.5
 _IDLE_S = 10.0
-#: No trial that runs rests longer than this, whatever a look costs: rollouts wait for what is found.
-_LONGEST_S = 15.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 
 
@@ -34,12 +33,13 @@ class _Place:
 
 class Pace:
     """Looks take about `share` of the time, divided evenly between the trials that run: after a look that
-    took t seconds a trial rests for n t / share where n of them run, and never for long. A trial without new data,
-    or one that has stopped, is looked at every ten seconds, one that fails after longer and longer rests,
-    which no other trial notices. What was asked anew is looked at at once."""
+    took t seconds a trial rests for n t / share where n of them run, or for `longest_s`. A trial without new
+    data, or one that has stopped, is looked at every ten seconds, one that fails after longer and longer
+    rests, which no other trial notices. What was asked anew is looked at at once."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, longest_s: float = math.inf) -> None:
         self._share = share
+        self._longest_s = longest_s
         self._places: dict[str, _Place] = {}
 
     def keep(self, trials: Mapping[str, Open]) -> None:
@@ -85,7 +85,7 @@ class Pace:
 
     def _rest(self, took: float) -> float:
         running = sum(place.trial.running for place in self._places.values())
-        return min(_LONGEST_S, took * max(1, running) / self._share)
+        return min(self._longest_s, took * max(1, running) / self._share)
 
     @staticmethod
     def _due(place: _Place) -> float:

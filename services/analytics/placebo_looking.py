@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.analytics import placebo_queries, placebo_store, trial_queries
 from services.analytics.lease import LEASE_WAIT_S, Lease
 from services.analytics.metrics import Metrics
-from services.analytics.pace import Pace
+from services.analytics.pace import Open, Pace
 from services.analytics.placebo import ALPHA, Crossings, crossings
 from services.analytics.placebo_store import Placebo
 from services.analytics.reading import Reader
@@ -109,7 +109,7 @@ class Placebos:
         except Exception:
             log.exception("placebos_failed")
             return _PERIOD_S
-        self._pace.keep(controls)
+        self._pace.keep(dict.fromkeys(controls, Open(0, running=True)))
         name, wait_s = self._pace.next(self._clock.monotonic())
         if name is None:
             return max(0.1, wait_s)

@@ -270,7 +270,7 @@ def test_the_pace_is_shared_and_a_failing_trial_delays_only_itself() -> None:
 
 
 def test_what_is_asked_anew_is_looked_at_at_once_and_what_has_stopped_is_in_nobodys_way() -> None:
-    pace = Pace(share=0.1)
+    pace = Pace(share=0.1, longest_s=15.0)
     stopped = {f"old-{number}": Open(9, running=False) for number in range(50)}
     pace.keep({"a": Open(1, running=True), **stopped})
     for _ in range(51):
