@@ -263,7 +263,7 @@ def test_what_a_full_queue_drops_is_counted() -> None:
         gate = threading.Event()
         write = sys.stdout.write
         def slow(text):
-            gate.wait(PATIENCE_S)
+            gate.wait(60)
             return write(text)
         sys.stdout.write = slow
         for number in range(logs._QUEUE_LINES + 50):
