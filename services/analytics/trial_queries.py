@@ -33,17 +33,32 @@ LATENCY_BASE = 1.01
 _OF_REQUESTS = {"error_rate", "latency_ms", "shadow_disagreement", "shadow_error_rate"}
 _WHOLE = 10_000
 
+# A fallback that answers in an experiment does so for the variant that the unit was given: that variant
+# failed.
 _MINE = """
-CREATE TEMP TABLE mine AS SELECT online.*, arms.arm FROM online JOIN arms ON arms.name = online.{column}
+CREATE TEMP TABLE mine AS
+SELECT online.* EXCLUDE (failed), arms.arm,
+       online.failed OR ($assigned AND online.version <> '' AND online.version <> arms.version) AS failed
+FROM online JOIN arms ON arms.name = online.{column}
 WHERE answered_at_us >= getvariable('started_us') AND coalesce(experiment, '') = $of
 """
 
+# In a rollout the version tells who answered, the chance whom the unit was given: where it is another arm's,
+# the fallback answered, and that arm failed (CODE_UNAVAILABLE).
 _EXPOSED = """
 CREATE TEMP TABLE exposed AS
-SELECT strata.arm AS arm, strata.stratum AS stratum, unit_hash, online.request_id, code, failed, cached,
+SELECT own.arm AS arm, own.stratum AS stratum, unit_hash, online.request_id, code, failed, cached,
        latency_us, version, predicted, predicted_text, rows, answered_at_us
-FROM mine AS online JOIN strata ON strata.arm = online.arm AND strata.revision = online.revision
-    AND strata.propensity = round(online.propensity * 10000)
+FROM mine AS online JOIN strata AS own ON own.arm = online.arm AND own.revision = online.revision
+    AND own.propensity = round(online.propensity * 10000)
+UNION ALL
+SELECT given.arm, given.stratum, unit_hash, online.request_id, 14, true, cached,
+       latency_us, version, predicted, predicted_text, rows, answered_at_us
+FROM mine AS online
+JOIN strata AS own ON own.arm = online.arm AND own.revision = online.revision
+JOIN strata AS given ON given.arm <> online.arm AND given.revision = online.revision
+    AND given.propensity = round(online.propensity * 10000)
+WHERE own.propensity <> given.propensity AND code <> 1 AND $rollout
 """
 
 # Evidence that needs no approximation takes one request of a unit in each period: later ones are no
@@ -149,6 +164,7 @@ class TrialQuestion:
     revision: int
     rollout: bool
     names: tuple[str, ...]
+    versions: tuple[str, ...]
     weights: tuple[int, ...]
     started_us: int
 
@@ -161,6 +177,7 @@ class TrialQuestion:
             revision=trial.revision,
             rollout=rollout,
             names=tuple(arm.version if rollout else arm.name for arm in trial.arms),
+            versions=tuple(arm.version for arm in trial.arms),
             weights=tuple(arm.weight for arm in trial.arms),
             started_us=trial.started_at_us,
         )
@@ -269,7 +286,7 @@ def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -
         }
     )
     connection.register("strata", table)
-    connection.execute(_EXPOSED)
+    connection.execute(_EXPOSED, {"rollout": question.rollout})
     shares = np.full((len(numbers), arms), np.nan)
     for key, stratum in numbers.items():
         shares[stratum] = [np.nan if chance is None else chance / _WHOLE for chance in key]
@@ -360,12 +377,14 @@ def _prepare(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> 
         pa.table(
             {
                 "name": pa.array(question.names, pa.string()),
+                "version": pa.array(question.versions, pa.string()),
                 "arm": pa.array(range(len(question.names)), pa.int32()),
             }
         ),
     )
     of = "" if question.rollout else question.trial_id
-    connection.execute(_MINE.format(column="version" if question.rollout else "variant"), {"of": of})
+    column = "version" if question.rollout else "variant"
+    connection.execute(_MINE.format(column=column), {"of": of, "assigned": not question.rollout})
     connection.execute(
         "CREATE TEMP VIEW before AS SELECT * FROM online WHERE answered_at_us < getvariable('started_us')"
     )

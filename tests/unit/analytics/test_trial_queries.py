@@ -118,7 +118,7 @@ WALK = [
     request(5, "2", 2, 1.0, 405, code=13),  # asked for by name
     request(3, "2", 2, 0.5, 405.5),
     request(1, "1", 2, 0.5, 405.6),
-    request(6, "1", 2, 0.1, 406),  # chance chose 2, and 1 answered instead
+    request(6, "1", 2, 0.3, 406),  # of weights that nobody has
     request(7, "1", 2, 0.5, 407, experiment="exp_9"),  # of an experiment
     request(8, "1", 1, 0.9, -5, code=13),  # before
 ]
@@ -223,6 +223,33 @@ def test_experiments_are_told_by_id_and_variant_and_outcomes_join(
     some = trial_queries.cells(connection, TrialMetric(name="revenue"))
     assert sorted(zip(some.totals.tolist(), some.counts.tolist(), strict=True)) == [(1.0, 1.0), (5.0, 2.0)]
     assert [one.requests for one in trial_queries.counts(connection, TrialQuestion.of(trial))] == [2, 3]
+
+
+def test_what_a_fallback_answers_is_a_failure_of_the_arm_that_was_given(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    split = [request(unit, "1", 1, 0.9, unit) for unit in range(8)]
+    log(connection, [*split, request(8, "2", 1, 0.1, 8), request(9, "1", 1, 0.1, 9)])
+    strata = trial_queries.open_trial(connection, rollout(1_000, 1))
+    first = trial_queries.visits(connection, strata).first
+    assert (first.units.tolist(), first.failed.tolist()) == ([[8, 2]], [[0, 1]])
+    assert trial_queries.cells(connection, TrialMetric(name="latency_ms")).units.size == 9
+    with duckdb.connect(":memory:") as other:
+        mine = {"experiment": "exp_1"}
+        log(
+            other,
+            [
+                request(1, "1", 1, 0.5, 1, variant="a", **mine),
+                request(2, "2", 1, 0.5, 2, variant="b", **mine),
+                request(3, "1", 1, 0.5, 3, variant="b", **mine),
+            ],
+        )
+        arms = [
+            TrialArm(name=name, version=version, weight=5_000) for name, version in (("a", "1"), ("b", "2"))
+        ]
+        trial = Trial(trial_id="exp_1", kind=Trial.KIND_EXPERIMENT, arms=arms, started_at_us=START_US)
+        strata = trial_queries.open_trial(other, TrialQuestion.of(trial))
+        assert trial_queries.visits(other, strata).first.failed.tolist() == [[0, 1]]
 
 
 def test_every_unit_weighs_the_same_in_a_histogram(connection: duckdb.DuckDBPyConnection) -> None:
