@@ -51,7 +51,7 @@ _Said = tuple[str, float, int, int, int, int, str]
 class PayloadPolicy:
     """What of the tensors is logged, in bytes. Of requests with inputs larger than `request_bytes` (images)
     some have them in the log, as many as fit into `large_bytes_per_s`, the others their outputs alone;
-    outputs that are larger are left out. Records are cut at about `record_bytes`; larger inputs are in none."""
+    outputs that are larger are left out. No record is larger than about `record_bytes`."""
 
     enabled: bool = True
     request_bytes: int = 1 << 16

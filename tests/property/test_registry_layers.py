@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,7 +53,7 @@ def weights(draw: st.DrawFn, count: int, least: int = 1) -> list[int]:
     spare = BUCKETS - count * least
     cuts = sorted(draw(st.lists(st.integers(0, spare), min_size=count - 1, max_size=count - 1)))
     edges = [0, *cuts, spare]
-    return [least + after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [least + after - before for before, after in pairwise(edges)]
 
 
 @given(data=st.data(), count=st.integers(2, 6))
