@@ -16,20 +16,21 @@ from services.common.ids import new_id
 
 log = structlog.get_logger(__name__)
 
-_LEASE = timedelta(seconds=30)
-_RENEW_S = 10.0
+#: How long the right to something lasts; it is renewed after a third of that.
+LEASE_S = 30.0
 
 #: When to ask again where another replica holds it.
 LEASE_WAIT_S = 3.0
 
 
 class Lease:
-    """The right to do `name` for half a minute, renewed by asking."""
+    """The right to do `name` for `lasts_s`, renewed by asking. Who is killed keeps it to its end."""
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, name: str) -> None:
+    def __init__(self, engine: AsyncEngine, clock: Clock, name: str, lasts_s: float = LEASE_S) -> None:
         self._engine = engine
         self._clock = clock
         self._name = name
+        self._lasts = timedelta(seconds=lasts_s)
         self._holder = new_id()
         self._held_until = float("-inf")
 
@@ -39,8 +40,8 @@ class Lease:
         if now < self._held_until:
             return True
         try:
-            if await self._hold(_LEASE):
-                self._held_until = now + _RENEW_S
+            if await self._hold(self._lasts):
+                self._held_until = now + self._lasts.total_seconds() / 3
                 return True
         except HeadraceError as error:
             log.info("lease_later", name=self._name, reason=error.message)
@@ -52,7 +53,7 @@ class Lease:
         """Let another one do it at once; where that fails, when the lease ends."""
         self._held_until = float("-inf")
         with suppress(Exception):
-            await self._hold(-_LEASE)
+            await self._hold(-self._lasts)
 
     async def _hold(self, lease: timedelta) -> bool:
         now = self._clock.now()

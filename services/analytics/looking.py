@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 #: A verdict that has not changed is said again after that time.
 _SAY_AGAIN_S = 30.0
+#: Short, since rollouts wait for whoever follows one that was killed; asked for at least every LEASE_WAIT_S.
+_LEASE_S = 9.0
 #: No trial that runs rests longer than this, whatever a look costs: rollouts wait for what is found.
 _LONGEST_REST_S = 15.0
 
@@ -77,7 +79,7 @@ class Looking:
         self._pace = Pace(share, _LONGEST_REST_S)
         self._wake = asyncio.Event()
         self._said: dict[str, _Said] = {}
-        self._lease = Lease(engine, clock, "trials")
+        self._lease = Lease(engine, clock, "trials", _LEASE_S)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -125,6 +127,7 @@ class Looking:
                 if name is not None:
                     await self._look(trials[name])
                     continue
+                wait_s = min(wait_s, LEASE_WAIT_S)
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()

@@ -16,7 +16,8 @@ def rollout_name(row: RolloutRow) -> str:
 
 def guard_rollout(row: RolloutRow, old: ServingConfig, new: ServingConfig) -> None:
     """Let `new` follow `old` while `row` runs: the shadow of a shadow step stays, and so does what versions
-    are there for. Raises FailedPrecondition where versions, weights or that shadow would change."""
+    are there for. Raises FailedPrecondition where versions, weights or that shadow would change, or a
+    fallback would come."""
     before = {version.version: version for version in old.versions}
     weights = {version.version: version.weight for version in new.versions}
     if weights != {name: version.weight for name, version in before.items()}:
@@ -28,6 +29,10 @@ def guard_rollout(row: RolloutRow, old: ServingConfig, new: ServingConfig) -> No
         )
     for version in new.versions:
         version.held = before[version.version].held
+    if new.HasField("fallback"):
+        raise FailedPrecondition(
+            f"a fallback hides failures from the guardrails of {rollout_name(row)}", field="fallback"
+        )
     if row.shadow_since is None:
         return
     if new.HasField("shadow") and new.shadow != old.shadow:

@@ -22,6 +22,7 @@ from services.registry.rollout_schemas import NewRolloutIn, check_rollout
 from services.registry.rollout_state import evidence_of, rollout_of, spec_of, trial_of
 from services.registry.rollout_steps import next_step
 from services.registry.rollout_words import back, loading
+from services.registry.schemas import storable
 from services.registry.tables import RolloutEventRow, RolloutRow
 from services.registry.trials import publish_trial
 from services.registry.workers import Workers
@@ -41,8 +42,8 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     controller does the rest.
 
     Raises InvalidArgument naming a wrong field, NotFound for an unknown model or version, FailedPrecondition
-    where the model is not deployed or several versions share its requests, Aborted while another rollout of
-    it is not finished.
+    where the model is not deployed, several versions share its requests or a fallback hides failures, Aborted
+    while another rollout of it is not finished.
     """
     check_rollout(wanted)
     if await tx.model(wanted.model, lock=True) is None:
@@ -59,6 +60,7 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     alias = await tx.alias(wanted.model, wanted.version)
     version = wanted.version if alias is None else alias.version
     previous = rollout_config.in_service(config)
+    rollout_config.check_unmasked(config, "model")
     if previous == version:
         raise InvalidArgument(f"version {version!r} answers everything already", field="version")
     added = await deployments.held_versions(tx, wanted.model, config, [version])
@@ -250,7 +252,9 @@ async def _go_back(tx: Repository, row: RolloutRow, clock: Clock) -> None:
 
 
 async def _hand_over(tx: Repository, row: RolloutRow, clock: Clock) -> None:
-    keep = spec_of(row).keep_previous
+    # Whoever asks for an alias of the previous version must go on being answered.
+    named = any(alias.version == row.previous_version for alias in await tx.aliases(row.model))
+    keep = named or spec_of(row).keep_previous
 
     def edit(config: ServingConfig) -> None:
         rollout_config.hand_over(config, row.version, row.previous_version, keep_previous=keep)
@@ -327,7 +331,8 @@ async def _open_alerts(tx: Repository, model: str, version: str) -> Sequence[Ale
         alert = DriftAlert.FromString(row.alert)
         if alert.version == version and not alert.resolved_at_us:
             critical = alert.severity == DriftAlert.SEVERITY_CRITICAL
-            alerts.append(Alert(alert.feature, critical, row.received_at, alert.message))
+            feature, message = storable(alert.feature), storable(alert.message)
+            alerts.append(Alert(feature, critical, row.received_at, message))
     return alerts
 
 

@@ -230,6 +230,11 @@ def checked(kind: type[M], values: dict[str, Any] | str | bytes) -> M:
         raise InvalidArgument(first["msg"], field=field_path(first["loc"]) or None) from None
 
 
+def storable(said: str) -> str:
+    """What another service said, as a column can hold it: without NULs, 2000 characters at most."""
+    return said.replace("\0", "\N{REPLACEMENT CHARACTER}")[:2000]
+
+
 def utc_us(moment: datetime) -> int:
     """Microseconds since the Unix epoch."""
     return round(moment.timestamp() * 1_000_000)

@@ -193,6 +193,8 @@ async def test_people_pause_resume_promote_and_abort_and_nobody_else_moves_weigh
         assert rollout in moved.json()["detail"]
         kept = await case.running.deploy("m", {"1": 90, "2": 10}, default_timeout_ms=1234)
         assert (kept.status_code, kept.json()["default_timeout_ms"]) == (200, 1234)
+        masked = await case.running.deploy("m", {"1": 90, "2": 10}, fallback={"version": "1"})
+        assert (masked.status_code, masked.json()["field"]) == (409, "fallback")
         gone = await rest.delete("/v1/deployments/m")
         assert (gone.status_code, rollout in gone.json()["detail"]) == (409, True)
         assert (await rest.delete("/v1/models/m/versions/2")).status_code == 409
@@ -368,6 +370,9 @@ async def test_what_is_wrong_is_named(
         await case.running.deploy("m", {"1": 50, "2": 50})
         split = await case.post("", {"model": "m", "version": "2"}, 409)
         assert "1 (50%), 2 (50%)" in split["detail"]
+        await case.running.deploy("m", {"1": 100, "2": 0}, fallback={"version": "2"})
+        masked = await case.post("", {"model": "m", "version": "2"}, 409)
+        assert "hides failures" in masked["detail"]
         await case.running.deploy("m", {"1": 100})
         for changes, status, field in BAD:
             body = {"model": "m", "version": "2"} | changes
