@@ -77,9 +77,8 @@ class Case:
         async def look() -> Trial | None:
             return self.around.trials.get(rollout_id)
 
-        found: Trial = await eventually_of(
-            look, lambda trial: trial is not None and trial.revision >= revision
-        )
+        found = await eventually_of(look, lambda trial: trial is not None and trial.revision >= revision)
+        assert found is not None
         return found
 
     async def say(self, rollout_id: str, *found: Evidence, **changes: Any) -> None:
@@ -238,7 +237,7 @@ async def test_people_pause_resume_promote_and_abort_and_nobody_else_moves_weigh
 
         # Drift of the new version alone, since it answers.
         now_us = int(datetime.now(UTC).timestamp() * 1e6)
-        drifted = {
+        drifted: dict[str, Any] = {
             "model": "m",
             "version": "2",
             "feature": "age",
