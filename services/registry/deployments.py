@@ -31,6 +31,10 @@ from services.registry.rollout_guard import guard_rollout, rollout_name
 from services.registry.schemas import CacheIn, DeployIn, FallbackIn, ShadowIn, utc_us
 from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
 
+#: The reason of revisions that experiments made; a bandit makes them without end, so old ones are forgotten.
+EXPERIMENT = "experiment"
+EXPERIMENT_REVISIONS_KEPT = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Revision:
@@ -113,12 +117,15 @@ async def revise(
     above: int = 0,
 ) -> Deployment:
     """Change what is deployed by `edit`, as one revision higher than `above`, or none where it changes
-    nothing. The caller holds the model's lock. Raises NotFound where the model is not deployed."""
+    nothing. Aliases of versions that come can be asked for from then on, those of versions that go cannot.
+    The caller holds the model's lock. Raises NotFound where the model is not deployed."""
     row = await tx.deployment(model)
     if row is None:
         raise not_deployed(model)
     config = ServingConfig.FromString(row.config)
     edit(config)
+    aliases = {alias.alias: alias.version for alias in await tx.aliases(model)}
+    _set_aliases(config, _resolvable(aliases, config.versions))
     if _same_state(ServingConfig.FromString(row.config), config):
         return _deployment(row)
     return await _commit_revision(tx, config, reason, clock, above=above)
@@ -150,9 +157,6 @@ def release(config: ServingConfig, needed: Collection[str]) -> None:
         kept = [ServedVersion.FromString(version.SerializeToString()) for version in stay]
         del config.versions[:]
         config.versions.extend(kept)
-        served = {version.version for version in kept}
-        for alias in [alias for alias, version in config.aliases.items() if version not in served]:
-            del config.aliases[alias]
 
 
 def set_weights(config: ServingConfig, weights: Mapping[str, int]) -> None:
@@ -220,8 +224,7 @@ async def refresh_aliases(tx: Repository, model: str, clock: Clock) -> None:
     aliases = _resolvable({alias.alias: alias.version for alias in await tx.aliases(model)}, config.versions)
     if dict(config.aliases) == aliases:
         return
-    config.aliases.clear()
-    config.aliases.update(aliases)
+    _set_aliases(config, aliases)
     await _commit_revision(tx, config, "alias", clock)
 
 
@@ -350,6 +353,11 @@ def _resolvable(aliases: Mapping[str, str], served: Sequence[ServedVersion]) -> 
     return {alias: version for alias, version in aliases.items() if version in versions}
 
 
+def _set_aliases(config: ServingConfig, aliases: Mapping[str, str]) -> None:
+    config.aliases.clear()
+    config.aliases.update(aliases)
+
+
 def _same_state(a: ServingConfig, b: ServingConfig) -> bool:
     """Equal but for when and as what revision they were published."""
     left, right = ServingConfig(), ServingConfig()
@@ -372,6 +380,8 @@ async def _commit_revision(
     tx.add(
         HistoryRow(model=config.model, revision=config.revision, reason=reason, config=value, created_at=now)
     )
+    if reason == EXPERIMENT:
+        await tx.prune_history(config.model, reason, config.revision - EXPERIMENT_REVISIONS_KEPT)
     tx.publish(DEPLOYMENTS, config.model, value)
     return Deployment(config=config, updated_at_us=utc_us(now))
 

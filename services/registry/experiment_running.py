@@ -18,6 +18,8 @@ from services.registry.tables import ExperimentRow
 from services.registry.trial_schemas import ten_thousandths
 from services.registry.trials import experiment_trial, publish_trial
 
+#: Experiments that run on one model: every router and worker reads all of them with every revision.
+MOST_AT_ONCE = 100
 #: Whether a worker has loaded a version of what is configured.
 Readiness = Callable[[ServingConfig, str], bool]
 
@@ -26,13 +28,15 @@ async def begin(tx: Repository, row: ExperimentRow, clock: Clock, ready: Readine
     """Let `row` run and answer "", or answer what it has to wait for: versions that only experiments and
     rollouts need must be loaded before anybody is sent to them. They are brought by this.
 
-    Raises FailedPrecondition where the model is not deployed or the traffic is not free, NotFound for a
-    version that was deleted meanwhile.
+    Raises FailedPrecondition where the model is not deployed, the traffic is not free or too many run,
+    NotFound for a version that was deleted meanwhile.
     """
     deployed = await tx.deployment(row.model)
     if deployed is None:
         raise FailedPrecondition(f"{row.model} is not deployed; deploy it first", field="model")
     config = ServingConfig.FromString(deployed.config)
+    if len(config.experiments) >= MOST_AT_ONCE:
+        raise FailedPrecondition(f"{MOST_AT_ONCE} experiments run on {row.model} already", field="model")
     layer = free_layer(config, row)
     versions = [variant.version for variant in spec_of(row).variants]
     brought = await deployments.held_versions(tx, row.model, config, versions)
@@ -40,7 +44,7 @@ async def begin(tx: Repository, row: ExperimentRow, clock: Clock, ready: Readine
     if unloaded:
         if brought:
             await deployments.revise(
-                tx, row.model, "experiment", clock, lambda config: config.versions.extend(brought)
+                tx, row.model, deployments.EXPERIMENT, clock, lambda config: config.versions.extend(brought)
             )
         return f"no worker of pool {config.pool} has loaded version {unloaded} yet"
     now = clock.now()
@@ -123,7 +127,9 @@ async def _publish(
     tx: Repository, row: ExperimentRow, clock: Clock, edit: Callable[[ServingConfig], None]
 ) -> None:
     """One revision of the deployment, and the Trial with the same one: units are logged with it."""
-    deployed = await deployments.revise(tx, row.model, "experiment", clock, edit, above=row.revision)
+    deployed = await deployments.revise(
+        tx, row.model, deployments.EXPERIMENT, clock, edit, above=row.revision
+    )
     row.revision = max(row.revision, deployed.config.revision)
     if row.started_at is not None:
         publish_trial(tx, experiment_trial(row))

@@ -33,6 +33,8 @@ from services.registry.schemas import checked
 from services.registry.tables import ExperimentEventRow, ExperimentRow
 from services.registry.trial_schemas import ten_thousandths
 
+#: Changes of weight kept in the history of an experiment: a bandit makes one every second if told to.
+REWEIGHTINGS_KEPT = 1000
 #: What may change while units are in it: anything else would make another experiment of it.
 _WHILE_RUNNING = frozenset(
     {"name", "description", "traffic", "variants", "overrides", "stop_at", "auto_stop", "planned_units"}
@@ -206,6 +208,8 @@ async def reweight(
     row.weighted_at = clock.now()
     row.revision += 1
     note(tx, row, clock, "reweighted", reason, {"weights": [weight / BUCKETS for weight in weights]})
+    await tx.flush()
+    await tx.prune_reweightings(row.experiment_id, REWEIGHTINGS_KEPT)
     await reconfigure(tx, row, clock)
 
 

@@ -163,6 +163,11 @@ class Repository(TrialQueries, RolloutQueries):
         statement = statement.order_by(HistoryRow.revision.desc()).limit(limit)
         return (await self._session.scalars(statement)).all()
 
+    async def prune_history(self, model: str, reason: str, below: int) -> None:
+        """Delete revisions below `below` that were made for `reason`."""
+        old = (HistoryRow.model == model, HistoryRow.revision < below, HistoryRow.reason == reason)
+        await self._session.execute(delete(HistoryRow).where(*old))
+
     # keys
 
     async def insert_key(self, row: dict[str, Any]) -> None:
