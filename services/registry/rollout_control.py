@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
+import structlog
+from google.protobuf.message import DecodeError
+
 from services.registry.edge import Edge
 from services.registry.repository import Repository
 from services.registry.rollout_plan import Action
@@ -15,6 +18,8 @@ from services.registry.rollouts import carry_out, facts_of, is_news
 from services.registry.tables import RolloutRow
 from services.registry.trials import publish_trial
 from services.registry.workers import Workers
+
+log = structlog.get_logger(__name__)
 
 #: Evidence of a finished rollout goes on being counted so long: outcomes come late.
 CLOSED_AFTER: Final = timedelta(days=1)
@@ -32,7 +37,16 @@ class RolloutActor:
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
         """Rollouts that have something to do or to say now."""
-        found = [row.rollout_id for row in await tx.open_rollouts() if await self._is_due(tx, row, now)]
+        found = []
+        for row in await tx.open_rollouts():
+            try:
+                due = await self._is_due(tx, row, now)
+            except (DecodeError, ValueError) as error:
+                # One that cannot be read must not hold up the others.
+                log.warning("rollout_not_read", trial=row.rollout_id, reason=str(error))
+                continue
+            if due:
+                found.append(row.rollout_id)
         for status, count in (await tx.rollout_counts()).items():
             self._edge.metrics.rollouts.labels(status).set(count)
         return found

@@ -145,11 +145,12 @@ class Rollout:
 @dataclass(frozen=True, slots=True)
 class Readiness:
     """Of the live workers of the model's pool: how many there are, how many can answer for the new version,
-    and what the first one that cannot load it says."""
+    what the first one that cannot load it says, and the first one that has no room for it now."""
 
     workers: int
     ready: int
     error: str = ""
+    no_room: str = ""
 
     @property
     def complete(self) -> bool:

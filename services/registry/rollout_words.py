@@ -71,7 +71,8 @@ def loading(rollout: Rollout, readiness: Readiness) -> str:
     """How far the workers are."""
     if readiness.workers == 0:
         return f"no live worker serves {rollout.model}"
-    return f"{readiness.ready} of {readiness.workers} workers have loaded version {rollout.version}"
+    so_far = f"{readiness.ready} of {readiness.workers} workers have loaded version {rollout.version}"
+    return f"{so_far} ({readiness.no_room})" if readiness.no_room else so_far
 
 
 def loaded(rollout: Rollout, readiness: Readiness) -> str:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Final
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.registry.tables import ExperimentEventRow, ExperimentRow, RolloutRow, VerdictRow
+
+#: Clocks of two machines differ by less.
+_CLOCKS_DIFFER: Final = timedelta(seconds=60)
 
 
 class TrialQueries:
@@ -85,6 +89,13 @@ class TrialQueries:
         statement = statement.order_by(ExperimentEventRow.id.desc()).limit(limit)
         return (await self._session.scalars(statement)).all()
 
+    async def prune_reweightings(self, experiment_id: str, keep: int) -> None:
+        """Delete all changes of weight but the newest `keep`."""
+        events = ExperimentEventRow
+        old = select(events.id).where(events.experiment_id == experiment_id, events.kind == "reweighted")
+        old = old.order_by(events.id.desc()).offset(keep)
+        await self._session.execute(delete(events).where(events.id.in_(old)))
+
     # trials
 
     async def trials_of(self, model: str) -> Sequence[str]:
@@ -105,14 +116,19 @@ class TrialQueries:
     async def put_verdict(
         self, trial_id: str, verdict: bytes, computed_at: datetime, received_at: datetime
     ) -> None:
-        """One computed before the verdict that is there changes nothing."""
+        """One computed before the verdict that is there changes nothing; but one that claims to come from
+        the future, of a clock that was set back since, gives way to every other."""
         values = {"verdict": verdict, "computed_at": computed_at, "received_at": received_at}
         statement = insert(VerdictRow).values(trial_id=trial_id, **values)
+        new = statement.excluded
+        ahead = (VerdictRow.computed_at > received_at + _CLOCKS_DIFFER) & (
+            VerdictRow.computed_at != new.computed_at
+        )
         await self._session.execute(
             statement.on_conflict_do_update(
                 index_elements=["trial_id"],
                 set_=values,
-                where=VerdictRow.computed_at < statement.excluded.computed_at,
+                where=(VerdictRow.computed_at < new.computed_at) | ahead,
             )
         )
 

@@ -13,6 +13,7 @@ from services.common.bus import Bus, Table
 from services.common.clock import Clock
 from services.common.topics import WORKERS
 from services.registry.rollout_plan import Readiness
+from services.registry.schemas import storable
 
 #: A worker that was not heard of for so many of its intervals is gone.
 MISSED: Final = 3
@@ -59,7 +60,7 @@ class Workers:
         for worker_id in [name for name, heard in self._heard.items() if heard.until < now]:
             del self._heard[worker_id]
         digest = next((v.artifact_digest for v in config.versions if v.version == version), "")
-        ready, workers, error = 0, 0, ""
+        ready, workers, error, no_room = 0, 0, "", ""
         for worker_id, heard in sorted(self._heard.items()):
             if heard.status.pool != config.pool:
                 continue
@@ -71,10 +72,15 @@ class Workers:
                 if (loaded.model, loaded.version, loaded.artifact_digest) == (config.model, version, digest)
             }
             ready += LoadedVersion.STATE_READY in states
+            if LoadedVersion.STATE_READY in states:
+                continue
             failed = states.get(LoadedVersion.STATE_FAILED)
-            if failed is not None and LoadedVersion.STATE_READY not in states and not error:
-                error = f"{worker_id}: {failed or 'no reason given'}"
-        return Readiness(workers, ready, error)
+            if failed is not None and not error:
+                error = storable(f"{worker_id}: {failed or 'no reason given'}")
+            out = states.get(LoadedVersion.STATE_EVICTED)
+            if out is not None and not no_room:
+                no_room = storable(f"{worker_id}: {out or 'it made room for another version'}")
+        return Readiness(workers, ready, error, no_room)
 
     def is_ready(self, config: ServingConfig, version: str) -> bool:
         """Whether some worker of `config`'s pool can answer for `version` of its model."""
