@@ -18,11 +18,12 @@ async def explain_assignment(tx: Repository, experiment_id: str, request: Predic
     deployed = await tx.deployment(row.model)
     model = await tx.model(row.model)
     config = ServingConfig() if deployed is None else ServingConfig.FromString(deployed.config)
-    if row.status == "running":
+    running = any(experiment.experiment_id == experiment_id for experiment in config.experiments)
+    if running:
         together = list(config.experiments)
-    elif row.status == "stopped":
+    elif row.status in ("running", "stopped"):  # it was stopped between our two looks
         together = [served_experiment(row)]
     else:
         together = [*config.experiments, served_experiment(row, planned_layer(config, row))]
     holdout = 0 if model is None else model.holdout
-    return explain(row.model, together, holdout, experiment_id, request, running=row.status == "running")
+    return explain(row.model, together, holdout, experiment_id, request, running=running)

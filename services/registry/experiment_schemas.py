@@ -54,6 +54,8 @@ UNITS: Final[dict[UnitName, Unit]] = {
     "session": Unit.UNIT_SESSION,
     "request": Unit.UNIT_REQUEST,
 }
+#: Of an experiment's conditions as JSON: they travel with every revision of the model's configuration.
+MOST_TARGETING_BYTES: Final = 1 << 16
 PositiveShare = Annotated[Share, Field(gt=0)]
 
 
@@ -176,6 +178,13 @@ def check_experiment(spec: ExperimentIn) -> None:
     check_metrics(spec.metrics)
     for index, condition in enumerate(spec.targeting):
         _check_values(condition, f"targeting[{index}].values")
+    size = sum(len(condition.model_dump_json()) for condition in spec.targeting)
+    if size > MOST_TARGETING_BYTES:
+        raise InvalidArgument(
+            f"the conditions are {size:,} bytes long, more than the {MOST_TARGETING_BYTES:,} that fit; let "
+            "callers send an attribute that says who is meant",
+            field="targeting",
+        )
     _check_overrides(spec)
     if spec.start_at is not None and spec.stop_at is not None and spec.stop_at <= spec.start_at:
         raise InvalidArgument("stop_at is not after start_at", field="stop_at")
