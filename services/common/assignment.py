@@ -26,8 +26,11 @@ class Buckets:
     __slots__ = ("_keyed",)
 
     def __init__(self, salt: str) -> None:
+        key = salt.encode()
+        if len(key) > blake2b.MAX_KEY_SIZE:
+            key = blake2b(key).digest()  # cut off, it would be that of other models with long names
         # Made once: taking the key costs as much as hashing a unit.
-        self._keyed = blake2b(digest_size=8, key=salt.encode()[:64])
+        self._keyed = blake2b(digest_size=8, key=key)
 
     def of(self, unit: bytes) -> int:
         """0 … 9999, uniform over units, and the same for a unit as long as the salt stays."""
