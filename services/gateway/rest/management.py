@@ -140,7 +140,7 @@ def _handler(client: httpx.AsyncClient, service: Upstream, keys: KeyRing, clock:
         reads = request.method in _READS
         caller = authenticated(request, keys, Scope.READ if reads else service.writes, clock.monotonic())
         asked = request.query_params.getlist("model") if reads else ()
-        require_models(caller, request.url.path, asked)
+        require_models(caller, request.scope["path"], asked)
         return await _forward(client, service, request, caller)
 
     return passed_on
@@ -199,9 +199,10 @@ async def _forward(client: httpx.AsyncClient, service: Upstream, request: Reques
 def _url(service: Upstream, request: Request) -> httpx.URL:
     path: bytes = request.scope["raw_path"].split(b"?")[0]
     # Dot segments, plain or escaped, would lead out of the prefix that the scope was checked for.
-    segments = request.url.path.split("/")
+    # Not `request.url`, which is put together from a Host header of the caller's making.
+    segments = request.scope["path"].split("/")
     if ".." in segments or "." in segments or b"%2f" in path.lower():
-        raise NotFound(f"There is nothing at {request.url.path}.")
+        raise NotFound(f"There is nothing at {request.scope['path']}.")
     query: bytes = request.scope["query_string"]
     return httpx.URL(service.base_url).copy_with(raw_path=path + (b"?" + query if query else b""))
 
