@@ -33,18 +33,21 @@ LATENCY_BASE = 1.01
 _OF_REQUESTS = {"error_rate", "latency_ms", "shadow_disagreement", "shadow_error_rate"}
 _WHOLE = 10_000
 
-# A fallback that answers in an experiment does so for the variant that the unit was given: that variant
-# failed.
+# By intention to treat: a fallback that answers does so for the variant that the unit was given, and that
+# variant failed. A rollout's variants are named as versions are, unless a deployment gives them names of its
+# own: of those the version tells the arm.
 _MINE = """
 CREATE TEMP TABLE mine AS
 SELECT online.* EXCLUDE (failed), arms.arm,
-       online.failed OR ($assigned AND online.version <> '' AND online.version <> arms.version) AS failed
-FROM online JOIN arms ON arms.name = online.{column}
+       online.failed OR (online.version <> '' AND online.version <> arms.version) AS failed
+FROM online JOIN arms ON arms.name = CASE
+    WHEN $rollout AND online.variant NOT IN (SELECT name FROM arms) THEN online.version
+    ELSE online.variant END
 WHERE answered_at_us >= getvariable('started_us') AND coalesce(experiment, '') = $of
 """
 
-# In a rollout the version tells who answered, the chance whom the unit was given: where it is another arm's,
-# the fallback answered, and that arm failed (CODE_UNAVAILABLE).
+# Of variants with names of their own the chance tells whom the unit was given: where it is another arm's, the
+# fallback answered, and that arm failed.
 _EXPOSED = """
 CREATE TEMP TABLE exposed AS
 SELECT own.arm AS arm, own.stratum AS stratum, unit_hash, online.request_id, code, failed, cached,
@@ -52,13 +55,13 @@ SELECT own.arm AS arm, own.stratum AS stratum, unit_hash, online.request_id, cod
 FROM mine AS online JOIN strata AS own ON own.arm = online.arm AND own.revision = online.revision
     AND own.propensity = round(online.propensity * 10000)
 UNION ALL
-SELECT given.arm, given.stratum, unit_hash, online.request_id, 14, true, cached,
+SELECT given.arm, given.stratum, unit_hash, online.request_id, code, code <> 1, cached,
        latency_us, version, predicted, predicted_text, rows, answered_at_us
 FROM mine AS online
 JOIN strata AS own ON own.arm = online.arm AND own.revision = online.revision
 JOIN strata AS given ON given.arm <> online.arm AND given.revision = online.revision
     AND given.propensity = round(online.propensity * 10000)
-WHERE own.propensity <> given.propensity AND code <> 1 AND $rollout
+WHERE own.propensity <> given.propensity AND $rollout
 """
 
 # Evidence that needs no approximation takes one request of a unit in each period: later ones are no
@@ -268,7 +271,7 @@ def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -
     for revision, seen in chances.items():
         key = tuple(_completed(seen))
         stratum = numbers.setdefault(key, len(numbers))
-        rows += [(revision, arm, chance, stratum) for arm, chance in enumerate(seen) if chance is not None]
+        rows += [(revision, arm, chance, stratum) for arm, chance in enumerate(key) if chance is not None]
         if seen[0] is not None:
             last = stratum
     rows += _bake_rows(connection, question, last)
@@ -383,8 +386,7 @@ def _prepare(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> 
         ),
     )
     of = "" if question.rollout else question.trial_id
-    column = "version" if question.rollout else "variant"
-    connection.execute(_MINE.format(column=column), {"of": of, "assigned": not question.rollout})
+    connection.execute(_MINE, {"of": of, "rollout": question.rollout})
     connection.execute(
         "CREATE TEMP VIEW before AS SELECT * FROM online WHERE answered_at_us < getvariable('started_us')"
     )

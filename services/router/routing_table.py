@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 import structlog
 from headrace.v1.control_pb2 import Balancing, Experiment, ServedVersion, ServingConfig
-from headrace.v1.control_pb2 import Fallback as FallbackConfig
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
@@ -176,7 +175,7 @@ class Route:
             self.hedging = Hedging(quantile, config.hedging.min_delay_ms / 1e3)
         self.fallback: Fallback | None = None
         if config.HasField("fallback"):
-            self.fallback = self._fallback(config.fallback)
+            self.fallback = self._fallback(config)
         #: Whether somebody else may have to do with a request that was assigned.
         self.watched = self.shadow is not None or self.fallback is not None
         #: None where no experiment runs.
@@ -203,22 +202,27 @@ class Route:
                 raise ValueError(f"variant {variant.name!r} of {experiment.experiment_id} is not served")
             label = {"variant": variant.name, "experiment": experiment.experiment_id}
             arm = Target(config.model, served[variant.version], share, config.revision, **label)
-            fallback = self.fallback
-            if fallback is not None and fallback.target.key != arm.key:
-                # Whoever answers in the end, the unit was given this variant and counts for it.
-                stand_in = served[fallback.target.version]
-                other = Target(config.model, stand_in, share, config.revision, **label)
-                arm.fallback = Fallback(other, fallback.on)
+            if self.fallback is not None:
+                self._stand_in(config, arm, self.fallback, label)
             arms.append(arm)
         return arms
 
-    def _fallback(self, config: FallbackConfig) -> Fallback:
+    def _fallback(self, config: ServingConfig) -> Fallback:
         """Who stands in for all others."""
-        fallback = Fallback(self._served(config.version, "fallback"), config.on)
+        fallback = Fallback(self._served(config.fallback.version, "fallback"), config.fallback.on)
         for target in self._targets:
-            if target is not fallback.target:
-                target.fallback = fallback
+            self._stand_in(config, target, fallback, {"variant": target.variant})
         return fallback
+
+    @staticmethod
+    def _stand_in(config: ServingConfig, arm: Target, fallback: Fallback, label: Mapping[str, str]) -> None:
+        """Have the fallback answer where `arm` fails. Whoever answers in the end, the unit was given this
+        variant and counts for it."""
+        if arm.key == fallback.target.key:
+            return
+        (served,) = (one for one in config.versions if one.version == fallback.target.version)
+        other = Target(config.model, served, arm.propensity, config.revision, **label)
+        arm.fallback = Fallback(other, fallback.on)
 
     def _served(self, version: str, role: str) -> Target:
         for target in self._targets:

@@ -228,12 +228,22 @@ def test_experiments_are_told_by_id_and_variant_and_outcomes_join(
 def test_what_a_fallback_answers_is_a_failure_of_the_arm_that_was_given(
     connection: duckdb.DuckDBPyConnection,
 ) -> None:
-    split = [request(unit, "1", 1, 0.9, unit) for unit in range(8)]
-    log(connection, [*split, request(8, "2", 1, 0.1, 8), request(9, "1", 1, 0.1, 9)])
-    strata = trial_queries.open_trial(connection, rollout(1_000, 1))
+    split = [request(unit, "1", 1, 0.5, unit) for unit in range(8)]
+    stood_in = [request(8, "1", 1, 0.5, 8, variant="2"), request(9, "1", 1, 0.5, 9, variant="2")]
+    log(connection, [*split, *stood_in])  # the new version never answered
+    strata = trial_queries.open_trial(connection, rollout(5_000, 1))
     first = trial_queries.visits(connection, strata).first
-    assert (first.units.tolist(), first.failed.tolist()) == ([[8, 2]], [[0, 1]])
-    assert trial_queries.cells(connection, TrialMetric(name="latency_ms")).units.size == 9
+    assert (first.units.tolist(), first.failed.tolist()) == ([[8, 2]], [[0, 2]])
+    latencies = trial_queries.cells(connection, TrialMetric(name="latency_ms"))
+    assert latencies.arms.tolist().count(1) == 2  # what the units got
+    counted = trial_queries.counts(connection, rollout(5_000, 1))
+    assert [(one.requests, one.errors) for one in counted] == [(8, 0), (2, 2)]
+    with duckdb.connect(":memory:") as other:
+        named = [request(unit, "1", 1, 0.9, unit, variant="old") for unit in range(8)]
+        log(other, [*named, *[request(unit, "1", 1, 0.1, unit, variant="new") for unit in (8, 9)]])
+        strata = trial_queries.open_trial(other, rollout(1_000, 1))
+        first = trial_queries.visits(other, strata).first
+        assert (first.units.tolist(), first.failed.tolist()) == ([[8, 2]], [[0, 2]])
     with duckdb.connect(":memory:") as other:
         mine = {"experiment": "exp_1"}
         log(

@@ -147,6 +147,13 @@ def test_a_fallback_is_one_of_the_versions_served() -> None:
     assert route.fallback is not None
     assert route.fallback.target.version == "1"
     assert route.fallback.on == FAILURES
+    new = next(target for target in route.targets if target.version == "2")
+    assert new.fallback is not None
+    stand_in = new.fallback.target
+    # The unit was given the new version, and counts for it.
+    assert (stand_in.version, stand_in.variant, stand_in.propensity) == ("1", new.variant, new.propensity)
+    assert PredictRequest.FromString(new.stamp + stand_in.name).variant == new.variant
+    assert route.named("1").fallback is None
     only = Route(config(fallback=Fallback(version="1", on=[Code.CODE_INTERNAL])), 30)
     assert only.fallback is not None
     assert only.fallback.on == {Code.CODE_INTERNAL}
