@@ -68,8 +68,11 @@ class ArtifactCache:
                 for file in _parse(manifest, digest):
                     tasks.create_task(self._file(file, partial / file.path))
             await asyncio.to_thread(_publish, partial, final, manifest)
-        except* HeadraceError as group:
-            raise _first(group) from group
+        except BaseExceptionGroup as group:  # what `except*` raises, early 3.11 wraps in a group again
+            failed = group.subgroup(HeadraceError)
+            if failed is None:
+                raise
+            raise _first(failed) from group
         finally:
             await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
         return final
