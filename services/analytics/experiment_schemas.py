@@ -34,6 +34,7 @@ class PlanIn(_Input):
     variants: Annotated[int, Field(ge=2, le=100)] = 2
     ratio: Annotated[FiniteFloat, Field(ge=0.001, le=1000)] = 1.0
     sequential: bool = True
+    looks: Annotated[int, Field(ge=1, le=50)] = 5
     units_per_day: Annotated[FiniteFloat, Field(gt=0)] | None = None
     units_per_variant: Annotated[int, Field(ge=2, le=10**12)] | None = None
 
@@ -67,6 +68,7 @@ class PlanIn(_Input):
             sequential=self.sequential,
             units_per_day=self.units_per_day,
             units=self.units_per_variant,
+            looks=self.looks,
         )
 
     def _base(self) -> float:

@@ -10,13 +10,20 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from services.analytics.statistics import power
+from services.analytics.statistics import group_sequential, power
 from services.analytics.statistics.boundaries import normal_mixture
 from services.common.errors import InvalidArgument
 
 Json = dict[str, Any]
 Metric = Literal["proportion", "mean"]
+Bounds = Literal["obrien_fleming", "pocock"]
 
+SPENDING: dict[Bounds, group_sequential.Spending] = {
+    "obrien_fleming": group_sequential.obrien_fleming_spending,
+    "pocock": group_sequential.pocock_spending,
+}
+
+_LOOK_WALKS = 100_000
 _WALKS, _STEPS, _HORIZON, _SEED = 10_000, 400, 4.0, 20_260
 #: The normal law's sizes hold from about this many expected events of a kind on.
 _FEW_EVENTS = 10
@@ -39,6 +46,7 @@ class Question:
     sequential: bool = True
     units_per_day: float | None = None
     units: int | None = None
+    looks: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,8 @@ class SequentialCost:
 
 
 def plan(question: Question) -> Json:
-    """Units for a fixed-horizon test and for an always-valid one, or the least effect that given units find.
-    Comparisons of several variants share alpha equally, as decisions do."""
+    """Units for a fixed-horizon test, for an always-valid one and for a few planned looks, or the least effect
+    that given units find. Comparisons of several variants share alpha equally, as decisions do."""
     alpha = question.alpha / (question.variants - 1)
     shown: Json = {
         "metric": question.metric,
@@ -87,6 +95,14 @@ def plan(question: Question) -> Json:
                 "factors simulated"
             ),
         }
+        shown["planned_looks"] = {
+            bounds: {
+                "looks": question.looks,
+                "factor": (factor := planned_looks_cost(bounds, question.looks, alpha, question.power)),
+                **_sizes(question, math.ceil(units * factor)),
+            }
+            for bounds in SPENDING
+        }
     shown["summary"] = _words(shown)
     return shown
 
@@ -108,6 +124,20 @@ def sequential_cost(alpha: float, wanted: float) -> SequentialCost:
     if not math.isfinite(most):
         most = _HORIZON
     return SequentialCost(round(most, 2), round(float(np.minimum(when, most).mean()), 2))
+
+
+@lru_cache(maxsize=64)
+def planned_looks_cost(bounds: Bounds, looks: int, alpha: float, wanted: float) -> float:
+    """The size at which that many even looks with group-sequential bounds have the power, in multiples of the
+    fixed-horizon size: by seeded random walks."""
+    times = np.arange(1, looks + 1) / looks
+    limits = np.array(group_sequential.bounds(times.tolist(), alpha=alpha, spending=SPENDING[bounds]))
+    rng = np.random.default_rng(_SEED)
+    walks = np.cumsum(rng.standard_normal((_LOOK_WALKS, looks)), axis=1) / np.sqrt(np.arange(1, looks + 1))
+    drift = float(stats.norm.isf(alpha / 2) + stats.norm.ppf(wanted)) * np.sqrt(times)
+    # Of each walk the least root of the factor that carries it over some bound.
+    needed = np.min((limits - walks) / drift, axis=1)
+    return round(float(np.quantile(np.maximum(needed, 0.0), wanted)) ** 2, 3)
 
 
 def _units(question: Question, alpha: float) -> float:

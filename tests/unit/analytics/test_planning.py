@@ -20,6 +20,17 @@ def test_five_percent_and_a_tenth_more_need_31_234_users_each() -> None:
     assert "31,234 units in each variant" in found["summary"]
 
 
+def test_planned_looks_cost_what_the_textbook_says() -> None:
+    """Inflation factors for five looks at 80% power (Jennison & Turnbull 2000, tables 2.2 and 2.4 for the
+    classical bounds; spending functions come close to them)."""
+    found = plan(PlanIn(baseline=0.05, relative_effect=0.1).question())["planned_looks"]
+    assert found["obrien_fleming"]["factor"] == pytest.approx(1.028, abs=0.015)
+    assert found["pocock"]["factor"] == pytest.approx(1.229, abs=0.03)
+    assert found["obrien_fleming"]["units_per_variant"] < found["pocock"]["units_per_variant"]
+    once = plan(PlanIn(baseline=0.05, relative_effect=0.1, looks=1).question())["planned_looks"]
+    assert once["pocock"]["factor"] == pytest.approx(1, abs=0.02)
+
+
 def test_given_units_say_what_they_find() -> None:
     found = plan(PlanIn(baseline=0.05, units_per_variant=31_234).question())
     assert found["detectable"]["rise"] == pytest.approx(0.005, rel=1e-4)
