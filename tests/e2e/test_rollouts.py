@@ -180,7 +180,7 @@ async def test_assignment_is_sticky_as_explained_and_the_kill_switch_ends_it(bar
     async with caller(bare_platform) as client:
         model = await make(client, "split", failing_from(100), failing_from(101))
         traffic = Traffic(client, model, 50, lambda rng: rng.random())
-        users = [f"visitor-{number}" for number in range(60)]
+        users = [f"visitor-{number}" for number in range(40)]
         variants: list[Json] = [
             {"name": "now", "version": "1", "weight": 0.7},
             {"name": "next", "version": "2", "weight": 0.3},
