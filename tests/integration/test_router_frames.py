@@ -261,7 +261,8 @@ class TestFallback:
             worker = await p.worker("w1")
             worker.behave = only_two(refuse(code))
             reply = await p.ask(3)
-            assert (reply.code, reply.version, reply.variant) == (Code.CODE_OK, "1", "stable")
+            # By another version, for the variant that the unit was given.
+            assert (reply.code, reply.version, reply.variant) == (Code.CODE_OK, "1", "2")
             assert reply.fallback
             assert reply.outputs[0].data[:4] == b"\3\0\0\0"
             assert [(item.version, item.attempt) for item in worker.seen] == [("2", 0), ("1", 1)]
