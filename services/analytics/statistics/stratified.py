@@ -117,15 +117,16 @@ def stratified_effect(cells: Cells) -> StratifiedEffect | None:
     estimate = mean - control_mean
     level = ratios[0] + share * (ratios[1] - ratios[0] - estimate)
     residuals = totals - counts * (level[inner] + estimate * treated)
-    influence = (treated - share[inner]) * residuals
-    _, owners = np.unique(units, return_inverse=True)
-    groups = int(owners.max()) + 1
-    clustered = np.bincount(owners, influence)
-    correction = groups / max(1, groups - 1)
-    sandwich = float(clustered @ clustered) * correction / information**2
-    pooled, contributing = _pooled(inner, treated, residuals, count)
     members = _sums(inner, treated, np.ones(inner.size), count)
     both_members = members[:, both]
+    # A mean fitted to m entries takes 1 / m of their spread away, which counts where strata are small.
+    size_of = np.maximum(2.0, members.sum(axis=0))
+    residuals *= np.sqrt(size_of / (size_of - 1))[inner]
+    influence = (treated - share[inner]) * residuals
+    _, owners = np.unique(units, return_inverse=True)
+    clustered = np.bincount(owners, influence)
+    sandwich = float(clustered @ clustered) / information**2
+    pooled, contributing = _pooled(inner, treated, residuals, count)
     size = 4 * float(np.sum(both_members[0] * both_members[1] / both_members.sum(axis=0)))
     mean_count = float(counts.sum()) / inner.size
     even = pooled / mean_count**2 * 4 / size

@@ -56,6 +56,19 @@ def test_weights_that_grow_while_the_world_gets_worse_make_no_effect() -> None:
     assert abs(found.estimate) < 3 * found.std_error < 0.02
 
 
+def test_small_strata_seem_no_surer_than_they_are() -> None:
+    """As a bandit makes them that moves its weights every minute."""
+    rng = np.random.default_rng(8)
+    strata = np.repeat(np.arange(100), 4)
+    scores = []
+    for _ in range(200):
+        values = rng.normal(size=400) + rng.normal(0, 3, 100)[strata]
+        found = stratified_effect(cells(rng.random(400) < 0.5, values, strata))
+        assert found is not None
+        scores.append(found.estimate / found.std_error)
+    assert 0.85 < float(np.std(scores)) < 1.12  # 1.17 without what four units' mean takes from their spread
+
+
 def test_a_unit_in_several_strata_counts_as_one() -> None:
     rng = np.random.default_rng(3)
     own = rng.normal(0, 1, 500)
