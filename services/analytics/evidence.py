@@ -201,8 +201,11 @@ def _asymptotic(
     def against(ratio: float) -> StratifiedEffect | None:
         return stratified_effect(cells.scaled_control(ratio))
 
+    # A share of a control below zero is a share of its size: the bound stays on the side it is meant for.
+    sign = -1.0 if effect.control_mean < 0 else 1.0
+
     def wealth(bound: float, side: Side, relative: bool) -> float:
-        found = against(1 + bound) if relative else effect
+        found = against(1 + sign * bound) if relative else effect
         if found is None:
             return -math.inf
         return log_evidence(found, 0.0 if relative else bound, above=side == "above", tunings=tunings)

@@ -91,7 +91,8 @@ class Lift:
 @dataclass(frozen=True, slots=True)
 class Line:
     """Mean of the treatment minus k times the control's, as a function of k: zero at `root`, falling by
-    `slope`, with variance a + b k + c k^2."""
+    `slope` (the control's mean), with variance a + b k + c k^2. Lifts are shares of the control's size, so
+    that more is above zero for a control below zero, too."""
 
     slope: float
     root: float
@@ -103,8 +104,13 @@ class Line:
         """Estimate and standard error at k."""
         return self.slope * (self.root - k), math.sqrt(max(0.0, self.a + self.b * k + self.c * k * k))
 
+    @property
+    def lift(self) -> float:
+        """The estimate."""
+        return math.copysign(1.0, self.slope) * (self.root - 1)
+
     def within(self, radius: float) -> Interval | None:
-        """The lifts k - 1 at which the estimate is at most `radius` standard errors from zero; None where
+        """The lifts at which the estimate is at most `radius` standard errors from zero; None where
         they have no bound."""
         if not math.isfinite(radius):
             return None
@@ -116,7 +122,8 @@ class Line:
         if lead <= 0 or inside < 0:
             return None
         spread = math.sqrt(inside)
-        return (middle - spread) / lead - 1, (middle + spread) / lead - 1
+        low, high = (middle - spread) / lead - 1, (middle + spread) / lead - 1
+        return (low, high) if self.slope > 0 else (-high, -low)
 
 
 def measured(cells: Cells, arm: int, *, alpha: float) -> Measured:
@@ -151,7 +158,7 @@ def lift(cells: Cells, *, alpha: float, tuning: float) -> Lift | None:
     plain = strata == 1 and once and cells.covariate is None
     binary = plain and _is_binary(cells)
     line = _plain_line(cells) if plain else _line(cells, whole)
-    relative = line.root - 1 if line is not None else None
+    relative = line.lift if line is not None else None
     if plain:
         fixed, error, freedom = _textbook(cells, line, binary=binary, alpha=alpha)
     else:
@@ -319,7 +326,7 @@ def _line(cells: Cells, whole: StratifiedEffect) -> Line | None:
 def _beyond(found: Lift, margin: float, *, relative: bool) -> float:
     """How many standard errors the treatment lies above the margin."""
     if relative and found.line is not None:
-        gap, error = found.line.difference(1 + margin)
+        gap, error = found.line.difference(1 + math.copysign(1.0, found.line.slope) * margin)
         return gap / error if error > 0 else 0.0
     return (found.estimate - margin) / found.std_error
 

@@ -37,6 +37,8 @@ class QuantileEvidence:
     def wealth(self, bound: float, side: Side, relative: bool) -> float:
         """Log wealth against "the treatment's quantile exceeds the control's by at most (`below`: at least)
         `bound`", in units of the values or as a share of the control's."""
+        if relative and bound <= -1:
+            return 0.0  # no value lies below nothing: there is nothing to bet on
         edges = self._edges(bound, relative)
         if side == "above":
             places, others = edges[1:], np.floor(self._moved(edges[:-1], bound, relative))

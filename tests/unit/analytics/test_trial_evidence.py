@@ -11,8 +11,10 @@ from headrace.v1.trials_pb2 import Bandit, Evidence, Trial, TrialArm, TrialMetri
 
 from services.analytics.bandit import bounded_weights, recommended_weights
 from services.analytics.evidence import Observed, statement_alpha, weigh
+from services.analytics.lifts import guarded, lift
 from services.analytics.pace import Open, Pace
 from services.analytics.placebo import ControlUnits, crossings, halves
+from services.analytics.quantile_evidence import QuantileEvidence
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.stratified import Cells
 from services.analytics.trial_queries import BAKE, Counts, Histogram, Strata, Tally, Visits
@@ -240,6 +242,40 @@ def test_success_by_an_increase_is_better_and_by_a_decrease_harmful() -> None:
         observed = Observed(nothing.strata, nothing.visits, {"revenue": cells})
         (settled,) = settle(made, weigh(made, observed), {})
         assert settled.finding == finding
+
+
+@pytest.mark.parametrize("level", [-100.0, 100.0])
+def test_a_relative_margin_is_a_share_of_the_controls_size(level: float) -> None:
+    for gap, finding in ((0.0, Evidence.FINDING_SAFE), (-20.0, Evidence.FINDING_HARMFUL)):
+        metric = TrialMetric(
+            name="profit", role=GUARDRAIL, direction=INCREASE, margin=0.1, margin_is_relative=True
+        )
+        made = trial([metric])
+        arms = np.arange(4_000) % 2
+        values = np.random.default_rng(7).normal(level + gap * arms, 20)
+        units = np.arange(4_000).astype(np.uint64)
+        cells = Cells(units, arms, np.zeros(4_000, dtype=np.int64), values, np.ones(4_000))
+        nothing = nothing_observed(made, ShadowTotals())
+        observed = Observed(nothing.strata, nothing.visits, {"profit": cells})
+        (settled,) = settle(made, weigh(made, observed), {})
+        assert settled.finding == finding
+        found = lift(cells, alpha=0.05, tuning=5_000)
+        assert found is not None
+        assert found.relative is not None
+        assert found.relative == pytest.approx(gap / 100, abs=0.02)
+        low, high = found.fixed.relative_interval or (0.0, 0.0)
+        assert low < found.relative < high
+        tested = guarded(found, 0.1, relative=True, larger_is_better=True)
+        assert tested is not None
+        assert (tested.non_inferiority_p < 0.001) == (gap == 0)
+
+
+def test_a_quantile_may_not_fall_below_nothing() -> None:
+    """A relative margin of all of the control's value and more says nothing, and fails nothing."""
+    same = Histogram(np.arange(0, 300), np.ones(300))
+    evidence = QuantileEvidence([(same, same)], 0.5)
+    for bound in (-1.0, -2.5):
+        assert [evidence.wealth(bound, side, True) for side in ("above", "below")] == [0.0, 0.0]
 
 
 def test_the_pace_is_shared_and_a_failing_trial_delays_only_itself() -> None:
