@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Final, Literal, Self
@@ -33,6 +34,9 @@ AttributeName = Annotated[str, StringConstraints(min_length=1, max_length=100, p
 ShortText = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
 
 
+_NO_TEXT: Final = re.compile("[\0\ud800-\udfff]")
+
+
 def _scalar(value: object) -> object:
     """Checked before the union is, whose errors would name its branches beside the field."""
     if isinstance(value, bool):
@@ -41,7 +45,8 @@ def _scalar(value: object) -> object:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    if isinstance(value, str) and len(value) <= 1000 and "\0" not in value:
+    # Half of a surrogate pair is no character that could be stored or sent on
+    if isinstance(value, str) and len(value) <= 1000 and not _NO_TEXT.search(value):
         return value
     raise ValueError("a value is a text of at most 1000 characters, a number or a truth value")
 

@@ -1,0 +1,95 @@
+"""Edges of trials that need no database: workers without room, shadows that left, what queries say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from headrace.v1.control_pb2 import LoadedVersion, ServedVersion, ServingConfig, Shadow, WorkerStatus
+
+from services.common.assignment import Buckets
+from services.common.clock import ManualClock
+from services.common.experiments import holdout_salt, layer_salt
+from services.registry.experiment_endpoints import attribute_value
+from services.registry.rollout_config import restore_shadow
+from services.registry.rollout_plan import Readiness
+from services.registry.rollout_words import loading
+from services.registry.workers import Workers
+from tests.fixtures.rollouts import a_rollout
+
+CONFIG = ServingConfig(
+    model="m", pool="default", versions=[ServedVersion(version="2", artifact_digest="sha256:2")]
+)
+
+
+def heard(**states: tuple[Any, str]) -> Readiness:
+    """What is known of version 2 after one heartbeat of each worker."""
+    workers = Workers(ManualClock())
+    for worker_id, (state, error) in states.items():
+        loaded = LoadedVersion(model="m", version="2", artifact_digest="sha256:2", state=state, error=error)
+        status = WorkerStatus(
+            pool="default", state=WorkerStatus.STATE_READY, interval_ms=1000, versions=[loaded]
+        )
+        workers.hear(worker_id, status)
+    return workers.readiness(CONFIG, "2")
+
+
+def test_a_worker_without_room_is_waited_for_with_its_words() -> None:
+    known = heard(
+        w1=(LoadedVersion.STATE_READY, ""),
+        w2=(LoadedVersion.STATE_EVICTED, "12 MB are missing"),
+        w3=(LoadedVersion.STATE_EVICTED, ""),
+    )
+    assert (known.workers, known.ready, known.complete, known.error) == (3, 1, False, "")
+    words = loading(a_rollout(), known)
+    assert words == "1 of 3 workers have loaded version 2 (w2: 12 MB are missing)"
+    assert "made room" in heard(w3=(LoadedVersion.STATE_EVICTED, "")).no_room
+
+
+def test_what_a_worker_says_can_be_stored() -> None:
+    said = heard(w1=(LoadedVersion.STATE_FAILED, "byte \0 at 7" + "x" * 100_000)).error
+    assert said.startswith("w1: byte \N{REPLACEMENT CHARACTER} at 7")
+    assert len(said) == 2000
+
+
+@pytest.mark.parametrize(("served", "shadow"), [(("1", "2", "3"), "3"), (("1", "2"), "")])
+def test_a_shadow_that_is_not_served_any_more_is_none_again(served: tuple[str, ...], shadow: str) -> None:
+    before = ServingConfig(shadow=Shadow(version="3", share=5))
+    config = ServingConfig(
+        versions=[ServedVersion(version=version) for version in served], shadow=Shadow(version="2", share=9)
+    )
+    restore_shadow(config, before, "2")
+    assert config.shadow.version == shadow
+    assert config.HasField("shadow") == bool(shadow)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("7", 7),
+        ("-7", -7),
+        ("0.5", 0.5),
+        ("1e3", 1000.0),
+        ("true", True),
+        ('"7"', "7"),
+        # Python would take these for numbers; no caller who sends JSON does.
+        ("1_000", "1_000"),
+        (" 7", " 7"),
+        ("7\n", "7\n"),
+        ("\uff11\uff12", "\uff11\uff12"),
+        ("nan", "nan"),
+        ("1e999", "1e999"),
+        ("9" * 5000, "9" * 5000),
+        (str(1 << 63), str(1 << 63)),
+    ],
+)
+def test_what_a_query_says_is_a_number_only_where_json_has_one(text: str, value: object) -> None:
+    read = attribute_value(text)
+    assert (read, type(read)) == (value, type(value))
+
+
+@pytest.mark.parametrize("salt", [layer_salt, holdout_salt])
+def test_models_with_long_names_are_assigned_independently(salt: Any) -> None:
+    one, other = (Buckets(salt("x" * 62 + end)).of for end in "ab")
+    units = [f"user-{number}".encode() for number in range(2000)]
+    assert sum(one(unit) == other(unit) for unit in units) < 20
