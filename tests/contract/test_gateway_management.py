@@ -197,6 +197,15 @@ def test_a_key_for_some_models_reads_nothing_about_others(
     assert answer.status_code == status, answer.text
 
 
+@pytest.mark.parametrize("host", ["x/v1/models/digits?", "x/v1/models/digits#", "x/v1/models/digits/"])
+def test_a_key_for_some_models_gains_nothing_by_what_it_calls_the_host(
+    gateway: GatewayThread, host: str
+) -> None:
+    for path in ("/v1/keys", "/v1/models/churn", "/v1/models/digits%3F/../churn", "/v1/models/digits/%2e%2e"):
+        answer = gateway.request("GET", path, authorization=f"Bearer {READ_DIGITS}", host=host)
+        assert answer.status_code in (400, 403, 404), (path, answer.text)
+
+
 def test_large_bodies_pass_in_pieces(gateway: GatewayThread) -> None:
     piece, count = b"x" * (1 << 20), 96
 
