@@ -60,8 +60,8 @@ class SequentialCost:
 
 
 def plan(question: Question) -> Json:
-    """Units for a fixed-horizon test, for an always-valid one and for a few planned looks, or the least effect
-    that given units find. Comparisons of several variants share alpha equally, as decisions do."""
+    """Units for a fixed-horizon test, an always-valid one and a few planned looks, or the least effect that
+    given units find. Comparisons of several variants share alpha equally, as decisions do."""
     alpha = question.alpha / (question.variants - 1)
     shown: Json = {
         "metric": question.metric,
