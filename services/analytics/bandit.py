@@ -10,7 +10,7 @@ from headrace.v1.trials_pb2 import Trial, TrialMetric
 from numpy.typing import NDArray
 
 from services.analytics.statistics.policies import top_two_weights
-from services.analytics.statistics.stratified import FEWEST_UNITS, Cells, stratified_effect
+from services.analytics.statistics.stratified import Cells, stratified_effect
 from services.analytics.trial_queries import BEFORE
 
 _WHOLE = 10_000
@@ -21,7 +21,7 @@ _DEFAULT_UPDATE_S = 60
 def recommended_weights(trial: Trial, cells: dict[str, Cells], until_us: int) -> list[int]:
     """Weights in 1/10,000 by top-two Thompson sampling (Russo, "Simple Bayesian algorithms for best-arm
     identification", 2020) on the first success metric's mean; empty where the trial has no bandit, no such
-    metric or an arm with fewer than 100 units.
+    metric, or an arm with fewer than 100 units or too few that differ: nothing is learned from equal values.
 
     Posteriors are normal with flat priors. Effects against the control are stratified by weights, so a world
     that changes while the weights do misleads no arm. The draws depend on the trial and the time of the
@@ -84,7 +84,7 @@ def _posterior(cells: Cells, arms: int) -> tuple[NDArray[np.float64], NDArray[np
     for arm in range(1, arms):
         pair = divided.where((divided.arms == 0) | (divided.arms == arm))
         effect = stratified_effect(pair)
-        if effect is None or min(effect.control_units, effect.units) < FEWEST_UNITS:
+        if effect is None or not effect.normal:
             return None
         means[arm] = effect.estimate
         share = effect.units / (effect.units + effect.control_units)

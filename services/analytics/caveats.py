@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from headrace.v1.trials_pb2 import Trial
 
-from services.analytics.evidence import Observed
+from services.analytics.evidence import Observed, metric_key
 from services.analytics.statistics import counts
 from services.analytics.trial_queries import BEFORE, Counts
 
@@ -38,6 +38,11 @@ def _outcome_warnings(trial: Trial, observed: Observed) -> list[str]:
     found = []
     exposed = observed.visits.first.units.sum(axis=0)
     for metric in trial.metrics:
+        if metric.quantile and exposed.any() and not observed.histograms.get(metric_key(metric)):
+            found.append(
+                f"{metric_key(metric)}: no value has come yet, or some lie below zero; quantiles are of "
+                "values above it."
+            )
         cells = observed.cells.get(metric.name)
         if cells is None or metric.quantile:
             continue

@@ -339,7 +339,7 @@ def _sample_ratio(seen: Seen) -> Json:
     """Units of each arm against the weights under which they came: a fixed test, and the sequential one that
     the verdict uses."""
     strata, first = seen.observed.strata, seen.observed.visits.first
-    usable = np.all(np.isfinite(strata.shares) & (strata.shares > 0), axis=1)
+    usable = np.all(np.isfinite(strata.shares), axis=1)
     units, shares = first.units[usable], strata.shares[usable]
     log_e = seen.verdict.sample_ratio_log_e
     shown: Json = {

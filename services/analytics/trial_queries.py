@@ -65,11 +65,12 @@ WHERE own.propensity <> given.propensity AND $rollout
 """
 
 # Evidence that needs no approximation takes one request of a unit in each period: later ones are no
-# independent draw. Periods of five minutes at first, then of a sixteenth to an eighth of the trial's age.
+# independent draw. Periods of five minutes at first, then of a sixteenth to an eighth of the trial's age. Of
+# several at one moment, as one batch answers them, it is the same one at every look.
 _VISITS = """
 CREATE TEMP TABLE visits AS
 SELECT unit_hash, stratum, period, min(answered_at_us) AS came_us,
-       arg_min(struct_pack(arm := arm, failed := failed), answered_at_us) AS seen
+       arg_min(struct_pack(arm := arm, failed := failed), (answered_at_us, request_id)) AS seen
 FROM (
     SELECT *, CASE WHEN age < 4800 THEN floor(age / 300)
         ELSE 16 + floor(8 * (octave + age / (4800 * pow(2, octave)) - 1)) END AS period
@@ -85,7 +86,8 @@ GROUP BY unit_hash, stratum, period;
 
 CREATE TEMP TABLE firsts AS
 SELECT unit_hash,
-       arg_min(struct_pack(stratum := stratum, arm := seen.arm, failed := seen.failed), came_us) AS seen,
+       arg_min(struct_pack(stratum := stratum, arm := seen.arm, failed := seen.failed), (came_us, stratum))
+           AS seen,
        min(came_us) AS came_us
 FROM visits WHERE stratum < getvariable('undivided') GROUP BY unit_hash;
 """
@@ -93,7 +95,8 @@ FROM visits WHERE stratum < getvariable('undivided') GROUP BY unit_hash;
 # The first request of every unit in one stratum.
 _FIRSTS_IN = """
 SELECT seen.arm, count(*), count(*) FILTER (seen.failed) FROM (
-    SELECT unit_hash, arg_min(seen, came_us) AS seen FROM visits WHERE stratum = $stratum GROUP BY unit_hash
+    SELECT unit_hash, arg_min(seen, (came_us, period)) AS seen FROM visits WHERE stratum = $stratum
+    GROUP BY unit_hash
 ) GROUP BY seen.arm
 """
 _FIRSTS = """
@@ -156,6 +159,7 @@ SELECT stratum, arm, bucket, sum(weight) AS units FROM (
     FROM ({values}) WHERE value IS NOT NULL
 ) GROUP BY ALL ORDER BY ALL
 """
+_BELOW_ZERO = "SELECT 1 FROM ({values}) WHERE value < 0 LIMIT 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +361,11 @@ def cells(connection: duckdb.DuckDBPyConnection, metric: TrialMetric) -> Cells:
 def histograms(
     connection: duckdb.DuckDBPyConnection, metric: TrialMetric
 ) -> dict[tuple[int, int], Histogram]:
-    """The positive values of a metric by (stratum, arm)."""
+    """The values of a metric by (stratum, arm); none of one with values below zero, which no bucket holds."""
+    if metric.name not in _VALUES:
+        below = connection.execute(_BELOW_ZERO.format(values=_values(metric)), _given(metric)).fetchall()
+        if below:
+            return {}
     sql = _HISTOGRAMS.format(values=_values(metric), base=LATENCY_BASE)
     found = connection.execute(sql, _given(metric)).fetchnumpy()
     stratum, arm = (np.asarray(found[name], dtype=np.int64) for name in ("stratum", "arm"))
@@ -400,10 +408,11 @@ def _firsts_in(connection: duckdb.DuckDBPyConnection, stratum: int, arms: int) -
 
 
 def _completed(seen: list[int | None]) -> list[int | None]:
-    """The chance of the one arm that logged nothing is what the others leave."""
+    """The chance of the one arm that logged nothing is what the others leave, and of all that did not, where
+    they leave nothing, 0."""
     missing = [arm for arm, chance in enumerate(seen) if chance is None]
     left = _WHOLE - sum(chance or 0 for chance in seen)
-    if len(missing) == 1 and left > 0:
+    if left == 0 or (len(missing) == 1 and left > 0):
         return [left if chance is None else chance for chance in seen]
     return list(seen)
 

@@ -43,19 +43,20 @@ def sample_ratio_log_e(strata: Strata, first: Tally) -> float:
     """Log e-value against "units come to the arms with the chances that were logged", each unit once, in the
     stratum it came in: Dirichlet-multinomial Bayes factors (Lindon & Malek, "Anytime-valid inference for
     multinomial count data", 2022) multiplied over strata, and averaged over how strong the prior is. Strata
-    in which an arm's chance is not known, or nothing was divided, say nothing."""
-    usable = np.all(np.isfinite(strata.shares) & (strata.shares > 0), axis=1)
+    in which an arm's chance is not known say nothing; an arm whose chance is 0 takes no part."""
+    usable = np.all(np.isfinite(strata.shares), axis=1)
     units, shares = first.units[usable], strata.shares[usable]
     if not units.size:
         return 0.0
     shares = shares / shares.sum(axis=1, keepdims=True)
+    given = shares > 0
     logs = []
     for strength in _CONCENTRATIONS:
         prior = strength * shares
         found = (
             gammaln(strength)
             - gammaln(strength + units.sum(axis=1))
-            + np.sum(gammaln(prior + units) - gammaln(prior), axis=1)
+            + np.sum(gammaln(np.where(given, prior + units, 1)) - gammaln(np.where(given, prior, 1)), axis=1)
             - np.sum(xlogy(units, shares), axis=1)
         )
         logs.append(float(np.sum(found)))

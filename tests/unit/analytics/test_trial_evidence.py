@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,6 +162,11 @@ def test_a_split_that_is_not_as_promised_is_told_and_a_drifting_one_is_not() -> 
     assert said.sample_ratio_mismatch == (look.ratio_log_e >= math.log(1_000))
     worse = Tally(np.array([[990.0, 10], [500, 300], [0, 7]]), np.zeros((3, 2)))
     assert sample_ratio_log_e(shares, worse) > math.log(1_000)
+    paused = Strata(np.array([[0.5, 0.5, 0.0]]), 0)
+    for units, told in (((500, 490, 0), False), ((500, 300, 0), True)):
+        assert (
+            sample_ratio_log_e(paused, Tally(np.array([units]) * 1.0, np.zeros((1, 3)))) > math.log(1_000)
+        ) == told
     again = verdict(made, look, {}, 20.0, verdict_id=bytes(16), now_us=2)
     assert again.sample_ratio_mismatch
     assert "Sample ratio mismatch" in again.summary
@@ -221,6 +227,8 @@ def test_a_bandit_asks_for_more_of_what_may_be_best_the_same_each_time() -> None
     assert min(weights[1:]) > 4_000
     few = {"revenue": cells["revenue"].where(np.arange(n) < 200)}
     assert recommended_weights(made, few, 61_000_000) == []
+    equal = {"revenue": replace(cells["revenue"], totals=np.zeros(n))}
+    assert recommended_weights(made, equal, 61_000_000) == []  # nobody has bought yet
     made.ClearField("bandit")
     assert recommended_weights(made, cells, 61_000_000) == []
 

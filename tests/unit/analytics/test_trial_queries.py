@@ -275,6 +275,49 @@ def test_every_unit_weighs_the_same_in_a_histogram(connection: duckdb.DuckDBPyCo
     assert found[0, 1].units.tolist() == [1.0]
 
 
+def test_values_below_zero_are_in_no_bucket_and_so_in_no_quantile(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    earned = [request(unit, "1", 1, 0.5, unit, outcome=float(unit - 1)) for unit in range(4)]
+    log(connection, earned)
+    trial_queries.open_trial(connection, rollout(5_000, 1))
+    assert trial_queries.histograms(connection, TrialMetric(name="revenue", quantile=0.5)) == {}
+    with duckdb.connect(":memory:") as other:
+        log(other, earned[1:])
+        trial_queries.open_trial(other, rollout(5_000, 1))
+        found = trial_queries.histograms(other, TrialMetric(name="revenue", quantile=0.5))
+        assert found[0, 0].units.sum() == 3
+
+
+def test_of_answers_of_one_batch_the_same_one_counts_at_every_look() -> None:
+    """Batches have one time."""
+    at_once = [request(unit, "1", 1, 0.5, 0, code=13 * (n % 3 == 1)) for n in range(20) for unit in range(99)]
+    seen = set()
+    for order in (at_once, at_once[::-1]):
+        with duckdb.connect(":memory:") as made:
+            log(made, order)
+            ids = [n.to_bytes(16, "big") for n in range(len(order))]
+            table = made.sql("FROM online").to_arrow_table()
+            place = table.schema.get_field_index("request_id")
+            wanted = ids if order is at_once else ids[::-1]
+            made.register("online", table.set_column(place, "request_id", pa.array(wanted, pa.binary())))
+            first = trial_queries.visits(made, trial_queries.open_trial(made, rollout(5_000, 1))).first
+            seen.add((first.units.sum(), first.failed.sum()))
+    assert seen == {(99.0, 0.0)}
+
+
+def test_an_arm_without_weight_leaves_the_others_their_chances(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    mine = {"experiment": "exp_1"}
+    log(connection, [request(n, "1", 1, 0.5, n, variant="ab"[n % 2], **mine) for n in range(4)])
+    arms = [TrialArm(name=name, version="1", weight=5_000 * (name != "c")) for name in "abc"]
+    trial = Trial(trial_id="exp_1", kind=Trial.KIND_EXPERIMENT, arms=arms, started_at_us=START_US)
+    strata = trial_queries.open_trial(connection, TrialQuestion.of(trial))
+    assert strata.shares.tolist() == [[0.5, 0.5, 0.0]]
+    assert trial_queries.visits(connection, strata).first.units.tolist() == [[2, 2, 0]]
+
+
 def test_placebos_take_the_controls_units_or_everybody(connection: duckdb.DuckDBPyConnection) -> None:
     log(connection, WALK)
     trial = Trial(
