@@ -51,7 +51,8 @@ def start_of_layer(experiment_id: str) -> int:
 
 def standing_of(row: ExperimentRow) -> Standing:
     """What `next_step` decides by."""
-    spec = spec_of(row)
+    # Twice a second of every one: a thousand overrides take a hundred times as long to read as all the rest.
+    spec = ExperimentIn.model_validate({**row.spec, "overrides": (), "targeting": ()})
     bandit = None
     if spec.bandit is not None:
         bandit = BanditBounds(

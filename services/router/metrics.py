@@ -178,4 +178,9 @@ class RouterMetrics(Collector):
             revision.add_metric((route.model,), route.revision)
             for target in route.targets:
                 endpoints.add_metric(target.key, len(self._dispatcher.endpoints.group(target.key).members))
-        yield from (revision, endpoints)
+        refused = GaugeMetricFamily(
+            "headrace_router_refused",
+            "Models whose newest deployment cannot be served, so that the one before it still is",
+            value=float(len(self._dispatcher.table.refused)),
+        )
+        yield from (revision, endpoints, refused)

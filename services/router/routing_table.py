@@ -264,6 +264,8 @@ class RoutingTable:
         self._unconfirmed: set[str] = set()
         #: The model's route, or None.
         self.find = self._routes.get
+        #: Models whose newest record cannot be served: nothing that is changed of them takes effect.
+        self.refused: set[str] = set()
         #: False until something is known of what is deployed, be it nothing.
         self.known = False
 
@@ -283,6 +285,7 @@ class RoutingTable:
         model = key.decode()
         self._unconfirmed.discard(model)
         if value is None:
+            self.refused.discard(model)
             if self._routes.pop(model, None) is not None:
                 self._raw.pop(model, None)
                 log.info("route_removed", model=model)
@@ -294,7 +297,9 @@ class RoutingTable:
         current = self._routes.get(model)
         if current is not None and config.revision <= current.revision:
             return
+        self.refused.add(model)
         self._routes[model] = Route(config, self._default_timeout_s)
+        self.refused.discard(model)
         self._raw[model] = value
         log.info("route_changed", model=model, revision=config.revision)
         self._on_change()

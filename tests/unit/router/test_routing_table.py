@@ -110,6 +110,10 @@ class TestTable:
         assert route is not None
         assert route.revision == 1
         assert table.find("digits") is None
+        # Until one comes that can be served, or none is to be.
+        assert table.refused == {"cancer"}
+        table.apply(b"cancer", config(revision=3).SerializeToString())
+        assert table.refused == set()
 
     def test_removal_then_a_new_start_at_any_revision(self) -> None:
         table = applied(7)
