@@ -30,12 +30,15 @@ class Workers:
     """The last heartbeat of every worker that is alive.
 
     Whoever follows the topic from its start is told the last words of workers long dead as well: only what
-    came after that counts, so that a registry that has just started knows of nobody for an interval.
+    came after that counts, so that a registry that has just started knows of nobody for an interval. The same
+    words again are no heartbeat: after a fault the topic is read from its start once more.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._heard: dict[str, _Heard] = {}
+        #: What the topic holds of every worker, dead ones included.
+        self._said: dict[str, bytes] = {}
         self.table: Table | None = None
 
     def apply(self, key: bytes, value: bytes | None) -> None:
@@ -43,7 +46,11 @@ class Workers:
         worker_id = key.decode()
         if value is None:
             self._heard.pop(worker_id, None)
-        elif self.table is not None and self.table.caught_up:
+            self._said.pop(worker_id, None)
+            return
+        again = self._said.get(worker_id) == value
+        self._said[worker_id] = value
+        if self.table is not None and self.table.caught_up and not again:
             self.hear(worker_id, WorkerStatus.FromString(value))
 
     def hear(self, worker_id: str, status: WorkerStatus) -> None:

@@ -46,6 +46,53 @@ def test_a_worker_without_room_is_waited_for_with_its_words() -> None:
     assert "made room" in heard(w3=(LoadedVersion.STATE_EVICTED, "")).no_room
 
 
+class Table:
+    """A topic that was read."""
+
+    caught_up = False
+    readings = 1
+
+    async def ready(self, timeout: float) -> None:
+        """It is."""
+
+
+def test_a_dead_worker_is_not_heard_of_again_where_the_topic_is_read_once_more() -> None:
+    clock, table = ManualClock(), Table()
+    workers = Workers(clock)
+    workers.table = table
+
+    def said(worker_id: str, sequence: int, state: Any) -> tuple[bytes, bytes]:
+        version = LoadedVersion(model="m", version="2", artifact_digest="sha256:2", state=state)
+        status = WorkerStatus(
+            pool="default",
+            state=WorkerStatus.STATE_READY,
+            interval_ms=1000,
+            sequence=sequence,
+            versions=[version],
+        )
+        return worker_id.encode(), status.SerializeToString()
+
+    long_dead = said("w0", 9, LoadedVersion.STATE_FAILED)
+    workers.apply(*long_dead)
+    table.caught_up = True
+    dead = said("w1", 7, LoadedVersion.STATE_FAILED)
+    workers.apply(*dead)
+    assert workers.readiness(CONFIG, "2") == Readiness(1, 0, "w1: no reason given")
+    clock.advance(3.1)
+    workers.apply(*said("w2", 1, LoadedVersion.STATE_READY))
+    for again in (long_dead, dead, said("w2", 1, LoadedVersion.STATE_READY)):
+        workers.apply(*again)
+    assert workers.readiness(CONFIG, "2") == Readiness(1, 1)
+    clock.advance(2.9)
+    assert workers.is_ready(CONFIG, "2")
+    clock.advance(0.2)
+    assert workers.readiness(CONFIG, "2") == Readiness(0, 0)
+    # Once it is gone for good, its name may come back.
+    workers.apply(b"w1", None)
+    workers.apply(*dead)
+    assert workers.readiness(CONFIG, "2").workers == 1
+
+
 def test_what_a_worker_says_can_be_stored() -> None:
     said = heard(w1=(LoadedVersion.STATE_FAILED, "byte \0 at 7" + "x" * 100_000)).error
     assert said.startswith("w1: byte \N{REPLACEMENT CHARACTER} at 7")
