@@ -756,7 +756,9 @@ def test_openapi_names_every_public_route(gateway: GatewayThread) -> None:
     ):
         assert path in paths
     body = paths["/v1/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"model", "inputs", "input", "user_id", "version", "outputs"}
+    assert set(body["properties"]) == {
+        "model", "inputs", "input", "user_id", "session_id", "attributes", "version", "outputs",
+    }  # fmt: skip
     assert {"200", "400", "401", "413", "422", "429", "503"} <= set(paths["/v1/predict"]["post"]["responses"])
     operations = [one["operationId"] for path in paths.values() for one in path.values()]
     assert len(operations) == len(set(operations))
