@@ -24,11 +24,13 @@ class VersionKey:
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """A version that should be served, and how."""
+    """A version that should be served, and how. `carries`: requests come to it that name no version, by its
+    share of the traffic or by an experiment; or they are about to, since a rollout waits for it."""
 
     key: VersionKey
     served: ServedVersion
     policy: ServingPolicy
+    carries: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,12 @@ class Deployments:
         for model, config in self._configs.items():
             if config.pool and config.pool != self._pool:
                 continue
+            arms = {arm.version for experiment in config.experiments for arm in experiment.variants}
             for served in config.versions:
                 key = VersionKey(model, served.version, served.artifact_digest)
-                found[key] = Desired(key, served, self._policy(config, batched=served.signature.batched))
+                carries = bool(served.weight) or served.held or served.version in arms
+                policy = self._policy(config, batched=served.signature.batched)
+                found[key] = Desired(key, served, policy, carries)
         return found
 
     def _policy(self, config: ServingConfig, *, batched: bool) -> ServingPolicy:

@@ -15,12 +15,12 @@ class NoRoom(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A loaded version: bytes it was measured to take, its share of the traffic, seconds since it last ran,
+    """A loaded version: bytes it was measured to take, whether it carries traffic, seconds since it last ran,
     and whether requests wait or run."""
 
     key: VersionKey
     memory_bytes: int
-    weight: int
+    carries: bool
     unused: float
     busy: bool
 
@@ -30,11 +30,11 @@ def victims(
 ) -> list[VersionKey]:
     """The versions to evict so that `missing` bytes become free, in order; empty where that cannot be had.
 
-    A busy version stays. Those without a share of the traffic and those unused for `long_idle` seconds go
+    A busy version stays. Those that carry no traffic and those unused for `long_idle` seconds go
     first, the longest unused before the others. A version that carries traffic goes only for one that is
     `demanded`, for which a request waits. Nothing is evicted in vain, and no more than is needed."""
     able = [resident for resident in residents if not resident.busy and resident.memory_bytes > 0]
-    spare = [resident for resident in able if not resident.weight or resident.unused >= long_idle]
+    spare = [resident for resident in able if not resident.carries or resident.unused >= long_idle]
     needed = [resident for resident in able if resident not in spare] if demanded else []
     chosen: list[VersionKey] = []
     for resident in sorted(spare, key=_unused) + sorted(needed, key=_unused):

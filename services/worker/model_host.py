@@ -287,7 +287,7 @@ class ModelHost:
             Resident(
                 other.key,
                 held.memory_bytes,
-                other.desired.served.weight,
+                other.desired.carries,
                 held.model.unused,
                 busy=not held.model.idle,
             )

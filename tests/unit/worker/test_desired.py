@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from headrace.v1.control_pb2 import Batching, ServedVersion, ServingConfig
+from headrace.v1.control_pb2 import Batching, Experiment, ServedVersion, ServingConfig, Variant
 from headrace.v1.tensor_pb2 import Signature
 
 from services.common.errors import InvalidArgument
@@ -35,6 +35,19 @@ def test_versions_of_the_own_pool_are_wanted() -> None:
     assert after(deployment(pool="gpu")).desired() == {}
     # A deployment that names no pool is everybody's.
     assert set(after(deployment(pool="")).desired()) == {KEY}
+
+
+def test_versions_of_experiments_and_rollouts_carry_traffic_without_a_share_of_it() -> None:
+    versions = [
+        ServedVersion(version="1", weight=10_000),
+        ServedVersion(version="2"),
+        ServedVersion(version="3", held=True),
+        ServedVersion(version="4"),
+    ]
+    variants = [Variant(name="a", version="1"), Variant(name="b", version="4")]
+    given = deployment(versions=versions, experiments=[Experiment(variants=variants)])
+    carries = {key.version: desired.carries for key, desired in after(given).desired().items()}
+    assert carries == {"1": True, "2": False, "3": True, "4": True}
 
 
 def test_an_older_revision_is_ignored_and_a_deletion_forgets_it() -> None:

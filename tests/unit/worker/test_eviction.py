@@ -10,9 +10,9 @@ from services.worker.eviction import Resident, victims
 
 
 def resident(
-    name: str, size: int = 10, *, weight: int = 5000, unused: float = 1.0, busy: bool = False
+    name: str, size: int = 10, *, carries: bool = True, unused: float = 1.0, busy: bool = False
 ) -> Resident:
-    return Resident(VersionKey(name, "1", f"sha256:{name}"), size, weight, unused, busy)
+    return Resident(VersionKey(name, "1", f"sha256:{name}"), size, carries, unused, busy)
 
 
 def chosen(*residents: Resident, missing: int = 10, demanded: bool = False) -> list[str]:
@@ -20,7 +20,7 @@ def chosen(*residents: Resident, missing: int = 10, demanded: bool = False) -> l
 
 
 def test_the_longest_unused_without_traffic_goes_first() -> None:
-    newer, older = resident("newer", weight=0, unused=5), resident("older", weight=0, unused=9)
+    newer, older = resident("newer", carries=False, unused=5), resident("older", carries=False, unused=9)
     assert chosen(newer, older, resident("a", unused=30)) == ["older"]
     assert chosen(newer, older, missing=11) == ["older", "newer"]
 
@@ -29,8 +29,8 @@ def test_a_version_with_traffic_goes_only_for_demand() -> None:
     a, b = resident("a", unused=3), resident("b", unused=8)
     assert chosen(a, b) == []
     assert chosen(a, b, demanded=True) == ["b"]
-    assert chosen(a, b, resident("spare", weight=0), demanded=True) == ["spare"]
-    assert chosen(a, b, resident("spare", weight=0), demanded=True, missing=15) == ["spare", "b"]
+    assert chosen(a, b, resident("spare", carries=False), demanded=True) == ["spare"]
+    assert chosen(a, b, resident("spare", carries=False), demanded=True, missing=15) == ["spare", "b"]
 
 
 def test_long_idle_is_as_good_as_no_traffic() -> None:
@@ -38,8 +38,8 @@ def test_long_idle_is_as_good_as_no_traffic() -> None:
 
 
 def test_what_is_busy_stays_and_nothing_goes_in_vain() -> None:
-    assert chosen(resident("a", weight=0, busy=True), demanded=True) == []
-    assert chosen(resident("a", weight=0), resident("b", busy=True), demanded=True, missing=11) == []
+    assert chosen(resident("a", carries=False, busy=True), demanded=True) == []
+    assert chosen(resident("a", carries=False), resident("b", busy=True), demanded=True, missing=11) == []
 
 
 @given(
@@ -48,7 +48,7 @@ def test_what_is_busy_stays_and_nothing_goes_in_vain() -> None:
             resident,
             st.uuids().map(str),
             st.integers(0, 50),
-            weight=st.sampled_from([0, 5000]),
+            carries=st.booleans(),
             unused=st.floats(0, 100),
             busy=st.booleans(),
         ),
@@ -61,7 +61,7 @@ def test_enough_and_not_more(residents: list[Resident], missing: int, demanded: 
     by_key = {one.key: one for one in residents}
     out = [by_key[key] for key in victims(residents, missing, demanded=demanded, long_idle=60.0)]
     assert not any(one.busy for one in out)
-    spare = [one for one in residents if not one.busy and (not one.weight or one.unused >= 60)]
+    spare = [one for one in residents if not one.busy and (not one.carries or one.unused >= 60)]
     needed = [one for one in residents if not one.busy and one not in spare]
     able = sum(one.memory_bytes for one in spare + (needed if demanded else []))
     assert bool(out) == (able >= missing)
