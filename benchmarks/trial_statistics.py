@@ -182,7 +182,7 @@ def look_at(seen: Cells, units: int, tuning: float) -> Look:
     (m0, w0, q0, f0), (m1, w1, q1, f1) = arms
     own = q0 / w0**2 + q1 / w1**2
     even = (q0 + q1) / (2 * units) / ((w0 + w1) / (2 * units)) ** 2 * 2 / units
-    error = math.sqrt(max(own * 2 * units / (2 * units - 1), even))
+    error = math.sqrt(max(own, even) * 2 * units / (2 * units - 1))
     normal = error > 0 and (q0 + q1) ** 2 / (f0 + f1) / 2 >= FEWEST_CONTRIBUTING
     once = w0 == w1 == units
     totals = seen.totals[: 2 * units]
