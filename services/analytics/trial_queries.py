@@ -35,7 +35,7 @@ _WHOLE = 10_000
 
 # By intention to treat: a fallback that answers does so for the variant that the unit was given, and that
 # variant failed. A rollout's variants are named as versions are, unless a deployment gives them names of its
-# own: of those the version tells the arm.
+# own (and has no fallback then): of those the version tells the arm.
 _MINE = """
 CREATE TEMP TABLE mine AS
 SELECT online.* EXCLUDE (failed), arms.arm,
@@ -46,22 +46,12 @@ FROM online JOIN arms ON arms.name = CASE
 WHERE answered_at_us >= getvariable('started_us') AND coalesce(experiment, '') = $of
 """
 
-# Of variants with names of their own the chance tells whom the unit was given: where it is another arm's, the
-# fallback answered, and that arm failed.
 _EXPOSED = """
 CREATE TEMP TABLE exposed AS
-SELECT own.arm AS arm, own.stratum AS stratum, unit_hash, online.request_id, code, failed, cached,
+SELECT strata.arm AS arm, strata.stratum AS stratum, unit_hash, online.request_id, code, failed, cached,
        latency_us, version, predicted, predicted_text, rows, answered_at_us
-FROM mine AS online JOIN strata AS own ON own.arm = online.arm AND own.revision = online.revision
-    AND own.propensity = round(online.propensity * 10000)
-UNION ALL
-SELECT given.arm, given.stratum, unit_hash, online.request_id, code, code <> 1, cached,
-       latency_us, version, predicted, predicted_text, rows, answered_at_us
-FROM mine AS online
-JOIN strata AS own ON own.arm = online.arm AND own.revision = online.revision
-JOIN strata AS given ON given.arm <> online.arm AND given.revision = online.revision
-    AND given.propensity = round(online.propensity * 10000)
-WHERE own.propensity <> given.propensity AND $rollout
+FROM mine AS online JOIN strata ON strata.arm = online.arm AND strata.revision = online.revision
+    AND strata.propensity = round(online.propensity * 10000)
 """
 
 # Evidence that needs no approximation takes one request of a unit in each period: later ones are no
@@ -293,7 +283,7 @@ def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -
         }
     )
     connection.register("strata", table)
-    connection.execute(_EXPOSED, {"rollout": question.rollout})
+    connection.execute(_EXPOSED)
     shares = np.full((len(numbers), arms), np.nan)
     for key, stratum in numbers.items():
         shares[stratum] = [np.nan if chance is None else chance / _WHOLE for chance in key]

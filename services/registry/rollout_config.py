@@ -25,17 +25,6 @@ def in_service(config: ServingConfig) -> str:
     return weighted[0].version
 
 
-def check_unmasked(config: ServingConfig, field: str) -> None:
-    """Raises FailedPrecondition, naming `field`, where another version answers what the new one fails: its
-    failures would be logged as the other's successes, and no guardrail would ever see them."""
-    if config.HasField("fallback"):
-        raise FailedPrecondition(
-            f"version {config.fallback.version} of {config.model} is a fallback, which hides failures from a "
-            "rollout's guardrails; deploy without one for as long as the rollout takes",
-            field=field,
-        )
-
-
 def enter_step(config: ServingConfig, before: ServingConfig, rollout: Rollout, asked: StepIn) -> None:
     """Weights and shadow of the step that `rollout` is in now, `asked` as the plan says it."""
     set_weights(config, {rollout.version: rollout.weight, rollout.previous_version: BUCKETS - rollout.weight})

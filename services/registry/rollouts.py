@@ -16,7 +16,7 @@ from services.common.errors import Aborted, FailedPrecondition, InvalidArgument,
 from services.common.ids import new_id
 from services.registry import deployments, rollout_config
 from services.registry.repository import Repository
-from services.registry.rollout_guard import rollout_name
+from services.registry.rollout_guard import check_unmasked, rollout_name
 from services.registry.rollout_plan import Action, Alert, Cause, Facts, Status, Step
 from services.registry.rollout_schemas import NewRolloutIn, check_rollout
 from services.registry.rollout_state import evidence_of, rollout_of, spec_of, trial_of
@@ -60,7 +60,7 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     alias = await tx.alias(wanted.model, wanted.version)
     version = wanted.version if alias is None else alias.version
     previous = rollout_config.in_service(config)
-    rollout_config.check_unmasked(config, "model")
+    check_unmasked(config, version, "model")
     if previous == version:
         raise InvalidArgument(f"version {version!r} answers everything already", field="version")
     added = await deployments.held_versions(tx, wanted.model, config, [version])
@@ -240,8 +240,11 @@ async def _enter(tx: Repository, row: RolloutRow, step: Step, verdict: Verdict |
         "rollout",
         clock,
         lambda config: rollout_config.enter_step(config, before, rollout, asked),
+        above=row.revision,
     )
-    row.revision = revised.config.revision
+    # A shadow step like the one before it changes no configuration, yet what is known of that one counts not.
+    again = row.revision + 1 if rollout.planned.shadow else row.revision
+    row.revision = max(revised.config.revision, again)
     await _note(tx, row, step, verdict, now)
     publish_trial(tx, trial_of(row))
 

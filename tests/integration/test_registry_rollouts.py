@@ -192,7 +192,10 @@ async def test_people_pause_resume_promote_and_abort_and_nobody_else_moves_weigh
         assert rollout in moved.json()["detail"]
         kept = await case.running.deploy("m", {"1": 90, "2": 10}, default_timeout_ms=1234)
         assert (kept.status_code, kept.json()["default_timeout_ms"]) == (200, 1234)
-        masked = await case.running.deploy("m", {"1": 90, "2": 10}, fallback={"version": "1"})
+        stands_in = {"fallback": {"version": "1"}, "default_timeout_ms": 1234}
+        assert (await case.running.deploy("m", {"1": 90, "2": 10}, **stands_in)).status_code == 200
+        called = [{"version": "1", "weight": 90}, {"version": "2", "weight": 10, "variant": "new"}]
+        masked = await rest.put("/v1/deployments/m", json={"versions": called, **stands_in})
         assert (masked.status_code, masked.json()["field"]) == (409, "fallback")
         gone = await rest.delete("/v1/deployments/m")
         assert (gone.status_code, rollout in gone.json()["detail"]) == (409, True)
@@ -369,9 +372,15 @@ async def test_what_is_wrong_is_named(
         await case.running.deploy("m", {"1": 50, "2": 50})
         split = await case.post("", {"model": "m", "version": "2"}, 409)
         assert "1 (50%), 2 (50%)" in split["detail"]
-        await case.running.deploy("m", {"1": 100, "2": 0}, fallback={"version": "2"})
+        called = [{"version": "1", "weight": 100, "variant": "old"}, {"version": "2", "weight": 0}]
+        stands_in = {"versions": called, "fallback": {"version": "2"}}
+        await case.running.rest.put("/v1/deployments/m", json=stands_in)
         masked = await case.post("", {"model": "m", "version": "2"}, 409)
         assert "hides failures" in masked["detail"]
+        called = [{"version": "1", "weight": 100, "variant": "2"}]
+        await case.running.rest.put("/v1/deployments/m", json={"versions": called})
+        mistaken = await case.post("", {"model": "m", "version": "2"}, 409)
+        assert "called '2' as another version is" in mistaken["detail"]
         await case.running.deploy("m", {"1": 100})
         for changes, status, field in BAD:
             body = {"model": "m", "version": "2"} | changes

@@ -240,10 +240,10 @@ def test_what_a_fallback_answers_is_a_failure_of_the_arm_that_was_given(
     assert [(one.requests, one.errors) for one in counted] == [(8, 0), (2, 2)]
     with duckdb.connect(":memory:") as other:
         named = [request(unit, "1", 1, 0.9, unit, variant="old") for unit in range(8)]
-        log(other, [*named, *[request(unit, "1", 1, 0.1, unit, variant="new") for unit in (8, 9)]])
+        log(other, [*named, request(8, "2", 1, 0.1, 8, variant="new", code=13)])
         strata = trial_queries.open_trial(other, rollout(1_000, 1))
         first = trial_queries.visits(other, strata).first
-        assert (first.units.tolist(), first.failed.tolist()) == ([[8, 2]], [[0, 2]])
+        assert (first.units.tolist(), first.failed.tolist()) == ([[8, 1]], [[0, 1]])
     with duckdb.connect(":memory:") as other:
         mine = {"experiment": "exp_1"}
         log(
