@@ -56,15 +56,16 @@ async def posted(running: Running, path: str, body: Any, status: int) -> dict[st
     return found
 
 
-async def carried_out(edge: Edge, rollout_id: str, *actions: Action) -> None:
-    """As if the controller had decided so."""
+async def carried_out(edge: Edge, rollout_id: str, *actions: Action, step: int | None = None) -> None:
+    """As if the controller had decided so; no `step`: about the last one."""
     for action in actions:
         async with edge.transaction() as tx:
             row = await tx.rollout(rollout_id)
             assert row is not None
             await tx.model(row.model, lock=True)
-            step = Step(action, Cause.GATE, "go", len(rollout_of(row).plan) - 1)
-            await rollouts.carry_out(tx, row, step, None, edge.clock)
+            about = len(rollout_of(row).plan) - 1 if step is None else step
+            decided = Step(action, Cause.GATE, "go", about)
+            await rollouts.carry_out(tx, row, decided, None, edge.clock)
 
 
 async def test_aliases_follow_what_a_rollout_brings_and_an_alias_keeps_the_previous_version(
@@ -89,6 +90,27 @@ async def test_aliases_follow_what_a_rollout_brings_and_an_alias_keeps_the_previ
     third = await posted(running, "rollouts", ROLLOUT, 201)
     await carried_out(edge, third["rollout_id"], Action.ROLL_BACK)
     assert dict((await config(edge)).aliases) == {"champion": "1", "next": "3", "last": "3"}
+
+
+async def test_a_second_shadow_step_like_the_first_begins_with_nothing_known(running: Running) -> None:
+    edge = running.registry.edge
+    await running.deploy("m", {"1": 100})
+    steps = [{"shadow": 0.1}, {"shadow": 0.1, "min_requests": 5000}, {"weight": 0.5}]
+    asked = ROLLOUT | {"strategy": "shadow_canary", "steps": steps}
+    identity = (await posted(running, "rollouts", asked, 201))["rollout_id"]
+    seen = []
+    for step in range(4):
+        await carried_out(edge, identity, Action.ENTER, step=step)
+        async with edge.transaction() as tx:
+            row = await tx.rollout(identity)
+        assert row is not None
+        seen.append((row.revision, (await config(edge)).revision))
+    trials, deployed = zip(*seen, strict=True)
+    # A verdict on the first step is none on the second, whose configuration is the same.
+    assert len(set(trials)) == 4
+    assert list(trials) == sorted(trials)
+    assert deployed[0] == deployed[1] < trials[1] < deployed[2]
+    assert trials[2:] == deployed[2:]
 
 
 async def test_a_verdict_of_a_clock_that_was_ahead_gives_way_to_later_ones(running: Running) -> None:
