@@ -97,7 +97,7 @@ class DeploymentRow(Tables):
 
 
 class HistoryRow(Tables):
-    """Every revision a deployment had; `config` null: undeployed."""
+    """Every revision a deployment had, save for old ones that experiments made; `config` null: undeployed."""
 
     __tablename__ = "deployment_history"
 
@@ -166,7 +166,7 @@ class ExperimentRow(Tables):
 
 
 class ExperimentEventRow(Tables):
-    """What happened to an experiment, when and why. Never changed."""
+    """What happened to an experiment, when and why. Never changed; of a bandit's changes the newest stay."""
 
     __tablename__ = "experiment_events"
 
