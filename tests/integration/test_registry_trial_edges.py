@@ -18,6 +18,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.clock import SystemClock
 from services.registry import deployments, experiments, rollouts
 from services.registry.edge import Edge
+from services.registry.experiment_schemas import ExperimentPatch
 from services.registry.rollout_control import RolloutActor
 from services.registry.rollout_plan import Action, Cause, Step
 from services.registry.rollout_state import rollout_of
@@ -187,7 +188,9 @@ def all_with(
     return [(path, body | change) for change in changes]
 
 
+REASONS: list[Any] = [{"winner": "c"}, {"reason": "\0"}, {"winner": None, "why": 1}, [], {"reason": 7}]
 LONE = "\ud800"
+ODD: list[Any] = [None, {}, [{}], LONE]
 BAD: list[tuple[str, Any]] = [
     ("experiments", None),
     ("experiments", []),
@@ -305,6 +308,20 @@ async def test_no_input_is_a_fault_of_the_service_and_every_refusal_names_its_fi
     for method, path in (("POST", "rollouts/%00/abort"), ("POST", "experiments/%00/stop")):
         answer = await running.rest.request(method, f"/v1/{path}", json={})
         assert answer.status_code == 404, answer.text
+    for status in ("draft", "running"):
+        made = await posted(running, "experiments", EXPERIMENT | {"start": status == "running"}, 201)
+        path = f"/v1/experiments/{made['experiment_id']}"
+        assert made["status"] == status
+        changes = [{name: value} for name in ExperimentPatch.model_fields for value in ODD]
+        for change in [{}, {"model": "n"}, *changes, {"variants": [*VARIANTS, VARIANTS[0]]}]:
+            headers = {"content-type": "application/json"}
+            answer = await running.rest.patch(path, content=json.dumps(change), headers=headers)
+            assert answer.status_code in (200, 409, 422), (change, answer.text)
+            assert answer.status_code == 200 or answer.json().get("field"), (change, answer.text)
+        for wrong in REASONS:
+            answer = await running.rest.post(f"{path}/stop", json=wrong)
+            assert answer.status_code in (409, 422), (wrong, answer.text)
+            assert answer.json().get("field"), (wrong, answer.text)
     for body in ({"share": "NaN"}, {"share": 1.1}, {"share": -0.1}, {"share": 0.00001}, {"share": None}, {}):
         answer = await running.rest.put("/v1/models/m/holdout", json=body)
         assert (answer.status_code, answer.json()["field"]) == (422, "share"), answer.text
