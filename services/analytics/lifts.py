@@ -316,10 +316,12 @@ def _line(cells: Cells, whole: StratifiedEffect) -> Line | None:
     if any(one is None for one in found):
         return None
     seen = [one for one in found if one is not None]
-    c, b, a = np.polyfit(points, [one.std_error**2 for one in seen], 2)
     slope = (seen[0].estimate - seen[2].estimate) / (2 * step)
-    if slope == 0:
+    errors = np.array([one.std_error for one in seen])
+    # Huge values overflow when they are squared.
+    if slope == 0 or not np.all(np.isfinite([slope, *points, *errors**2])):
         return None
+    c, b, a = np.polyfit(points, errors**2, 2)
     return Line(slope, middle + seen[1].estimate / slope, float(a), float(b), float(c))
 
 

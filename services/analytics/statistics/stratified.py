@@ -86,7 +86,8 @@ class StratifiedEffect:
 
 
 def stratified_effect(cells: Cells) -> StratifiedEffect | None:
-    """Difference of ratios of sums (of means, where every count is 1), None while no stratum has both arms.
+    """Difference of ratios of sums (of means, where every count is 1), None while no stratum has both arms,
+    and where values are too large to be added.
 
     Least squares of value on arm with an intercept per stratum, an entry weighted by its count: strata weigh
     n_a n_b / (n_a + n_b), which is least variance. The variance is the sandwich clustered by unit (Liang &
@@ -115,6 +116,8 @@ def stratified_effect(cells: Cells) -> StratifiedEffect | None:
     information = float(overlap.sum())
     control_mean, mean = (float(overlap @ side) / information for side in ratios)
     estimate = mean - control_mean
+    if not math.isfinite(estimate):
+        return None  # sums beyond what a float holds
     level = ratios[0] + share * (ratios[1] - ratios[0] - estimate)
     residuals = totals - counts * (level[inner] + estimate * treated)
     members = _sums(inner, treated, np.ones(inner.size), count)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from services.analytics.lifts import lift
 from services.analytics.statistics.effects import Arm, effect
 from services.analytics.statistics.moments import PairedMoments
 from services.analytics.statistics.stratified import (
@@ -123,6 +124,20 @@ def test_an_arm_in_which_it_never_happens_has_the_others_spread() -> None:
     assert found.std_error == pytest.approx(math.sqrt(0.0764 * (1 / 10_000 + 1 / 2_000)), rel=0.02)
     assert log_evidence(found, 0.0, above=False) > math.log(80)
     assert half_width(found, 0.0125) > 2.24 * found.std_error
+
+
+def test_values_too_large_to_be_added_are_no_effect_and_too_large_to_be_squared_no_proof() -> None:
+    rng = np.random.default_rng(10)
+    arms, strata = np.arange(600) % 2, np.arange(600) % 3
+    assert stratified_effect(cells(arms, np.full(600, 1e308), strata)) is None
+    squared = cells(arms, rng.normal(size=600) * 1e200, strata)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = stratified_effect(squared)
+        assert found is not None
+        assert log_evidence(found, 0.0, above=True) == -math.inf
+        shown = lift(squared, alpha=0.05, tuning=1_000.0)
+    assert shown is not None
+    assert shown.relative is None
 
 
 def test_no_stratum_with_both_arms_is_no_effect() -> None:
