@@ -266,7 +266,7 @@ class TestFallback:
             assert reply.fallback
             assert reply.outputs[0].data[:4] == b"\3\0\0\0"
             assert [(item.version, item.attempt) for item in worker.seen] == [("2", 0), ("1", 1)]
-            assert worker.seen[1].propensity == 1.0
+            assert (worker.seen[1].variant, worker.seen[1].propensity) == ("2", 1.0)
             name = Code.Name(code).removeprefix("CODE_").lower()
             line = f'headrace_router_fallbacks_total{{model="cancer",reason="{name}",version="2"}} 1.0'
             assert line in await p.metrics()
