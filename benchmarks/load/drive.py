@@ -48,6 +48,8 @@ class OpenLoop:
     warm_up_s: float = 0.5
     #: The generator runs before all else of this machine.
     ahead: bool = False
+    #: A file that is made as the load begins.
+    begun: Path | None = None
 
 
 def missing_generator(endpoint: Endpoint) -> str | None:
@@ -130,6 +132,7 @@ def open_loop(endpoint: Endpoint, requests: Path, load: OpenLoop) -> dict[str, A
     argv += ["--patience", str(load.patience_s), "--wait", str(load.wait_s)]
     argv += ["--warm-up", str(load.warm_up_s)]
     argv += ["--ahead"] if load.ahead else []
+    argv += ["--begun", str(load.begun)] if load.begun is not None else []
     if load.rate is not None:
         argv += ["--rate", str(load.rate)]
     done = subprocess.run(

@@ -184,8 +184,8 @@ class Load:
         loop = asyncio.get_running_loop()
         now = time.perf_counter()
         rate = self._rate or 1.0
-        # The first is due at once: counted without it, each would leave one interval late.
-        until = int((min(now, self.closes) - self.started) * rate) + 1
+        # The first is due at once: counted without it, each would leave one interval late. The end has none.
+        until = min(int((now - self.started) * rate) + 1, round((self.closes - self.started) * rate))
         while self._scheduled < until:
             due = self.started + self._scheduled / rate
             self._scheduled += 1
@@ -302,6 +302,8 @@ async def offer(given: argparse.Namespace) -> dict[str, object]:
         await load.connect()
     gc.freeze()
     gc.disable()
+    if given.begun is not None:
+        given.begun.touch()
     cpu = time.process_time()
     load.begin(given.warm_up, given.seconds)
     await asyncio.sleep(given.warm_up + given.seconds)
@@ -364,6 +366,7 @@ def main() -> None:
         "--wait", type=float, default=1.0, help="seconds that a request waits for a free connection"
     )
     parser.add_argument("--ahead", action="store_true", help="run before all else of this machine")
+    parser.add_argument("--begun", type=Path, help="a file that is made as the load begins")
     given = parser.parse_args()
     if given.ahead:
         step_ahead()

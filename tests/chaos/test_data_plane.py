@@ -18,7 +18,7 @@ from benchmarks.workload import Dialect
 from deploy.embedded.stack import Stack
 from examples import cancer
 from tests.e2e.rest import caller, settled, total, until
-from tests.fixtures.waiting import eventually_of
+from tests.fixtures.waiting import eventually, eventually_of
 
 RATE = 500.0
 SECONDS = 6.0
@@ -50,12 +50,16 @@ def requests_file(tmp_path: Path, stack: Stack) -> Path:
     return path
 
 
-def load(stack: Stack, requests: Path) -> asyncio.Future[dict[str, Any]]:
-    """RATE requests a second for SECONDS, whatever the answers, from a process of its own."""
+async def load(stack: Stack, requests: Path) -> asyncio.Future[dict[str, Any]]:
+    """RATE requests a second for SECONDS, whatever the answers, from a process of its own that has begun."""
     port = stack.configuration.ports["GATEWAY_HTTP_PORT"]
     endpoint = Endpoint("127.0.0.1", port, "/v1/predict", Dialect.NATIVE)
-    offered = OpenLoop(RATE, 128, SECONDS, PATIENCE_S, PATIENCE_S, warm_up_s=0.0)
-    return asyncio.get_running_loop().run_in_executor(None, open_loop, endpoint, requests, offered)
+    begun = requests.with_name("begun")
+    begun.unlink(missing_ok=True)
+    offered = OpenLoop(RATE, 128, SECONDS, PATIENCE_S, PATIENCE_S, warm_up_s=0.0, begun=begun)
+    running = asyncio.get_running_loop().run_in_executor(None, open_loop, endpoint, requests, offered)
+    await eventually(lambda: begun.exists() or running.done())
+    return running
 
 
 async def counted_since(client: httpx.AsyncClient, before: int, at_least: int) -> int:
@@ -80,7 +84,7 @@ async def test_a_worker_that_dies_or_drains_costs_no_request(
 ) -> None:
     async with caller(stack) as client:
         before = await settled(client, MODEL)
-        running = load(stack, requests_file)
+        running = await load(stack, requests_file)
         await asyncio.sleep(SECONDS / 3)
         pid = await asyncio.to_thread(stack.kill, "worker-0", number)
         said = await running
@@ -92,7 +96,7 @@ async def test_a_worker_that_dies_or_drains_costs_no_request(
 async def test_a_killed_router_loses_and_doubles_nothing(stack: Stack, requests_file: Path) -> None:
     async with caller(stack) as client:
         before = await settled(client, MODEL)
-        running = load(stack, requests_file)
+        running = await load(stack, requests_file)
         await asyncio.sleep(SECONDS / 3)
         pid = await asyncio.to_thread(stack.kill, "router")
         said = await running
@@ -113,7 +117,7 @@ async def test_a_killed_gateway_loses_only_what_was_on_its_connections(
 ) -> None:
     async with caller(stack) as client:
         before = await settled(client, MODEL)
-    running = load(stack, requests_file)
+    running = await load(stack, requests_file)
     await asyncio.sleep(SECONDS / 3)
     pid = await asyncio.to_thread(stack.kill, "gateway")
     said = await running
@@ -137,7 +141,7 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
 
     async with caller(stack) as client:
         before = await settled(client, MODEL)
-        running = load(stack, requests_file)
+        running = await load(stack, requests_file)
         for shares in (
             [("1", 0), ("2", 100)],
             [("1", 100), ("2", 0)],

@@ -5,7 +5,7 @@ The group `topics.REPLAY` marks how far a queue was replayed, so its lag is what
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ _ENDING = ".dlq"
 _MARKS = ("dlq-topic", "dlq-partition", "dlq-offset", "dlq-reason")
 _WITHIN_S = 15.0
 _POLL_MS = 200
+#: Polls without a record after which what is missing was deleted by the broker.
+_MOST_SILENT = 25
 
 Publish = Callable[[Sequence[Record]], Awaitable[None]]
 
@@ -63,14 +65,14 @@ class DeadLetters:
 
     async def letters(self, topic: str, limit: int) -> list[Letter]:
         """The first `limit` that wait."""
-        async with self._asking(), self._reading(topic) as consumer:
-            return [letter_of(record) for record in await _some(consumer, limit)]
+        async with self._asking(), self._reading(topic) as (consumer, ends):
+            return [letter_of(record) for record in await _some(consumer, ends, limit)]
 
     async def replay(self, topic: str, limit: int) -> int:
         """Publish the first `limit` that wait to their own topics and count them as replayed; how many they
         were. One that was published may be so again where this is interrupted: consumers know duplicates."""
-        async with self._replaying, self._asking(), self._reading(topic) as consumer:
-            records = await _some(consumer, limit)
+        async with self._replaying, self._asking(), self._reading(topic) as (consumer, ends):
+            records = await _some(consumer, ends, limit)
             if not records:
                 return 0
             letters = [letter_of(record) for record in records]
@@ -80,8 +82,9 @@ class DeadLetters:
                     for letter in letters
                 ]
             )
-            ends = {TopicPartition(topic, record.partition): record.offset + 1 for record in records}
-            await consumer.commit(ends)
+            await consumer.commit(
+                {TopicPartition(topic, record.partition): record.offset + 1 for record in records}
+            )
             return len(records)
 
     async def _names(self) -> dict[str, int]:
@@ -107,17 +110,17 @@ class DeadLetters:
         )
 
     @asynccontextmanager
-    async def _reading(self, topic: str) -> AsyncIterator[AIOKafkaConsumer]:
-        """A consumer that stands where the replay of `topic` goes on."""
+    async def _reading(self, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer, dict[TopicPartition, int]]]:
+        """A consumer that stands where the replay of `topic` goes on, and where each partition ends."""
         partitions = (await self._names()).get(topic)
         if partitions is None:
             raise NotFound(f"There is no dead-letter queue {topic[:256]!r}.", field="topic")
         parts = [TopicPartition(topic, number) for number in range(partitions)]
         async with self._consumer() as consumer:
-            starts, _ends = await high_watermarks(consumer, parts)
+            starts, ends = await high_watermarks(consumer, parts)
             for part in parts:
                 consumer.seek(part, max(starts[part], await consumer.committed(part) or 0))
-            yield consumer
+            yield consumer, ends
 
     @asynccontextmanager
     async def _consumer(self) -> AsyncIterator[AIOKafkaConsumer]:
@@ -165,13 +168,14 @@ def letter_of(record: Record) -> Letter:
     )
 
 
-async def _some(consumer: AIOKafkaConsumer, limit: int) -> list[Record]:
-    """Up to `limit` records from where the consumer stands to the end; those of a partition in order."""
+async def _some(consumer: AIOKafkaConsumer, ends: Mapping[TopicPartition, int], limit: int) -> list[Record]:
+    """Up to `limit` records from where the consumer stands to `ends`; those of a partition in order. A fetch
+    that brings nothing says nothing: on a busy machine the answer is still under way."""
     found: list[Record] = []
-    while len(found) < limit:
+    silent = 0
+    while len(found) < limit and silent < _MOST_SILENT:
         fetched = await consumer.getmany(timeout_ms=_POLL_MS, max_records=limit - len(found))
-        if not fetched:
-            break
+        silent = 0 if fetched else silent + 1
         for records in fetched.values():
             found += [
                 Record(
@@ -185,6 +189,8 @@ async def _some(consumer: AIOKafkaConsumer, limit: int) -> list[Record]:
                 )
                 for one in records
             ]
+        if all([await consumer.position(part) >= end for part, end in ends.items()]):
+            break
     return found
 
 

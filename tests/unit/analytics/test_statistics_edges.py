@@ -11,7 +11,6 @@ from services.analytics.statistics.boundaries import BetaBinomialMixture
 from services.analytics.statistics.effects import Arm, effect
 from services.analytics.statistics.fixed_horizon import equivalence, non_inferiority, t_test, z_test
 from services.analytics.statistics.moments import Moments
-from services.drift.detectors.ks import ks_two_sample
 
 SIDES = [(0, 0), (0, 10), (10, 10), (3, 10), (1, 1)]
 
@@ -103,11 +102,3 @@ def test_the_least_detectable_effect_inverts_the_sample_size() -> None:
     assert power.detectable_proportion(3, 0.5) is None
     assert power.detectable_mean(power.sample_size_mean(0.1, 2.0), 2.0) == pytest.approx(0.1, rel=1e-6)
     assert power.sample_size_mean(100.0, 1.0) == 2
-
-
-def test_exact_ks_counts_with_ties_as_r_does() -> None:
-    x, y = [1, 2, 2, 3, 4, 5, 5, 6], [2, 3, 3, 5, 7, 8, 8, 9, 9, 10]
-    # ks.test(x, y, exact = TRUE) of R 4.2.2
-    assert ks_two_sample(x, y, method="exact").p_value == pytest.approx(0.03409662, rel=1e-6)
-    one_sided = ks_two_sample(x, y, method="exact", alternative="greater")
-    assert one_sided.p_value == pytest.approx(0.01864802, rel=1e-6)

@@ -73,6 +73,7 @@ async def load(
         "warm_up": 0.0,
         "patience": 0.3,
         "wait": 0.3,
+        "begun": None,
     }
     said = await offer(argparse.Namespace(**usual | given))
     server.close()

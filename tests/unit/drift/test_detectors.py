@@ -97,3 +97,11 @@ def test_sketches_refuse_what_they_cannot_hold() -> None:
         sketch.merge(sketches.RelativeSketch(0.05))
     with pytest.raises(ValueError, match="empty"):
         sketches.QuantileSketch().quantiles([0.5])
+
+
+def test_exact_ks_counts_with_ties_as_r_does() -> None:
+    x, y = [1, 2, 2, 3, 4, 5, 5, 6], [2, 3, 3, 5, 7, 8, 8, 9, 9, 10]
+    # ks.test(x, y, exact = TRUE) of R 4.2.2
+    assert ks.ks_two_sample(x, y, method="exact").p_value == pytest.approx(0.03409662, rel=1e-6)
+    one_sided = ks.ks_two_sample(x, y, method="exact", alternative="greater")
+    assert one_sided.p_value == pytest.approx(0.01864802, rel=1e-6)

@@ -143,7 +143,7 @@ async def test_a_restarting_router_is_waited_for() -> None:
 
 
 async def test_waiting_for_a_router_is_bounded_in_time_and_number() -> None:
-    only, waiting = Channel(usable=False), WaitingRoom(hold_s=0.02, room=1)
+    only, waiting = Channel(usable=False), WaitingRoom(hold_s=0.5, room=1)
     waiting.changed(False)
     held, refused = begun(only, waiting=waiting), begun(only, waiting=waiting)
     assert held.got is None
