@@ -54,7 +54,7 @@ class BusContract:
             timestamp_ms=1_750_000_000_123,
         )
         await bus.publish([sent, Record(topic.name, None, b"no key"), Record(topic.name, b"k", None)])
-        async with bus.consume(topic, "g", handler):
+        async with bus.consume(topic, topic.name, handler):
             await eventually(lambda: len(seen) == 3)
         by_value = {record.value: record for record in seen}
         got = by_value[binary]
@@ -76,7 +76,7 @@ class BusContract:
             assert len(records) <= 50
             seen.extend(records)
 
-        async with bus.consume(topic, "g", handler, max_records=50):
+        async with bus.consume(topic, topic.name, handler, max_records=50):
             for start in range(0, 600, 60):
                 await bus.publish(numbered(topic, 60, keys=7, start=start))
             await eventually(lambda: len(seen) >= 600)
@@ -93,7 +93,7 @@ class BusContract:
         async def handler(records: Sequence[Record]) -> None:
             sizes.append(len(records))
 
-        async with bus.consume(topic, "g", handler, collect_s=1.0):
+        async with bus.consume(topic, topic.name, handler, collect_s=1.0):
             await bus.publish(numbered(topic, 1, keys=1))
             await eventually(lambda: sizes == [1])
             for start in range(1, 41):
@@ -113,7 +113,7 @@ class BusContract:
             accepted.extend(records)
 
         await bus.publish(numbered(topic, 20))
-        async with bus.consume(topic, "g", handler, max_records=6):
+        async with bus.consume(topic, topic.name, handler, max_records=6):
             await eventually(lambda: len(accepted) >= 20)
         assert sorted(int(record.value or b"") for record in accepted) == list(range(20))
         for partition in {record.partition for record in accepted}:
@@ -133,11 +133,11 @@ class BusContract:
             return handler
 
         await bus.publish(numbered(topic, 30))
-        async with bus.consume(topic, "g", into(first)):
+        async with bus.consume(topic, topic.name, into(first)):
             await eventually(lambda: len(first) == 30)
         await bus.publish(numbered(topic, 10, start=30))
         async with (
-            bus.consume(topic, "g", into(second)),
+            bus.consume(topic, topic.name, into(second)),
             bus.consume(topic, "other", into(other)),
         ):
             await eventually(lambda: len(second) >= 10 and len(other) >= 40)
@@ -156,10 +156,10 @@ class BusContract:
             seen.extend(records)
 
         await bus.publish(numbered(topic, 8))
-        async with bus.consume(topic, "g", failing):
+        async with bus.consume(topic, topic.name, failing):
             await asyncio.wait_for(failed.wait(), PATIENCE_S)
-        assert await bus.lag(topic, "g") == 8
-        async with bus.consume(topic, "g", working):
+        assert await bus.lag(topic, topic.name) == 8
+        async with bus.consume(topic, topic.name, working):
             await eventually(lambda: len(seen) >= 8)
         assert sorted(int(v or b"") for v in values(seen)) == list(range(8))
 
@@ -185,8 +185,8 @@ class BusContract:
 
         await bus.publish(numbered(topic, 20, keys=3))
         async with (
-            bus.consume(topic, "g", handler),
-            bus.consume(dead_letters(topic, "g"), "operator", undertaker),
+            bus.consume(topic, topic.name, handler),
+            bus.consume(dead_letters(topic, topic.name), "operator", undertaker),
         ):
             await eventually(lambda: len(accepted) >= 16 and len(buried) >= 4)
             await asyncio.sleep(0.1)
@@ -201,7 +201,7 @@ class BusContract:
         with pytest.raises(InvalidArgument, match=topic.name):
             await bus.publish([Record(topic.name, b"k", bytes(MAX_RECORD_BYTES))])
         await bus.publish([Record(topic.name, b"k", bytes(MAX_RECORD_BYTES - 1000), (("name", b"v"),))])
-        assert await bus.lag(topic, "g") == 1
+        assert await bus.lag(topic, topic.name) == 1
 
     async def test_lag_counts_what_is_not_committed(self, bus: Bus, topic: Topic) -> None:
         seen: list[Record] = []
@@ -209,14 +209,14 @@ class BusContract:
         async def handler(records: Sequence[Record]) -> None:
             seen.extend(records)
 
-        assert await bus.lag(topic, "g") == 0
+        assert await bus.lag(topic, topic.name) == 0
         await bus.publish(numbered(topic, 40))
-        assert await bus.lag(topic, "g") == 40
-        async with bus.consume(topic, "g", handler):
+        assert await bus.lag(topic, topic.name) == 40
+        async with bus.consume(topic, topic.name, handler):
             await eventually(lambda: len(seen) == 40)
-        assert await bus.lag(topic, "g") == 0
+        assert await bus.lag(topic, topic.name) == 0
         await bus.publish(numbered(topic, 3))
-        assert await bus.lag(topic, "g") == 3
+        assert await bus.lag(topic, topic.name) == 3
 
     async def test_members_of_a_group_share_the_partitions(self, bus: Bus, topic: Topic) -> None:
         seen: tuple[list[Record], list[Record]] = ([], [])
@@ -227,7 +227,7 @@ class BusContract:
         async def right(records: Sequence[Record]) -> None:
             seen[1].extend(records)
 
-        async with bus.consume(topic, "g", left), bus.consume(topic, "g", right):
+        async with bus.consume(topic, topic.name, left), bus.consume(topic, topic.name, right):
             async with patience("both members to get records"):
                 start = 0
                 while not (seen[0] and seen[1]):  # a join takes its time, and all may go to one until then
@@ -303,7 +303,7 @@ class TestMemoryBus(BusContract):
             seen.extend(records)
 
         await bus.publish([*numbered(topic, 5), Record(state.name, b"a", b"1")])
-        async with bus.consume(topic, "g", handler), bus.table(state, known.__setitem__) as table:
+        async with bus.consume(topic, topic.name, handler), bus.table(state, known.__setitem__) as table:
             await table.ready(PATIENCE_S)
             await eventually(lambda: len(seen) == 5)
             bus.lose_everything()
@@ -318,7 +318,7 @@ class OverKafka(BusContract):
 
     @pytest.fixture
     async def bus(self, bootstrap: str, topic: Topic, state: Topic) -> AsyncIterator[Bus]:
-        await ensure_topics(bootstrap, [topic, state, dead_letters(topic, "g")])
+        await ensure_topics(bootstrap, [topic, state, dead_letters(topic, topic.name)])
         async with KafkaBus(bootstrap, "contract", session_timeout=2.0) as bus:
             yield bus
 

@@ -21,7 +21,7 @@ class OverBroker:
 
     @pytest.fixture
     async def bus(self, bootstrap: str, topic: Topic) -> AsyncIterator[KafkaBus]:
-        await ensure_topics(bootstrap, [topic, dead_letters(topic, "g")])
+        await ensure_topics(bootstrap, [topic, dead_letters(topic, topic.name)])
         async with KafkaBus(bootstrap, "test", session_timeout=2.0) as bus:
             yield bus
 
@@ -38,9 +38,9 @@ class OverBroker:
             seen.update({(record.partition, record.offset): record for record in records})
 
         office = DeadLetters(bootstrap, bus.publish)
-        queue = dead_letters(topic, "g").name
+        queue = dead_letters(topic, topic.name).name
         sent = [Record(topic.name, b"k", value, (("trace", b"1"),)) for value in (b"a", b"bad", b"b", b"bad")]
-        async with bus.consume(topic, "g", handler):
+        async with bus.consume(topic, topic.name, handler):
             await bus.publish(sent)
             await eventually(lambda: len(seen) == 2)
             letters = await office.letters(queue, 10)
