@@ -70,7 +70,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         versions=served,
         aliases=_resolvable(aliases, served),
         buckets=_buckets(old.buckets, served),
-        salt=model,
+        salt=old.salt or model,
         pool=wanted.pool,
         batching=Batching(**wanted.batching.model_dump()),
         balancing=cast(Balancing, Balancing.Value(f"BALANCING_{wanted.balancing.upper()}")),

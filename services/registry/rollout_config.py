@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from headrace.v1.control_pb2 import ServingConfig, Shadow
+from collections.abc import Iterable
+
+from headrace.v1.control_pb2 import ServedVersion, ServingConfig, Shadow
 
 from services.common.assignment import BUCKETS
 from services.common.errors import FailedPrecondition
@@ -23,6 +25,13 @@ def in_service(config: ServingConfig) -> str:
             field="model",
         )
     return weighted[0].version
+
+
+def begin(config: ServingConfig, added: Iterable[ServedVersion], rollout_id: str) -> None:
+    """Have the new version loaded, and draw the users anew: who met the last canary would meet every one, and
+    remember it. One version answers all of them, so nobody changes version by that."""
+    config.versions.extend(added)
+    config.salt = f"{config.model}:{rollout_id}"
 
 
 def enter_step(config: ServingConfig, before: ServingConfig, rollout: Rollout, asked: StepIn) -> None:

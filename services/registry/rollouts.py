@@ -68,11 +68,12 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     usual = {"steps": wanted.all_steps(), "metrics": wanted.metrics_watched(), "version": version}
     resolved = wanted.model_copy(update=usual)
     now = clock.now()
+    rollout_id = f"rol_{new_id()[:8].hex()}"
     revised = await deployments.revise(
-        tx, wanted.model, "rollout", clock, lambda config: config.versions.extend(added)
+        tx, wanted.model, "rollout", clock, lambda config: rollout_config.begin(config, added, rollout_id)
     )
     row = RolloutRow(
-        rollout_id=f"rol_{new_id()[:8].hex()}",
+        rollout_id=rollout_id,
         model=wanted.model,
         version=version,
         previous_version=previous,

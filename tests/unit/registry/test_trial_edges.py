@@ -11,7 +11,7 @@ from services.common.assignment import Buckets
 from services.common.clock import ManualClock
 from services.common.experiments import holdout_salt, layer_salt
 from services.registry.experiment_endpoints import attribute_value
-from services.registry.rollout_config import restore_shadow
+from services.registry.rollout_config import begin, restore_shadow
 from services.registry.rollout_plan import Readiness
 from services.registry.rollout_words import loading
 from services.registry.workers import Workers
@@ -140,3 +140,15 @@ def test_models_with_long_names_are_assigned_independently(salt: Any) -> None:
     one, other = (Buckets(salt("x" * 62 + end)).of for end in "ab")
     units = [f"user-{number}".encode() for number in range(2000)]
     assert sum(one(unit) == other(unit) for unit in units) < 20
+
+
+def test_every_rollout_meets_other_users_first() -> None:
+    units = [f"user-{number}".encode() for number in range(5000)]
+    met = []
+    for rollout_id in ("rol_1", "rol_2"):
+        config = ServingConfig(model="m", salt="m", versions=[ServedVersion(version="1", weight=10_000)])
+        begin(config, [ServedVersion(version="2", held=True)], rollout_id)
+        assert [served.version for served in config.versions] == ["1", "2"]
+        of = Buckets(config.salt).of
+        met.append({unit for unit in units if of(unit) < 1000})
+    assert len(met[0] & met[1]) < 100  # about 50 by chance, of about 500 each
