@@ -40,7 +40,7 @@ _MAX_DIGITS = 9
 _OK = Code.CODE_OK
 _LATE = Code.CODE_DEADLINE_EXCEEDED
 _LOW = Priority.PRIORITY_LOW
-#: Tag of PredictRequest's trace (9), and the length that every context has.
+#: Tag of PredictRequest's trace (9), and the length that every sampled context has.
 _TRACE = b"\x4a\x19"
 
 
@@ -268,7 +268,9 @@ class PredictService:
         context = call.trace_context = self._tracing.start(call.trace_parent)
         if context is not None:
             call.started_ns = time.time_ns()
-            call.payload += _TRACE + trace_bytes(context)
+            # Where tracing is off, a caller's context comes as it was: one that is not sampled has no bytes.
+            if data := trace_bytes(context):
+                call.payload += _TRACE + data
 
     def _timeout_s(self, call: Call) -> float:
         limits = self.limits

@@ -238,6 +238,15 @@ def test_request_reaches_the_router_whole(gateway: GatewayThread) -> None:
     assert abs(sent.received_at_us / 1e6 - time.time()) < 5
 
 
+@pytest.mark.parametrize(
+    "traceparent", [f"00-{'a' * 32}-{'b' * 16}-00", f"00-{'0' * 32}-{'b' * 16}-01", "none"]
+)
+def test_traces_that_nobody_keeps_are_not_passed_on(gateway: GatewayThread, traceparent: str) -> None:
+    answer = predict(gateway, {"model": "cancer", "inputs": [ROW]}, traceparent=traceparent)
+    assert answer.status_code == 200, answer.text
+    assert gateway.running.router.requests[-1].trace == b""
+
+
 def test_gzip_and_x_api_key(gateway: GatewayThread) -> None:
     head = [b"Content-Encoding: gzip", b"X-API-Key: " + PREDICT_ONLY.encode()]
     packed = gzip.compress(GOOD)

@@ -74,6 +74,8 @@ class TableFile:
                 taken = min(rows, size - offset)
                 if taken > 0:
                     part = self._slice(group, offset, taken, size)
+                    if part.num_rows != taken:  # what a damaged file says of itself need not fit together
+                        raise InvalidArgument("The input has fewer rows than it says.", field=_FIELD)
                     taking += _plain_bytes(part)
                     _check(taking, "Rows of a chunk of the input take")
                     parts.append(_plain(part))
