@@ -86,6 +86,8 @@ def _advice(results: Json) -> str:
     if results["sample_ratio"]["mismatch"]:
         return "Find out why the split is off before believing any of it."
     if ("success", "better") in findings:
+        if ("guardrail", "undecided") in findings:
+            return "The gain will hold; that no guardrail suffers is not proven yet."
         return "It may be ended: the result will hold."
     left = [
         days

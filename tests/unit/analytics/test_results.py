@@ -13,6 +13,7 @@ from services.analytics.results import Json, Options, Seen, results
 from services.analytics.statistics.stratified import Cells
 from services.analytics.trial_queries import Counts
 from services.analytics.verdicts import look_at, verdict
+from services.analytics.words import paragraph
 from tests.fixtures.trial_units import World, guardrails, observe, revenue, trial
 
 NOW_US = 1_800_000_000_000_000
@@ -212,3 +213,14 @@ def test_a_relative_interval_needs_a_control_that_is_not_about_zero() -> None:
     assert found.fixed.relative_interval is None
     assert found.fixed.interval is not None
     assert all(math.isfinite(limit) for limit in found.fixed.interval)
+
+
+def test_a_gain_is_no_reason_to_end_while_a_guardrail_is_open() -> None:
+    judged = experiment([*guardrails(0.05)[:1], revenue()])
+    observed = observe(judged, EVEN.simulate(np.random.default_rng(1)), 6_000)
+    found = shown(judged, observed, (3_000, 3_000))
+    comparison(found, "revenue")["decision"]["finding"] = "better"
+    comparison(found, "error_rate")["decision"]["finding"] = "undecided"
+    assert paragraph(found).endswith("that no guardrail suffers is not proven yet.")
+    comparison(found, "error_rate")["decision"]["finding"] = "safe"
+    assert paragraph(found).endswith("the result will hold.")
