@@ -13,14 +13,9 @@ from services.common.telemetry import flush_logs, setup_logging
 from services.worker.app import worker_app
 from services.worker.settings import Settings
 
-# How long a thread may keep the interpreter that the event loop waits for. Those that read and write batches
-# hardly need it; the usual 5 ms are many times what a request takes.
-_SWITCH_S = 0.0005
-
 
 def main() -> None:
     """Run the service; ends the process."""
-    sys.setswitchinterval(_SWITCH_S)
     setup_logging("worker")
     try:
         cfg = load(Settings)

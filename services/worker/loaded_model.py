@@ -6,8 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from math import inf
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -27,15 +26,13 @@ from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRe
 from services.worker.replies import Replies, error_reply
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats
-from services.worker.turn import Lent, Turn
+from services.worker.turn import Turn
 
 log = structlog.get_logger(__name__)
 
 _OK = Code.CODE_OK
 _MOST_LINKS = 128
 _US_MAX = (1 << 32) - 1
-# Requests that come at least this often (20 a second) are always about to come.
-_A_MOMENT_S = 0.05
 # Batches with more bytes of input run in a thread however fast they are: joining these bytes, and serialising
 # them for the log, would hold up the event loop.
 _INLINE_BYTES = 256 << 10
@@ -52,13 +49,6 @@ class Log(Protocol):
     ) -> None: ...
 
 
-@dataclass(slots=True)
-class Visits:
-    """When requests of any version ran last, other than in turns."""
-
-    last: float = -inf
-
-
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What all versions of a worker share."""
@@ -69,7 +59,6 @@ class Serving:
     pool: ThreadPoolExecutor
     #: Batches expected to take longer than this many seconds run in a thread.
     inline_below: float
-    visits: Visits = field(default_factory=Visits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +173,6 @@ class LoadedModel:
         if isinstance(turn := batch.items[0], Turn):
             self._give(turn)
             return
-        serving.visits.last = started
         queued_at, queue_us = -1.0, 0
         for item in batch.items:
             if item.queued_at != queued_at:  # those that arrived together waited equally long
@@ -218,10 +206,7 @@ class LoadedModel:
         def urgent() -> bool:
             return self._batcher.queued_rows > 0
 
-        def visited() -> bool:
-            return self._serving.clock.monotonic() - self._serving.visits.last < _A_MOMENT_S
-
-        turn.bulk.begin(Lent(self._runner, urgent, visited, lambda: self._loop.call_soon_threadsafe(over)))
+        turn.bulk.begin(self._runner, urgent, lambda: self._loop.call_soon_threadsafe(over))
 
     def _execute(self, batch: Batch, max_rows: int, started: float) -> tuple[Execution, Outcome]:
         """In a thread: run `batch`, and make of it all that needs no event loop."""

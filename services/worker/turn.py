@@ -4,7 +4,6 @@ and has the slot for itself until it gives it back."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
@@ -16,24 +15,12 @@ from services.worker.input_layout import MergeKey
 from services.worker.item import Answer, Item
 
 
-@dataclass(frozen=True, slots=True)
-class Lent:
-    """A slot, lent to a turn. Everything here may be called from any thread."""
-
-    runner: Runner
-    #: Whether others wait for the slot: it should be given back soon.
-    urgent: Callable[[], bool]
-    #: Whether requests ran a moment ago: they are likely to come again at any time.
-    visited: Callable[[], bool]
-    #: Gives the slot back; to be called once.
-    over: Callable[[], object]
-
-
 class Bulk(Protocol):
     """The work of one turn. Exactly one of the two is called, once, on the event loop."""
 
-    def begin(self, lent: Lent) -> None:
-        """Run the model, in a thread. Must not raise."""
+    def begin(self, runner: Runner, urgent: Callable[[], bool], over: Callable[[], object]) -> None:
+        """Run the model, in a thread; not for long once `urgent()`, which any thread may ask: others wait for
+        the slot. `over` gives it back, and is called once, from any thread. Must not raise."""
         ...
 
     def refused(self, error: HeadraceError) -> None:

@@ -29,15 +29,12 @@ from services.worker.best_batch import BestBatch
 from services.worker.execution import Runner
 from services.worker.item import Item
 from services.worker.tensors import Array
-from services.worker.turn import Lent, Turn
+from services.worker.turn import Turn
 
 log = structlog.get_logger(__name__)
 
-# A turn ends after this long also where nobody waits; where requests come again and again sooner, and then as
-# long a rest follows: half the time is theirs.
+# A turn ends after this long also where nobody waits.
 _TURN_S = 0.05
-_SHARED_TURN_S = 0.002
-_MOST_REST_S = 0.05
 # Where a job says nothing: this many bytes of input a run, at most this many rows, fewer of unknown size.
 _RUN_BYTES = 1 << 20
 _RUN_S = 0.003
@@ -143,8 +140,6 @@ class ChunkRun:
         self._retry = False
         self._refusal: HeadraceError | None = None
         self._asked_at = 0.0
-        # Seconds to leave the processor to requests after a turn.
-        self._rest = 0.0
         self._abandoned = False
 
     async def run(self, find: Callable[[], Version], turn_rows: int) -> None:
@@ -153,7 +148,7 @@ class ChunkRun:
         refusals = 0
         while self._tasks and self.stopped is None:
             self._over.clear()
-            self._refusal, self._retry, self._rest = None, False, 0.0
+            self._refusal, self._retry = None, False
             version = find()
             turn = Turn(self, min(self.run_rows, turn_rows))
             self._asked_at = time.monotonic()
@@ -165,8 +160,6 @@ class ChunkRun:
                 version.cancel(turn)
                 raise
             turn.forget()
-            if self._rest and self._tasks:
-                await asyncio.sleep(self._rest)
             refusals = refusals + 1 if self._refusal is not None else 0
             if self._refusal is not None and refusals >= _REFUSALS:
                 raise self._refusal
@@ -185,13 +178,13 @@ class ChunkRun:
                 found.append((answers, dict(inputs)))
         return found
 
-    def begin(self, lent: Lent) -> None:
+    def begin(self, runner: Runner, urgent: Callable[[], bool], over: Callable[[], object]) -> None:
         """See Bulk."""
         self.waited += time.monotonic() - self._asked_at
         try:
-            self._threads.submit(self._turn, lent)
+            self._threads.submit(self._turn, runner, urgent, over)
         except RuntimeError:  # the threads are gone: the worker is leaving
-            lent.over()
+            over()
             self.refused(Unavailable("the worker is leaving"))
 
     def refused(self, error: HeadraceError) -> None:
@@ -199,28 +192,23 @@ class ChunkRun:
         self._refusal = error
         self._over.set()
 
-    def _turn(self, lent: Lent) -> None:
+    def _turn(self, runner: Runner, urgent: Callable[[], bool], over: Callable[[], object]) -> None:
         started = time.monotonic()
         try:
             while self._tasks and not self._abandoned:
                 self.stopped = self._stop()
                 if self.stopped is not None:
                     break
-                if not self._run_next(lent.runner):
+                if not self._run_next(runner):
                     break
-                longest = _SHARED_TURN_S if lent.visited() else _TURN_S
-                if lent.urgent() or time.monotonic() - started > longest:
+                if urgent() or time.monotonic() - started > _TURN_S:
                     break
         except Exception:  # a fault of this file: the slot must be given back whatever happens
             log.exception("batch_turn_failed")
             self._refusal = Internal("the rows could not be run")
         finally:
-            took = time.monotonic() - started
-            self.ran += took
-            # On processors, rows that run are in the way of requests everywhere on their way.
-            shares = lent.runner.backend.device == "cpu" and lent.visited()
-            self._rest = min(took, _MOST_REST_S) if shares else 0.0
-            lent.over()
+            self.ran += time.monotonic() - started
+            over()
             self._loop.call_soon_threadsafe(self._over.set)
 
     def _run_next(self, runner: Runner) -> bool:

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import Cancelled, HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
-from services.worker.batch import running
 from services.worker.batch.rows import Group, Inputs, Rows
 from services.worker.batch.running import ChunkRun, rows_of_a_run
 from services.worker.best_batch import BestBatch
@@ -23,7 +22,7 @@ from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.item import Item
 from services.worker.tensors import Array
-from services.worker.turn import Lent, Turn
+from services.worker.turn import Turn
 from tests.fixtures.batch import TABULAR
 from tests.fixtures.waiting import PATIENCE_S
 
@@ -59,7 +58,7 @@ class Slot:
     def __init__(self, model: Model) -> None:
         self.runner = Runner(model, TABULAR, InputLayout(TABULAR))
         self.turns = 0
-        self.urgent = self.visited = False
+        self.urgent = False
         self.refuse: list[HeadraceError] = []
         self.given_back = asyncio.Event()
 
@@ -72,12 +71,7 @@ class Slot:
             return
         loop = asyncio.get_running_loop()
         turn.bulk.begin(
-            Lent(
-                self.runner,
-                lambda: self.urgent,
-                lambda: self.visited,
-                lambda: loop.call_soon_threadsafe(self.given_back.set),
-            )
+            self.runner, lambda: self.urgent, lambda: loop.call_soon_threadsafe(self.given_back.set)
         )
 
     def cancel(self, item: Item) -> None:
@@ -146,29 +140,6 @@ async def test_the_slot_is_given_back_between_runs_where_somebody_waits(threads:
 
     assert (slot.turns, model.sizes) == (3, [4, 4, 2])
     assert len(answered(run)) == 10
-
-
-@pytest.mark.parametrize(("device", "rests"), [("cpu", 2), ("cuda:0", 0)])
-async def test_a_processor_is_shared_with_requests_that_come_again_and_again(
-    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, device: str, rests: int
-) -> None:
-    monkeypatch.setattr(running, "_SHARED_TURN_S", 0.0)
-    slept, sleep = list[float](), asyncio.sleep
-
-    async def noted(seconds: float) -> None:
-        slept.append(seconds)
-        await sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", noted)
-    model = Model()
-    model.device = device
-    slot, run = Slot(model), run_of(rows_of(10), 4, threads)
-    slot.visited = True
-    await run.run(lambda: slot, 64)
-
-    assert (slot.turns, model.sizes, len(answered(run))) == (3, [4, 4, 2], 10)
-    assert len(slept) == rests
-    assert all(seconds > 0 for seconds in slept)
 
 
 async def test_a_poisoned_row_fails_alone(threads: ThreadPoolExecutor) -> None:

@@ -20,7 +20,6 @@ from services.common.telemetry import context_from_kafka, setup_tracing, trace_b
 from services.worker import loaded_model
 from services.worker.item import Batch
 from services.worker.outcome import Outcome, outcome_of
-from services.worker.turn import Lent, Turn
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
@@ -48,30 +47,6 @@ async def test_the_record_is_written_before_the_replies_leave(rig: Rig, inline_b
     assert set(rig.logged_before.values()) == {5}
     assert model.stats.inline_runs == (1 if inline_below else 0)
     assert (model.stats.succeeded, model.stats.rows, model.stats.runs) == (5, 5, 1)
-
-
-async def test_a_turn_knows_of_requests_that_ran_a_moment_ago(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaded_model, "_A_MOMENT_S", 3600.0)
-    model, visited = rig.start(), list[bool]()
-
-    class Asks:
-        def begin(self, lent: Lent) -> None:
-            visited.append(lent.visited())
-            lent.over()
-
-        def refused(self, error: HeadraceError) -> None:
-            raise AssertionError(error)
-
-    model.submit([Turn(Asks(), 1)])
-    await eventually(lambda: len(visited) == 1)
-    model.submit([rig.item(1)])
-    await eventually(lambda: len(rig.answers) == 1)
-    model.submit([Turn(Asks(), 1)])
-    await eventually(lambda: len(visited) == 2)
-    assert visited == [False, True]
-    await model.drain()
 
 
 async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(
