@@ -36,6 +36,7 @@ def report(model: str, version: str, shadow_version: str, totals: ShadowTotals, 
         "errors": _errors(totals, alpha),
         "latency_ms": _latency(totals, alpha),
         "outputs": {name: _output(output, alpha) for name, output in sorted(totals.outputs.items())},
+        "slices": {name: _slice(part, alpha) for name, part in sorted(totals.slices.items())},
         "alpha": alpha,
         "assumptions": [
             "Both versions answered the same requests; requests are independent of one another.",
@@ -44,6 +45,17 @@ def report(model: str, version: str, shadow_version: str, totals: ShadowTotals, 
         ],
         "warnings": _warnings(totals, compared),
         "summary": _sentence(model, version, shadow_version, totals, compared, alpha),
+    }
+
+
+def _slice(totals: ShadowTotals, alpha: float) -> Json:
+    """What a report says, of the requests with one value of an attribute. Each interval is by itself: among
+    many slices one misses by chance."""
+    return {
+        "requests": totals.requests,
+        "match": _share(totals.equal, totals.equal + totals.different, alpha),
+        "errors": _errors(totals, alpha),
+        "latency_ms": _latency(totals, alpha),
     }
 
 

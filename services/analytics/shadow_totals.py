@@ -4,6 +4,7 @@ came first, and whether it came in one record or in a thousand. Pure."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -19,6 +20,15 @@ _BASE = 1.02
 _LOG_BASE = math.log(_BASE)
 #: 1e-12 to 1e12.
 _LIMIT = 1400
+
+#: Of a totals' slices; what comes beyond is counted together.
+MOST_SLICES = 50
+_OTHERS = "other"
+_MAX_NAME = 300
+_BY_REQUEST = (
+    "verdicts", "rows", "rows_equal", "codes", "shadow_codes", "latency_us", "shadow_latency_us",
+)  # fmt: skip
+_BY_OUTPUT = ("rows_equal", "rows_same_top", "largest_difference", "mean_difference")
 
 _VERDICTS = {
     "equal": ShadowVerdict.SHADOW_VERDICT_EQUAL,
@@ -123,6 +133,8 @@ class ShadowTotals:
     latency: Histogram = field(default_factory=Histogram)
     shadow_latency: Histogram = field(default_factory=Histogram)
     outputs: dict[str, OutputTotals] = field(default_factory=dict)
+    #: The same of requests with one value of the attribute that the deployment names, by "attribute=value".
+    slices: dict[str, ShadowTotals] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: ShadowComparison) -> Self:
@@ -152,7 +164,18 @@ class ShadowTotals:
         totals.shadow_latency.add(theirs[both].astype(np.float64))
         for output in record.outputs:
             totals.outputs[output.name] = _output(output, rows, n)
+        if record.slices:
+            totals._slice(record, _column(record.slices, n, "slices"))
         return totals
+
+    def _slice(self, record: ShadowComparison, slices: NDArray[np.int64]) -> None:
+        if slices.max() >= len(record.slice_names):
+            raise ValueError("slices name what is not there")
+        for place in np.unique(slices):
+            # PostgreSQL's JSON has no NUL, and what a caller says of itself may be long.
+            name = f"{record.slice_by}={record.slice_names[place]}".replace("\0", "\ufffd")[:_MAX_NAME]
+            part = ShadowTotals.of(_part(record, np.flatnonzero(slices == place).tolist()))
+            self.slices.setdefault(name, ShadowTotals()).merge(part)
 
     def merge(self, other: ShadowTotals) -> None:
         """Count what `other` has counted."""
@@ -162,6 +185,9 @@ class ShadowTotals:
         self.shadow_latency.merge(other.shadow_latency)
         for name, output in other.outputs.items():
             self.outputs.setdefault(name, OutputTotals()).merge(output)
+        for name, part in other.slices.items():
+            known = name in self.slices or len(self.slices) < MOST_SLICES
+            self.slices.setdefault(name if known else _OTHERS, ShadowTotals()).merge(part)
 
     def to_json(self) -> dict[str, Any]:
         """For storage."""
@@ -170,6 +196,7 @@ class ShadowTotals:
             "latency": self.latency.to_json(),
             "shadow_latency": self.shadow_latency.to_json(),
             "outputs": {name: _output_json(output) for name, output in self.outputs.items()},
+            "slices": {name: part.to_json() for name, part in self.slices.items()},
         }
 
     @classmethod
@@ -183,14 +210,26 @@ class ShadowTotals:
                 name: OutputTotals(**{**output, "differences": Histogram.from_json(output["differences"])})
                 for name, output in stored["outputs"].items()
             },
+            slices={name: cls.from_json(part) for name, part in stored.get("slices", {}).items()},
         )
 
 
 _SUMS = tuple(
     column.name
     for column in fields(ShadowTotals)
-    if column.name not in ("latency", "shadow_latency", "outputs")
+    if column.name not in ("latency", "shadow_latency", "outputs", "slices")
 )
+
+
+def _part(record: ShadowComparison, places: Sequence[int]) -> ShadowComparison:
+    """The requests of `record` at `places`, without the slices."""
+    part = ShadowComparison(request_ids=bytes(16 * len(places)))
+    outputs = [(output, part.outputs.add(name=output.name, kind=output.kind)) for output in record.outputs]
+    for names, whole, chosen in ((_BY_REQUEST, record, part), *((_BY_OUTPUT, *both) for both in outputs)):
+        for name in names:
+            if values := getattr(whole, name):
+                getattr(chosen, name).extend([values[place] for place in places])
+    return part
 
 
 def _output_json(output: OutputTotals) -> dict[str, Any]:

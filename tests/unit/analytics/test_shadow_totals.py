@@ -12,7 +12,7 @@ from headrace.v1.events_pb2 import OutputComparison, ShadowComparison, ShadowVer
 from headrace.v1.tensor_pb2 import Code
 
 from services.analytics.shadow_report import report
-from services.analytics.shadow_totals import Histogram, ShadowTotals
+from services.analytics.shadow_totals import MOST_SLICES, Histogram, ShadowTotals
 
 EQUAL, DIFFERENT = ShadowVerdict.SHADOW_VERDICT_EQUAL, ShadowVerdict.SHADOW_VERDICT_DIFFERENT
 FAILED = ShadowVerdict.SHADOW_VERDICT_FAILED
@@ -115,6 +115,47 @@ def test_a_shadow_that_only_failed_has_no_latency_and_no_match() -> None:
     assert said["latency_ms"]["interval"] is None
     assert said["errors"]["difference"] == 1.0
     assert "no answer" in said["summary"]
+
+
+def sliced(rng: np.random.Generator, n: int, names: Sequence[str]) -> ShadowComparison:
+    record = comparison(rng, n)
+    record.slice_by = "country"
+    record.slice_names.extend(names)
+    record.slices.extend(rng.integers(0, len(names), n).tolist())
+    return record
+
+
+def test_slices_add_up_to_the_whole_in_any_order_and_after_storage() -> None:
+    rng = np.random.default_rng(7)
+    whole = ShadowTotals()
+    for names in (["DE", "FR"], ["FR", "", "D\0E"], ["DE"]):
+        record = sliced(rng, 200, names)
+        whole.merge(ShadowTotals.from_json(json.loads(json.dumps(ShadowTotals.of(record).to_json()))))
+    assert set(whole.slices) == {"country=DE", "country=FR", "country=", "country=D\ufffdE"}
+    for name in ("requests", "equal", "rows_equal", "only_shadow_errors", "latency_gaps"):
+        assert sum(getattr(part, name) for part in whole.slices.values()) == getattr(whole, name)
+    assert (
+        sum(part.outputs["p"].rows_equal for part in whole.slices.values()) == whole.outputs["p"].rows_equal
+    )
+    said = report("cancer", "1", "2", whole, 0.05)
+    assert said["slices"]["country=DE"]["match"]["n"] + said["slices"]["country=FR"]["match"]["n"] > 100
+    assert said["slices"]["country=DE"]["requests"] == whole.slices["country=DE"].requests
+
+
+def test_slices_are_bounded() -> None:
+    rng = np.random.default_rng(8)
+    whole = ShadowTotals()
+    for first in range(0, 100, 10):
+        whole.merge(ShadowTotals.of(sliced(rng, 50, [f"c{first + number}" for number in range(10)])))
+    assert len(whole.slices) == MOST_SLICES + 1
+    assert sum(part.requests for part in whole.slices.values()) == 500
+
+
+def test_slices_that_name_nothing_are_refused() -> None:
+    record = sliced(np.random.default_rng(9), 5, ["DE"])
+    record.slices[2] = 1
+    with pytest.raises(ValueError, match="slices"):
+        ShadowTotals.of(record)
 
 
 @pytest.mark.parametrize("column", ["codes", "verdicts", "latency_us", "rows"])
