@@ -320,7 +320,12 @@ def _shadow(
     if wanted is None:
         return None
     version = _another_version(wanted.version, aliases, served, "shadow.version")
-    return Shadow(version=version, share=int(wanted.share * 100), tolerance=wanted.tolerance)
+    return Shadow(
+        version=version,
+        share=int(wanted.share * 100),
+        tolerance=wanted.tolerance,
+        slice_by=wanted.slice_by,
+    )
 
 
 def _cache(wanted: CacheIn | None) -> Cache | None:

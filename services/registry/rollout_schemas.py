@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Final, Literal
 
-from pydantic import Field, FiniteFloat, StringConstraints
+from pydantic import Field, FiniteFloat
 
 from services.common.assignment import BUCKETS
 from services.common.errors import InvalidArgument
@@ -19,13 +19,12 @@ from services.registry.rollout_plan import (
     Inconclusive,
     PlannedStep,
 )
-from services.registry.schemas import Input, ModelName, Text, VersionText
+from services.registry.schemas import Input, ModelName, SliceBy, Text, VersionText
 from services.registry.trial_schemas import MetricIn, Share, check_metrics, ten_thousandths
 
 DAY_S: Final = 86_400
 Seconds = Annotated[FiniteFloat, Field(ge=0, le=30 * DAY_S)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-SliceBy = Annotated[str, StringConstraints(max_length=100, pattern=r"^[^\x00]*$")]
 StrategyName = Literal["canary", "blue_green", "shadow_canary"]
 
 #: What a step lasts at least where it does not say.

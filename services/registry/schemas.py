@@ -135,6 +135,9 @@ class Share(Input):
         return int(self.weight * 100)
 
 
+SliceBy = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")]
+
+
 class ShadowIn(Input):
     """A version that gets a copy of `share` percent of the requests, after they were answered. Numbers a and
     b are the same where |a - b| <= tolerance * max(1, |a|)."""
@@ -142,6 +145,8 @@ class ShadowIn(Input):
     version: VersionText
     share: Annotated[Decimal, Field(gt=0, le=100, decimal_places=2)]
     tolerance: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.001
+    #: Attribute of requests by whose value reports are told apart; empty: none.
+    slice_by: SliceBy = ""
 
 
 def _ascending(rows: list[int]) -> list[int]:

@@ -188,7 +188,11 @@ def _deploy_values(request: pb.DeployRequest) -> dict[str, Any]:
             values["cache"]["max_entry_bytes"] = request.cache.max_entry_bytes
     if request.HasField("shadow"):
         shadow = request.shadow
-        values["shadow"] = {"version": shadow.version, "share": Decimal(shadow.share) / 100}
+        values["shadow"] = {
+            "version": shadow.version,
+            "share": Decimal(shadow.share) / 100,
+            "slice_by": shadow.slice_by,
+        }
         if shadow.tolerance:
             values["shadow"]["tolerance"] = shadow.tolerance
     if request.HasField("hedging"):

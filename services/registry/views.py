@@ -153,6 +153,7 @@ class ShadowView(BaseModel):
     #: Percent.
     share: float
     tolerance: float
+    slice_by: str
 
 
 class HedgingView(BaseModel):
@@ -347,7 +348,12 @@ def _shadow(config: control_pb2.ServingConfig) -> ShadowView | None:
     if not config.HasField("shadow"):
         return None
     shadow = config.shadow
-    return ShadowView(version=shadow.version, share=shadow.share / 100, tolerance=shadow.tolerance)
+    return ShadowView(
+        version=shadow.version,
+        share=shadow.share / 100,
+        tolerance=shadow.tolerance,
+        slice_by=shadow.slice_by,
+    )
 
 
 def _name(enumerator: str, prefix: str) -> str | None:

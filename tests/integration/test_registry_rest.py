@@ -182,8 +182,11 @@ async def test_hedging_is_published_and_shown(running: Running) -> None:
 
 async def test_a_shadow_is_published_and_shown(running: Running) -> None:
     await running.make("churn", linear(weight=1), linear(weight=2))
-    answer = await running.deploy("churn", {"1": 100, "2": 0}, shadow={"version": "2", "share": 12.5})
-    assert answer.json()["shadow"] == {"version": "2", "share": 12.5, "tolerance": 0.001}
+    asked = {"version": "2", "share": 12.5, "slice_by": "country"}
+    answer = await running.deploy("churn", {"1": 100, "2": 0}, shadow=asked)
+    assert answer.json()["shadow"] == {
+        "version": "2", "share": 12.5, "tolerance": 0.001, "slice_by": "country",
+    }  # fmt: skip
     assert (await running.deploy("churn", {"1": 100, "2": 0})).json()["shadow"] is None
 
 
