@@ -259,6 +259,12 @@ def _assumptions(
 def _population_warnings(everybody: Arms, missing: Missing) -> list[str]:
     """What speaks against taking the arms for two samples of the same users."""
     warnings = []
+    if everybody.experiments:
+        told = ", ".join(f"{requests:,} of {name}" for name, requests in everybody.experiments)
+        warnings.append(
+            f"Requests that experiments assigned are left out ({told}): they have weights of their own, "
+            "and GET /v1/experiments/{id}/results compares the variants."
+        )
     if not everybody.randomised:
         warnings.append(
             "No split sent users to both versions by chance: who asked for which may differ in more than the "

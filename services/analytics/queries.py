@@ -172,6 +172,11 @@ ORDER BY unit_hash
 """
 
 
+_OF_EXPERIMENTS = """
+SELECT experiment, count(*) FROM online
+WHERE experiment IS NOT NULL AND arm_of(version, variant) IS NOT NULL GROUP BY ALL ORDER BY ALL
+"""
+
 # What a share of the values lies below, per arm; who has how many of them, for the spread that units make.
 _QUANTILES = """
 SELECT count(*), count(DISTINCT unit_hash), quantile_disc(value, $shares)
@@ -231,7 +236,7 @@ class Arms:
 
     `randomised`: only requests that the split assigned by chance are in them, and `left_out` were not; else
     there are none of an arm, and everything is in them. `unmapped` labels of these versions could not be held
-    against an answer.
+    against an answer. `experiments` assigned requests of these versions, which are left out: id and requests.
     """
 
     a: Observations
@@ -240,6 +245,7 @@ class Arms:
     randomised: bool = True
     left_out: int = 0
     unmapped: int = 0
+    experiments: Sequence[tuple[str, int]] = ()
 
 
 def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnection:
@@ -338,6 +344,7 @@ def arms(connection: duckdb.DuckDBPyConnection, metric: str, a: str, b: str) -> 
         randomised=randomised,
         left_out=others if randomised else 0,
         unmapped=unmapped,
+        experiments=connection.execute(_OF_EXPERIMENTS).fetchall(),
     )
 
 

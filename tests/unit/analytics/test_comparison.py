@@ -55,6 +55,12 @@ def test_labels_that_were_left_out_are_told() -> None:
     )
 
 
+def test_what_an_experiment_took_is_told() -> None:
+    nobody = Arms(observed([]), observed([]), 0, randomised=False, experiments=[("exp_b", 1234)])
+    told = compare(nobody, "accuracy", ("1", "2")).warnings
+    assert any("1,234 of exp_b" in warning and "/results" in warning for warning in told)
+
+
 def ones(successes: int, n: int) -> np.ndarray:
     return np.repeat([1.0, 0.0], [successes, n - successes])
 

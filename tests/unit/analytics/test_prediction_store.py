@@ -135,6 +135,7 @@ def test_what_an_experiment_assigned_is_no_part_of_the_comparison_of_versions() 
     with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
         found = queries.arms(connection, "error_rate", "1", "2")
     assert (len(found.a.units), len(found.b.units), found.b.counts.sum()) == (2, 2, 2)
+    assert found.experiments == [("exp_b", 3)]
 
 
 def test_half_precision_is_widened() -> None:
