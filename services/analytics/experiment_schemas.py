@@ -32,6 +32,8 @@ class PlanIn(_Input):
     alpha: Annotated[FiniteFloat, Field(gt=0, lt=0.5)] = 0.05
     power: Annotated[FiniteFloat, Field(ge=0.5, le=0.999)] = 0.8
     variants: Annotated[int, Field(ge=2, le=100)] = 2
+    #: That the experiment decides by, guardrails included: what is always-valid shares alpha out among them.
+    metrics: Annotated[int, Field(ge=1, le=100)] = 1
     ratio: Annotated[FiniteFloat, Field(ge=0.001, le=1000)] = 1.0
     sequential: bool = True
     looks: Annotated[int, Field(ge=1, le=50)] = 5
@@ -69,6 +71,7 @@ class PlanIn(_Input):
             units_per_day=self.units_per_day,
             units=self.units_per_variant,
             looks=self.looks,
+            metrics=self.metrics,
         )
 
     def _base(self) -> float:

@@ -33,7 +33,7 @@ _FEW_EVENTS = 10
 class Question:
     """`base` is the control's share or mean; `effect` the absolute change to find, or None with `units`: the
     least change that so many units of the control find. `sd` is for means. `ratio`: units of a treatment per
-    unit of the control."""
+    unit of the control. `metrics`: how many the experiment decides by, this one included."""
 
     metric: Metric
     base: float
@@ -47,6 +47,17 @@ class Question:
     units_per_day: float | None = None
     units: int | None = None
     looks: int = 5
+    metrics: int = 1
+
+    @property
+    def alpha_per_comparison(self) -> float:
+        """Of this metric in one variant: what a fixed-horizon test of it may err by."""
+        return self.alpha / (self.variants - 1)
+
+    @property
+    def alpha_per_statement(self) -> float:
+        """What the deciding path gives each statement, one per metric and variant (`evidence`)."""
+        return self.alpha_per_comparison / self.metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +72,17 @@ class SequentialCost:
 
 def plan(question: Question) -> Json:
     """Units for a fixed-horizon test, an always-valid one and a few planned looks, or the least effect that
-    given units find. Comparisons of several variants share alpha equally, as decisions do."""
-    alpha = question.alpha / (question.variants - 1)
+    given units find. Comparisons of several variants share alpha equally; of what is looked at whenever one
+    wants, which is what decides, metrics share it as well."""
+    alpha = question.alpha_per_comparison
     shown: Json = {
         "metric": question.metric,
         "baseline": question.base,
         "sd": question.sd if question.metric == "mean" else None,
         "alpha": question.alpha,
         "alpha_per_comparison": alpha,
+        "alpha_per_statement": question.alpha_per_statement,
+        "metrics": question.metrics,
         "power": question.power,
         "variants": question.variants,
         "ratio": question.ratio,
@@ -84,15 +98,20 @@ def plan(question: Question) -> Json:
         "warnings": _warnings(question, units),
     }
     if question.sequential:
-        cost = sequential_cost(alpha, question.power)
+        shared = question.alpha_per_statement
+        cost = sequential_cost(shared, question.power)
+        base = math.ceil(_units(question, shared) - 1e-9)
+        at_most, on_average = (math.ceil(base * factor) for factor in (cost.at_most, cost.on_average))
         shown["always_valid"] = {
-            "at_most": _sizes(question, math.ceil(units * cost.at_most)),
-            "on_average": _sizes(question, math.ceil(units * cost.on_average)),
-            "factor_at_most": cost.at_most,
-            "factor_on_average": cost.on_average,
+            "at_most": _sizes(question, at_most),
+            "on_average": _sizes(question, on_average),
+            # Of the fixed-horizon size above, which knows nothing of other metrics.
+            "factor_at_most": round(at_most / units, 2),
+            "factor_on_average": round(on_average / units, 2),
+            "alpha": shared,
             "method": (
-                "asymptotic confidence sequence tuned to the fixed-horizon size, looked at all the time; "
-                "factors simulated"
+                "asymptotic confidence sequence tuned to the fixed-horizon size, looked at all the time, at "
+                f"{_share_of(question)}; factors simulated"
             ),
         }
         shown["planned_looks"] = {
@@ -103,7 +122,7 @@ def plan(question: Question) -> Json:
             }
             for bounds in SPENDING
         }
-    shown["summary"] = _words(shown)
+    shown["summary"] = _words(question, shown)
     return shown
 
 
@@ -162,9 +181,8 @@ def _sizes(question: Question, units: int) -> Json:
 
 
 def _detectable(question: Question, alpha: float, units: int) -> Json:
-    options: dict[str, Any] = {"power": question.power, "alpha": alpha, "ratio": question.ratio}
-
-    def effects(size: float) -> Json:
+    def effects(size: float, alpha: float) -> Json:
+        options: dict[str, Any] = {"power": question.power, "alpha": alpha, "ratio": question.ratio}
         if question.metric == "mean":
             least = power.detectable_mean(size, question.sd, **options)
             found: dict[str, float | None] = {"rise": least, "fall": -least}
@@ -180,12 +198,18 @@ def _detectable(question: Question, alpha: float, units: int) -> Json:
             )
         return shown
 
-    shown: Json = {**_sizes(question, units), "detectable": effects(units), "method": _method(question)}
+    shown: Json = {
+        **_sizes(question, units),
+        "detectable": effects(units, alpha),
+        "method": _method(question),
+    }
     if question.sequential:
-        cost = sequential_cost(alpha, question.power)
+        shared = question.alpha_per_statement
+        cost = sequential_cost(shared, question.power)
         shown["always_valid"] = {
-            "detectable": effects(max(2.0, units / cost.at_most)),
+            "detectable": effects(max(2.0, units / cost.at_most), shared),
             "factor_at_most": cost.at_most,
+            "alpha": shared,
         }
     rise = shown["detectable"]["rise"]
     shown["warnings"] = []
@@ -204,6 +228,17 @@ def _method(question: Question) -> str:
     return "two-sided two-proportion z-test, pooled variance under the null"
 
 
+def _share_of(question: Question) -> str:
+    """The part of alpha that the deciding statement has, in words."""
+    statements = question.metrics * (question.variants - 1)
+    if statements == 1:
+        return f"alpha {question.alpha:g}"
+    return (
+        f"alpha {question.alpha_per_statement:.4g}, one of {statements} equal shares (metrics × variants) of "
+        f"{question.alpha:g}"
+    )
+
+
 def _warnings(question: Question, units: int) -> list[str]:
     if question.metric == "mean":
         return []
@@ -214,7 +249,7 @@ def _warnings(question: Question, units: int) -> list[str]:
     return [f"Fewer than {_FEW_EVENTS} events of a kind are expected in an arm, so the size is a rough one."]
 
 
-def _words(shown: Json) -> str:
+def _words(question: Question, shown: Json) -> str:
     units, relative = shown["units"], shown["relative_effect"]
     change = f"{shown['effect']:+.4g}" + (f" ({relative:+.1%})" if relative is not None else "")
     each = (
@@ -231,8 +266,8 @@ def _words(shown: Json) -> str:
     if sequential:
         most, mean = (sequential[name]["units"]["control"] for name in ("at_most", "on_average"))
         told += (
-            f" Looked at whenever one wants: {most:,} of the control for the same power, {mean:,} on average "
-            "if the effect is there."
+            f" Looked at whenever one wants, as decisions are made, at {_share_of(question)}: {most:,} of "
+            f"the control for the same power, {mean:,} on average if the effect is there."
         )
     return told
 

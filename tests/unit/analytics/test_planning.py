@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
 from pydantic import ValidationError
 
+from services.analytics.evidence import statement_alpha
 from services.analytics.experiment_schemas import PlanIn
 from services.analytics.planning import Question, plan, sequential_cost
 from services.analytics.statistics.boundaries import normal_mixture
@@ -48,6 +50,29 @@ def test_means_arms_of_unequal_size_and_several_variants() -> None:
     several = plan(PlanIn(metric="mean", mean=20, sd=10, effect=1, variants=3).question())
     assert several["alpha_per_comparison"] == 0.025
     assert several["units_per_variant"] > even["units_per_variant"]
+
+
+def test_metrics_share_alpha_as_they_do_when_it_is_decided() -> None:
+    """Of an experiment with two metrics, each statement is decided at half of alpha."""
+    trial = Trial(alpha=0.05, arms=[TrialArm(name=name) for name in "abc"])
+    trial.metrics.extend(TrialMetric(name=name) for name in ("revenue", "error_rate"))
+    alone, shared = (
+        plan(PlanIn(baseline=0.05, relative_effect=0.1, variants=3, metrics=count).question())
+        for count in (1, 2)
+    )
+    assert shared["alpha_per_statement"] == statement_alpha(trial) == shared["always_valid"]["alpha"]
+    assert shared["units_per_variant"] == alone["units_per_variant"]
+    most, least = (found["always_valid"]["at_most"]["units_per_variant"] for found in (shared, alone))
+    halved = plan(PlanIn(baseline=0.05, relative_effect=0.1, variants=3, alpha=0.025).question())
+    assert most == halved["always_valid"]["at_most"]["units_per_variant"] > least
+    assert shared["always_valid"]["factor_at_most"] == pytest.approx(
+        most / alone["units_per_variant"], abs=0.01
+    )
+    assert "alpha 0.0125, one of 4 equal shares" in shared["summary"]
+    given = plan(PlanIn(baseline=0.05, units_per_variant=31_234, metrics=3).question())["always_valid"]
+    assert given["alpha"] == pytest.approx(0.05 / 3)
+    usual = plan(PlanIn(baseline=0.05, units_per_variant=31_234).question())["always_valid"]
+    assert given["detectable"]["rise"] > usual["detectable"]["rise"]
 
 
 def test_rare_events_are_told() -> None:
