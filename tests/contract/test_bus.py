@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
@@ -17,7 +18,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import DEPLOYMENTS, KEYS, WORKERS, Topic, dead_letters
-from tests.fixtures.waiting import PATIENCE_S, eventually, patience
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of, patience
 
 
 def values(records: Sequence[Record]) -> list[bytes | None]:
@@ -326,6 +327,22 @@ class OverKafka(BusContract):
         assert await ensure_topics(bootstrap, [topic]) == [topic.name]
         assert await ensure_topics(bootstrap, [topic]) == []
 
+    async def test_a_group_that_committed_beyond_the_end_starts_over(
+        self, bootstrap: str, bus: Bus, topic: Topic
+    ) -> None:
+        """As where a commit that was held back while the broker was away reaches it when it is empty."""
+        seen: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            seen.extend(records)
+
+        await commit(bootstrap, topic, topic.name, 50)
+        await bus.publish(numbered(topic, 20))
+        assert await bus.lag(topic, topic.name) == 20
+        async with bus.consume(topic, topic.name, handler):
+            await eventually(lambda: set(values(seen)) == {b"%d" % i for i in range(20)}, on=seen)
+            await eventually_of(lambda: bus.lag(topic, topic.name), lambda lag: lag == 0)
+
 
 class TestKafkaBusOnTheEmbeddedBroker(OverKafka):
     @pytest.fixture
@@ -354,6 +371,18 @@ class TestKafkaBusOnApacheKafka(OverKafka):
             assert int(config["segment.ms"]) == int(config["delete.retention.ms"]) == 60_000
         else:
             assert int(config["delete.retention.ms"]) == 24 * 3_600_000
+
+
+async def commit(bootstrap: str, topic: Topic, group: str, offset: int) -> None:
+    """Commit `offset` in every partition, in the name of the group and as nobody's member."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, group_id=group, enable_auto_commit=False)
+    partitions = [TopicPartition(topic.name, number) for number in range(topic.partitions)]
+    await consumer.start()
+    try:
+        consumer.assign(partitions)
+        await consumer.commit(dict.fromkeys(partitions, offset))
+    finally:
+        await consumer.stop()
 
 
 async def told(bootstrap: str, topic: Topic) -> dict[str, str]:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from uuid import uuid4
 
 import pytest
+from confluent_kafka import Consumer, TopicPartition
 
 from deploy.embedded.apache_kafka import ApacheKafkaServer
 from deploy.embedded.tansu import TansuServer
@@ -152,6 +153,27 @@ class GroupContract:
         assert member.taken[0].record.headers == (("h", b"\xff"),)
         with pytest.raises(InvalidArgument):
             await member.chunks.publish([Record(pool.topic.name, b"k", bytes(17 << 20))])
+
+    async def test_a_group_that_committed_beyond_the_end_starts_over(self, pool: Pool) -> None:
+        """As where a commit that was held back while the broker was away reaches it when it is empty."""
+        await asyncio.to_thread(commit, pool, 50)
+        await pool.put(0, 20)
+        assert await pool.lag() == 20
+        member = await pool.join()
+        await eventually(lambda: set(map(int, member.values)) == set(range(20)), on=member.taken)
+        await settled(pool)
+        await pool.put(20, 20)
+        await eventually(lambda: set(map(int, member.values)) == set(range(40)), on=member.taken)
+        await settled(pool)
+
+
+def commit(pool: Pool, offset: int) -> None:
+    """Commit `offset` in every partition, in the name of the group and as nobody's member."""
+    consumer = Consumer({"bootstrap.servers": pool.bootstrap, "group.id": pool.group})
+    partitions = [TopicPartition(pool.topic.name, number, offset) for number in range(PARTITIONS)]
+    done = consumer.commit(offsets=partitions, asynchronous=False)
+    consumer.close()
+    assert [(part.offset, part.error) for part in done] == [(offset, None)] * PARTITIONS
 
 
 def _on(pool: Pool, stack: AsyncExitStack) -> Pool:

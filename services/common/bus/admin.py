@@ -77,8 +77,14 @@ async def standing(bootstrap: str, topic: Topic, group: str, *, timeout: float =
     finally:
         await consumer.stop()
     done = {part: committed[part].offset if part in committed else -1 for part in partitions}
-    left = sum(max(0, ends[part] - max(starts[part], done[part])) for part in partitions)
+    left = sum(ends[part] - next_offset(starts[part], ends[part], done[part]) for part in partitions)
     return Standing(sum(ends.values()), left)
+
+
+def next_offset(start: int, end: int, committed: int | None) -> int:
+    """Where a group goes on in a partition that holds `start` to `end`. What was committed beyond the end is
+    of a log that the broker has lost: such a group starts over, as it does behind what retention deleted."""
+    return start if committed is None or not start <= committed <= end else committed
 
 
 async def high_watermarks(

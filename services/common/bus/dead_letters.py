@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from services.common.bus.admin import REQUEST_TIMEOUT_MS, high_watermarks
+from services.common.bus.admin import REQUEST_TIMEOUT_MS, high_watermarks, next_offset
 from services.common.bus.port import Record
 from services.common.errors import NotFound, Unavailable
 from services.common.topics import REPLAY
@@ -103,10 +103,11 @@ class DeadLetters:
     async def _waiting(self, topic: str, partitions: int) -> int:
         async with self._consumer() as consumer:
             parts = [TopicPartition(topic, number) for number in range(partitions)]
+            marks = [await consumer.committed(part) for part in parts]
             starts, ends = await high_watermarks(consumer, parts)
-            done = [await consumer.committed(part) for part in parts]
         return sum(
-            max(0, ends[part] - max(starts[part], mark or 0)) for part, mark in zip(parts, done, strict=True)
+            ends[part] - next_offset(starts[part], ends[part], mark)
+            for part, mark in zip(parts, marks, strict=True)
         )
 
     @asynccontextmanager
@@ -117,9 +118,10 @@ class DeadLetters:
             raise NotFound(f"There is no dead-letter queue {topic[:256]!r}.", field="topic")
         parts = [TopicPartition(topic, number) for number in range(partitions)]
         async with self._consumer() as consumer:
+            marks = [await consumer.committed(part) for part in parts]
             starts, ends = await high_watermarks(consumer, parts)
-            for part in parts:
-                consumer.seek(part, max(starts[part], await consumer.committed(part) or 0))
+            for part, mark in zip(parts, marks, strict=True):
+                consumer.seek(part, next_offset(starts[part], ends[part], mark))
             yield consumer, ends
 
     @asynccontextmanager

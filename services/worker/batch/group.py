@@ -23,6 +23,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import HeadraceError, Unavailable
 from services.common.topics import JOB_RESULTS, Topic, dead_letters
+from services.worker.batch import outages
 from services.worker.batch.port import Delivery
 from services.worker.batch.producer import AckedProducer
 
@@ -35,6 +36,7 @@ Assignment = Literal["cooperative-sticky", "range"]
 _ENOUGH, _FEW = 8, 4
 _POLL_S, _POLL_PAUSED_S = 0.1, 0.01
 _CHECK_S = 2.0
+_ASK_S = 2.0
 _CLOSE_S = 5.0
 _REMEMBERED = 256
 
@@ -103,7 +105,11 @@ class KafkaChunks:
         }
         self._cooperative = assignment == "cooperative-sticky"
         # The thread alone talks to the consumer: its calls wait for each other, also for a poll.
-        self._to_commit: deque[tuple[int, int]] = deque()
+        self._to_commit: deque[tuple[_Partition, int, int]] = deque()
+        # Known to the thread alone: what it was assigned, and of partitions that nothing has come of yet
+        # where their reading began.
+        self._held: dict[int, _Partition] = {}
+        self._began: dict[int, int] = {}
         self._producer = AckedProducer(bootstrap, client_id)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -184,17 +190,17 @@ class KafkaChunks:
         partition = delivery.record.partition
         owned = self._ours.get(partition)
         reached = owned.settle(delivery) if owned is not None else None
-        if reached is not None:
-            self._to_commit.append((partition, reached))
+        if owned is not None and reached is not None:
+            self._to_commit.append((owned, partition, reached))
 
     def _run(self) -> None:
         """In the thread: poll, until told to stop."""
         consumer = Consumer(
             self._consumer_options | {"on_commit": _on_commit},
-            logger=logging.getLogger(f"{__name__}.rdkafka"),
+            logger=outages.log,
         )
         consumer.subscribe(
-            [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+            [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         check_at = time.monotonic() + _CHECK_S
         try:
@@ -224,11 +230,13 @@ class KafkaChunks:
                 consumer.close()
 
     def _commit(self, consumer: Consumer, *, wait: bool = False) -> None:
-        """Of each partition the last offset; one whose partition has gone is refused, which does no harm."""
+        """Of each partition the last offset. One of an earlier assignment is dropped, its records come again:
+        by now it may be another log, in which it would hide records."""
         offsets: dict[int, int] = {}
         while self._to_commit:
-            partition, offset = self._to_commit.popleft()
-            offsets[partition] = offset
+            partition, number, offset = self._to_commit.popleft()
+            if self._held.get(number) is partition:
+                offsets[number] = offset
         if not offsets:
             return
         parts = [TopicPartition(self._topic.name, number, offset) for number, offset in offsets.items()]
@@ -265,11 +273,16 @@ class KafkaChunks:
             consumer.incremental_assign(partitions)
         else:
             consumer.assign(partitions)
-        if numbers:
-            self._loop.call_soon_threadsafe(self._assigned, numbers)
+        self._begin(numbers)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._commit(consumer)  # whoever has them next begins behind what is done
+        self._on_lost(consumer, partitions)
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [part.partition for part in partitions]
+        for number in numbers:
+            self._held.pop(number, None)
         if self._cooperative:
             consumer.incremental_unassign(partitions)
         else:
@@ -277,12 +290,21 @@ class KafkaChunks:
         if numbers:
             self._loop.call_soon_threadsafe(self._revoked, numbers)
 
-    def _assigned(self, numbers: list[int]) -> None:
+    def _begin(self, numbers: list[int]) -> None:
+        """In the thread: what it reads of these partitions from now on has nothing to do with what came
+        before."""
+        begun = {number: _Partition() for number in numbers}
+        self._held.update(begun)
+        for number in numbers:
+            self._began.pop(number, None)
+        if begun:
+            self._loop.call_soon_threadsafe(self._assigned, begun)
+
+    def _assigned(self, begun: dict[int, _Partition]) -> None:
         """Ours from now on, or begun anew: what was delivered before counts no more."""
         self.rebalances += 1
-        log.info("reading %s: partitions %s", self._topic.name, sorted(numbers))
-        for number in numbers:
-            self._ours[number] = _Partition()
+        log.info("reading %s: partitions %s", self._topic.name, sorted(begun))
+        self._ours.update(begun)
 
     def _revoked(self, numbers: list[int]) -> None:
         """What is in work may end: its result counts, and whoever has the partition now does it once more.
@@ -298,12 +320,22 @@ class KafkaChunks:
     def _rewind_if_lost(self, consumer: Consumer) -> None:
         """Start over where a position lies beyond the end: the broker came back without its records, and
         answers such a fetch with nothing."""
-        for part in consumer.position(consumer.assignment()):
+        parts = consumer.position(consumer.assignment())
+        # A position is known once something was read. Until then the committed one counts, which may be of
+        # the log before: a commit that was held back while the broker was away is sent to the next one.
+        unread = [part for part in parts if part.offset < 0]
+        asked = [part for part in unread if part.partition not in self._began]
+        if asked:
+            began = consumer.committed(asked, timeout=_ASK_S)
+            self._began.update({part.partition: part.offset for part in began if part.error is None})
+        for part in parts:
+            at = part.offset if part.offset >= 0 else self._began.get(part.partition, 0)
             _, high = consumer.get_watermark_offsets(part, cached=True)
-            if 0 <= high < part.offset:
+            if 0 <= high < at:
                 log.warning("%s/%d lost its records, reading from the beginning", part.topic, part.partition)
-                self._loop.call_soon_threadsafe(self._assigned, [part.partition])
                 consumer.seek(TopicPartition(part.topic, part.partition, 0))
+                self._begin([part.partition])
+                self._began[part.partition] = 0
 
 
 def _record(message: Message) -> Record:

@@ -15,6 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from services.common.bus import Record
 from services.common.bus.port import MAX_RECORD_BYTES, check_size
 from services.common.errors import InvalidArgument, Unavailable
+from services.worker.batch import outages
 
 _PUBLISH_S = 30.0
 _CLOSE_S = 5.0
@@ -44,7 +45,7 @@ class AckedProducer:
         self._thread = threading.Thread(target=self._poll, name="batch-acks", daemon=True)
 
     async def __aenter__(self) -> Self:
-        self._producer = Producer(self._options)
+        self._producer = Producer(self._options, logger=outages.log)
         self._thread.start()
         return self
 
