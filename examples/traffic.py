@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument(
         "--steady", action="store_true", help="no tour: users who do not change, until Ctrl-C or kill"
     )
-    parser.add_argument("--rate", type=float, default=100.0, help="users a second with --steady")
+    parser.add_argument("--rate", type=float, default=200.0, help="users a second with --steady")
     arguments = parser.parse_args()
     if arguments.rate <= 0:
         parser.error("--rate is above 0")

@@ -106,7 +106,8 @@ class Rollout:
     """Where a rollout stands. `entered_at` None: its first step waits for workers to load the new version.
 
     `clock_at` is what the step's durations count from: `entered_at`, later by the time it was paused.
-    `trial_revision` is that of the weights now in force. `promoted`: a person said that this step has taken
+    `trial_revision` is that of the weights now in force. Workers are waited for `load_timeout_s`; then the
+    share `load_quorum` of them is enough. `promoted`: a person said that this step has taken
     long enough.
     """
 
@@ -125,6 +126,8 @@ class Rollout:
     guardrails: tuple[str, ...] = ()
     successes: tuple[str, ...] = ()
     drift_guardrail: bool = True
+    load_timeout_s: float = 900.0
+    load_quorum: float = 0.75
     paused: bool = False
     promoted: bool = False
 
@@ -145,16 +148,23 @@ class Rollout:
 @dataclass(frozen=True, slots=True)
 class Readiness:
     """Of the live workers of the model's pool: how many there are, how many can answer for the new version,
-    what the first one that cannot load it says, and the first one that has no room for it now."""
+    what the first one that cannot load it says, and the first one that has no room for it now; and how many
+    `failed` to load it and try again."""
 
     workers: int
     ready: int
     error: str = ""
     no_room: str = ""
+    failed: int = 0
 
     @property
     def complete(self) -> bool:
         return 0 < self.workers == self.ready
+
+    @property
+    def hopeless(self) -> bool:
+        """Nobody could load it: that is the version's fault and no worker's."""
+        return 0 < self.workers == self.failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +180,15 @@ class Alert:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known now. `served`: weights of the versions deployed, None where the model is not.
-    `verdict_at` is when the registry took `verdict` in."""
+    `verdict_at` is when the registry took `verdict` in. `waiting_since`: workers are all that it has waited
+    for since then."""
 
     served: Mapping[str, int] | None
     readiness: Readiness
     verdict: Verdict | None = None
     verdict_at: datetime | None = None
     alerts: Sequence[Alert] = ()
+    waiting_since: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

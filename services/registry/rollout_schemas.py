@@ -67,6 +67,10 @@ class RolloutIn(Input):
     bake_s: Seconds = 300.0
     on_inconclusive: Inconclusive = Inconclusive.HOLD
     drift_guardrail: bool = True
+    #: How long workers that have not loaded the new version are waited for, and which share of them is enough
+    #: after that; with fewer it is rolled back.
+    load_timeout_s: Annotated[FiniteFloat, Field(gt=0, le=DAY_S)] = 900.0
+    load_quorum: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.75
     keep_previous: bool = False
 
     def all_steps(self) -> list[StepIn]:

@@ -40,6 +40,8 @@ def rollout_of(row: RolloutRow) -> Rollout:
         guardrails=tuple(metric.name for metric in metrics if metric.role == "guardrail"),
         successes=tuple(metric.name for metric in metrics if metric.role == "success"),
         drift_guardrail=spec.drift_guardrail,
+        load_timeout_s=spec.load_timeout_s,
+        load_quorum=spec.load_quorum,
         paused=row.paused_at is not None,
         promoted=row.promoted,
     )

@@ -64,7 +64,7 @@ def next_step(rollout: Rollout, facts: Facts, now: datetime) -> Step:
     if urgent is not None:
         return urgent
     if rollout.entered_at is None or rollout.clock_at is None:
-        return _first(rollout, facts)
+        return _first(rollout, facts, now)
     if rollout.clock_at > now + CLOCK_SLACK:
         ahead = (rollout.clock_at - now).total_seconds()
         reason = f"the clock went back by {ahead:,.0f} s: the time of the step is counted anew"
@@ -76,7 +76,7 @@ def next_step(rollout: Rollout, facts: Facts, now: datetime) -> Step:
     doubt = None if rollout.promoted else _doubt(rollout, facts, rollout.clock_at, now)
     if doubt is not None:
         return _inconclusive(rollout, facts, doubt, now - rollout.clock_at) or doubt
-    return _onward(rollout, facts)
+    return _onward(rollout, facts, now)
 
 
 def _lost(rollout: Rollout, served: Mapping[str, int] | None) -> Step | None:
@@ -99,8 +99,8 @@ def _lost(rollout: Rollout, served: Mapping[str, int] | None) -> Step | None:
 
 def _must_go_back(rollout: Rollout, facts: Facts) -> Step | None:
     """Where staying would do harm."""
-    if facts.readiness.error:
-        reason = f"a worker cannot load version {rollout.version}: {facts.readiness.error}; {back(rollout)}"
+    if facts.readiness.hopeless:
+        reason = f"no worker can load version {rollout.version}: {facts.readiness.error}; {back(rollout)}"
         return _stay(rollout, Action.ROLL_BACK, Cause.LOAD_FAILED, reason)
     harm = _harm(rollout, facts.verdict)
     if harm is not None:
@@ -112,14 +112,36 @@ def _must_go_back(rollout: Rollout, facts: Facts) -> Step | None:
     return None
 
 
-def _first(rollout: Rollout, facts: Facts) -> Step:
+def _first(rollout: Rollout, facts: Facts, now: datetime) -> Step:
     """Before any request reaches the new version."""
     if rollout.paused:
         return _stay(rollout, Action.HOLD, Cause.PAUSED, "paused by a person before its first step")
-    if not facts.readiness.complete:
-        return _stay(rollout, Action.WAIT, Cause.LOADING, loading(rollout, facts.readiness))
+    missing = _missing(rollout, facts, now, Action.WAIT, Cause.LOADING)
+    if missing is not None:
+        return missing
     reason = f"{loaded(rollout, facts.readiness)}: {aim(rollout, 0)}"
     return Step(Action.ENTER, Cause.STARTED, reason, 0)
+
+
+def _missing(rollout: Rollout, facts: Facts, now: datetime, action: Action, cause: Cause) -> Step | None:
+    """Where workers that cannot answer for the new version are still waited for, or have been for too long;
+    None: enough of them can."""
+    readiness = facts.readiness
+    if readiness.complete:
+        return None
+    how_far = loading(rollout, readiness)
+    about = "failed" if readiness.failed else ""
+    since = facts.waiting_since
+    if since is None or (now - since).total_seconds() < rollout.load_timeout_s:
+        return _stay(rollout, action, cause, how_far, about)
+    if readiness.workers > 0 and readiness.ready >= rollout.load_quorum * readiness.workers:
+        return None
+    late = f"after {rollout.load_timeout_s:,.0f} s: {how_far}"
+    if not readiness.workers and rollout.entered_at is not None:
+        # Nobody is heard of: that says nothing of the version, and there is nobody to go back to.
+        return _stay(rollout, Action.HOLD, cause, late, "nobody")
+    enough = f"{rollout.load_quorum:.0%} would be enough"
+    return _stay(rollout, Action.ROLL_BACK, Cause.LOAD_FAILED, f"{late}, and {enough}; {back(rollout)}")
 
 
 def _doubt(rollout: Rollout, facts: Facts, clock_at: datetime, now: datetime) -> Step | None:
@@ -226,10 +248,11 @@ def _inconclusive(rollout: Rollout, facts: Facts, doubt: Step, elapsed: timedelt
             return _stay(rollout, Action.HOLD, Cause.INCONCLUSIVE, late, str(doubt.cause))
 
 
-def _onward(rollout: Rollout, facts: Facts) -> Step:
+def _onward(rollout: Rollout, facts: Facts, now: datetime) -> Step:
     """The step is over: the next one, or the end. Needs workers that can answer."""
-    if not facts.readiness.complete:
-        return _stay(rollout, Action.HOLD, Cause.WORKERS, loading(rollout, facts.readiness))
+    missing = _missing(rollout, facts, now, Action.HOLD, Cause.WORKERS)
+    if missing is not None:
+        return missing
     cause = Cause.PERSON if rollout.promoted else Cause.GATE
     because = "a person moved it on" if rollout.promoted else grounds(rollout, facts.verdict)
     if rollout.status is Status.BAKING:

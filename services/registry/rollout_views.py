@@ -62,6 +62,8 @@ class RolloutView(BaseModel):
     bake_s: float
     on_inconclusive: str
     drift_guardrail: bool
+    load_timeout_s: float
+    load_quorum: float
     keep_previous: bool
     revision: int
     #: Of the last verdict, and when it came.
@@ -97,6 +99,8 @@ class RolloutView(BaseModel):
             bake_s=spec.bake_s,
             on_inconclusive=spec.on_inconclusive,
             drift_guardrail=spec.drift_guardrail,
+            load_timeout_s=spec.load_timeout_s,
+            load_quorum=spec.load_quorum,
             keep_previous=spec.keep_previous,
             revision=row.revision,
             evidence=evidence_of(verdict),

@@ -72,11 +72,15 @@ def loading(rollout: Rollout, readiness: Readiness) -> str:
     if readiness.workers == 0:
         return f"no live worker serves {rollout.model}"
     so_far = f"{readiness.ready} of {readiness.workers} workers have loaded version {rollout.version}"
+    if readiness.failed:
+        so_far = f"{so_far}, {readiness.failed} could not and try again ({readiness.error})"
     return f"{so_far} ({readiness.no_room})" if readiness.no_room else so_far
 
 
 def loaded(rollout: Rollout, readiness: Readiness) -> str:
-    """That the workers are ready."""
+    """That enough workers are ready."""
+    if not readiness.complete:
+        return f"{loading(rollout, readiness)}, which is enough after {rollout.load_timeout_s:,.0f} s"
     who = "the only worker has" if readiness.workers == 1 else f"all {readiness.workers} workers have"
     return f"{who} loaded version {rollout.version}"
 

@@ -30,6 +30,8 @@ from services.registry.workers import Workers
 #: Decisions kept of each rollout, and alerts of its model looked at (as many as are kept).
 EVENTS_KEPT = 1000
 _ALERTS = 100
+#: Decisions to wait for workers.
+_OF_WORKERS = (Cause.LOADING, Cause.WORKERS)
 _ENDS = {
     Action.COMPLETE: Status.COMPLETED,
     Action.ROLL_BACK: Status.ROLLED_BACK,
@@ -189,6 +191,7 @@ async def facts_of(tx: Repository, row: RolloutRow, workers: Workers) -> Facts:
         verdict=None if verdict is None else Verdict.FromString(verdict.verdict),
         verdict_at=None if verdict is None else verdict.received_at,
         alerts=await _open_alerts(tx, row.model, row.version),
+        waiting_since=await _waiting_since(tx, row),
     )
 
 
@@ -327,6 +330,12 @@ async def _unfinished(tx: Repository, rollout_id: str) -> RolloutRow:
         ended = row.status.replace("_", " ")
         raise FailedPrecondition(f"rollout {rollout_id} is {ended} and stays so", field="rollout_id")
     return fresh
+
+
+async def _waiting_since(tx: Repository, row: RolloutRow) -> datetime | None:
+    if not any(f"/{cause}/" in row.decided for cause in _OF_WORKERS):
+        return None
+    return await tx.rollout_waits_since(row.rollout_id, _OF_WORKERS)
 
 
 async def _open_alerts(tx: Repository, model: str, version: str) -> Sequence[Alert]:

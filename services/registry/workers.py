@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from headrace.v1.control_pb2 import LoadedVersion, ServingConfig, WorkerStatus
@@ -20,10 +20,16 @@ MISSED: Final = 3
 _LIVE: Final = frozenset({WorkerStatus.STATE_STARTING, WorkerStatus.STATE_READY})
 
 
+#: Model, version, artifact.
+_Key = tuple[str, str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class _Heard:
     status: WorkerStatus
     until: float  # monotonic
+    #: Why it could not load what it has not loaded since, also while it tries again.
+    failures: Mapping[_Key, str] = field(default_factory=dict)
 
 
 class Workers:
@@ -57,7 +63,9 @@ class Workers:
         """A heartbeat, now."""
         if status.state in _LIVE:
             until = self._clock.monotonic() + MISSED * max(status.interval_ms, 1) / 1000
-            self._heard[worker_id] = _Heard(status, until)
+            before = self._heard.get(worker_id)
+            failures = _failures(status, before.failures if before is not None else {})
+            self._heard[worker_id] = _Heard(status, until, failures)
         else:
             self._heard.pop(worker_id, None)
 
@@ -67,7 +75,7 @@ class Workers:
         for worker_id in [name for name, heard in self._heard.items() if heard.until < now]:
             del self._heard[worker_id]
         digest = next((v.artifact_digest for v in config.versions if v.version == version), "")
-        ready, workers, error, no_room = 0, 0, "", ""
+        ready, workers, failed, error, no_room = 0, 0, 0, "", ""
         for worker_id, heard in sorted(self._heard.items()):
             if heard.status.pool != config.pool:
                 continue
@@ -81,17 +89,33 @@ class Workers:
             ready += LoadedVersion.STATE_READY in states
             if LoadedVersion.STATE_READY in states:
                 continue
-            failed = states.get(LoadedVersion.STATE_FAILED)
-            if failed is not None and not error:
-                error = storable(f"{worker_id}: {failed or 'no reason given'}")
+            reason = heard.failures.get((config.model, version, digest))
+            if reason is not None:
+                failed += 1
+                error = error or storable(f"{worker_id}: {reason or 'no reason given'}")
             out = states.get(LoadedVersion.STATE_EVICTED)
             if out is not None and not no_room:
                 no_room = storable(f"{worker_id}: {out or 'it made room for another version'}")
-        return Readiness(workers, ready, error, no_room)
+        return Readiness(workers, ready, error, no_room, failed)
 
     def is_ready(self, config: ServingConfig, version: str) -> bool:
         """Whether some worker of `config`'s pool can answer for `version` of its model."""
         return self.readiness(config, version).ready > 0
+
+
+def _failures(status: WorkerStatus, before: Mapping[_Key, str]) -> dict[_Key, str]:
+    """What cannot be loaded after this heartbeat: that it is tried again is no success yet."""
+    found: dict[_Key, str] = {}
+    loaded = set()
+    for one in status.versions:
+        key = (one.model, one.version, one.artifact_digest)
+        if one.state == LoadedVersion.STATE_READY:
+            loaded.add(key)
+        elif one.state == LoadedVersion.STATE_FAILED:
+            found[key] = one.error
+        elif key in before:
+            found.setdefault(key, before[key])
+    return {key: reason for key, reason in found.items() if key not in loaded}
 
 
 @asynccontextmanager

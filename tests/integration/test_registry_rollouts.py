@@ -169,6 +169,14 @@ async def test_a_good_version_takes_over_step_by_step_and_a_bad_one_goes_back(
         assert "w1: no such operator" in failed["reason"]
         assert await case.weights("m") == {"2": 10_000}
 
+        # Nor is one waited for that loads for ever.
+        case.around.failing.clear()
+        case.around.slow.add("3")
+        slow = await case.roll("m", "3", load_timeout_s=0.5)
+        late = await case.until(slow, status="rolled_back")
+        assert "0 of 2 workers have loaded version 3, and 75% would be enough" in late["reason"]
+        assert await case.weights("m") == {"2": 10_000}
+
 
 async def test_people_pause_resume_promote_and_abort_and_nobody_else_moves_weights(
     database_url: str, new_tansu: Callable[[], TansuServer], tmp_path: Path

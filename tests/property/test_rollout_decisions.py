@@ -78,7 +78,9 @@ def known(draw: st.DrawFn, rollout: Rollout, now_s: float) -> Facts:
     well = facts(rollout)
     served = draw(st.sampled_from([well.served] * 30 + [None, {"1": 10_000}, {"1": 0, "2": 10_000}]))
     readiness = draw(
-        st.sampled_from([Readiness(2, 2)] * 12 + [Readiness(0, 0), Readiness(2, 1), Readiness(1, 0, "no")])
+        st.sampled_from(
+            [Readiness(2, 2)] * 12 + [Readiness(0, 0), Readiness(2, 1), Readiness(1, 0, "no", failed=1)]
+        )
     )
     alerts = [Alert("age", draw(st.booleans()), now, "PSI")] if draw(st.integers(0, 14)) == 0 else []
     verdict = draw(verdicts(rollout)) if draw(st.integers(0, 9)) else None

@@ -51,13 +51,57 @@ def test_it_waits_for_every_worker_and_then_gives_the_first_share() -> None:
     assert "1% of the requests go to version 2" in step.reason
 
 
-def test_a_version_that_a_worker_cannot_load_goes_back_with_what_the_worker_said() -> None:
+def test_a_version_that_no_worker_can_load_goes_back_with_what_a_worker_said() -> None:
     for changes in (LOADING, {}, {"step": 3, "status": Status.BAKING}):
         rollout = a_rollout(**changes)
-        known = facts(rollout, readiness=Readiness(2, 1, "w1: no such operator"))
+        known = facts(rollout, readiness=Readiness(2, 0, "w1: no such operator", failed=2))
         step = next_step(rollout, known, START)
         assert (step.action, step.cause) == (Action.ROLL_BACK, Cause.LOAD_FAILED)
         assert "no such operator" in step.reason
+
+
+def test_one_worker_that_cannot_load_it_tries_again_for_a_while() -> None:
+    """Then a quorum is enough, and with less it goes back; the others answer meanwhile."""
+    some, few = (Readiness(n, 3, "w4: disk full", failed=n - 3) for n in (4, 5))
+    for changes, action, cause, now in (
+        (LOADING, Action.WAIT, Cause.LOADING, after(1000)),
+        ({"promoted": True}, Action.HOLD, Cause.WORKERS, after(1000)),
+    ):
+        rollout = a_rollout(**changes)
+        soon = facts(rollout, readiness=some, waiting_since=after(101))
+        for known in (replace(soon, waiting_since=None), soon):
+            step = next_step(rollout, known, now)
+            assert (step.action, step.cause, step.about) == (action, cause, "failed")
+            assert "3 of 4 workers" in step.reason
+            assert "1 could not and try again (w4: disk full)" in step.reason
+        late = replace(soon, waiting_since=after(100))
+        step = next_step(rollout, late, now)
+        assert step.action is Action.ENTER
+        step = next_step(rollout, replace(late, readiness=few), now)
+        assert (step.action, step.cause) == (Action.ROLL_BACK, Cause.LOAD_FAILED)
+        assert step.reason.startswith("after 900 s: 3 of 5 workers have loaded version 2, 2 could not")
+        assert "75% would be enough" in step.reason
+    patient = a_rollout(**LOADING, load_timeout_s=60.0, load_quorum=0.5)
+    known = facts(patient, readiness=few, waiting_since=after(0))
+    assert next_step(patient, known, after(59)).action is Action.WAIT
+    step = next_step(patient, known, after(60))
+    assert step.action is Action.ENTER
+    assert "3 of 5 workers have loaded version 2" in step.reason
+    assert "enough after 60 s" in step.reason
+
+
+def test_workers_that_load_for_ever_are_not_waited_for_for_ever() -> None:
+    rollout = a_rollout(**LOADING)
+    for readiness in (Readiness(2, 1), Readiness(0, 0)):
+        known = facts(rollout, readiness=readiness, waiting_since=START)
+        step = next_step(rollout, known, after(900))
+        assert (step.action, step.cause) == (Action.ROLL_BACK, Cause.LOAD_FAILED)
+        assert "version 1 goes on answering everything" in step.reason
+    # Later on, that nobody is heard of is no fault of the version.
+    rollout = a_rollout(promoted=True)
+    step = next_step(rollout, facts(rollout, readiness=Readiness(0, 0), waiting_since=START), after(900))
+    assert (step.action, step.cause) == (Action.HOLD, Cause.WORKERS)
+    assert step.reason == "after 900 s: no live worker serves m"
 
 
 def test_a_step_is_left_after_its_time_a_verdict_and_its_requests_in_this_order() -> None:

@@ -77,7 +77,15 @@ def test_a_dead_worker_is_not_heard_of_again_where_the_topic_is_read_once_more()
     table.caught_up = True
     dead = said("w1", 7, LoadedVersion.STATE_FAILED)
     workers.apply(*dead)
-    assert workers.readiness(CONFIG, "2") == Readiness(1, 0, "w1: no reason given")
+    assert workers.readiness(CONFIG, "2") == Readiness(1, 0, "w1: no reason given", failed=1)
+    # That it tries again is no success yet.
+    workers.apply(*said("w1", 8, LoadedVersion.STATE_LOADING))
+    assert workers.readiness(CONFIG, "2").failed == 1
+    workers.apply(*said("w1", 9, LoadedVersion.STATE_READY))
+    workers.apply(*said("w1", 10, LoadedVersion.STATE_LOADING))
+    assert workers.readiness(CONFIG, "2") == Readiness(1, 0)
+    dead = said("w1", 11, LoadedVersion.STATE_FAILED)
+    workers.apply(*dead)
     clock.advance(3.1)
     workers.apply(*said("w2", 1, LoadedVersion.STATE_READY))
     for again in (long_dead, dead, said("w2", 1, LoadedVersion.STATE_READY)):
