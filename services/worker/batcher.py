@@ -55,8 +55,8 @@ class Batcher:
     """Dynamic batching of one model version.
 
     `run` is called with each batch and must settle its items and call `finished` once, before it returns or
-    later; at most `slots` batches run at a time. Every submitted item is settled exactly once: by `run`, or
-    here with RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED (expired, or cannot make it any more),
+    later; at most `slots` batches run at a time, not counting those that stepped aside. Every submitted item is
+    settled exactly once: by `run`, or here with RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED (expired, or cannot make it any more),
     UNAVAILABLE (closed). Cancelling an item affects no other."""
 
     def __init__(
@@ -74,6 +74,8 @@ class Batcher:
         self._run = run
         self._slots = slots
         self._running = 0
+        # Batches that run beside the slots.
+        self._aside = 0
         self._armed = False
         self._turning = False
         self._draining = False
@@ -109,7 +111,7 @@ class Batcher:
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._running and not self._queue.rows
+        return not self._running and not self._aside and not self._queue.rows
 
     def submit(self, items: Sequence[Item]) -> None:
         """Queue requests that arrived together; they may run from the next turn of the event loop on."""
@@ -132,6 +134,17 @@ class Batcher:
         """A batch that `run` was given has been settled."""
         self._running -= 1
         self._arm()
+        self._signal_idle()
+
+    def step_aside(self) -> None:
+        """A batch that `run` was given leaves its slot to others and goes on beside them."""
+        self._running -= 1
+        self._aside += 1
+        self._arm()
+
+    def finished_aside(self) -> None:
+        """A batch that stepped aside has been settled."""
+        self._aside -= 1
         self._signal_idle()
 
     async def drain(self) -> None:

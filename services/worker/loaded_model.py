@@ -102,6 +102,7 @@ class LoadedModel:
         self._policy = policy
         self._serving = serving
         self._loop = asyncio.get_running_loop()
+        self._beside = runner.backend.device == "cpu"
         self._batcher = Batcher(LoopTurns(serving.clock), policy.batching, run_time, self._run, slots=slots)
 
     @property
@@ -196,16 +197,25 @@ class LoadedModel:
         )
 
     def _give(self, turn: Turn) -> None:
-        """Lend the slot to `turn` until it is over."""
+        """Lend the slot to `turn` until it is over.
+
+        On a processor requests run beside it: its thread has a low priority, so that a run of it which the
+        scheduler puts off would hold up whoever waits for the slot. A device takes one after the other."""
+        beside = self._beside
 
         def over() -> None:
             turn.abandon()
             self.running_rows -= turn.rows
-            self._batcher.finished()
+            if beside:
+                self._batcher.finished_aside()
+            else:
+                self._batcher.finished()
 
         def urgent() -> bool:
-            return self._batcher.queued_rows > 0
+            return not beside and self._batcher.queued_rows > 0
 
+        if beside:
+            self._batcher.step_aside()
         turn.bulk.begin(self._runner, urgent, lambda: self._loop.call_soon_threadsafe(over))
 
     def _execute(self, batch: Batch, max_rows: int, started: float) -> tuple[Execution, Outcome]:

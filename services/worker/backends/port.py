@@ -37,7 +37,8 @@ class Padding:
 
 class Backend(Protocol):
     """One loaded model version. `run` is called from one thread at a time per slot of the batcher, and from
-    several threads at once where the version has several slots."""
+    several threads at once where the version has several slots, or runs on a processor: there batch jobs
+    run beside the slots."""
 
     @property
     def device(self) -> str:

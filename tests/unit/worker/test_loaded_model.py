@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,8 +18,10 @@ from services.common.clock import SystemClock
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
 from services.worker import loaded_model
+from services.worker.execution import Runner
 from services.worker.item import Batch
 from services.worker.outcome import Outcome, outcome_of
+from services.worker.turn import Turn
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
@@ -127,6 +129,53 @@ async def test_drain_waits_for_what_runs_and_close_refuses_what_comes(rig: Rig) 
     model.submit([rig.item(3)])
     assert isinstance(rig.answers[3], Unavailable | HeadraceError)
     assert rig.codes()[3] == Code.CODE_UNAVAILABLE
+
+
+class Held:
+    """Work of one turn that lasts until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.urgent: Callable[[], bool] = lambda: False
+        self.over: Callable[[], object] = lambda: None
+
+    def begin(self, _runner: Runner, urgent: Callable[[], bool], over: Callable[[], object]) -> None:
+        self.urgent, self.over = urgent, over
+        self.begun.set()
+
+    def refused(self, error: HeadraceError) -> None:
+        raise error
+
+
+async def test_on_a_processor_requests_run_beside_a_turn(rig: Rig) -> None:
+    model, held = rig.start(), Held()
+    model.submit([Turn(held, 4)])
+    await eventually(held.begun.is_set)
+    assert model.running_rows == 4
+    model.submit([rig.item(1)])
+    await eventually(lambda: len(rig.answers) == 1)
+    assert not held.urgent()
+    assert not model.idle
+    draining = asyncio.create_task(model.drain())
+    await asyncio.sleep(0.02)
+    assert not draining.done()
+    held.over()
+    await asyncio.wait_for(draining, PATIENCE_S)
+    assert (model.idle, model.running_rows) == (True, 0)
+
+
+async def test_on_a_device_a_turn_has_the_slot_for_itself(rig: Rig) -> None:
+    rig.backend.device = "cuda:0"
+    model, held = rig.start(), Held()
+    model.submit([Turn(held, 4)])
+    await eventually(held.begun.is_set)
+    assert not held.urgent()
+    model.submit([rig.item(1)])
+    await eventually(held.urgent)
+    assert rig.answers == {}
+    held.over()
+    await eventually(lambda: len(rig.answers) == 1)
+    assert model.idle
 
 
 async def test_a_batch_is_one_span_in_the_trace_of_its_first_sampled_request(rig: Rig) -> None:
