@@ -55,9 +55,9 @@ class Batcher:
     """Dynamic batching of one model version.
 
     `run` is called with each batch and must settle its items and call `finished` once, before it returns or
-    later; at most `slots` batches run at a time, not counting those that stepped aside. Every submitted item is
-    settled exactly once: by `run`, or here with RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED (expired, or cannot make it any more),
-    UNAVAILABLE (closed). Cancelling an item affects no other."""
+    later; at most `slots` batches run at a time, not counting those that stepped aside. Every submitted item
+    is settled exactly once: by `run`, or here with RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED
+    (expired, or cannot make it any more), UNAVAILABLE (closed). Cancelling an item affects no other."""
 
     def __init__(
         self,
