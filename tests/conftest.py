@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.fixtures import examples
+from tests.fixtures import examples, reruns
 from tests.fixtures.platform import (
     SharedPlatform,
     _shared_platform,
@@ -66,10 +66,15 @@ WITH_A_PLATFORM_S = 900
 _PLATFORMS = {"bare_platform", "new_platform", "platform"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reruns.summary(terminalreporter)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Longest first. The limit of pyproject.toml is for one test; starting a whole platform has limits of its
     own."""
     in_order(items)
+    reruns.allow(config, items)
     for item in items:
         if _uses(item, _PLATFORMS) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(WITH_A_PLATFORM_S))
@@ -83,8 +88,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """The shared platform is stopped behind the last test that wants it: idle, it still keeps a core busy."""
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """The shared platform is stopped behind the last test that wants it, behind its second run where it has
+    one: idle, it still keeps a core busy."""
     try:
         return (yield)
     finally:
