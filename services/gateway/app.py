@@ -154,19 +154,11 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             await _router_reached(router)
         oip = await enter(
             serve_oip(
-                InferenceServicer(
-                    catalogue=catalogue,
-                    keys=keys,
-                    router=router,
-                    health=health,
-                    tracing=tracing,
-                    metrics=metrics,
-                    clock=clock,
-                    limits=limits,
-                ),
+                InferenceServicer(catalogue=catalogue, keys=keys, health=health, clock=clock),
+                service,
                 cfg.host,
                 cfg.grpc_port,
-                max_body_bytes=cfg.max_body_bytes,
+                max_connections=cfg.max_connections,
                 drain_s=cfg.drain_s / 2,
                 reuse_port=cfg.reuse_port,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
@@ -13,7 +14,7 @@ from services.common.errors import HeadraceError
 from services.gateway.catalogue import ServedModel
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
-from services.gateway.plans import Plan
+from services.gateway.plans import Answers
 from services.gateway.router_client import Cancellable
 from services.gateway.targets import Dialect, Target
 
@@ -46,6 +47,7 @@ class Head:
         "priority",
         "target",
         "timeout",
+        "timeout_s",
         "traceparent",
     )
 
@@ -66,6 +68,12 @@ class Head:
         self.generation = -1
         #: How many of its bodies in a row were not of the most common form.
         self.odd = 0
+        #: The deadline of a gRPC call, as a duration; 0: none.
+        self.timeout_s = 0.0
+
+    def copy(self) -> Head:
+        """Another that says the same, to be changed for one call."""
+        return copy(self)
 
 
 class Speaker(Protocol):
@@ -123,7 +131,7 @@ class Call(ABC):
     priority = 0
     model: ServedModel | None = None
     #: Where it is set, the answer is written by it.
-    plan: Plan | None = None
+    plan: Answers | None = None
     #: The serialized PredictRequest, and as a message where it was made as one.
     payload = b""
     request: PredictRequest
@@ -132,6 +140,8 @@ class Call(ABC):
     ticket = 0
     retried = False
     single = False
+    #: The id that the caller gave the request, where the answer repeats it.
+    asked_id = b""
     base64 = False
     v2: V2State | None = None
     trace_parent: SpanContext | None = None
@@ -146,6 +156,11 @@ class Call(ABC):
     def target(self) -> Target:
         """The route."""
         return self.head.target
+
+    @property
+    def span_name(self) -> str:
+        """What it is called in traces."""
+        return f"POST {self.head.target.dialect}"
 
     @abstractmethod
     def answer(self, status: int, headers: bytes, body: bytes) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from google.protobuf.message import DecodeError
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import Code
+from open_inference.open_inference_pb2 import ModelInferRequest
 
-from services.common.errors import HeadraceError, InvalidArgument
-from services.common.problems import problem_headers
+from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument, MalformedBody
+from services.common.problems import HTTP_STATUS, problem_headers
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
-from services.gateway.codecs import native, openai, v2
+from services.gateway.codecs import native, oip, openai, v2
 from services.gateway.codecs.compiled import decode_rows, with_context
+from services.gateway.codecs.infer_forms import named, names_of, request_form
+from services.gateway.codecs.trailers import trailers
 from services.gateway.errors import as_oip, as_openai, as_problem
+from services.gateway.infer_plans import InferPlan
 from services.gateway.keys import Key
 from services.gateway.plans import plan_of
 from services.gateway.targets import Dialect
@@ -19,6 +25,8 @@ JSON = b"content-type: application/json\r\n"
 _FALLBACK = b"x-headrace-fallback: true\r\n"
 #: After so many bodies in a row of another form than the most common one, a client's are not tried for it.
 _ODD_BODIES = 8
+#: Larger messages are read in threads, beside which learning would cost nothing less.
+_LEARNED_BYTES = 64 << 10
 #: The backend whose models say how many tokens a text has.
 _COUNTS_TOKENS = "embedding"
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
@@ -31,6 +39,7 @@ def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:
         Dialect.EMBED: EmbedSpeaker(catalogue),
         Dialect.V2: V2Speaker(catalogue),
         Dialect.OPENAI_EMBEDDINGS: OpenAIEmbeddingsSpeaker(catalogue),
+        Dialect.GRPC: GrpcSpeaker(catalogue),
     }
 
 
@@ -195,6 +204,90 @@ class OpenAIEmbeddingsSpeaker(_Speaker):
         status, body = as_openai(error)
         headers = [pair for pair in problem_headers(error) if pair[0] != b"content-type"]
         return status, JSON + _lines(headers), body
+
+
+class GrpcSpeaker(_Speaker):
+    """`inference.GRPCInferenceService/ModelInfer`. Bodies are messages; an error's body is the trailers that
+    say it, since gRPC has no body for errors."""
+
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        body = call.body
+        if type(body) is not bytes:
+            return None
+        try:
+            at = named(body)
+            plan = key.plans.get(body[:at])
+            if plan is None:
+                return None
+            read = plan.request(body, at, call.request_id, received_at_us)
+        except IndexError:
+            return None
+        if read is None or plan.model is not self._catalogue.find(plan.model.name):
+            return None
+        request, call.asked_id, form = read
+        call.model = plan.model
+        call.plan = plan
+        call.priority = form.priority
+        call.asked_timeout_s = _shorter(call.head.timeout_s, form.timeout_s)
+        return request  # type: ignore[no-any-return]  # plans of other dialects are kept there too
+
+    def read(self, call: Call, key: Key, request: PredictRequest) -> None:
+        try:
+            asked = ModelInferRequest.FromString(call.body)  # type: ignore[arg-type]  # takes any buffer
+        except DecodeError:
+            raise MalformedBody("The message is no ModelInferRequest.") from None
+        version = self._version(call, key, request, asked.model_name, asked.model_version)
+        call.asked_id = asked.id.encode()
+        oip.fill_request(request, version.signature, asked)
+        timeout_s = oip.timeout_of(asked)
+        call.asked_timeout_s = _shorter(call.head.timeout_s, timeout_s)
+        if call.head.content_encoding is None and len(call.body) <= _LEARNED_BYTES:
+            self._learn(call, key, asked, request, version, timeout_s)
+
+    def _learn(
+        self,
+        call: Call,
+        key: Key,
+        asked: ModelInferRequest,
+        request: PredictRequest,
+        version: ServedVersion,
+        timeout_s: float,
+    ) -> None:
+        """Have the next message of this form read by what is known of it."""
+        model, body = call.model, bytes(call.body)
+        names = names_of(body, asked)
+        if model is None or names is None:
+            return
+        plan = key.plans.get(names)
+        if plan is None or plan.model is not model:
+            plan = key.plans[names] = InferPlan(model)
+        call.plan = plan
+        if plan.wants(body):
+            form = request_form(body, names, asked, request, version.signature, timeout_s)
+            if form is not None:
+                plan.learn(form)
+
+    def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
+        if isinstance(call.plan, InferPlan):
+            call.plan.learn_answer(reply)
+        request_id = call.asked_id.decode() or call.request_id.hex()
+        return b"", oip.to_response(_name(call), request_id, reply).SerializeToString()
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
+        if isinstance(error, BodyTooLarge):
+            return 413, b"", trailers(Code.CODE_RESOURCE_EXHAUSTED, error.message)
+        message = error.message
+        if error.field and error.field not in message:
+            message = f"{error.field}: {message}"
+        # What gRPC's own retry policy reads.
+        more = [("grpc-retry-pushback-ms", str(error.retry_after_ms))] if error.retry_after_ms else []
+        # Under HTTP's numbers, so that one rule counts failures whatever brought them.
+        return HTTP_STATUS[error.code], b"", trailers(error.code, message, more)
+
+
+def _shorter(one: float, other: float) -> float:
+    """The shorter of two times of which 0 is none."""
+    return min(one, other) if one and other else one or other
 
 
 def _name(call: Call) -> str:

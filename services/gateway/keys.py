@@ -39,8 +39,9 @@ class Key:
     expires_at_us: int
     digest: bytes
     bucket: Bucket | None
-    #: What was found out about calls of this key, by model (`plans.Plan`); forgotten with the key.
-    plans: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    #: What was found out about calls of this key, by model (`plans.Plan`) or by how they name it
+    #: (`infer_plans.InferPlan`); forgotten with the key.
+    plans: dict[str | bytes, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def require(self, scope: Scope) -> None:
         """Raise PermissionDenied without `scope`."""

@@ -4,6 +4,7 @@ requests begin, how its answers read, how long they may take."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import SealedReply
 
@@ -15,9 +16,28 @@ from services.gateway.keys import Key
 _REMEMBERED_ANSWERS = 64
 
 
+class Asked(Protocol):
+    """What an answer takes from its call."""
+
+    single: bool
+    asked_id: bytes
+
+
+class Answers(Protocol):
+    """What answers by bytes that stand already."""
+
+    model: ServedModel
+    #: Takes the seconds of every answer; set by who counts them.
+    answered: Callable[[float], None] | None
+
+    def answer(self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float) -> bytes | None:
+        """The body; None where it takes the ordinary way."""
+        ...
+
+
 class Plan:
-    """Good for as long as `model` is what the catalogue has under its name; a key that changes is another
-    key."""
+    """For rows of the native dialect. Good for as long as `model` is what the catalogue has under its name; a
+    key that changes is another key."""
 
     __slots__ = ("_answers", "answered", "model", "rows", "takes_single_rows")
 
@@ -29,16 +49,14 @@ class Plan:
         self.answered: Callable[[float], None] | None = None
         self._answers: dict[tuple[str, str, str], RowAnswer | None] = {}
 
-    def answer(
-        self, reply: SealedReply, request_id: bytes, latency_ms: float, *, single: bool
-    ) -> bytes | None:
+    def answer(self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float) -> bytes | None:
         """The body of a native answer; None where it takes the ordinary way."""
         told_apart = (reply.version, reply.variant, reply.experiment)
         try:
             found = self._answers[told_apart]
         except KeyError:
             found = self._answer_of(*told_apart)
-        return found.text(reply, request_id, latency_ms, single=single) if found is not None else None
+        return found.text(reply, request_id, latency_ms, single=asked.single) if found is not None else None
 
     def _answer_of(self, version: str, variant: str, experiment: str) -> RowAnswer | None:
         model = self.model

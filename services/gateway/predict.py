@@ -31,6 +31,7 @@ from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget, BodyReaders
 from services.gateway.router_client import Cancellable, RouterClient, failure
+from services.gateway.targets import Dialect
 
 log = structlog.get_logger(__name__)
 
@@ -141,7 +142,7 @@ class PredictService:
         head = call.head
         if head.content_encoding is not None:
             limits = self.limits
-            json_only = head.json_length is None
+            json_only = head.json_length is None and call.target.dialect is not Dialect.GRPC
             limit = limits.max_unpacked_json_bytes if json_only else limits.max_body_bytes
             call.body = decompressed(call.body, head.content_encoding, min(limit, limits.max_body_bytes))
         call.payload = self._as_message(call, key, received_at_us)
@@ -214,7 +215,7 @@ class PredictService:
             body = None
             if call.plan is not None:
                 headers = JSON
-                body = call.plan.answer(reply, request_id.encode(), took * 1000, single=call.single)
+                body = call.plan.answer(reply, call, request_id.encode(), took * 1000)
             if body is None:
                 # Opened only here: the quick way needs no tensor as a message.
                 opened = PredictReply.FromString(reply.SerializeToString())
@@ -306,7 +307,7 @@ class PredictService:
         context = call.trace_context
         if context is not None:
             self._tracing.record_span(
-                f"POST {call.target.dialect}",
+                call.span_name,
                 call.started_ns,
                 time.time_ns(),
                 call.trace_parent,

@@ -14,6 +14,7 @@ class Dialect(enum.StrEnum):
     EMBED = "embed"
     V2 = "v2_infer"
     OPENAI_EMBEDDINGS = "openai_embeddings"
+    GRPC = "grpc_infer"
 
 
 @dataclass(frozen=True, slots=True)

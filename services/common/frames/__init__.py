@@ -51,7 +51,8 @@ ALPN must settle on h2. What stays on the machine (unix:) goes without.
 
 Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound
 and connection (the data path that both sides share: sending and ending, reading and checking), peer,
-server_connection, server, outbox, deadlines, client_connection, client, tls.
+server_connection, server, outbox, deadlines, client_connection, client, tls. `header_blocks`, `wire` and
+`turn` also serve the gateway's gRPC front, which has many streams per connection.
 """
 
 from services.common.frames.client import FrameCalls, lost

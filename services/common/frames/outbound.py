@@ -84,7 +84,7 @@ class Outbound(asyncio.Protocol):
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self._end("connection refused: TLS did not settle on h2")
             return
-        _keep_alive(transport.get_extra_info("socket"), self._limits)
+        keep_alive(transport.get_extra_info("socket"), self._limits.ping_after_s, self._limits.ping_timeout_s)
         self._on_open()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -276,15 +276,16 @@ class Outbound(asyncio.Protocol):
         self._keepalive = self._loop.call_at(silent_until, self._check_alive)
 
 
-def _keep_alive(sock: socket.socket | None, limits: Limits) -> None:
-    """Let the kernel find dead peers of idle connections."""
+def keep_alive(sock: socket.socket | None, after_s: float, timeout_s: float) -> None:
+    """Let the kernel find dead peers of idle connections: it asks after `after_s` of silence, and gives up
+    `timeout_s` later."""
     if sock is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
-            ("TCP_KEEPIDLE", limits.ping_after_s),
-            ("TCP_KEEPINTVL", max(limits.ping_timeout_s / 3, 1)),
+            ("TCP_KEEPIDLE", after_s),
+            ("TCP_KEEPINTVL", max(timeout_s / 3, 1)),
             ("TCP_KEEPCNT", 3),
         ):
             if hasattr(socket, name):

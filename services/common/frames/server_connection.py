@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
-from urllib.parse import quote
 
 from google.protobuf.message import DecodeError
 from headrace.v1.dataplane_pb2 import Hello, ReplyFrame, RequestFrame
@@ -14,6 +13,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import wire
 from services.common.frames.connection import Http2Connection
+from services.common.frames.header_blocks import grpc_message
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PATH, PROTOCOL, CompressedMessage
 from services.common.frames.outbound import Headers
@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 #: Between a stream's trailers and the connection's GOAWAY, seconds.
 _PARTING_S: Final = 0.1
-#: What gRPC leaves as it is in grpc-message: printable ASCII but the percent sign.
-_PLAIN: Final = " !\"#$&'()*+,-./:;<=>?@[]^_`{|}~\\"
 
 
 class Acceptor(Protocol):
@@ -273,7 +271,7 @@ class ServerConnection(Http2Connection):
             return
         trailers = [("grpc-status", str(int(code)))]
         if message:
-            trailers.append(("grpc-message", quote(message, safe=_PLAIN)))
+            trailers.append(("grpc-message", grpc_message(message)))
         if self._peer is None:
             trailers = [(":status", "200"), ("content-type", "application/grpc"), *trailers]
         self._send_headers(trailers, end_stream=True)

@@ -120,7 +120,7 @@ class RowsRequest:
         """Everything before the numbers of `rows` rows."""
         spec = self._spec
         head = tensor_head(spec.name, spec.datatype.number, (rows, spec.width), rows * self._row.size)
-        return self._constant + _INPUTS + _varint(len(head) + rows * self._row.size) + head
+        return self._constant + _INPUTS + varint(len(head) + rows * self._row.size) + head
 
 
 def compile_request(signature: ModelSignature, model: str, key_id: str) -> RowsRequest | None:
@@ -261,10 +261,11 @@ def compile_answer(
 def tensor_head(name: str, datatype: int, shape: tuple[int, ...], size: int) -> bytes:
     """A serialized Tensor up to its `size` bytes of data."""
     described = Tensor(name=name, datatype=datatype, shape=shape)  # type: ignore[arg-type]  # a number is one
-    return described.SerializeToString() + _DATA + _varint(size)
+    return described.SerializeToString() + _DATA + varint(size)
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """As protobuf writes a length."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)

@@ -81,11 +81,9 @@ def timeout_of(asked: ModelInferRequest) -> float:
     return v2.timeout_of({name: _scalar(asked.parameters[name])} if name in asked.parameters else None)
 
 
-def to_response(asked: ModelInferRequest, request_id: str, reply: PredictReply) -> ModelInferResponse:
+def to_response(model: str, request_id: str, reply: PredictReply) -> ModelInferResponse:
     """The answer, tensors always raw."""
-    answer = ModelInferResponse(
-        model_name=asked.model_name, model_version=reply.version, id=asked.id or request_id
-    )
+    answer = ModelInferResponse(model_name=model, model_version=reply.version, id=request_id)
     for tensor in reply.outputs:
         answer.outputs.add(name=tensor.name, datatype=BY_NUMBER[tensor.datatype].name, shape=tensor.shape)
         answer.raw_output_contents.append(tensor.data)

@@ -1,0 +1,124 @@
+"""One ModelInfer call: a hot call that came over gRPC."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from headrace.v1.tensor_pb2 import Code
+
+from services.common.errors import BodyTooLarge, DeadlineExceeded, HeadraceError
+from services.gateway.call import Call, Head
+from services.gateway.codecs.trailers import trailers
+from services.gateway.predict import PredictService
+from services.gateway.rpc.heads import CallHead
+from services.gateway.rpc.streams import Stream
+
+if TYPE_CHECKING:
+    from services.gateway.rpc.connection import RpcConnection
+
+_ONE_MESSAGE: Final = trailers(Code.CODE_INTERNAL, "A unary call has exactly one message.")
+_GOOD: Final = 200
+
+
+class InferExchange(Stream, Call):
+    """A stream that is a call of `PredictService`. No task and no future is made for it."""
+
+    service: PredictService
+    span_name = "ModelInfer"
+    held = 0
+    _admitted = False
+    _came = False
+
+    def __init__(
+        self,
+        service: PredictService,
+        connection: RpcConnection,
+        call_head: CallHead,
+        head: Head,
+        stream_id: int,
+    ) -> None:
+        # As in Call, without the call.
+        self.service = service
+        self.head = head
+        self.speaker = service.speakers[head.target.dialect]
+        self.connection = connection
+        self.call_head = call_head
+        self.stream_id = stream_id
+        self.max_bytes = connection.limits.max_message_bytes
+
+    # The stream's part.
+
+    def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:
+        if self._came:
+            self._release()
+            self.connection.refuse(self, _ONE_MESSAGE)
+            return
+        self._came = True
+        if compressed:
+            self.head = self.head.copy()
+            self.head.content_encoding = self.call_head.encoding
+        small = len(payload) <= self.service.limits.inline_bytes
+        self.body = bytes(payload) if small and type(payload) is bytearray else payload
+
+    def on_end(self) -> None:
+        if self._came:
+            if self.ticks and self.head.timeout_s:  # the deadline counts from the head on
+                self.head = self.head.copy()
+                self.head.timeout_s = max(self.head.timeout_s - self.ticks, 1e-9)
+            self.service.begin(self)
+        else:
+            self.connection.refuse(self, _ONE_MESSAGE)
+
+    def on_opened(self) -> None:
+        """The message goes on after this turn of the loop: wait for it only where its caller has a key."""
+        if self._admitted:
+            return
+        self._admitted = True
+        try:
+            self.service.admit(self)
+        except HeadraceError as error:
+            self.service.refuse(self, error)
+
+    def on_piece(self, size: int) -> None:
+        self.on_opened()
+        if self.over:
+            return
+        try:
+            self.service.bodies.take(size)
+        except HeadraceError as error:
+            self.service.refuse(self, error)
+            return
+        self.held += size
+
+    def refuse_size(self, size: int) -> None:
+        self.on_opened()
+        if not self.over:
+            limit = self.service.limits.max_body_bytes
+            self.service.refuse(self, BodyTooLarge(f"The message has {size} bytes; {limit} are taken."))
+
+    def late(self) -> None:
+        self.service.refuse(self, DeadlineExceeded("The message did not arrive in time."))
+
+    def on_gone(self) -> None:
+        self._release()
+        self.service.abandon(self)
+
+    def _release(self) -> None:
+        self.body = b""
+        self._partial = None
+        if self.held:
+            self.service.bodies.give(self.held)
+            self.held = 0
+
+    # The call's part.
+
+    def answer(self, status: int, headers: bytes, body: bytes) -> None:
+        """`body` is the message of a good answer, the trailers of another; gRPC has no use for `headers`."""
+        if self.held:
+            self._release()
+        if self.gone:
+            return
+        if status == _GOOD:
+            self.connection.answer(self, body)
+        else:
+            self.connection.refuse(self, body)

@@ -1,0 +1,135 @@
+"""One call on its connection: how its messages come in pieces, and what is still to be sent of its answer."""
+
+from __future__ import annotations
+
+import struct
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Final
+
+from headrace.v1.tensor_pb2 import Code
+
+from services.gateway.codecs.trailers import trailers
+from services.gateway.rpc.heads import CallHead
+from services.gateway.rpc.statuses import LATE
+
+if TYPE_CHECKING:
+    from services.gateway.rpc.connection import RpcConnection
+
+#: Before every message: whether it is compressed, and its length.
+PREFIX: Final = struct.Struct(">BI")
+PREFIX_BYTES: Final = 5
+
+_NO_PREFIX: Final = trailers(Code.CODE_INTERNAL, "A message's prefix is not gRPC's.")
+_CUT_OFF: Final = trailers(Code.CODE_INTERNAL, "The call ended inside of a message.")
+_NOT_ENCODED: Final = trailers(Code.CODE_INTERNAL, "A message is compressed, and no grpc-encoding says how.")
+
+
+class Stream:
+    """A call: until `complete` its client may send, until `over` we may. Defaults are class attributes: most
+    calls set few of them."""
+
+    connection: RpcConnection
+    call_head: CallHead
+    stream_id = 0
+    #: What we may send of messages.
+    window = 0
+    #: What the client has sent beyond the last window that it was given.
+    received = 0
+    complete = False
+    over = False
+    #: The client gave it up, or is gone.
+    gone = False
+    headers_sent = False
+    #: Seconds since it began, counted by the sweep while it is not complete.
+    ticks = 0
+    #: What is to be sent once windows allow it, from `sent` on; then `trailers`, where it is the end.
+    unsent: memoryview | None = None
+    sent = 0
+    trailers = b""
+    #: Bytes of `unsent` that are counted as held.
+    answer_held = 0
+
+    #: Largest message that is taken.
+    max_bytes = 0
+    _partial: bytearray | None = None
+
+    @abstractmethod
+    def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:
+        """A whole message came."""
+
+    @abstractmethod
+    def on_end(self) -> None:
+        """The client sends nothing more."""
+
+    @abstractmethod
+    def on_gone(self) -> None:
+        """Nobody waits any more. Called once, unless the call was over."""
+
+    @abstractmethod
+    def refuse_size(self, size: int) -> None:
+        """A message of `size` bytes was announced, which is too large."""
+
+    def on_piece(self, size: int) -> None:
+        """`size` bytes more of a message came that is not whole yet. May refuse the call."""
+
+    def on_opened(self) -> None:
+        """The head came without all that follows. May refuse the call."""
+
+    def late(self) -> None:
+        """The time for its messages is over."""
+        self.connection.refuse(self, LATE)
+
+    def take(self, data: bytes, start: int, end: int) -> None:
+        """Content of the stream: `data[start:end]`."""
+        partial = self._partial
+        if partial is None:
+            while end - start >= PREFIX_BYTES:
+                compressed, size = PREFIX.unpack_from(data, start)
+                stop = start + PREFIX_BYTES + size
+                if compressed > 1 or size > self.max_bytes or stop > end:
+                    break
+                self._pass_on(data[start + PREFIX_BYTES : stop], compressed)
+                if self.over:
+                    return
+                start = stop
+            if start == end:
+                return
+            partial = self._partial = bytearray()
+        partial += memoryview(data)[start:end]
+        self._take_partial(partial, end - start)
+
+    def _take_partial(self, partial: bytearray, added: int) -> None:
+        while len(partial) >= PREFIX_BYTES:
+            compressed, size = PREFIX.unpack_from(partial)
+            if compressed > 1:
+                self.connection.refuse(self, _NO_PREFIX)
+                return
+            if size > self.max_bytes:
+                self.refuse_size(size)
+                return
+            stop = PREFIX_BYTES + size
+            if len(partial) < stop:
+                break
+            if len(partial) == stop:
+                self._partial = None
+                del partial[:PREFIX_BYTES]
+                self._pass_on(partial, compressed)
+                return
+            self._pass_on(bytes(memoryview(partial)[PREFIX_BYTES:stop]), compressed)
+            if self.over:
+                return
+            del partial[:stop]
+        self.on_piece(added)
+
+    def end(self) -> None:
+        """The client's half is closed."""
+        if self._partial is not None:
+            self.connection.refuse(self, _CUT_OFF)
+        else:
+            self.on_end()
+
+    def _pass_on(self, payload: bytes | bytearray, compressed: int) -> None:
+        if compressed and self.call_head.encoding is None:
+            self.connection.refuse(self, _NOT_ENCODED)
+        else:
+            self.on_message(payload, compressed=bool(compressed))
