@@ -27,16 +27,20 @@ def in_service(config: ServingConfig) -> str:
     return weighted[0].version
 
 
-def begin(config: ServingConfig, added: Iterable[ServedVersion], rollout_id: str) -> None:
-    """Have the new version loaded, and draw the users anew: who met the last canary would meet every one, and
-    remember it. One version answers all of them, so nobody changes version by that."""
+def begin(config: ServingConfig, added: Iterable[ServedVersion], version: str, rollout_id: str) -> None:
+    """Have the new `version` loaded, and draw the users anew: who met the last canary would meet every one,
+    and remember it. One version answers all of them, so nobody changes version by that."""
     config.versions.extend(added)
+    _hold(config, version)
     config.salt = f"{config.model}:{rollout_id}"
 
 
 def enter_step(config: ServingConfig, before: ServingConfig, rollout: Rollout, asked: StepIn) -> None:
-    """Weights and shadow of the step that `rollout` is in now, `asked` as the plan says it."""
+    """Weights and shadow of the step that `rollout` is in now, `asked` as the plan says it. Workers may give
+    the room of a version without traffic to others: while the previous one is what is gone back to, it is
+    held."""
     set_weights(config, {rollout.version: rollout.weight, rollout.previous_version: BUCKETS - rollout.weight})
+    _hold(config, rollout.previous_version)
     if asked.shadow is None:
         restore_shadow(config, before, rollout.version)
     else:
@@ -53,7 +57,7 @@ def enter_step(config: ServingConfig, before: ServingConfig, rollout: Rollout, a
 def restore(config: ServingConfig, before: ServingConfig, version: str) -> None:
     """The very buckets of `before`, and its shadow where `version` was made one since. Buckets stay where a
     version that had some is not served any more."""
-    restore_shadow(config, before, version)
+    let_go(config, before, version)
     weights = {served.version: served.weight for served in before.versions if served.weight}
     if weights.keys() <= {served.version for served in config.versions}:
         set_weights(config, weights)
@@ -70,6 +74,15 @@ def hand_over(config: ServingConfig, version: str, previous: str, *, keep_previo
             served.held = not keep_previous
 
 
+def let_go(config: ServingConfig, before: ServingConfig, version: str) -> None:
+    """Leave the weights as they are and nothing else of the rollout: versions that were there before are held
+    as they were, and `version` is a shadow no more."""
+    restore_shadow(config, before, version)
+    held = {served.version: served.held for served in before.versions}
+    for served in config.versions:
+        served.held = held.get(served.version, served.held)
+
+
 def restore_shadow(config: ServingConfig, before: ServingConfig, version: str) -> None:
     """Let `version` be a shadow no more; who was one before is one again, if it is still served: routers
     refuse a configuration whose shadow is not."""
@@ -78,3 +91,8 @@ def restore_shadow(config: ServingConfig, before: ServingConfig, version: str) -
     config.ClearField("shadow")
     if before.shadow.version in {served.version for served in config.versions}:
         config.shadow.CopyFrom(before.shadow)
+
+
+def _hold(config: ServingConfig, version: str) -> None:
+    for served in config.versions:
+        served.held = served.held or served.version == version

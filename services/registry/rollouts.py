@@ -72,7 +72,11 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     now = clock.now()
     rollout_id = f"rol_{new_id()[:8].hex()}"
     revised = await deployments.revise(
-        tx, wanted.model, "rollout", clock, lambda config: rollout_config.begin(config, added, rollout_id)
+        tx,
+        wanted.model,
+        "rollout",
+        clock,
+        lambda config: rollout_config.begin(config, added, version, rollout_id),
     )
     row = RolloutRow(
         rollout_id=rollout_id,
@@ -215,9 +219,7 @@ async def carry_out(
             await _finish(tx, row, step, verdict, clock)
         case Action.ABORT:
             before = ServingConfig.FromString(row.before)
-            await _leave(
-                tx, row, lambda config: rollout_config.restore_shadow(config, before, row.version), clock
-            )
+            await _leave(tx, row, lambda config: rollout_config.let_go(config, before, row.version), clock)
             await _finish(tx, row, step, verdict, clock)
 
 

@@ -170,11 +170,11 @@ async def test_a_good_version_takes_over_step_by_step_and_a_bad_one_goes_back(
         assert await case.weights("m") == {"2": 10_000}
 
         # Nor is one waited for that loads for ever.
-        case.around.failing.clear()
-        case.around.slow.add("3")
-        slow = await case.roll("m", "3", load_timeout_s=0.5)
+        case.around.slow.add("2")
+        await case.model("n", versions=2)
+        slow = await case.roll("n", load_timeout_s=0.5)
         late = await case.until(slow, status="rolled_back")
-        assert "0 of 2 workers have loaded version 3, and 75% would be enough" in late["reason"]
+        assert "0 of 2 workers have loaded version 2, and 75% would be enough" in late["reason"]
         assert await case.weights("m") == {"2": 10_000}
 
 
