@@ -42,11 +42,25 @@ class Reader:
         return {int(record.value or b"") for record in self.records}
 
 
+async def accepted(bus: KafkaBus, records: Sequence[Record]) -> None:
+    """Publish until the broker takes them; some may arrive twice. The deadlines here are shorter than what a
+    busy machine may need."""
+
+    async def taken() -> bool:
+        try:
+            await bus.publish(records)
+        except Unavailable:
+            return False
+        return True
+
+    await eventually(taken)
+
+
 async def restarted(server: Server) -> None:
     """Start the killed server as a supervisor does: on the main thread, then wait off the loop."""
     server.prepare()
     server.launch()
-    await asyncio.to_thread(server.wait_ready, 60)
+    await asyncio.to_thread(server.wait_ready, PATIENCE_S)
 
 
 async def test_publishing_without_a_broker_fails_at_its_deadline(
@@ -55,15 +69,15 @@ async def test_publishing_without_a_broker_fails_at_its_deadline(
     server = new_tansu()
     await ensure_topics(server.url, [EVENTS])
     async with KafkaBus(server.url, "test", publish_deadline=1.0) as bus:
-        await bus.publish(numbered(0, 5))
+        await accepted(bus, numbered(0, 5))
         server.kill()
         async with patience("a publish to end by itself"):
             with pytest.raises(Unavailable):
                 await bus.publish(numbered(5, 500))
         await restarted(server)
         await ensure_topics(server.url, [EVENTS])
-        await bus.publish(numbered(500, 505))
-        assert await bus.lag(EVENTS, "nobody") == 5
+        await accepted(bus, numbered(500, 505))
+        assert await bus.lag(EVENTS, "nobody") >= 5
 
 
 @pytest.mark.parametrize("factory", ["new_tansu", pytest.param("new_apache_kafka", marks=pytest.mark.kafka)])
@@ -87,7 +101,7 @@ async def test_a_bus_may_be_opened_before_its_broker_and_its_topics(
         await restarted(server)
         await ensure_topics(server.url, [EVENTS, STATE])
         await table.ready(PATIENCE_S)
-        await bus.publish([*numbered(0, 10), Record(STATE.name, b"a", b"1")])
+        await accepted(bus, [*numbered(0, 10), Record(STATE.name, b"a", b"1")])
         await eventually(lambda: reader.numbers == set(range(10)) and known == {b"a": b"1"})
 
 
@@ -182,7 +196,7 @@ async def test_a_durable_broker_killed_under_load_loses_no_logged_event(
                 await asyncio.sleep(0.001)
         await eventually(lambda: log.pending_records == 0)
         await log.close(CLOCK.monotonic() + 5)
-        await bus.publish([Record(STATE.name, b"a", b"1")])
+        await accepted(bus, [Record(STATE.name, b"a", b"1")])
         await eventually(lambda: reader.numbers == set(range(3000)) and known == {b"a": b"1"})
     async with KafkaBus(server.url, "test", session_timeout=2.0) as bus:
         again = Reader()

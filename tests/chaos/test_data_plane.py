@@ -62,14 +62,14 @@ async def load(stack: Stack, requests: Path) -> asyncio.Future[dict[str, Any]]:
     return running
 
 
-async def counted_since(client: httpx.AsyncClient, before: int, at_least: int) -> int:
+async def counted_since(stack: Stack, client: httpx.AsyncClient, before: int, at_least: int) -> int:
     """Requests that analytics counted after `before`, once nothing is on its way any more."""
     await until(
         client,
         f"/v1/analytics/models/{MODEL}",
         lambda shown: total(shown) >= before + at_least,
     )
-    return await settled(client, MODEL) - before
+    return await settled(stack, client, MODEL) - before
 
 
 def sent(said: dict[str, Any]) -> int:
@@ -83,19 +83,19 @@ async def test_a_worker_that_dies_or_drains_costs_no_request(
     stack: Stack, requests_file: Path, number: signal.Signals
 ) -> None:
     async with caller(stack) as client:
-        before = await settled(client, MODEL)
+        before = await settled(stack, client, MODEL)
         running = await load(stack, requests_file)
         await asyncio.sleep(SECONDS / 3)
         pid = await asyncio.to_thread(stack.kill, "worker-0", number)
         said = await running
         assert said["answered"] == sent(said) == RATE * SECONDS, json.dumps(said)
-        assert await counted_since(client, before, said["answered"]) == said["answered"]
+        assert await counted_since(stack, client, before, said["answered"]) == said["answered"]
         await asyncio.to_thread(stack.wait_ready, "worker-0", not_pid=pid)
 
 
 async def test_a_killed_router_loses_and_doubles_nothing(stack: Stack, requests_file: Path) -> None:
     async with caller(stack) as client:
-        before = await settled(client, MODEL)
+        before = await settled(stack, client, MODEL)
         running = await load(stack, requests_file)
         await asyncio.sleep(SECONDS / 3)
         pid = await asyncio.to_thread(stack.kill, "router")
@@ -106,7 +106,7 @@ async def test_a_killed_router_loses_and_doubles_nothing(stack: Stack, requests_
         )
         assert said["refused_without_retry_after"] == 0
         served = said["answered"] + said["late"]
-        counted = await counted_since(client, before, served)
+        counted = await counted_since(stack, client, before, served)
         # What was served as its gateway gave up was answered with a refusal, and is counted all the same.
         assert served <= counted <= served + said["refused"]
         await asyncio.to_thread(stack.wait_ready, "router", not_pid=pid)
@@ -116,7 +116,7 @@ async def test_a_killed_gateway_loses_only_what_was_on_its_connections(
     stack: Stack, requests_file: Path
 ) -> None:
     async with caller(stack) as client:
-        before = await settled(client, MODEL)
+        before = await settled(stack, client, MODEL)
     running = await load(stack, requests_file)
     await asyncio.sleep(SECONDS / 3)
     pid = await asyncio.to_thread(stack.kill, "gateway")
@@ -130,7 +130,7 @@ async def test_a_killed_gateway_loses_only_what_was_on_its_connections(
         assert (await client.get(f"/v2/models/{MODEL}/ready")).status_code == 200
         served = said["answered"] + said["late"]
         lost = said["other"].get("connection lost", 0)
-        assert served <= await counted_since(client, before, served) <= served + lost
+        assert served <= await counted_since(stack, client, before, served) <= served + lost
 
 
 async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requests_file: Path) -> None:
@@ -140,7 +140,7 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
         assert answer.status_code == 200, answer.text
 
     async with caller(stack) as client:
-        before = await settled(client, MODEL)
+        before = await settled(stack, client, MODEL)
         running = await load(stack, requests_file)
         for shares in (
             [("1", 0), ("2", 100)],
@@ -153,7 +153,7 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
             await share(client, *shares)
         said = await running
         assert said["answered"] == sent(said) == RATE * SECONDS, json.dumps(said)
-        assert await counted_since(client, before, said["answered"]) == said["answered"]
+        assert await counted_since(stack, client, before, said["answered"]) == said["answered"]
         await share(client, ("2", 100))
         body = {"model": MODEL, "inputs": [cancer.load().held_out_rows[0].tolist()], "user_id": "last"}
         await eventually_of(

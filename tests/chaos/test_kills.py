@@ -49,7 +49,7 @@ async def test_a_broker_away_for_ten_seconds_loses_nothing(new_platform: Callabl
     stack = await asyncio.to_thread(new_platform, workers=1, kafka_home=Path(home))
     await asyncio.to_thread(register_examples, stack)
     async with caller(stack, at_once=64) as client:
-        before = await settled(client, "cancer")
+        before = await settled(stack, client, "cancer")
         running = asyncio.create_task(load(client, 15.0))
         await asyncio.sleep(2.0)
         await asyncio.to_thread(stack.kill, "kafka", hold=True)
@@ -62,4 +62,4 @@ async def test_a_broker_away_for_ten_seconds_loses_nothing(new_platform: Callabl
             "/v1/analytics/models/cancer",
             lambda shown: total(shown) >= before + len(codes),
         )
-        assert await settled(client, "cancer") == before + len(codes)
+        assert await settled(stack, client, "cancer") == before + len(codes)

@@ -287,7 +287,7 @@ class TestStatus:
     async def test_grpcio_sees_an_unknown_method(self) -> None:
         async with own_server() as address, grpc.aio.insecure_channel(address) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub(channel).Predict(PredictRequest(), metadata=metadata(TOKEN), timeout=5)
+                await stub(channel).Predict(PredictRequest(), metadata=metadata(TOKEN), timeout=PATIENCE_S)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
     async def test_grpclib_sees_the_wrong_credential(self) -> None:

@@ -251,7 +251,7 @@ def test_gzip_and_x_api_key(gateway: GatewayThread) -> None:
     head = [b"Content-Encoding: gzip", b"X-API-Key: " + PREDICT_ONLY.encode()]
     packed = gzip.compress(GOOD)
     raw = message(packed, *head).replace(b"Authorization: Bearer " + ADMIN.encode() + b"\r\n", b"")
-    assert gateway.raw(raw).startswith(b"HTTP/1.1 200 OK")
+    assert gateway.raw(raw, stays=1).startswith(b"HTTP/1.1 200 OK")
 
 
 # Errors
@@ -460,7 +460,7 @@ def test_large_chunked_body(gateway: GatewayThread) -> None:
         for _ in range(20):
             yield b" " * (_LIMIT // 16)
 
-    with httpx.Client(base_url=gateway.running.base, trust_env=False) as client:
+    with httpx.Client(base_url=gateway.running.base, trust_env=False, timeout=PATIENCE_S) as client:
         answer = client.post("/v1/predict", content=pieces(), headers={"authorization": f"Bearer {ADMIN}"})
     assert answer.status_code == 413
 
@@ -534,7 +534,7 @@ def test_pipelined_requests_are_answered_in_order(gateway: GatewayThread) -> Non
             b"nonsense\r\n\r\n",
         ]
     )
-    with socket.create_connection(("127.0.0.1", gateway.running.port), 5) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.running.port), PATIENCE_S) as connection:
         connection.sendall(requests)
         assert held.wait(PATIENCE_S)
         connection.settimeout(0.1)
@@ -546,7 +546,7 @@ def test_pipelined_requests_are_answered_in_order(gateway: GatewayThread) -> Non
             gateway.running.router.peers[-1].reply(reply)
 
         gateway.run(answer())
-        connection.settimeout(2)
+        connection.settimeout(PATIENCE_S)
         received = b""
         while chunk := connection.recv(65536):
             received += chunk
@@ -558,10 +558,10 @@ def test_pipelined_requests_are_answered_in_order(gateway: GatewayThread) -> Non
 def test_a_flood_of_pipelined_requests(gateway: GatewayThread) -> None:
     count = 3000
     bad = message(b"{", key=PREDICT_ONLY)
-    with socket.create_connection(("127.0.0.1", gateway.running.port), 5) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.running.port), PATIENCE_S) as connection:
         sender = threading.Thread(target=connection.sendall, args=(message(GOOD) + bad * count,))
         sender.start()
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_S)
         received, seen = b"", 0
         while seen < count + 1:
             chunk = connection.recv(1 << 20)
@@ -578,7 +578,7 @@ def test_byte_by_byte_and_chunked(gateway: GatewayThread, path: bytes) -> None:
     raw = message(
         body + b"0\r\nAuthorization: Bearer nonsense\r\n\r\n", b"Transfer-Encoding: chunked", path=path
     )
-    with socket.create_connection(("127.0.0.1", gateway.running.port), 5) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.running.port), PATIENCE_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for index in range(len(raw)):
             connection.sendall(raw[index : index + 1])
@@ -588,7 +588,7 @@ def test_byte_by_byte_and_chunked(gateway: GatewayThread, path: bytes) -> None:
 def test_expect_continue(gateway: GatewayThread) -> None:
     raw = message(GOOD, b"Expect: 100-continue")
     head, body = raw[: -len(GOOD)], raw[-len(GOOD) :]
-    with socket.create_connection(("127.0.0.1", gateway.running.port), 5) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.running.port), PATIENCE_S) as connection:
         connection.sendall(head)
         assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body)
@@ -605,7 +605,7 @@ def test_expect_continue(gateway: GatewayThread) -> None:
     ],
 )
 def test_keep_alive(gateway: GatewayThread, raw: bytes, closes: bool) -> None:
-    received = gateway.raw(raw)
+    received = gateway.raw(raw, stays=0 if closes else 1)
     assert received.startswith(b"HTTP/1.1 200 OK")
     assert (b"connection: close\r\n" in received) == closes
     assert received.endswith(b"<open>") != closes
@@ -644,7 +644,7 @@ def test_a_client_that_leaves_cancels_its_item(gateway: GatewayThread) -> None:
 
     gateway.running.router.answer = never
     before = len(gateway.running.router.cancelled)
-    connection = socket.create_connection(("127.0.0.1", gateway.running.port), 5)
+    connection = socket.create_connection(("127.0.0.1", gateway.running.port), PATIENCE_S)
     connection.sendall(message(GOOD))
     assert arrived.wait(PATIENCE_S)
     connection.close()
@@ -653,7 +653,7 @@ def test_a_client_that_leaves_cancels_its_item(gateway: GatewayThread) -> None:
 
 
 def test_upgrade_is_declined(gateway: GatewayThread) -> None:
-    received = gateway.raw(message(GOOD, b"Connection: Upgrade", b"Upgrade: h2c"))
+    received = gateway.raw(message(GOOD, b"Connection: Upgrade", b"Upgrade: h2c"), stays=1)
     assert received.startswith(b"HTTP/1.1 200 OK")
 
 
@@ -778,7 +778,7 @@ def test_metrics_count_by_route_model_and_status(gateway: GatewayThread) -> None
     gateway.request("GET", "/v2/models/cancer")
     gateway.request("GET", "/no/such/path")
     url = f"http://127.0.0.1:{gateway.running.gateway.ops_port}/metrics"
-    text = httpx.get(url, trust_env=False).text
+    text = httpx.get(url, trust_env=False, timeout=PATIENCE_S).text
     assert 'headrace_gateway_requests_total{model="cancer",route="predict",status="200"}' in text
     assert 'headrace_gateway_request_seconds_bucket{le="+Inf",model="cancer",route="predict"}' in text
     assert 'headrace_gateway_requests_total{model="",route="/v2/models/{model}",status="200"}' in text

@@ -12,6 +12,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
 from tests.fixtures.gateway import ADMIN, OTHER_MODEL, READ_ONLY, GatewayThread, failing
+from tests.fixtures.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module", params=["hot", "asgi"])
@@ -35,7 +36,7 @@ def _embed(request: PredictRequest) -> PredictReply:
 
 
 def _client(host: GatewayThread, key: str = ADMIN) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{host.running.base}/v1", api_key=key, max_retries=0, timeout=5)
+    return openai.OpenAI(base_url=f"{host.running.base}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S)
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64", None])

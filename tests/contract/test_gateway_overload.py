@@ -21,6 +21,7 @@ from tests.fixtures.gateway import (
     failing,
     running_gateway,
 )
+from tests.fixtures.waiting import PATIENCE_S
 
 BODY = {"model": "cancer", "inputs": [[10.0, 2.0, 3.0]]}
 
@@ -67,7 +68,7 @@ def test_grpc(full: GatewayThread) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{full.running.gateway.grpc_port}") as channel:
         stub = oip_grpc.GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         with pytest.raises(grpc.RpcError) as caught:
-            stub.ModelInfer(asked, timeout=5, metadata=(("x-api-key", PREDICT_ONLY),))
+            stub.ModelInfer(asked, timeout=PATIENCE_S, metadata=(("x-api-key", PREDICT_ONLY),))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     trailing: dict[str, object] = {one.key: one.value for one in caught.value.trailing_metadata()}
     assert trailing["grpc-retry-pushback-ms"] == "1000"

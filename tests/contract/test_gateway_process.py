@@ -18,7 +18,7 @@ from deploy.embedded.server import free_port
 from services.common.bus.snapshot import save_snapshot
 from services.common.frames import FrameServer
 from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, answer_like_a_worker, configs, default_keys
-from tests.fixtures.waiting import eventually, eventually_of, patience
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BODY = {"model": "cancer", "inputs": [[1, 2, 3]]}
@@ -77,7 +77,10 @@ async def test_serves_its_snapshot_and_drains(tmp_path: Path) -> None:
     ports = {"HTTP_PORT": str(http), "GRPC_PORT": str(free_port()), "OPS_PORT": str(free_port())}
     env = environment(tmp_path, await server.start("127.0.0.1", 0), ports)
     base = f"http://127.0.0.1:{http}"
-    async with started(env) as process, httpx.AsyncClient(base_url=base, trust_env=False) as client:
+    async with (
+        started(env) as process,
+        httpx.AsyncClient(base_url=base, trust_env=False, timeout=PATIENCE_S) as client,
+    ):
         await until_ready(client)
         answer = await client.post("/v1/predict", json=BODY, headers=HEADERS)
         assert answer.json()["prediction"] == ["benign"]
@@ -88,7 +91,7 @@ async def test_serves_its_snapshot_and_drains(tmp_path: Path) -> None:
         await eventually_of(lambda: client.get("/health/ready"), lambda said: said.status_code == 503)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{ports['GRPC_PORT']}") as channel:
             said = await health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService"), timeout=5
+                health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService"), timeout=PATIENCE_S
             )
         assert said.status == health_pb2.HealthCheckResponse.NOT_SERVING
         reply = answer_like_a_worker(router.requests[-1])

@@ -18,7 +18,7 @@ from deploy.embedded.server import free_port
 from services.common.bus.snapshot import save_snapshot
 from services.common.frames import FrameServer
 from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, configs, default_keys
-from tests.fixtures.waiting import eventually, patience
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BODY = {"model": "cancer", "inputs": [[1, 2, 3]]}
@@ -92,12 +92,15 @@ async def two_gateways(folder: Path) -> AsyncIterator[Group]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc, and Linux for a fair share of connections")
 async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> None:
-    async with two_gateways(tmp_path) as group, httpx.AsyncClient(trust_env=False) as client:
+    async with (
+        two_gateways(tmp_path) as group,
+        httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client,
+    ):
         await group.until(client, "headrace_processes_up 2.0")
         async with patience("both processes to answer"):
             answered = 0
             while answered < 20:  # one that is ready is enough for the parent; here both must be
-                async with httpx.AsyncClient(trust_env=False) as one:
+                async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as one:
                     try:
                         answer = await one.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS)
                         answered = answered + 1 if answer.status_code == 200 else 0
@@ -113,7 +116,7 @@ async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> Non
             while not stop.is_set():
                 try:
                     # A connection of its own for every request: the kernel chooses its process.
-                    async with httpx.AsyncClient(trust_env=False) as one:
+                    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as one:
                         answer = await one.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS)
                     statuses.append(answer.status_code)
                 except httpx.TransportError:
@@ -144,7 +147,10 @@ async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 async def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
-    async with two_gateways(tmp_path) as group, httpx.AsyncClient(trust_env=False) as client:
+    async with (
+        two_gateways(tmp_path) as group,
+        httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client,
+    ):
         await group.until(client, "headrace_processes_up 2.0")
         children = group.children()
         group.process.kill()

@@ -28,6 +28,7 @@ from tests.fixtures.gateway import (
     answer_like_a_worker,
     failing,
 )
+from tests.fixtures.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module", params=["hot", "asgi"])
@@ -171,12 +172,12 @@ def test_strangers_are_refused_before_their_message_is_read(
     request = mixed_request()
     request.parameters["padding"].string_param = "x" * (40 << 20)  # larger than is ever read
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(request, metadata=(("x-api-key", "hr_nobody"),), timeout=5)
+        stub.ModelInfer(request, metadata=(("x-api-key", "hr_nobody"),), timeout=PATIENCE_S)
     assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(request, metadata=KEY, timeout=5)
+        stub.ModelInfer(request, metadata=KEY, timeout=PATIENCE_S)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert stub.ServerLive(oip.ServerLiveRequest(), timeout=5).live
+    assert stub.ServerLive(oip.ServerLiveRequest(), timeout=PATIENCE_S).live
 
 
 def test_metadata_counts_against_the_limit(stub: oip_grpc.GRPCInferenceServiceStub) -> None:
@@ -184,7 +185,7 @@ def test_metadata_counts_against_the_limit(stub: oip_grpc.GRPCInferenceServiceSt
     codes = []
     for _ in range(3):
         try:
-            stub.ModelMetadata(oip.ModelMetadataRequest(name="cancer"), metadata=slow, timeout=5)
+            stub.ModelMetadata(oip.ModelMetadataRequest(name="cancer"), metadata=slow, timeout=PATIENCE_S)
             codes.append(grpc.StatusCode.OK)
         except grpc.RpcError as error:
             codes.append(error.code())
@@ -194,11 +195,11 @@ def test_metadata_counts_against_the_limit(stub: oip_grpc.GRPCInferenceServiceSt
 def test_the_timeout_parameter(stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread) -> None:
     request = mixed_request()
     request.parameters["timeout"].int64_param = 1_500_000
-    stub.ModelInfer(request, metadata=KEY, timeout=5)
+    stub.ModelInfer(request, metadata=KEY, timeout=PATIENCE_S)
     assert 0 < gateway.running.router.requests[-1].timeout_us <= 1_510_000
     request.parameters["timeout"].string_param = "soon"
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(request, metadata=KEY, timeout=5)
+        stub.ModelInfer(request, metadata=KEY, timeout=PATIENCE_S)
     assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -210,11 +211,11 @@ def test_calls_are_counted_as_what_they_were(
         return stats["success"]["count"], stats["fail"]["count"]
 
     good, bad = counts()
-    stub.ModelInfer(mixed_request(), metadata=KEY, timeout=5)
+    stub.ModelInfer(mixed_request(), metadata=KEY, timeout=PATIENCE_S)
     wrong = mixed_request()
     wrong.inputs[0].shape[0] = 3
     with pytest.raises(grpc.RpcError):
-        stub.ModelInfer(wrong, metadata=KEY, timeout=5)
+        stub.ModelInfer(wrong, metadata=KEY, timeout=PATIENCE_S)
     assert counts() == (good + 1, bad + 1)
 
 
@@ -254,7 +255,7 @@ def test_bad_grpc_requests(
     assert callable(change)
     change(request)
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(request, metadata=KEY, timeout=5)
+        stub.ModelInfer(request, metadata=KEY, timeout=PATIENCE_S)
     assert raised.value.code().name == status
     assert words in str(raised.value.details())
 
@@ -272,7 +273,7 @@ def test_grpc_callers(
     stub: oip_grpc.GRPCInferenceServiceStub, metadata: tuple[tuple[str, str], ...], status: str
 ) -> None:
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(mixed_request(), metadata=metadata, timeout=5)
+        stub.ModelInfer(mixed_request(), metadata=metadata, timeout=PATIENCE_S)
     assert raised.value.code().name == status
 
 
@@ -281,13 +282,13 @@ def test_grpc_limits_and_router_errors(
 ) -> None:
     limited = (("x-api-key", SLOW),)
     with suppress(grpc.RpcError):  # the other way's run may have used it up
-        stub.ModelInfer(mixed_request(), metadata=limited, timeout=5)
+        stub.ModelInfer(mixed_request(), metadata=limited, timeout=PATIENCE_S)
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(mixed_request(), metadata=limited, timeout=5)
+        stub.ModelInfer(mixed_request(), metadata=limited, timeout=PATIENCE_S)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     gateway.running.router.answer = failing(Code.CODE_UNAVAILABLE, "No worker has it.", retry_after_ms=250)
     with pytest.raises(grpc.RpcError) as raised:
-        stub.ModelInfer(mixed_request(), metadata=KEY, timeout=5)
+        stub.ModelInfer(mixed_request(), metadata=KEY, timeout=PATIENCE_S)
     assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
     trailing: dict[str, str] = dict(raised.value.trailing_metadata())  # type: ignore[arg-type]  # the stub's pairs
     assert trailing["grpc-retry-pushback-ms"] == "250"
@@ -301,9 +302,9 @@ def test_health_and_reflection(gateway: GatewayThread) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{gateway.running.gateway.grpc_port}") as channel:
         health = health_pb2_grpc.HealthStub(channel)
         asked = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
-        assert health.Check(asked, timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+        assert health.Check(asked, timeout=PATIENCE_S).status == health_pb2.HealthCheckResponse.SERVING
         names = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=PATIENCE_S
         )
         listed = [service.name for service in next(iter(names)).list_services_response.service]
         assert "inference.GRPCInferenceService" in listed

@@ -21,6 +21,7 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.objects import ArtifactStore, blob_path, digest_of_bytes
+from tests.fixtures.waiting import PATIENCE_S
 
 _BIG = 11 * 1024 * 1024 + 7
 _KEYS = {"access_key_id": "test", "secret_access_key": "test", "region": "us-east-1"}
@@ -37,7 +38,7 @@ def s3_endpoint() -> Iterator[str]:
 
 def _new_bucket(endpoint: str) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    httpx.put(f"{endpoint}/{bucket}").raise_for_status()
+    httpx.put(f"{endpoint}/{bucket}", timeout=PATIENCE_S).raise_for_status()
     return bucket
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -14,9 +15,14 @@ import pytest
 from numpy.typing import NDArray
 
 from deploy.embedded.stack import Stack
-from tests.fixtures.waiting import PATIENCE_S
+from services.common.bus.admin import lag
+from services.common.errors import Unavailable
+from services.common.topics import PREDICTIONS
+from tests.fixtures.waiting import PATIENCE_S, patience
 
 Json = dict[str, Any]
+#: What a part is doing between two of its figures is in neither.
+QUIET_S = 1.0
 
 
 @asynccontextmanager
@@ -69,15 +75,34 @@ async def counted(client: httpx.AsyncClient, model: str) -> int:
     return total(answer.json())
 
 
-async def settled(client: httpx.AsyncClient, model: str, quiet_s: float = 2.0) -> int:
-    """The count once it has stood still for `quiet_s`: nothing late, nothing twice is on its way any more."""
-    last, since = await counted(client, model), time.monotonic()
-    while time.monotonic() - since < quiet_s:
-        await asyncio.sleep(0.2)
-        now = await counted(client, model)
-        if now != last:
-            last, since = now, time.monotonic()
+async def settled(stack: Stack, client: httpx.AsyncClient, model: str) -> int:
+    """The count once nothing is on its way to analytics any more, and it has stood still for QUIET_S."""
+    last, since = -1, time.monotonic()
+    async with patience(f"the requests of {model} to be counted"):
+        while time.monotonic() - since < QUIET_S or not await nothing_waits(stack):
+            await asyncio.sleep(0.2)
+            now = await counted(client, model)
+            if now != last:
+                last, since = now, time.monotonic()
     return last
+
+
+async def nothing_waits(stack: Stack) -> bool:
+    """Whether all that was logged is in Kafka, and analytics has read all of that. False while a part that
+    would tell is away."""
+    parts = ["router", *(f"worker-{index}" for index in range(stack.configuration.workers))]
+    try:
+        async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+            for part in parts:
+                said = (await client.get(f"{stack.service_url(part)}/metrics")).text
+                (waiting,) = re.findall(
+                    r"^headrace_[a-z]+_log_pending_records ([0-9.]+)$", said, re.MULTILINE
+                )
+                if float(waiting):
+                    return False
+        return await lag(stack.kafka_bootstrap_servers, PREDICTIONS, "analytics", timeout=PATIENCE_S) == 0
+    except (httpx.TransportError, Unavailable):
+        return False
 
 
 def total(shown: Json) -> int:

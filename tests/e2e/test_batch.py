@@ -31,7 +31,7 @@ from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.secret_files import load_or_create
 from deploy.embedded.stack import Stack
 from tests.e2e.batch import Json, Patients, check_results, ended, lines, receiving, submitted, uploaded
-from tests.fixtures.waiting import PATIENCE_S
+from tests.fixtures.waiting import PATIENCE_S, eventually_of, patience
 
 PATIENTS = Patients.some(3000)
 #: Texts that keep two workers for some ten seconds.
@@ -142,7 +142,8 @@ async def test_the_documented_producers_work(platform: Stack, client: httpx.Clie
     run = os.urandom(4).hex()
     script = script.replace("127.0.0.1:19092", platform.kafka_bootstrap_servers).replace("job-1", f"py-{run}")
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script)
-    assert await asyncio.wait_for(process.wait(), 30) == 0
+    async with patience("the documented producer to end"):
+        assert await process.wait() == 0
     line = re.search(r"printf '(.*)\\n' \|", text)
     assert line is not None
     key, _, value = line[1].partition("\\t")
@@ -171,12 +172,13 @@ def _broken_record_is_set_aside(platform: Stack) -> None:
         assert letters[0]["topic"] == "batch.jobs.v1"
         assert letters[0]["value"] == '{"model": '
         assert letters[0]["reason"]
-        assert {"topic": queue, "waiting": 1} in sdk.dead_letters.queues()
-        assert sdk.dead_letters.replay(queue) == 1  # it comes back to lie there once more: it is still broken
+        assert queue in {one["topic"] for one in sdk.dead_letters.queues() if one["waiting"]}
+        # It comes back to lie there once more: it is still broken. It may lie there more than once.
+        assert sdk.dead_letters.replay(queue) >= 1
         while sdk.dead_letters.show(queue) in ([], letters):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        assert sdk.dead_letters.replay(queue) == 1
+        assert sdk.dead_letters.replay(queue) >= 1
 
 
 def test_openai_clients_run_batches(platform: Stack, tmp_path: Path) -> None:
@@ -323,8 +325,9 @@ async def test_single_predictions_are_answered_later(platform: Stack) -> None:
             for _ in range(2)
         ]
         assert ids[0] == ids[1]
-        answer = await sdk.async_predictions.get(ids[0], wait_s=20)
-        assert answer.status == "completed"
+        answer = await eventually_of(
+            lambda: sdk.async_predictions.get(ids[0], wait_s=20), lambda one: one.status == "completed"
+        )
         assert answer.result is not None
         assert answer.result["prediction"] == online.prediction
         assert answer.result["outputs"] == online.outputs
@@ -447,7 +450,7 @@ def test_progress_is_followed_to_the_end(platform: Stack, client: httpx.Client, 
     path = Patients.some(60_000).parquet(data / "followed.parquet")
     batch_id = submitted(client, model="cancer", version="2", input_uri=path.as_uri())
     with Headrace(platform.rest_url, platform.admin_key) as sdk:
-        seen = list(sdk.batches.watch(batch_id, timeout=60))
+        seen = list(sdk.batches.watch(batch_id, timeout=PATIENCE_S))
     assert seen[-1].status == "completed"
     assert seen[-1].completed == 60_000
     done = [one.completed for one in seen]

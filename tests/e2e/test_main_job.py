@@ -27,10 +27,10 @@ async def test_a_thousand_requests_are_right_sticky_split_and_counted(platform: 
     run = uuid.uuid4().hex[:8]
     users = [f"{run}-{number % 500}" for number in range(1000)]
     async with caller(platform) as client:
-        before = await settled(client, "cancer")
+        before = await settled(platform, client, "cancer")
         answers = await predict_all(client, "cancer", rows[places], users)
         await until(client, "/v1/analytics/models/cancer", lambda shown: total(shown) >= before + 1000)
-        assert await settled(client, "cancer") == before + 1000
+        assert await settled(platform, client, "cancer") == before + 1000
 
     labels = {
         version: [data.classes[int(label)] for label in cancer.train(version, data).predict(rows)]

@@ -9,7 +9,7 @@ import pytest
 
 from deploy.embedded.stack import Stack
 from tests.e2e.rest import caller, settled, total, until
-from tests.fixtures.waiting import eventually_of
+from tests.fixtures.waiting import PATIENCE_S, eventually_of
 
 ROW = [1.0] * 30
 STRAY = {"name": "y", "shape": [1], "datatype": "FP32", "data": [1]}
@@ -78,7 +78,7 @@ async def test_a_body_of_50_mb_is_refused(platform: Stack) -> None:
 
 
 async def test_keys_and_scopes_are_asked_for(platform: Stack) -> None:
-    async with httpx.AsyncClient(base_url=platform.rest_url) as nobody:
+    async with httpx.AsyncClient(base_url=platform.rest_url, timeout=PATIENCE_S) as nobody:
         assert (await nobody.post("/v1/predict", json=body())).status_code == 401
         wrong = {"x-api-key": "hr_aaaaaaaaaaaa_" + "x" * 43}
         assert (await nobody.post("/v1/predict", json=body(), headers=wrong)).status_code == 401
@@ -106,10 +106,10 @@ async def test_open_inference_errors_have_their_own_shape(platform: Stack) -> No
 
 async def test_nothing_refused_is_counted_as_served(platform: Stack) -> None:
     async with caller(platform) as client:
-        before = await settled(client, "cancer")
+        before = await settled(platform, client, "cancer")
         for sent, _, _ in BAD.values():
             await client.post("/v1/predict", json=sent)
         answer = await client.post("/v1/predict", json=body())
         assert answer.status_code == 200, answer.text
         await until(client, "/v1/analytics/models/cancer", lambda shown: total(shown) > before)
-        assert await settled(client, "cancer") == before + 1
+        assert await settled(platform, client, "cancer") == before + 1

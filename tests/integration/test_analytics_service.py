@@ -51,7 +51,7 @@ from services.common.objects.store import ObjectInfo
 from services.common.telemetry import Tracing, kafka_headers
 from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, SHADOWS, all_topics, dead_letters
 from tests.fixtures.prediction_log import START_US, outcome, outcome_batch, prediction_batch, request_id
-from tests.fixtures.waiting import PATIENCE_S, eventually_of
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -211,18 +211,18 @@ async def test_a_thousand_requests_count_a_thousand_whatever_is_redelivered(
 
 
 async def inbox_empty(database_url: str) -> None:
-    connection = await asyncpg.connect(database_url)
+    connection = await asyncpg.connect(database_url, timeout=PATIENCE_S)
+
+    async def left() -> tuple[int, int]:
+        waiting = await connection.fetchval("SELECT count(*) FROM analytics.inbox")
+        crowds = await connection.fetchval(
+            "SELECT count(*) FROM (SELECT 1 FROM analytics.segments WHERE dropped_at IS NULL "
+            "GROUP BY model, version, layout HAVING count(*) > 1) AS crowds"
+        )
+        return waiting, crowds
+
     try:
-        for _ in range(100):
-            waiting = await connection.fetchval("SELECT count(*) FROM analytics.inbox")
-            crowds = await connection.fetchval(
-                "SELECT count(*) FROM (SELECT 1 FROM analytics.segments WHERE dropped_at IS NULL "
-                "GROUP BY model, version, layout HAVING count(*) > 1) AS crowds"
-            )
-            if not waiting and not crowds:
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError((waiting, crowds))
+        await eventually_of(left, lambda found: found == (0, 0))
     finally:
         await connection.close()
 
@@ -248,7 +248,7 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
     path = "/v1/analytics/models/cancer/compare"
     errors = (await client.get(path, params={"a": "1", "b": "2"})).json()
     assert (errors["since"], errors["until"]) == ("2025-01-01T00:00:00+00:00", None)
-    usual = httpx.AsyncClient(base_url=client.base_url, headers=HEADERS)
+    usual = httpx.AsyncClient(base_url=client.base_url, headers=HEADERS, timeout=PATIENCE_S)
     async with usual:
         month = (
             await usual.get("/v1/analytics/models/cancer", params={"until": "2025-07-31T00:00:00Z"})
@@ -553,7 +553,8 @@ async def test_questions_fetch_nothing_before_it_is_their_turn(
     async with wired(database_url, tmp_path, direct_rows=10_000) as (consumers, reader, _, _, _):
         await consumers.on_predictions(records([prediction_batch([1])]))
         asked = [asyncio.ensure_future(count(reader)) for _ in range(8)]
-        await asyncio.sleep(0.3)
+        await eventually(lambda: fetching == 2)
+        await asyncio.sleep(0.3)  # for a third
         go.set()
         assert await asyncio.gather(*asked) == [1] * 8
         assert most == 2

@@ -133,7 +133,7 @@ async def test_a_gateway_without_a_database_takes_no_jobs_and_serves(tmp_path: P
     for settings, status in cases:
         async with (
             running_gateway(tmp_path / "state", **settings) as running,
-            httpx.AsyncClient(base_url=running.base, headers=headers) as rest,
+            httpx.AsyncClient(base_url=running.base, headers=headers, timeout=PATIENCE_S) as rest,
         ):
             body = {"model": "cancer", "inputs": [[1.0, 2.0, 3.0]]}
             assert (await rest.post("/v1/batch", json=body)).status_code == status

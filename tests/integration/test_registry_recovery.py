@@ -192,14 +192,15 @@ class Process:
             )  # fmt: skip
 
     async def ready(self) -> None:
-        async with patience("the registry to be ready"), httpx.AsyncClient() as client:
+        async with patience("the registry to be ready"), httpx.AsyncClient(timeout=PATIENCE_S) as client:
             while True:
                 assert self._child.poll() is None, self._log.read_text()
                 try:
                     if (await client.get(f"{self.url}/health/ready")).status_code == 200:
                         return
                 except httpx.TransportError:
-                    await asyncio.sleep(0.05)
+                    pass
+                await asyncio.sleep(0.05)
 
     async def make(self, model: str, content: bytes) -> None:
         async with self._client() as client:

@@ -18,7 +18,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.topics import DEPLOYMENTS, KEYS
 from tests.fixtures.onnx_files import classifier, encoder, linear
 from tests.fixtures.registry import Running, following, registry_settings, running_registry
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 TOKENIZER = json.dumps({"model": {"type": "WordPiece", "vocab": {}}}).encode()
 
@@ -452,7 +452,7 @@ async def test_keys_are_shown_once_and_published_as_hashes(running: Running, kaf
 
 
 async def test_only_services_get_in(running: Running) -> None:
-    async with httpx.AsyncClient(base_url=str(running.rest.base_url)) as stranger:
+    async with httpx.AsyncClient(base_url=str(running.rest.base_url), timeout=PATIENCE_S) as stranger:
         refused(await stranger.get("/v1/models"), 401, "UNAUTHENTICATED", None)
         assert (await stranger.get("/health/live")).status_code == 200
         assert (await stranger.get("/health/ready")).status_code == 200

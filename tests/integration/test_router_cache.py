@@ -20,7 +20,7 @@ from services.router.result_store import ResultStore
 from tests.fixtures.router import FakeWorker, deploy, request, sole
 from tests.fixtures.router_platform import BOTH, Platform, platform, refuse, soon
 from tests.fixtures.servers import *  # noqa: F403 - fixtures
-from tests.fixtures.waiting import eventually, eventually_of
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 
 @asynccontextmanager
@@ -192,7 +192,7 @@ async def test_the_store_dies_under_load_and_comes_back(tmp_path: Path) -> None:
     server = ValkeyServer(tmp_path / "valkey")
     await asyncio.to_thread(server.prepare)
     server.launch()
-    await asyncio.to_thread(server.wait_ready, 10)
+    await asyncio.to_thread(server.wait_ready, PATIENCE_S)
     try:
         async with caching(tmp_path, server.url) as p:
             await p.worker("w1", BOTH)
@@ -216,7 +216,7 @@ async def test_the_store_dies_under_load_and_comes_back(tmp_path: Path) -> None:
                 assert (await p.ask(9999)).code == Code.CODE_OK
                 assert "headrace_router_cache_up 0.0" in await p.metrics()
                 server.launch()
-                await asyncio.to_thread(server.wait_ready, 10)
+                await asyncio.to_thread(server.wait_ready, PATIENCE_S)
                 await eventually(lambda: p.store.usable)
                 stop = True
             assert codes == {Code.CODE_OK}

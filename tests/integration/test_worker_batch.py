@@ -32,7 +32,7 @@ from services.worker.settings import Settings
 from tests.fixtures.batch import MemoryChunks, chunk_of, table_of
 from tests.fixtures.deployments import config, put_artifact, record, served
 from tests.fixtures.onnx_models import lookup, mlp
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
 class Rig:
@@ -318,7 +318,7 @@ async def test_a_chunk_that_kills_this_worker_is_given_up_and_those_beside_it_ar
         async with rig.worker(drain_s=0.05):
             for chunk in given:
                 rig.chunks.put(chunk.SerializeToString())
-            await killing.wait()
+            await asyncio.wait_for(killing.wait(), PATIENCE_S)
             await asyncio.sleep(0.1)  # those behind it come as far as they can
             left = {path: path.read_bytes() for path in folder.iterdir()}
         # A death tidies nothing up.

@@ -248,7 +248,7 @@ async def test_publishing_while_the_broker_is_away_says_so_or_waits(
         waiting = asyncio.create_task(member.chunks.publish([Record(pool.topic.name, b"k", b"5")]))
         await asyncio.sleep(0.5)
         assert not waiting.done()
-        broker.start(timeout=60)
+        broker.start(timeout=PATIENCE_S)
         try:
             await waiting
         except Unavailable:

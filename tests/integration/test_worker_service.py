@@ -425,11 +425,11 @@ async def test_one_request_at_a_time_over_grpc(rig: Rig) -> None:
         stub = DataPlaneStub(channel)  # type: ignore[no-untyped-call]  # generated
         asked = request("net", x=np.zeros((2, 30), np.float32))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await stub.Predict(asked, timeout=5)
+            await stub.Predict(asked, timeout=PATIENCE_S)
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
-        reply = await stub.Predict(asked, metadata=metadata(TOKEN), timeout=5)
+        reply = await stub.Predict(asked, metadata=metadata(TOKEN), timeout=PATIENCE_S)
         assert list(reply.outputs[0].shape) == [2, 2]
-        reply = await stub.Predict(request("none"), metadata=metadata(TOKEN), timeout=5)
+        reply = await stub.Predict(request("none"), metadata=metadata(TOKEN), timeout=PATIENCE_S)
         assert reply.code == Code.CODE_UNAVAILABLE
 
 
@@ -442,7 +442,9 @@ async def test_operators_see_health_and_metrics(rig: Rig) -> None:
         await ask(calls, request("net", version="9"))
 
         def fetch(path: str) -> str:
-            with urllib.request.urlopen(f"http://127.0.0.1:{worker.ops_port}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{worker.ops_port}{path}", timeout=PATIENCE_S
+            ) as answer:
                 return bytes(answer.read()).decode()
 
         assert json.loads(await asyncio.to_thread(fetch, "/health/ready"))["ready"] is True

@@ -11,8 +11,11 @@ import pytest
 from headrace.v1.events_pb2 import OutputComparison, ShadowComparison, ShadowVerdict
 from headrace.v1.tensor_pb2 import Code
 
+from services.analytics import shadow_units
 from services.analytics.shadow_report import report
 from services.analytics.shadow_totals import MOST_SLICES, Histogram, ShadowTotals
+from services.analytics.shadow_units import MOST_UNITS, UnitSample
+from services.analytics.statistics import bets
 
 EQUAL, DIFFERENT = ShadowVerdict.SHADOW_VERDICT_EQUAL, ShadowVerdict.SHADOW_VERDICT_DIFFERENT
 FAILED = ShadowVerdict.SHADOW_VERDICT_FAILED
@@ -186,3 +189,78 @@ def test_ids_do_not_matter_to_totals() -> None:
     before = ShadowTotals.of(record).to_json()
     record.batch_id = hashlib.blake2b(b"other", digest_size=16).digest()
     assert ShadowTotals.of(record).to_json() == before
+
+
+def sample_of(rng: np.random.Generator, users: np.ndarray, at_us: int) -> UnitSample:
+    flags = rng.integers(0, 2, users.size)
+    return UnitSample.of(users.tolist(), rng.bytes(16 * users.size), at_us, flags)
+
+
+def test_samples_of_units_are_the_same_in_any_order_and_bounded() -> None:
+    """Every unit that is kept has all its requests, and its first one by time."""
+    rng = np.random.default_rng(5)
+    population = rng.integers(1, 1 << 64, 3 * MOST_UNITS, dtype=np.uint64)
+    parts = [sample_of(rng, rng.choice(population, 700), at) for at in range(60)]
+    seen: dict[int, tuple[int, int]] = {}
+    for at, part in enumerate(parts):
+        for one in part.units:
+            first, requests = seen.get(int(one["unit"]), (at, 0))
+            seen[int(one["unit"])] = (first, requests + int(one["requests"]))
+    forth, back = UnitSample(), UnitSample()
+    for part in parts:
+        forth.merge(part)
+    for part in reversed(parts):
+        back.merge(UnitSample.from_json(json.loads(json.dumps(part.to_json()))))
+    assert forth.to_json() == back.to_json()
+    assert MOST_UNITS / 4 < len(forth.units) <= MOST_UNITS
+    bound = 1 << (64 - forth.level)
+    assert {int(unit) for unit in forth.units["unit"]} == {unit for unit in seen if unit < bound}
+    for one in forth.units:
+        assert (int(one["at_us"]), int(one["requests"])) == seen[int(one["unit"])]
+
+
+def test_the_parts_of_evidence_that_levels_have_add_up() -> None:
+    weights = [UnitSample(level).weight for level in range(64)]
+    assert 0.98 < sum(weights) <= 1
+
+
+def test_an_equal_shadow_is_condemned_no_more_often_than_promised_while_the_sample_thins_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the bound, looked at after every 50 of 2,000 users, of whom each comes three times alike."""
+    monkeypatch.setattr(shadow_units, "MOST_UNITS", 200)
+    rng = np.random.default_rng(11)
+    found = 0
+    for _ in range(60):
+        sample, condemned = UnitSample(), False
+        for at in range(40):
+            users = np.repeat(rng.integers(1, 1 << 64, 50, dtype=np.uint64), 3)
+            flags = np.repeat((rng.random(50) < 0.05).astype(np.int64), 3)
+            sample.merge(UnitSample.of(users.tolist(), rng.bytes(16 * users.size), at, flags))
+            log_e = bets.share(sample.firsts(1), len(sample.units), 0.05, "above")
+            condemned |= log_e + np.log(sample.weight) >= np.log(1 / 0.1)
+        found += condemned
+    assert sample.level > 0
+    assert found <= 12  # 6 expected at most: 12 or more come by chance once in a hundred
+
+
+def test_users_whose_requests_go_together_widen_the_interval() -> None:
+    rng = np.random.default_rng(7)
+    users = np.repeat(np.arange(1, 101), 20)
+    alike = np.repeat(rng.random(100) < 0.3, 20)
+    alone = rng.random(2000) < 0.3
+    shown = {}
+    for name, different in (("alike", alike), ("alone", alone)):
+        record = ShadowComparison(
+            request_ids=rng.bytes(16 * 2000),
+            unit_hashes=users.tolist(),
+            compared_at_us=1,
+            verdicts=np.where(different, DIFFERENT, EQUAL).tolist(),
+        )
+        shown[name] = report("m", "1", "2", ShadowTotals.of(record), 0.05)
+    assert shown["alike"]["units"]["design_effect"] == pytest.approx(20, rel=0.05)
+    assert shown["alone"]["units"]["design_effect"] == pytest.approx(1, abs=0.4)
+    spread = {name: np.diff(one["match"]["interval"])[0] for name, one in shown.items()}
+    assert spread["alike"] > 3.5 * spread["alone"]
+    before = ShadowTotals.from_json({**ShadowTotals(requests=9, equal=8).to_json(), "units": None})
+    assert any("does not say whose" in one for one in report("m", "1", "2", before, 0.05)["assumptions"])

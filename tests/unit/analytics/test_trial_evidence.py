@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from headrace.v1.events_pb2 import ShadowComparison, ShadowVerdict
 from headrace.v1.trials_pb2 import Bandit, Evidence, Trial, TrialArm, TrialMetric
 
 from services.analytics.bandit import bounded_weights, recommended_weights
@@ -131,6 +132,44 @@ def test_the_bake_is_held_against_the_controls_last_time_and_says_so() -> None:
     assert settled.finding == Evidence.FINDING_HARMFUL
     assert "not randomised: assumes that the world stays" in settled.method
     assert any("the world stays as it was" in warning for warning in look.warnings)
+
+
+def compared(users: list[int], different: list[bool]) -> ShadowTotals:
+    """One request after the other, each in a record of its own time."""
+    n = len(users)
+    verdict = {True: ShadowVerdict.SHADOW_VERDICT_DIFFERENT, False: ShadowVerdict.SHADOW_VERDICT_EQUAL}
+    return ShadowTotals.of(
+        ShadowComparison(
+            request_ids=np.random.default_rng(3).bytes(16 * n),
+            unit_hashes=users,
+            compared_at_us=1,
+            verdicts=[verdict[one] for one in different],
+        )
+    )
+
+
+def test_many_requests_of_few_users_condemn_no_shadow() -> None:
+    """One user of five meets what the shadow answers differently, 200 times: that is one in five units, and
+    no proof against a bound of 10%; 200 users who do are."""
+    made = trial([TrialMetric(name="shadow_disagreement", role=GUARDRAIL, direction=DECREASE, margin=0.1)])
+    made.shadow_version = "2"
+
+    def judged(totals: ShadowTotals) -> Evidence:
+        (found,) = weigh(made, nothing_observed(made, totals))
+        return found
+
+    few = judged(compared([1, 2, 3, 4, 5] * 200, [True, False, False, False, False] * 200))
+    many = judged(compared(list(range(1, 1001)), [True, False, False, False, False] * 200))
+    assert few.mean == many.mean == 0.2
+    assert few.units == many.units == 1000
+    assert few.log_e_harm < 1
+    assert many.log_e_harm > 20
+    assert "the first request of each of 5 units" in few.method
+    # Who names nobody is taken for one of many, and that is said.
+    unnamed = judged(compared([0] * 1000, [True, False, False, False, False] * 200))
+    assert unnamed.log_e_harm == pytest.approx(many.log_e_harm)
+    assert "1,000 requests name no unit" in unnamed.method
+    assert "assumes that requests are independent" in judged(ShadowTotals(requests=9, equal=5)).method
 
 
 def test_shadows_are_judged_by_what_they_answer_differently_and_fail_alone() -> None:
