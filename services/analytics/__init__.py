@@ -3,8 +3,8 @@
 Read in this order: `app.py` (wiring), `consumers.py` (records come in), `columns.py`, `payload.py` and
 `arrays.py` (records as columns), `chunks.py` and `repository.py` (inbox, segments, outcomes), `flushing.py`
 and `segments.py` (inbox to Parquet, and what is kept how long), `reading.py` and `queries.py` (one row per
-request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `shadows.py`, `shadow_totals.py`
-and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
+request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `shadows.py`, `shadow_totals.py`,
+`shadow_units.py` and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
 
 Experiments and rollouts, decided: `trials.py` (what there is to judge), `looking.py` and `pace.py` (who is
 looked at when), `trial_queries.py` (what the units did), `evidence.py`, `quantile_evidence.py` and

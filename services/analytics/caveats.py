@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from headrace.v1.trials_pb2 import Trial
 
-from services.analytics.evidence import Observed, metric_key
+from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
 from services.analytics.statistics import counts
 from services.analytics.trial_queries import BEFORE, Counts
 
@@ -80,7 +80,12 @@ def _outcome_warnings(trial: Trial, observed: Observed) -> list[str]:
 
 def assumptions(trial: Trial) -> list[str]:
     """What every number of the results rests on."""
+    shadows = (
+        "Of shadows the first compared request of each unit is weighed; requests that name no unit are taken "
+        "for independent of one another."
+    )
     return [
+        *([shadows] if any(metric.name in SHADOW_METRICS for metric in trial.metrics) else []),
         "Units are independent of each other; all requests and outcomes of one unit count together.",
         "A unit counts by the arm that chance gave it; overrides and requests naming a version are left out.",
         "Fixed-horizon numbers hold at one look, at the size planned for; always-valid ones at any look.",

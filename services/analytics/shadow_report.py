@@ -31,15 +31,17 @@ def report(model: str, version: str, shadow_version: str, totals: ShadowTotals, 
             "failed": totals.failed,
             "incomparable": totals.incomparable,
         },
-        "match": _share(totals.equal, compared, alpha),
-        "rows_match": _share(totals.rows_equal, totals.rows, alpha),
+        "match": _share(totals.equal, compared, alpha, totals.units.design_effect()),
+        "rows_match": _share(totals.rows_equal, totals.rows, alpha, totals.units.design_effect()),
+        "units": _units(totals),
         "errors": _errors(totals, alpha),
         "latency_ms": _latency(totals, alpha),
         "outputs": {name: _output(output, alpha) for name, output in sorted(totals.outputs.items())},
         "slices": {name: _slice(part, alpha) for name, part in sorted(totals.slices.items())},
         "alpha": alpha,
         "assumptions": [
-            "Both versions answered the same requests; requests are independent of one another.",
+            "Both versions answered the same requests.",
+            _independence(totals),
             "The intervals hold at one look at a time chosen beforehand.",
             "Quantiles are within 1% of their value.",
         ],
@@ -59,14 +61,36 @@ def _slice(totals: ShadowTotals, alpha: float) -> Json:
     }
 
 
-def _share(count: int, n: int, alpha: float) -> Json:
-    """A share with Wilson's score interval."""
+def _units(totals: ShadowTotals) -> Json | None:
+    """The units that are known, of which the design effect is estimated."""
+    sample = totals.units
+    if not len(sample.units):
+        return None
+    return {
+        "sampled": len(sample.units),
+        "of_all": 0.5**sample.level,
+        "requests_without_one": sample.unnamed,
+        "design_effect": sample.design_effect(),
+    }
+
+
+def _independence(totals: ShadowTotals) -> str:
+    if not len(totals.units.units):
+        return "Requests are independent of one another: the log does not say whose they are."
+    return (
+        "Units are independent of each other; that requests of one unit are alike widens the intervals of "
+        "what matches (design effect). Intervals of errors, latency and slices take requests for independent."
+    )
+
+
+def _share(count: int, n: int, alpha: float, design_effect: float = 1.0) -> Json:
+    """A share with Wilson's score interval, of as many independent requests as these are worth."""
     from services.analytics.statistics.proportions import wilson  # noqa: PLC0415 - SciPy takes a second
 
     return {
         "n": n,
         "rate": count / n if n else None,
-        "interval": list(wilson(count, n, alpha=alpha)) if n else None,
+        "interval": list(wilson(count / design_effect, n / design_effect, alpha=alpha)) if n else None,
     }
 
 
@@ -148,7 +172,7 @@ def _sentence(
     who = f"{shadow_version}, the shadow of {model}/{version},"
     if not compared:
         return f"{who} has given no answer that could be compared yet."
-    match = _share(totals.equal, compared, alpha)
+    match = _share(totals.equal, compared, alpha, totals.units.design_effect())
     low, high = match["interval"]
     errors = _errors(totals, alpha)
     said = (

@@ -13,6 +13,8 @@ from headrace.v1.events_pb2 import OutputComparison, ShadowComparison, ShadowVer
 from headrace.v1.tensor_pb2 import Code
 from numpy.typing import NDArray
 
+from services.analytics.shadow_units import DIFFERENT, ONLY_SHADOW_FAILED, ONLY_VERSION_FAILED, UnitSample
+
 Floats = NDArray[np.float64]
 
 #: Values are kept within 1%: bucket i holds what lies above _BASE ** (i - 1), up to _BASE ** i.
@@ -114,7 +116,8 @@ class OutputTotals:
 class ShadowTotals:
     """`only_*` count requests that failed on one side and not on the other; cancelled ones count as neither.
     Latencies, in microseconds, are of requests that both sides answered: `latency_gaps` is the sum of shadow
-    minus version, `latency_squares` that of its squares."""
+    minus version, `latency_squares` that of its squares. `units` samples whose requests they are; totals from
+    before there was such a sample, and slices, have none."""
 
     requests: int = 0
     equal: int = 0
@@ -133,6 +136,7 @@ class ShadowTotals:
     latency: Histogram = field(default_factory=Histogram)
     shadow_latency: Histogram = field(default_factory=Histogram)
     outputs: dict[str, OutputTotals] = field(default_factory=dict)
+    units: UnitSample = field(default_factory=UnitSample)
     #: The same of requests with one value of the attribute that the deployment names, by "attribute=value".
     slices: dict[str, ShadowTotals] = field(default_factory=dict)
 
@@ -162,6 +166,12 @@ class ShadowTotals:
         totals.latency_squares = float(np.sum(gaps.astype(np.float64) ** 2))
         totals.latency.add(ours[both].astype(np.float64))
         totals.shadow_latency.add(theirs[both].astype(np.float64))
+        shown = DIFFERENT * (verdicts != ShadowVerdict.SHADOW_VERDICT_EQUAL)
+        shown |= ONLY_VERSION_FAILED * (failed & ~shadow_failed)
+        shown |= ONLY_SHADOW_FAILED * (shadow_failed & ~failed)
+        if record.unit_hashes and len(record.unit_hashes) != n:
+            raise ValueError(f"unit_hashes has {len(record.unit_hashes)} entries for {n} requests")
+        totals.units = UnitSample.of(record.unit_hashes, record.request_ids, record.compared_at_us, shown)
         for output in record.outputs:
             totals.outputs[output.name] = _output(output, rows, n)
         if record.slices:
@@ -175,6 +185,7 @@ class ShadowTotals:
             # PostgreSQL's JSON has no NUL, and what a caller says of itself may be long.
             name = f"{record.slice_by}={record.slice_names[place]}".replace("\0", "\ufffd")[:_MAX_NAME]
             part = ShadowTotals.of(_part(record, np.flatnonzero(slices == place).tolist()))
+            part.units = UnitSample()
             self.slices.setdefault(name, ShadowTotals()).merge(part)
 
     def merge(self, other: ShadowTotals) -> None:
@@ -183,6 +194,7 @@ class ShadowTotals:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.latency.merge(other.latency)
         self.shadow_latency.merge(other.shadow_latency)
+        self.units.merge(other.units)
         for name, output in other.outputs.items():
             self.outputs.setdefault(name, OutputTotals()).merge(output)
         for name, part in other.slices.items():
@@ -195,6 +207,7 @@ class ShadowTotals:
             **{name: getattr(self, name) for name in _SUMS},
             "latency": self.latency.to_json(),
             "shadow_latency": self.shadow_latency.to_json(),
+            "units": self.units.to_json() if len(self.units.units) else None,
             "outputs": {name: _output_json(output) for name, output in self.outputs.items()},
             "slices": {name: part.to_json() for name, part in self.slices.items()},
         }
@@ -206,6 +219,7 @@ class ShadowTotals:
             **{name: stored[name] for name in _SUMS},
             latency=Histogram.from_json(stored["latency"]),
             shadow_latency=Histogram.from_json(stored["shadow_latency"]),
+            units=UnitSample.from_json(stored["units"]) if stored.get("units") else UnitSample(),
             outputs={
                 name: OutputTotals(**{**output, "differences": Histogram.from_json(output["differences"])})
                 for name, output in stored["outputs"].items()
@@ -217,7 +231,7 @@ class ShadowTotals:
 _SUMS = tuple(
     column.name
     for column in fields(ShadowTotals)
-    if column.name not in ("latency", "shadow_latency", "outputs", "slices")
+    if column.name not in ("latency", "shadow_latency", "outputs", "units", "slices")
 )
 
 

@@ -13,7 +13,7 @@ from services.analytics.statistics.counts import CountTest
 from services.analytics.statistics.fixed_horizon import Tails, tail_probability
 
 
-def wilson(successes: float, n: int, *, alpha: float = 0.05) -> tuple[float, float]:
+def wilson(successes: float, n: float, *, alpha: float = 0.05) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share: honest for small n and for shares near 0 and 1.
 
     (0, 1) where n is 0.
