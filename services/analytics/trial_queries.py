@@ -8,7 +8,7 @@ stratum, nor are those that another version answered instead. Everything blocks,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -263,7 +263,7 @@ def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -
     rows: list[tuple[int, int, int, int]] = []
     last = -1
     for revision, seen in chances.items():
-        key = tuple(_completed(seen))
+        key = tuple(_completed(seen, question.weights))
         stratum = numbers.setdefault(key, len(numbers))
         rows += [(revision, arm, chance, stratum) for arm, chance in enumerate(key) if chance is not None]
         if seen[0] is not None:
@@ -397,13 +397,17 @@ def _firsts_in(connection: duckdb.DuckDBPyConnection, stratum: int, arms: int) -
     return tally
 
 
-def _completed(seen: list[int | None]) -> list[int | None]:
+def _completed(seen: list[int | None], weights: Sequence[int]) -> list[int | None]:
     """The chance of the one arm that logged nothing is what the others leave, and of all that did not, where
-    they leave nothing, 0."""
+    they leave nothing, 0. Of several it is as configured, where it is for all others: an arm that ought to
+    get units and gets none has to be counted, with none."""
     missing = [arm for arm, chance in enumerate(seen) if chance is None]
     left = _WHOLE - sum(chance or 0 for chance in seen)
     if left == 0 or (len(missing) == 1 and left > 0):
         return [left if chance is None else chance for chance in seen]
+    as_configured = all(chance in (None, weight) for chance, weight in zip(seen, weights, strict=True))
+    if as_configured and sum(weights) == _WHOLE:
+        return list(weights)
     return list(seen)
 
 

@@ -172,6 +172,14 @@ def _warnings(trial: Trial, observed: Observed, counts: Sequence[Counts]) -> lis
             f"Few units ({', '.join(few)}): below {FEWEST_UNITS} an arm only error rates and quantiles are "
             "weighed."
         )
+    exposed = observed.visits.first.units.sum(axis=0)
+    none = [
+        f"{arm.name}, whose weight is {arm.weight / 100:g}%"
+        for arm, units in zip(trial.arms, exposed, strict=True)
+        if 0 < arm.weight < 10_000 and not units
+    ]
+    if none and exposed.any():
+        warnings.append(f"No unit has come to {' nor to '.join(none)}.")
     if len(observed.strata.shares) > 1:
         warnings.append(
             "The weights have changed: arms are compared within each set of weights, and a unit that a "

@@ -12,7 +12,11 @@ import pytest
 from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
 
 from services.analytics import placebo_queries, trial_queries
+from services.analytics.looking import observe
+from services.analytics.shadow_totals import ShadowTotals
+from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL
 from services.analytics.trial_queries import BAKE, TrialQuestion
+from services.analytics.verdicts import look_at
 
 START_US = 1_750_000_000_000_000
 COLUMNS = (
@@ -122,6 +126,39 @@ WALK = [
     request(7, "1", 2, 0.5, 407, experiment="exp_9"),  # of an experiment
     request(8, "1", 1, 0.9, -5, code=13),  # before
 ]
+
+
+def test_arms_that_log_nothing_at_all_are_counted_with_no_unit(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    """Two of three variants never answer: their shares are those that are configured, as the third's is."""
+    log(connection, [request(unit, "1", 4, 0.5, unit, experiment="exp_1", variant="a") for unit in range(60)])
+    arms = [TrialArm(name=name, version=name, weight=weight) for name, weight in (("a", 5_000), ("b", 3_000))]
+    trial = Trial(
+        trial_id="exp_1",
+        kind=Trial.KIND_EXPERIMENT,
+        revision=4,
+        arms=[*arms, TrialArm(name="c", version="c", weight=2_000)],
+        metrics=[TrialMetric(name="error_rate", role=TrialMetric.ROLE_GUARDRAIL)],
+        alpha=0.05,
+        started_at_us=START_US,
+    )
+    question = TrialQuestion.of(trial)
+    observed, counts = observe(connection, trial, question, ShadowTotals())
+    np.testing.assert_allclose(observed.strata.shares, [[0.5, 0.3, 0.2]])
+    assert observed.visits.first.units.tolist() == [[60, 0, 0]]
+    look = look_at(trial, observed, counts, until_us=START_US)
+    assert look.ratio_log_e > np.log(1 / SAMPLE_RATIO_LEVEL)
+    assert any("No unit has come to b, whose weight is 30% nor to c" in one for one in look.warnings)
+
+
+def test_what_an_arm_of_other_weights_had_is_not_made_up(connection: duckdb.DuckDBPyConnection) -> None:
+    log(connection, [request(unit, "1", 3, 0.4, unit, experiment="exp_1", variant="a") for unit in range(9)])
+    question = TrialQuestion(
+        "exp_1", 4, False, ("a", "b", "c"), ("1", "2", "3"), (5_000, 3_000, 2_000), START_US
+    )
+    strata = trial_queries.open_trial(connection, question)
+    assert np.isnan(strata.shares).tolist() == [[False, True, True]]
 
 
 def test_strata_are_weights_and_a_moved_unit_counts_in_each(connection: duckdb.DuckDBPyConnection) -> None:
