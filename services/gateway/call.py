@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from copy import copy
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
 from opentelemetry.trace import SpanContext
 
 from services.common.errors import HeadraceError
+from services.common.native import mypyc_attr
 from services.gateway.catalogue import ServedModel
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
 from services.gateway.plans import Answers
 from services.gateway.router_client import Cancellable
-from services.gateway.targets import Dialect, Target
+from services.gateway.targets import Target
+
+if TYPE_CHECKING:
+    from services.gateway.predict import PredictService
 
 #: Headers that a hot request is read by, and the attribute of Head that takes each.
 HEADERS = {
@@ -31,6 +34,7 @@ HEADERS = {
 }
 
 
+@mypyc_attr(serializable=True)
 class Head:
     """What is said of a request before its body. Headers are raw bytes, None where absent."""
 
@@ -92,23 +96,7 @@ class Speaker(Protocol):
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]: ...
 
 
-class Service(Protocol):
-    """What a call needs of `PredictService`."""
-
-    @property
-    def speakers(self) -> Mapping[Dialect, Speaker]:
-        """A speaker for every dialect."""
-        ...
-
-    def finish(self, call: Call, reply: SealedReply) -> None:
-        """Answer `call` with the router's reply."""
-        ...
-
-    def abandon(self, call: Call) -> None:
-        """Nobody waits for the answer of `call` any more."""
-        ...
-
-
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Call(ABC):
     """A request and what was found out about it.
 
@@ -147,7 +135,7 @@ class Call(ABC):
     trace_parent: SpanContext | None = None
     trace_context: SpanContext | None = None
 
-    def __init__(self, service: Service, head: Head) -> None:
+    def __init__(self, service: PredictService, head: Head) -> None:
         self.service = service
         self.head = head
         self.speaker = service.speakers[head.target.dialect]

@@ -12,8 +12,8 @@ from services.common.problems import HTTP_STATUS, problem_headers
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, oip, openai, v2
-from services.gateway.codecs.compiled import decode_rows, with_context
 from services.gateway.codecs.infer_forms import named, names_of, request_form
+from services.gateway.codecs.rows_body import decode_rows, with_context
 from services.gateway.codecs.trailers import trailers
 from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.infer_plans import InferPlan

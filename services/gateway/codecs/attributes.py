@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Parameter
 
 from services.common.errors import InvalidArgument
-
-#: Characters of a user or a session.
-MAX_UNIT: Final = 512
-_MOST: Final = 32
-_MAX_NAME: Final = 64
-_MAX_TEXT: Final = 256
+from services.common.targeting import MAX_UNIT, check_attributes
 
 
 def session_of(session: str | int | None, field: str = "session_id") -> str:
@@ -27,17 +22,9 @@ def session_of(session: str | int | None, field: str = "session_id") -> str:
 
 def fill_attributes(request: PredictRequest, attributes: Mapping[str, Any]) -> None:
     """Put `attributes` into `request`. Raises InvalidArgument naming what is wrong: all of them, or one."""
-    if len(attributes) > _MOST:
-        raise InvalidArgument(f"There are more than {_MOST} attributes.", field="attributes")
+    check_attributes(attributes)
     for name, value in attributes.items():
-        where = f"attributes.{name[:_MAX_NAME]}"
-        if not 1 <= len(name) <= _MAX_NAME:
-            raise InvalidArgument(
-                f"{where}: the name of an attribute has 1 to {_MAX_NAME} characters.", field=where
-            )
-        if isinstance(value, str) and len(value) > _MAX_TEXT:
-            raise InvalidArgument(f"{where} is longer than {_MAX_TEXT} characters.", field=where)
-        request.attributes[name].CopyFrom(parameter(value, where))
+        request.attributes[name].CopyFrom(parameter(value, f"attributes.{name}"))
 
 
 def context_fields(session: str | int | None, attributes: Mapping[str, Any] | None) -> bytes:

@@ -13,16 +13,12 @@ import enum
 import struct
 from typing import Any
 
-import msgspec
 import numpy as np
 import orjson
 from headrace.v1.dataplane_pb2 import PredictRequest, SealedReply
 from headrace.v1.tensor_pb2 import Tensor
 from numpy.typing import NDArray
 
-from services.common.errors import InvalidArgument
-from services.gateway.codecs.attributes import context_fields
-from services.gateway.codecs.tensors import PARSE_ERRORS
 from services.gateway.signature import InputSpec, ModelSignature, OutputSpec
 
 #: Tags of PredictRequest: inputs (4), request_id (5, with its length), unit (6), received_at_us (12).
@@ -35,40 +31,6 @@ _REMEMBERED_ROWS = 256
 
 # Looked up once: these run for every answer.
 _frombuffer, _dumps, _NUMPY = np.frombuffer, orjson.dumps, orjson.OPT_SERIALIZE_NUMPY
-
-_MISFITS = (msgspec.ValidationError, *PARSE_ERRORS)
-
-
-class RowsBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A body with rows of numbers, or one row, and nothing that is rare."""
-
-    model: str = ""
-    inputs: list[list[float]] | None = None
-    input: list[float] | None = None
-    user_id: str | int | None = None
-    session_id: str | int | None = None
-    attributes: dict[str, Any] | None = None
-
-
-_body = msgspec.json.Decoder(RowsBody)
-
-
-def decode_rows(raw: bytes | bytearray) -> RowsBody | None:
-    """`raw` read as that; None where it is something else."""
-    try:
-        return _body.decode(raw)
-    except _MISFITS:
-        return None
-
-
-def with_context(request: bytes | None, body: RowsBody) -> bytes | None:
-    """`request` with the session and the attributes of its body; None where they do not fit."""
-    if request is None:
-        return None
-    try:
-        return request + context_fields(body.session_id, body.attributes)
-    except InvalidArgument:
-        return None
 
 
 class RowsRequest:

@@ -12,7 +12,8 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Task, Tensor
 
 from services.common.errors import InvalidArgument
-from services.gateway.codecs.attributes import MAX_UNIT, fill_attributes, session_of
+from services.common.targeting import MAX_UNIT
+from services.gateway.codecs.attributes import fill_attributes, session_of
 from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, native_result, nested
 from services.gateway.codecs.rows import tensors_of_input, tensors_of_inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
@@ -32,15 +32,15 @@ class HotExchange(Call):
     response_complete = False
     disconnected = False
     keep_alive = True
-    message_event = _NobodyWaits
+    message_event: ClassVar[type[_NobodyWaits]] = _NobodyWaits
 
-    service: PredictService
     #: Its turn has come: nothing before it on the connection is unanswered.
     started = False
     #: Its message was read to the end.
     complete = False
     size = 0
-    expects_continue = continued = False
+    expects_continue = False
+    continued = False
     #: Its caller has a key, so its body is waited for; how much of the body is counted as held.
     admitted = False
     held = 0

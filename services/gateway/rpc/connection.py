@@ -16,11 +16,12 @@ from services.common.frames import wire
 from services.common.frames.header_blocks import BlockReader
 from services.common.frames.wire import ErrorCode, Violation
 from services.gateway.predict import PredictService
+from services.gateway.rpc.control import Controlled
 from services.gateway.rpc.exchange import InferExchange
 from services.gateway.rpc.heads import CallHead, read_head
 from services.gateway.rpc.methods import Method
-from services.gateway.rpc.sending import Around, Sending
-from services.gateway.rpc.statuses import GOING_AWAY, HEAD
+from services.gateway.rpc.sending import Around
+from services.gateway.rpc.statuses import HEAD
 from services.gateway.rpc.streams import Stream
 from services.gateway.rpc.tasks import TaskCall, Tasks
 
@@ -31,8 +32,6 @@ _STREAM_BITS: Final = wire.MAX_WINDOW
 #: Heads that a connection remembers, and the longest block it remembers one by.
 _REMEMBERED: Final = 16
 _MAX_REMEMBERED_BYTES: Final = 1024
-_ALL_STREAMS: Final = wire.MAX_WINDOW
-_DRAIN_PING: Final = b"draining"
 
 
 class Acceptor(Around, Protocol):
@@ -52,7 +51,7 @@ class Acceptor(Around, Protocol):
         ...
 
 
-class RpcConnection(Sending):
+class RpcConnection(Controlled):
     """One accepted connection."""
 
     def __init__(self, server: Acceptor, loop: asyncio.AbstractEventLoop) -> None:
@@ -60,7 +59,6 @@ class RpcConnection(Sending):
         self._server = server
         self._preface = wire.PREFACE
         self._rest = b""
-        self._settings_seen = False
         self._reader = BlockReader(self._limits.max_header_bytes)
         self._known: dict[bytes, CallHead] = {}
         self._known_for = 0
@@ -69,13 +67,9 @@ class RpcConnection(Sending):
         self._block = bytearray()
         self._received = 0  # not yet granted again
         self._opened: list[Stream] = []  # in this turn, and not complete with it
-        self._last_taken = _ALL_STREAMS  # streams beyond are not taken any more
-        self._drain_timer: asyncio.TimerHandle | None = None
-        # Counted by the sweep, or between two of its rounds.
+        # Counted by the sweep.
         self._ticks = 0
         self._silent_ticks = 0
-        self._control_frames = 0
-        self._resets = 0
 
     # asyncio.Protocol
 
@@ -95,8 +89,6 @@ class RpcConnection(Sending):
             self._fail(ErrorCode.ENHANCE_YOUR_CALM, "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._drain_timer is not None:
-            self._drain_timer.cancel()
         self._server.forget(self)
         super().connection_lost(exc)
 
@@ -161,6 +153,8 @@ class RpcConnection(Sending):
                 self._data(stream_id, flags, data, start, end)
             elif kind == wire.HEADERS:
                 self._headers(stream_id, flags, data[start:end])
+            elif kind == wire.CONTINUATION:
+                self._continue(flags, data[start:end])
             else:
                 self._control(kind, flags, stream_id, data[start:end])
         return at
@@ -296,102 +290,6 @@ class RpcConnection(Sending):
             stream.complete = True
             stream.end()
 
-    def _count_control(self) -> None:
-        self._control_frames += 1
-        if self._control_frames > self._limits.max_control_frames:
-            raise Violation(ErrorCode.ENHANCE_YOUR_CALM, "too many control frames")
-
-    def _control(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
-        if kind == wire.CONTINUATION:
-            self._continue(flags, payload)
-            return
-        self._count_control()
-        if kind == wire.WINDOW_UPDATE:
-            self._take_window(stream_id, payload)
-        elif kind == wire.RST_STREAM:
-            self._take_reset(stream_id, payload)
-        elif kind == wire.SETTINGS:
-            self._take_settings(flags, stream_id, payload)
-        elif kind == wire.PING:
-            self._take_ping(flags, stream_id, payload)
-        elif kind == wire.GOAWAY:
-            if stream_id:
-                raise Violation(ErrorCode.PROTOCOL_ERROR, "GOAWAY on a stream")
-            if len(payload) < 8:
-                raise Violation(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY shorter than 8 bytes")
-        elif kind == wire.PUSH_PROMISE:
-            raise Violation(ErrorCode.PROTOCOL_ERROR, "PUSH_PROMISE is for servers")
-        elif kind == wire.PRIORITY:
-            wire.check_priority(stream_id, payload)
-
-    def _take_window(self, stream_id: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise Violation(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE is not 4 bytes")
-        increment = int.from_bytes(payload, "big") & wire.MAX_WINDOW
-        if stream_id:
-            if stream_id > self._last_stream_id:
-                raise Violation(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE on a stream that is not open")
-            stream = self._streams.get(stream_id)
-            if stream is None:
-                return
-            stream.window += increment
-            if not increment or stream.window > wire.MAX_WINDOW:
-                code = ErrorCode.FLOW_CONTROL_ERROR if increment else ErrorCode.PROTOCOL_ERROR
-                self._queue(wire.reset(stream_id, code))
-                self._lose(stream)
-                return
-        else:
-            self._window += increment
-            if not increment:
-                raise Violation(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
-            if self._window > wire.MAX_WINDOW:
-                raise Violation(ErrorCode.FLOW_CONTROL_ERROR, "the window grew beyond 2^31-1")
-        if self._sending:
-            self._pump()
-
-    def _take_reset(self, stream_id: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise Violation(ErrorCode.FRAME_SIZE_ERROR, "RST_STREAM is not 4 bytes")
-        if not stream_id or stream_id > self._last_stream_id:
-            raise Violation(ErrorCode.PROTOCOL_ERROR, "RST_STREAM on a stream that is not open")
-        self._resets += 1
-        if self._resets > self._limits.max_resets:
-            raise Violation(ErrorCode.ENHANCE_YOUR_CALM, "too many resets")
-        stream = self._streams.get(stream_id)
-        if stream is not None:
-            self._lose(stream)
-
-    def _take_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id:
-            raise Violation(ErrorCode.PROTOCOL_ERROR, "SETTINGS on a stream")
-        if flags & wire.ACK:
-            if payload:
-                raise Violation(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS acknowledgement with a payload")
-            return
-        self._settings_seen = True
-        for key, value in wire.parse_settings(payload):
-            if key == wire.INITIAL_WINDOW_SIZE:
-                change, self._peer_initial_window = value - self._peer_initial_window, value
-                for stream in self._streams.values():
-                    stream.window += change
-                    if stream.window > wire.MAX_WINDOW:
-                        raise Violation(ErrorCode.FLOW_CONTROL_ERROR, "a window grew beyond 2^31-1")
-            elif key == wire.MAX_FRAME_SIZE:
-                self._peer_max_frame = value
-        self._queue(wire.frame(wire.SETTINGS, wire.ACK, 0))
-        if self._sending:
-            self._pump()
-
-    def _take_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
-        if stream_id:
-            raise Violation(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
-        if len(payload) != 8:
-            raise Violation(ErrorCode.FRAME_SIZE_ERROR, "PING is not 8 bytes")
-        if not flags & wire.ACK:
-            self._queue(wire.frame(wire.PING, wire.ACK, 0, payload))
-        elif payload == _DRAIN_PING:
-            self._stop_taking()
-
     # Time
 
     def tick(self) -> None:
@@ -399,7 +297,7 @@ class RpcConnection(Sending):
         if self._ending:
             return
         limits = self._limits
-        self._control_frames = self._resets = 0
+        self._control_frames = self._resets = self._answered = 0
         self._ticks += 1
         if not self._settings_seen and self._ticks > limits.handshake_s:
             self._fail(ErrorCode.SETTINGS_TIMEOUT, "no SETTINGS in time")
@@ -435,43 +333,6 @@ class RpcConnection(Sending):
         elif self._silent_ticks > limits.ping_after_s + limits.ping_timeout_s:
             self._end()
             self.abort()
-
-    # Ending
-
-    def drain(self) -> None:
-        """Ask the client to go elsewhere with new calls; what is open is answered."""
-        if self._ending or self._draining:
-            return
-        self._draining = True
-        self._queue(
-            wire.goaway(_ALL_STREAMS, ErrorCode.NO_ERROR, "draining"),
-            wire.frame(wire.PING, 0, 0, _DRAIN_PING),
-        )
-        # Calls that crossed the news are taken: until it was read, which the PING's answer tells.
-        self._drain_timer = self._loop.call_later(self._limits.drain_notice_s, self._stop_taking)
-
-    def shut(self) -> None:
-        """End now, whatever is open."""
-        for stream in list(self._streams.values()):
-            self.refuse(stream, GOING_AWAY)
-            stream.gone = True
-            stream.on_gone()
-        self._fail(ErrorCode.NO_ERROR, "the server is going away")
-
-    def _stop_taking(self) -> None:
-        if self._ending or self._last_taken != _ALL_STREAMS:
-            return
-        self._last_taken = self._last_stream_id
-        if self._drain_timer is not None:
-            self._drain_timer.cancel()
-        self._queue(wire.goaway(self._last_stream_id, ErrorCode.NO_ERROR, "draining"))
-        if not self._streams:
-            self._on_idle()
-
-    def _on_idle(self) -> None:
-        if self._last_taken != _ALL_STREAMS:
-            self._out_now()
-            self._end()
 
     def _on_sent(self, stream: Stream) -> None:
         if isinstance(stream, TaskCall):

@@ -71,6 +71,7 @@ class Sending(asyncio.Protocol):
         self._sending: dict[Stream, None] = {}  # those that wait for windows or the socket, in turn
         self._paused = False  # the socket takes nothing more
         self._unread_ticks = 0
+        self._answered = 0  # calls that went well, since the sweep came by
         self._draining = False
         self._ending = False  # nothing is read or sent any more
         self._linger: asyncio.TimerHandle | None = None
@@ -139,6 +140,7 @@ class Sending(asyncio.Protocol):
 
     def answer(self, stream: Stream, message: bytes) -> None:
         """The one message of a call, and that all is well."""
+        self._answered += 1
         size = len(message)
         total = size + PREFIX_BYTES
         if (
