@@ -3,17 +3,29 @@
 Attributes are those that the gateway was told, and the request's own parameters where they have other names.
 Text is compared with text, numbers and truth values (1 and 0) with numbers. What is not there or of another
 kind fulfils NOT_IN and, where it is not there, ABSENT.
+
+The bounds below are those of requests and of what experiments say of them: a condition on what no request can
+carry would hold for nobody.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from headrace.v1.control_pb2 import Condition
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Parameter
+
+from services.common.errors import InvalidArgument
+
+#: Of one request.
+MOST_ATTRIBUTES: Final = 32
+#: Characters of an attribute's name, of a text as its value, and of a user or a session.
+MAX_ATTRIBUTE_NAME: Final = 64
+MAX_ATTRIBUTE_TEXT: Final = 256
+MAX_UNIT: Final = 512
 
 Value = str | int | float
 _Test = Callable[[Value | None], bool]
@@ -45,6 +57,21 @@ class Targeting:
     def unmet(self, request: PredictRequest) -> Iterator[Condition]:
         """The conditions that do not hold."""
         return (one for name, test, one in self._conditions if not test(attribute(request, name)))
+
+
+def check_attributes(attributes: Mapping[str, object], field: str = "attributes") -> None:
+    """Raises InvalidArgument where they are too many, or naming the one whose name or text is too long as
+    "`field`.name"."""
+    if len(attributes) > MOST_ATTRIBUTES:
+        raise InvalidArgument(f"There are more than {MOST_ATTRIBUTES} attributes.", field=field)
+    for name, value in attributes.items():
+        where = f"{field}.{name[:MAX_ATTRIBUTE_NAME]}"
+        if not 1 <= len(name) <= MAX_ATTRIBUTE_NAME:
+            raise InvalidArgument(
+                f"{where}: the name of an attribute has 1 to {MAX_ATTRIBUTE_NAME} characters.", field=where
+            )
+        if isinstance(value, str) and len(value) > MAX_ATTRIBUTE_TEXT:
+            raise InvalidArgument(f"{where} is longer than {MAX_ATTRIBUTE_TEXT} characters.", field=where)
 
 
 def attribute(request: PredictRequest, name: str) -> Value | None:

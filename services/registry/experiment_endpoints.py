@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 
 from services.common.errors import InvalidArgument
 from services.common.ids import new_id, parse_id
+from services.common.targeting import MAX_UNIT, check_attributes
 from services.registry import experiments
 from services.registry.assignments import explain_assignment
 from services.registry.edge import Edge
@@ -35,7 +36,7 @@ from services.registry.schemas import ModelName
 from services.registry.tables import ExperimentRow
 
 StatusName = Literal["draft", "scheduled", "running", "stopped"]
-UnitText = Annotated[str, Query(max_length=1000)]
+UnitText = Annotated[str, Query(max_length=MAX_UNIT)]
 _NO_REASON: Final = StopIn()
 _ATTRIBUTE: Final = "attribute."
 #: As JSON has numbers; Python would take "1_000" and " 7" for some as well. No longer one means anything.
@@ -146,11 +147,13 @@ def holdout_routes(edge: Edge) -> APIRouter:
 
 
 def _attributes(request: Request) -> dict[str, Value]:
-    return {
+    found = {
         name.removeprefix(_ATTRIBUTE): attribute_value(text)
         for name, text in request.query_params.items()
         if name.startswith(_ATTRIBUTE) and len(name) > len(_ATTRIBUTE)
     }
+    check_attributes(found, "attribute")
+    return found
 
 
 def attribute_value(text: str) -> Value:

@@ -23,14 +23,17 @@ from pydantic import (
 
 from services.common.assignment import BUCKETS
 from services.common.errors import InvalidArgument
+from services.common.targeting import MAX_ATTRIBUTE_NAME, MAX_ATTRIBUTE_TEXT, MAX_UNIT
 from services.registry.schemas import Input, ModelName, Text, VersionText
 from services.registry.trial_schemas import MetricIn, Share, check_metrics, ten_thousandths
 
 VariantName = VersionText
 #: Mixed into the hash; BLAKE2b takes 64 bytes of key.
 Salt = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,64}$")]
-UnitText = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")]
-AttributeName = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
+UnitText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_UNIT, pattern=r"^[^\x00]*$")]
+AttributeName = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_ATTRIBUTE_NAME, pattern=r"^[^\x00]*$")
+]
 ShortText = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
 
 
@@ -46,9 +49,11 @@ def _scalar(value: object) -> object:
     if isinstance(value, float) and math.isfinite(value):
         return value
     # Half of a surrogate pair is no character that could be stored or sent on
-    if isinstance(value, str) and len(value) <= 1000 and not _NO_TEXT.search(value):
+    if isinstance(value, str) and len(value) <= MAX_ATTRIBUTE_TEXT and not _NO_TEXT.search(value):
         return value
-    raise ValueError("a value is a text of at most 1000 characters, a number or a truth value")
+    raise ValueError(
+        f"a value is a text of at most {MAX_ATTRIBUTE_TEXT} characters, a number or a truth value"
+    )
 
 
 Value = Annotated[StrictBool | StrictInt | StrictFloat | str, BeforeValidator(_scalar)]

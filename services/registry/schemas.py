@@ -19,6 +19,7 @@ from pydantic import (
 
 from services.common.errors import InvalidArgument, MalformedBody
 from services.common.problems import field_path
+from services.common.targeting import MAX_ATTRIBUTE_NAME
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 VersionText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -135,7 +136,7 @@ class Share(Input):
         return int(self.weight * 100)
 
 
-SliceBy = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")]
+SliceBy = Annotated[str, StringConstraints(max_length=MAX_ATTRIBUTE_NAME, pattern=r"^[^\x00]*$")]
 
 
 class ShadowIn(Input):
