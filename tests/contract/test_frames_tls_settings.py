@@ -68,7 +68,7 @@ async def test_a_request_goes_through_both_hops(tmp_path: Path, tls: FrameTlsSet
             calls.start()
             await calls.wait_connected(PATIENCE_S)
             await eventually(lambda: any(e.reachable for e in router.dispatcher.endpoints.all()))
-            reply = await calls.predict(request(7), asyncio.get_running_loop().time() + 5)
+            reply = await calls.predict(request(7), asyncio.get_running_loop().time() + 30)
             assert reply.code == Code.CODE_OK
             assert reply.outputs[0].data == (7).to_bytes(4, "little") * 30
             plain.start()

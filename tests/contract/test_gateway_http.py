@@ -370,7 +370,7 @@ def test_scopes(gateway: GatewayThread, key: str, method: str, path: str, status
 def test_rate_limit(gateway: GatewayThread) -> None:
     answers = [predict(gateway, GOOD, authorization=f"Bearer {SLOW}") for _ in range(2)]
     assert answers[-1].status_code == 429
-    assert answers[-1].headers["retry-after"] == "2"
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 100  # seconds until the key has a request again
     assert answers[-1].json()["code"] == "RESOURCE_EXHAUSTED"
 
 

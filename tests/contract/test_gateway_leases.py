@@ -88,7 +88,7 @@ async def test_a_redis_that_forgot_the_script_is_told_again(redis_url: str) -> N
     async with Redis.from_url(redis_url) as redis:
         await redis.flushdb()
         lease = Leases(redis, clock, "gateway")
-        bucket = Bucket("forgetful", 10, 10)
+        bucket = Bucket("forgetful", 0.01, 10)  # nothing comes back while this runs
         for spent in (1, 2):
             await redis.script_flush()
             bucket.admit(clock.monotonic())

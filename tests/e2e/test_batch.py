@@ -496,7 +496,7 @@ def test_the_command_line_does_it_all(platform: Stack, tmp_path: Path) -> None:
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -138,7 +138,7 @@ def test_the_command_line_against_the_platform(bare_platform: Stack, model: str)
             },
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
 

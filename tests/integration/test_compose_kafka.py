@@ -16,6 +16,7 @@ from deploy.embedded.blueprint import python_path
 from deploy.embedded.configuration import REPOSITORY
 from services.common.topics import all_topics
 from tests.fixtures.servers import kafka_home
+from tests.fixtures.waiting import PATIENCE_S
 from tests.unit.deploy.test_compose import config
 
 
@@ -42,7 +43,7 @@ def test_the_composed_broker_starts_and_gets_its_topics(servers_directory: Path)
     if home is None:
         pytest.skip("no Apache Kafka here: set KAFKA_HOME")
     server = ComposedKafka(servers_directory / f"composed-{uuid.uuid4().hex[:8]}", kafka_home=home)
-    server.start(timeout=60)
+    server.start(timeout=PATIENCE_S)
     try:
         for made, found in ((len(all_topics()), 0), (0, len(all_topics()))):
             done = subprocess.run(
@@ -51,7 +52,7 @@ def test_the_composed_broker_starts_and_gets_its_topics(servers_directory: Path)
                 cwd=REPOSITORY,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=PATIENCE_S,
                 check=False,
             )
             assert done.returncode == 0, done.stderr

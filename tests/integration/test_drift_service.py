@@ -255,4 +255,4 @@ async def test_a_record_that_cannot_be_read_goes_to_the_dead_letters(
             body = await until(client, "/v1/drift/models/cancer", lambda b: seen_rows(b) == 60)
             assert body["model"] == "cancer"
             await eventually(lambda: len(buried) >= 2)
-    assert [record.value for record in buried] == bad
+    assert list(dict.fromkeys(record.value for record in buried)) == bad  # one may be buried again

@@ -58,7 +58,7 @@ async def test_postgres_keeps_committed_rows_over_a_kill(new_postgres: Callable[
     await connection.execute("CREATE TABLE kept (n int)")
     await connection.execute("INSERT INTO kept VALUES (7)")
     server.kill()
-    server.start()
+    server.start(PATIENCE_S)
     assert server.url == url
     connection = await asyncpg.connect(url)
     assert await connection.fetchval("SELECT n FROM kept") == 7
@@ -75,7 +75,7 @@ async def test_valkey_keeps_keys_over_a_clean_restart(new_valkey: Callable[[], V
     async with Redis.from_url(server.url) as redis:
         await redis.set("kept", "7")
     server.stop()
-    server.start()
+    server.start(PATIENCE_S)
     async with Redis.from_url(server.url) as redis:
         assert await redis.get("kept") == b"7"
 
@@ -87,7 +87,7 @@ async def test_tansu_carries_records_and_forgets_them_when_it_ends(
     await _produce(server.url, "facts", [b"1", b"2"])
     assert await _consume(server.url, "facts", 2) == [b"1", b"2"]
     server.kill()
-    server.start()
+    server.start(PATIENCE_S)
     await _produce(server.url, "facts", [b"3"])
     assert await _consume(server.url, "facts", 1) == [b"3"]
 
@@ -99,7 +99,7 @@ async def test_apache_kafka_keeps_acknowledged_records_over_a_kill(
     server = new_apache_kafka()
     await _produce(server.url, "facts", [b"1", b"2", b"3"])
     server.kill()
-    server.start(timeout=60)
+    server.start(PATIENCE_S)
     assert await _consume(server.url, "facts", 3) == [b"1", b"2", b"3"]
 
 

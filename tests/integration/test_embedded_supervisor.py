@@ -225,7 +225,7 @@ def test_status_and_logs_of_the_command_line(stack: Stack) -> None:
             env={**os.environ, "COLUMNS": "200", "HEADRACE_HOME": str(stack.home)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
 
@@ -259,7 +259,7 @@ def test_a_wrong_kafka_home_fails_up_with_one_sentence(home: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    _, said = starting.communicate(timeout=60)
+    _, said = starting.communicate(timeout=PATIENCE_S)
     assert starting.returncode == 1
     assert said.count("\n") == 1
     assert "no unpacked Apache Kafka" in said

@@ -43,7 +43,7 @@ async def begun(here: Jobs, **body: Any) -> str:
 
 async def check(here: Jobs, batch_id: str) -> None:
     """The job completes, and every row has its result once."""
-    job = await here.ended(batch_id, within_s=60)
+    job = await here.ended(batch_id)
     assert job["status"] == "completed", job
     assert job["counts"] == {"total": len(VALUES), "completed": len(VALUES), "failed": 0}
     found = await here.lines(f"/v1/batch/{batch_id}/results")
@@ -116,7 +116,7 @@ async def test_a_database_that_goes_away(new_postgres: Any, tmp_path: Path) -> N
         predicted = await here.rest.post("/v1/predict", json={"model": "cancer", "inputs": [[1.0, 2.0, 3.0]]})
         assert predicted.status_code == 200
         assert (await here.rest.get("/health/ready")).status_code == 200
-        await asyncio.to_thread(server.start, timeout=60)
+        await asyncio.to_thread(server.start, PATIENCE_S)
         await here.reachable()
         await check(here, batch_id)
 

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def get(port: int, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
@@ -80,7 +80,7 @@ def test_an_image_starts_answers_and_drains(
         wait_for(health, "/health/live", process, log)
         if service == "registry":  # it needs no other service to be ready
             wait_for(health, "/health/ready", process, log)
-            subprocess.run(image.command(image.healthcheck), env=environment, check=True, timeout=30)
+            subprocess.run(image.command(image.healthcheck), env=environment, check=True, timeout=PATIENCE_S)
         assert get(health, "/metrics") == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from headrace.v1.control_pb2 import LoadedVersion, ServingConfig, WorkerStatus
+from headrace.v1.control_pb2 import LoadedVersion, ServingConfig, Unit, WorkerStatus
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.trials_pb2 import Evidence, Trial, TrialMetric, Verdict
 
@@ -26,7 +26,7 @@ from services.registry.settings import Settings
 from services.router.routing_table import RoutingTable
 from tests.fixtures.onnx_files import linear
 from tests.fixtures.registry import Running, registry_settings, running_registry
-from tests.fixtures.waiting import eventually, eventually_of
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ async def platform_of(cfg: Settings) -> AsyncIterator[Platform]:
 
         for topic, apply in ((DEPLOYMENTS, configured), (TRIALS, tried)):
             table = await stack.enter_async_context(bus.table(topic, apply))
-            await table.ready(60)
+            await table.ready(PATIENCE_S)
         yield platform
 
 
@@ -165,11 +165,14 @@ async def test_an_experiment_from_its_draft_to_its_winner(platform: Platform) ->
     identity = draft["experiment_id"]
     assert draft["status"] == "draft"
     assert [variant["weight"] for variant in draft["variants"]] == [0.5, 0.5]
-    assert identity not in platform.trials
+    await platform.told(lambda: identity in platform.trials)
+    assert not platform.trials[identity].started_at_us
     await platform.call("PUT", "models/churn/holdout", json={"share": 0.02})
     started = await platform.call("POST", f"experiments/{identity}/start")
     assert (started["status"], started["waiting_for"]) == ("running", None)
-    await platform.told(lambda: platform.configs["churn"].experiments and identity in platform.trials)
+    await platform.told(
+        lambda: platform.configs["churn"].experiments and platform.trials[identity].started_at_us
+    )
     config, trial = platform.configs["churn"], platform.trials[identity]
     assert config.holdout == 200
     (served,) = config.experiments
@@ -414,7 +417,9 @@ async def test_bad_input_names_its_field(platform: Platform) -> None:
     assert (await refusal("PATCH", f"experiments/{draft}", json={"name": None}))[:2] == (422, "name")
     assert (await refusal("POST", f"experiments/{draft}/stop"))[:2] == (409, "experiment_id")
     await platform.call("PATCH", f"experiments/{draft}", json={"unit": "session", "traffic": 1})
+    await platform.told(lambda: platform.trials[draft].unit == Unit.UNIT_SESSION)
     await platform.call("DELETE", f"experiments/{draft}", 204)
+    await platform.told(lambda: draft not in platform.trials)
     await platform.call("DELETE", "deployments/churn", 204)
     assert (await refusal("POST", "experiments", json=body()))[:2] == (409, "model")
     assert (await platform.call("GET", "experiments"))["experiments"] == []

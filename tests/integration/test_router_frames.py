@@ -340,9 +340,9 @@ class TestDeadlinesAndCancels:
             worker = await p.worker("w1")
             worker.behave = lambda *_: None
             loop = asyncio.get_running_loop()
-            reply = await p.calls.predict(request(), loop.time() + 0.2)
+            reply = await p.calls.predict(request(), loop.time() + 1.0)
             assert reply.code == Code.CODE_DEADLINE_EXCEEDED
-            assert 0 < worker.seen[0].timeout_us <= 200_000
+            assert 0 < worker.seen[0].timeout_us <= 1_000_000
             await eventually(lambda: not p.router.dispatcher.budget.active)
 
     async def test_the_deployments_timeout_holds_where_the_caller_has_none(self, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ class TestNoEndpoint:
             assert (await waiting).code == Code.CODE_OK
 
     async def test_not_for_long_and_not_for_a_failed_load(self, tmp_path: Path) -> None:
-        async with platform(tmp_path, endpoint_wait_s=0.1) as p:
+        async with platform(tmp_path, endpoint_wait_s=0.5) as p:
             loading = {("cancer", "1"): LOADING, ("cancer", "2"): LOADING}
             worker = await p.worker("w1", loading)
             assert (await p.ask()).code == Code.CODE_UNAVAILABLE

@@ -21,7 +21,7 @@ async def test_what_its_caller_saw_as_a_timeout_is_logged_as_one(tmp_path: Path)
         worker.behave = lambda *_: None
         loop = asyncio.get_running_loop()
         replies = await asyncio.gather(
-            *(p.calls.predict(request(n, version="1"), loop.time() + 0.2) for n in range(10))
+            *(p.calls.predict(request(n, version="1"), loop.time() + 1.0) for n in range(10))
         )
         assert {reply.code for reply in replies} == {Code.CODE_DEADLINE_EXCEEDED}
         await eventually(lambda: not p.router.dispatcher.budget.active)
@@ -29,7 +29,7 @@ async def test_what_its_caller_saw_as_a_timeout_is_logged_as_one(tmp_path: Path)
         codes = [code for record in records for code in record.codes]
         assert codes == [Code.CODE_DEADLINE_EXCEEDED] * 10
         (endpoint,) = p.router.dispatcher.endpoints.all()
-        assert endpoint.latency.last >= 0.15
+        assert endpoint.latency.last >= 0.75
 
 
 async def test_who_leaves_early_is_no_timeout(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def prometheus(config: dict[str, Any], folder: Path) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=f"http://{address}", timeout=PATIENCE_S) as client:
             yield client
     finally:
-        process.terminate()
-        process.wait(20)
+        process.kill()
+        process.wait(PATIENCE_S)
 
 
 def query(client: httpx.Client, expression: str) -> list[dict[str, Any]]:

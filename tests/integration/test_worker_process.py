@@ -102,7 +102,7 @@ async def predict(calls: FrameCalls) -> tuple[bytes, PredictReply]:
     identifier = new_id()
     x = Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[1, 30], data=bytes(120))
     asked = PredictRequest(model="net", version="1", request_id=identifier, inputs=[x])
-    return identifier, await calls.predict(asked, asyncio.get_running_loop().time() + 10)
+    return identifier, await calls.predict(asked, asyncio.get_running_loop().time() + 30)
 
 
 async def until_loaded(calls: FrameCalls) -> bytes:

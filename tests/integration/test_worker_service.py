@@ -136,7 +136,7 @@ def request(model: str, version: str = "1", **inputs: NDArray[np.generic]) -> Pr
     )
 
 
-async def ask(calls: FrameCalls, wanted: PredictRequest, seconds: float = 5.0) -> PredictReply:
+async def ask(calls: FrameCalls, wanted: PredictRequest, seconds: float = 30.0) -> PredictReply:
     return await calls.predict(wanted, asyncio.get_running_loop().time() + seconds)
 
 
@@ -549,7 +549,7 @@ async def test_a_worker_started_without_the_broker_serves_what_it_served(tmp_pat
         x = np.zeros((1, 30), np.float32)
         tensor = Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[1, 30], data=x.tobytes())
         request = PredictRequest(model="net", version="1", inputs=[tensor], request_id=new_id())
-        calls.submit(request, asyncio.get_running_loop().time() + 5, answered.set_result)
+        calls.submit(request, asyncio.get_running_loop().time() + 30, answered.set_result)
         assert (await answered).code == Code.CODE_OK
         rig.bus.away = False
         await rig.bus.publish([record(config("net", 2))])

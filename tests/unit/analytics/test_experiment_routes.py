@@ -100,6 +100,27 @@ class MemoryLooking:
         return made
 
 
+async def test_of_a_draft_the_plan_is_shown() -> None:
+    """Without a look at any log: there is nothing to see of it."""
+    draft = running()
+    draft.started_at_us, draft.planned_units, draft.name = 0, 5_000, "bold buttons"
+    trials = Trials()
+    trials.apply(ID.encode(), draft.SerializeToString())
+    assert trials.open() == []
+    app = FastAPI()
+    install_problem_handlers(app)
+    app.include_router(experiment_routes(trials, None, None, SystemClock()))  # type: ignore[arg-type]  # not asked
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://a") as client:
+        shown = (await client.get(f"/v1/experiments/{ID}/results")).json()
+    assert (shown["status"], shown["started_at"], shown["until"]) == ("not started", None, None)
+    assert shown["planned_units"] == 5_000
+    assert [arm["requests"] for arm in shown["arms"]] == [0, 0]
+    assert {metric["metric"]: metric["margin"] for metric in shown["metrics"]}["error_rate"] == 0.05
+    assert shown["summary"].startswith("bold buttons: It is not started. The plan: bold")
+    assert "5,000 units an arm" in shown["summary"]
+    assert shown["warnings"] == []
+
+
 def running(name: str = ID, kind: Trial.Kind = Trial.KIND_EXPERIMENT) -> Trial:
     def guardrail(name: str) -> TrialMetric:
         role, direction = TrialMetric.ROLE_GUARDRAIL, TrialMetric.DIRECTION_DECREASE

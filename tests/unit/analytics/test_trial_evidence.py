@@ -382,7 +382,7 @@ def test_trials_only_grow_and_a_deleted_one_is_gone() -> None:
     trials = Trials()
     trials.watch(changed.append)
     made = trial(guardrails())
-    made.revision = 3
+    made.revision, made.started_at_us = 3, 1
     trials.apply(b"rol_1", made.SerializeToString())
     trials.apply(b"rol_1", made.SerializeToString())
     older = trial(guardrails())

@@ -155,7 +155,7 @@ def test_every_rollout_meets_other_users_first() -> None:
     met = []
     for rollout_id in ("rol_1", "rol_2"):
         config = ServingConfig(model="m", salt="m", versions=[ServedVersion(version="1", weight=10_000)])
-        begin(config, [ServedVersion(version="2", held=True)], rollout_id)
+        begin(config, [ServedVersion(version="2", held=True)], "2", rollout_id)
         assert [served.version for served in config.versions] == ["1", "2"]
         of = Buckets(config.salt).of
         met.append({unit for unit in units if of(unit) < 1000})
