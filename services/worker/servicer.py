@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from headrace.v1.dataplane_pb2 import PredictRequest, RequestFrame
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
-from services.common.frames import Peer
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
 from services.worker.loaded_model import Log
@@ -113,10 +112,26 @@ class Servicer:
         self.refused[name] = self.refused.get(name, 0) + 1
 
 
+class Acceptor(Protocol):
+    """The part of `Servicer` that a stream uses."""
+
+    def accept(
+        self, requests: Iterable[PredictRequest], settle: Settle, waiting: dict[int, tuple[Version, Item]]
+    ) -> None: ...
+
+
+class Outlet(Protocol):
+    """The part of a `Peer` that a stream uses."""
+
+    def reply(self, reply: PredictReply) -> None: ...
+
+    def reply_raw(self, item_id: int, payload: bytes) -> None: ...
+
+
 class FrameConnection:
     """One router's stream."""
 
-    def __init__(self, servicer: Servicer, peer: Peer) -> None:
+    def __init__(self, servicer: Acceptor, peer: Outlet) -> None:
         self._servicer = servicer
         self._peer = peer
         self._waiting: dict[int, tuple[Version, Item]] = {}

@@ -34,6 +34,8 @@ class Turn(Item):
     `rows` is what it counts for against other classes: the rows that still run once somebody else waits."""
 
     __slots__ = ("bulk",)
+    # Compiled by mypyc, only attributes named so can be deleted.
+    __deletable__ = ("bulk",)
 
     def __init__(self, bulk: Bulk, rows: int) -> None:
         request = PredictRequest(origin=Origin.ORIGIN_BATCH)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from services.common.errors import InvalidArgument
 from services.gateway.catalogue import served_model
 from services.gateway.codecs import native
-from services.gateway.codecs.compiled import compile_answer, compile_request, decode_rows, with_context
+from services.gateway.codecs.compiled import compile_answer, compile_request
+from services.gateway.codecs.rows_body import decode_rows, with_context
 from services.gateway.signature import ModelSignature, compile_signature
 
 FP32, FP64, INT64 = DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_FP64, DataType.DATA_TYPE_INT64

@@ -21,7 +21,7 @@ from services.common.clock import SystemClock
 from services.common.errors import Unavailable
 from services.common.telemetry import setup_tracing
 from services.gateway import targets
-from services.gateway.call import Call
+from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue
 from services.gateway.hot import heads
 from services.gateway.hot.front import HotFront, HttpLimits
@@ -448,11 +448,11 @@ async def test_a_large_body_is_read_beside_the_loop_and_keeps_its_place(
     speaker = connection.front.service.speakers[Dialect.NATIVE]
     read, threads = speaker.read, []
 
-    def noting(call: Call, key: Key, request: PredictRequest) -> None:
+    def noting(_self: Speaker, call: Call, key: Key, request: PredictRequest) -> None:
         threads.append(threading.current_thread())
         read(call, key, request)
 
-    monkeypatch.setattr(speaker, "read", noting)
+    monkeypatch.setattr(type(speaker), "read", noting)
     connection.feed(post(LARGE) + post(BODY))
     assert connection.channel.waiting == {}
     await until(lambda: bool(connection.channel.waiting))
