@@ -17,6 +17,8 @@ _FEW_UNITS = 100
 def warnings(trial: Trial, observed: Observed, arms: Sequence[Counts], *, tested: bool) -> list[str]:
     """Beside those of the verdict. `tested`: fixed-horizon numbers are shown."""
     found = []
+    if not trial.started_at_us:
+        return []
     if not any(count.requests for count in arms):
         return ["No request of it has been seen yet: there is nothing to say so far."]
     if tested:

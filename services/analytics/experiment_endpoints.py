@@ -17,7 +17,7 @@ from services.analytics.looking import Looking, observe
 from services.analytics.off_policy import Estimates, Log
 from services.analytics.planning import plan
 from services.analytics.reading import Reader
-from services.analytics.results import Bounds, Json, Options, Seen, results
+from services.analytics.results import Bounds, Json, Options, Seen, not_started, results
 from services.analytics.schemas import period_json
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.trial_queries import Counts, TrialQuestion
@@ -46,9 +46,11 @@ def experiment_routes(
         trial = trials.get(trial_id)
         if trial is None or trial.kind != kind:
             raise NotFound(
-                f"Nothing has been heard of {trial_id} yet: it does not exist, or it was never started.",
+                f"Nothing has been heard of {trial_id}: it does not exist, or was made a moment ago.",
                 field="id",
             )
+        if not trial.started_at_us:
+            return await asyncio.to_thread(results, not_started(trial, clock.unix_us()), options)
         verdict = looking.last(trial_id) or await looking.judge(trial)
         shown_beside = await placebo(trial.model) if placebo is not None else None
         return await _results(trial, verdict, reader, clock, options, shown_beside)

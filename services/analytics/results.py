@@ -22,9 +22,11 @@ from services.analytics.caveats import assumptions, warnings
 from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
 from services.analytics.lifts import Lift, Measured
 from services.analytics.quantile_lifts import Histograms, compared_quantiles
+from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics import bayesian, counts, group_sequential, multiple
 from services.analytics.statistics.stratified import Cells, stratified_effect
 from services.analytics.trial_queries import BEFORE, Counts
+from services.analytics.verdicts import nothing_observed
 
 Json = dict[str, Any]
 Bounds = Literal["obrien_fleming", "pocock"]
@@ -60,6 +62,13 @@ class Seen:
     placebo: Json | None = None
 
 
+def not_started(trial: Trial, now_us: int) -> Seen:
+    """What is seen of a trial before it begins: its plan."""
+    none = [Counts(0, 0, 0, 0)] * len(trial.arms)
+    verdict = Verdict(trial_id=trial.trial_id, trial_revision=trial.revision, model=trial.model)
+    return Seen(trial, verdict, nothing_observed(trial, ShadowTotals()), none, now_us)
+
+
 def results(seen: Seen, options: Options) -> Json:
     """The answer of GET /v1/experiments/{id}/results and /v1/rollouts/{id}/results."""
     trial = seen.trial
@@ -72,9 +81,9 @@ def results(seen: Seen, options: Options) -> Json:
         "kind": "rollout" if trial.kind == Trial.KIND_ROLLOUT else "experiment",
         "name": trial.name,
         "model": trial.model,
-        "status": "stopped" if trial.stopped_at_us else "running",
+        "status": _status(trial),
         "started_at": _instant(trial.started_at_us),
-        "stopped_at": _instant(trial.stopped_at_us) if trial.stopped_at_us else None,
+        "stopped_at": _instant(trial.stopped_at_us),
         "until": _instant(seen.verdict.until_us),
         "alpha": trial.alpha,
         "planned_units": trial.planned_units or None,
@@ -367,8 +376,16 @@ def _measured_json(one: Measured) -> Json:
     }
 
 
-def _instant(unix_us: int) -> str:
-    """RFC 3339 in UTC."""
+def _status(trial: Trial) -> str:
+    if trial.stopped_at_us:
+        return "stopped"
+    return "running" if trial.started_at_us else "not started"
+
+
+def _instant(unix_us: int) -> str | None:
+    """RFC 3339 in UTC; None for what has not been."""
+    if not unix_us:
+        return None
     return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat()
 
 

@@ -51,8 +51,8 @@ class Trials:
         return self._known.get(trial_id)
 
     def open(self) -> list[Trial]:
-        """Those on which verdicts are wanted, of a model or of all."""
-        return [trial for trial in self._known.values() if not trial.closed]
+        """Those on which verdicts are wanted: started and not closed."""
+        return [trial for trial in self._known.values() if trial.started_at_us and not trial.closed]
 
     def of(self, model: str) -> list[Trial]:
         """Every trial of a model that is known, closed ones included."""

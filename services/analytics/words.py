@@ -13,6 +13,8 @@ def paragraph(results: Json) -> str:
     """Who ran against whom and how long, what is proven, what is not, and what speaks against believing
     it."""
     arms = results["arms"]
+    if results["started_at"] is None:
+        return _plan(results)
     if not any(arm["requests"] for arm in arms):
         return f"{_title(results)}: no request of it has been seen yet, so there is nothing to say."
     told = [_opening(results)]
@@ -28,6 +30,20 @@ def paragraph(results: Json) -> str:
         )
     told.append(_advice(results))
     return " ".join(told)
+
+
+def _plan(results: Json) -> str:
+    """What shall be compared with what, by what, and how much of it."""
+    control, *others = (f"{arm['name']} ({arm['weight']:.4g} of the units)" for arm in results["arms"])
+    metrics = ", ".join(metric["metric"].replace("_", " ") for metric in results["metrics"])
+    planned = results["planned_units"]
+    told = [
+        "It was stopped before it started." if results["status"] == "stopped" else "It is not started.",
+        f"{' and '.join(others)} against {control}",
+        f"by {metrics}" if metrics else "by no metric yet",
+        f"with {planned:,} units an arm" if planned else "for no planned size",
+    ]
+    return f"{_title(results)}: {told[0]} The plan: {', '.join(told[1:])}, at alpha {results['alpha']:g}."
 
 
 def _title(results: Json) -> str:

@@ -92,7 +92,7 @@ async def end(tx: Repository, row: ExperimentRow, clock: Clock, winner: str | No
 
     if deployed is not None:
         await _publish(tx, row, clock, edit)
-    elif row.started_at is not None:
+    else:
         publish_trial(tx, experiment_trial(row))
 
 
@@ -131,8 +131,7 @@ async def _publish(
         tx, row.model, deployments.EXPERIMENT, clock, edit, above=row.revision
     )
     row.revision = max(row.revision, deployed.config.revision)
-    if row.started_at is not None:
-        publish_trial(tx, experiment_trial(row))
+    publish_trial(tx, experiment_trial(row))
 
 
 def _unloaded(

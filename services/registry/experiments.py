@@ -32,6 +32,7 @@ from services.registry.repository import Repository
 from services.registry.schemas import checked
 from services.registry.tables import ExperimentEventRow, ExperimentRow
 from services.registry.trial_schemas import ten_thousandths
+from services.registry.trials import end_trial, experiment_trial, publish_trial
 
 #: Changes of weight kept in the history of an experiment: a bandit makes one every second if told to.
 REWEIGHTINGS_KEPT = 1000
@@ -66,7 +67,11 @@ async def create(tx: Repository, wanted: NewExperimentIn, clock: Clock, ready: R
     tx.add(row)
     await tx.flush()
     note(tx, row, clock, "created", "it was made")
-    return await start(tx, row.experiment_id, clock, ready) if wanted.start else row
+    if wanted.start:
+        return await start(tx, row.experiment_id, clock, ready)
+    # Of a draft analytics shows the plan.
+    publish_trial(tx, experiment_trial(row))
+    return row
 
 
 async def change(tx: Repository, experiment_id: str, patch: ExperimentPatch, clock: Clock) -> ExperimentRow:
@@ -95,6 +100,8 @@ async def change(tx: Repository, experiment_id: str, patch: ExperimentPatch, clo
     note(tx, row, clock, "changed", f"{', '.join(sorted(changes))} changed", changes)
     if row.status == "running":
         await reconfigure(tx, row, clock)
+    else:
+        publish_trial(tx, experiment_trial(row))
     return row
 
 
@@ -119,10 +126,12 @@ async def start(tx: Repository, experiment_id: str, clock: Clock, ready: Readine
     row.status = "scheduled"
     row.revision += 1
     if spec.start_at is not None and spec.start_at > now:
+        publish_trial(tx, experiment_trial(row))
         note(tx, row, clock, "scheduled", f"it starts at {spec.start_at.isoformat()}")
         return row
     waiting = await begin(tx, row, clock, ready)
     if waiting:
+        publish_trial(tx, experiment_trial(row))
         row.waiting_for = waiting
         note(tx, row, clock, "scheduled", f"it starts as soon as it can: {waiting}")
     else:
@@ -221,6 +230,7 @@ async def delete(tx: Repository, experiment_id: str) -> None:
             f"{experiment_id} was started; what was found with it stays", field="experiment_id"
         )
     await tx.delete_experiment(experiment_id)
+    end_trial(tx, experiment_id)
 
 
 async def get(tx: Repository, experiment_id: str) -> ExperimentRow:

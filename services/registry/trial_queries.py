@@ -99,16 +99,13 @@ class TrialQueries:
     # trials
 
     async def trials_of(self, model: str) -> Sequence[str]:
-        """Experiments of `model` that were ever on the topic."""
-        statement = select(ExperimentRow.experiment_id).where(
-            ExperimentRow.model == model, ExperimentRow.started_at.is_not(None)
-        )
+        """Experiments of `model`, which are all on the topic."""
+        statement = select(ExperimentRow.experiment_id).where(ExperimentRow.model == model)
         return (await self._session.scalars(statement)).all()
 
     async def trial_revisions(self) -> dict[str, int]:
-        """Trial id → revision of everything that was ever on the topic."""
+        """Trial id → revision of everything that is on the topic, drafts included."""
         statement = select(ExperimentRow.experiment_id, ExperimentRow.revision)
-        statement = statement.where(ExperimentRow.started_at.is_not(None))
         experiments = (await self._session.execute(statement)).all()
         rollouts = await self._session.execute(select(RolloutRow.rollout_id, RolloutRow.revision))
         return {row[0]: row[1] for row in (*experiments, *rollouts.all())}

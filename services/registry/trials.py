@@ -1,5 +1,5 @@
-"""What analytics is asked: the Trial of everything that runs or ran, on `control.trials.v1`. Every function
-runs in the caller's transaction."""
+"""What analytics is asked: the Trial of everything that runs, ran or shall run, on `control.trials.v1`. Every
+function runs in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _overtaking(revision: int, seen: int) -> int:
 
 
 def experiment_trial(row: ExperimentRow) -> Trial:
-    """What analytics shall judge of an experiment that was started."""
+    """What analytics shall judge of an experiment; one that has not started has no `started_at_us`."""
     spec = ExperimentIn.model_validate(row.spec)
     bandit = None
     if spec.bandit is not None:
