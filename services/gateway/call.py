@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from copy import copy
 from typing import TYPE_CHECKING, Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
@@ -12,10 +11,10 @@ from opentelemetry.trace import SpanContext
 from services.common.errors import HeadraceError
 from services.common.native import mypyc_attr
 from services.gateway.catalogue import ServedModel
+from services.gateway.channel import Cancellable
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
 from services.gateway.plans import Answers
-from services.gateway.router_client import Cancellable
 from services.gateway.targets import Target
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ HEADERS = {
 }
 
 
-@mypyc_attr(serializable=True)
 class Head:
     """What is said of a request before its body. Headers are raw bytes, None where absent."""
 
@@ -77,7 +75,12 @@ class Head:
 
     def copy(self) -> Head:
         """Another that says the same, to be changed for one call."""
-        return copy(self)
+        head = Head(self.target)
+        for name in HEADERS.values():
+            setattr(head, name, getattr(self, name))
+        head.length, head.odd, head.timeout_s = self.length, self.odd, self.timeout_s
+        head.key, head.generation = self.key, self.generation
+        return head
 
 
 class Speaker(Protocol):

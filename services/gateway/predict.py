@@ -24,13 +24,14 @@ from services.common.ids import new_id
 from services.common.telemetry import Tracing, parse_traceparent, trace_bytes
 from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
+from services.gateway.channel import Cancellable
 from services.gateway.codecs.priority import PRIORITIES, priority_of
 from services.gateway.compression import decompressed
 from services.gateway.dialects import JSON, speakers
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget, BodyReaders
-from services.gateway.router_client import Cancellable, RouterClient, failure
+from services.gateway.router_client import RouterClient, failure
 from services.gateway.targets import Dialect
 
 log = structlog.get_logger(__name__)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import SealedReply
 from headrace.v1.tensor_pb2 import Code
@@ -16,33 +15,10 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.errors import HeadraceError, Unavailable, error_of
 from services.common.frames import lost
 from services.gateway.admission import Admission
-
-OnReply = Callable[[SealedReply], None]
+from services.gateway.channel import Cancellable, Channel
 
 #: Of the limit on what is in flight, what requests of low priority may fill.
 _LOW_SHARE = 0.5
-
-
-class Cancellable(Protocol):
-    """Where something waits that its client may give up."""
-
-    def cancel(self, local_id: int, /) -> None: ...
-
-
-class Channel(Protocol):
-    """What `services.common.frames.FrameCalls` with sealed replies gives. `request` is a serialized
-    PredictRequest. `on_reply` is called exactly once, on the loop, never
-    before `submit` returned; never after `cancel`."""
-
-    @property
-    def usable(self) -> bool: ...
-
-    @property
-    def in_flight(self) -> int: ...
-
-    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int: ...
-
-    def cancel(self, local_id: int, /) -> None: ...
 
 
 class WaitingRoom:
