@@ -462,8 +462,25 @@ def confidence_sequence_boundary(case: Case) -> Values:
     return {"bound": [bound(v) for v in times]}
 
 
+def mixture_rho(case: Case) -> float:
+    """rho of log_mixture = log(rho / (V + rho)) / 2 + S² / (2 (V + rho)), which is confseq's: the one that is
+    given as such, else the best one for v_opt. Raises ValueError naming the field."""
+    given, best = case.inputs, None
+    if given.get("v_opt") is not None:
+        best = boundaries.best_rho(float(given["v_opt"]), case.number("alpha_opt", default=0.05))
+    name = next((name for name in ("rho_used", "rho") if given.get(name) is not None), None)
+    if name is None:
+        if best is None:
+            raise ValueError("v_opt: neither it nor rho_used is given, and nothing else says how to mix")
+        return best
+    values = np.unique(np.asarray(given[name], dtype=float))
+    if values.size != 1 or not 0 < values[0] < np.inf:
+        raise ValueError(f"{name}: one positive number is wanted, of all looks, not {given[name]!r}")
+    return float(values[0])
+
+
 def msprt(case: Case) -> Values:
-    rho = boundaries.best_rho(float(case.inputs["v_opt"]), case.number("alpha_opt", default=0.05))
+    rho = mixture_rho(case)
     ratios, p_values = sequential.msprt_p_values(
         case.inputs["S_cumulative_deviation"], case.inputs["V_variance_time"], rho=rho
     )

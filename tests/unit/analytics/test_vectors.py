@@ -30,6 +30,22 @@ def test_an_option_nobody_knows_is_named_where_the_numbers_differ() -> None:
     assert problems(odd, ANSWERS, CHECKS)[-1] == "these inputs are not understood: moon_phase"
 
 
+def test_a_mixture_is_given_by_its_best_time_or_by_itself() -> None:
+    """The published rho is the one of S² / (2 (V + rho)): without v_opt it gives the same numbers."""
+    case = next(case for case in CASES if case.kind == "msprt_always_valid_p")
+    best = {name: value for name, value in case.inputs.items() if name != "rho_used"}
+    by_rho = {name: value for name, value in case.inputs.items() if name not in ("v_opt", "alpha_opt")}
+    for inputs in (best, by_rho):
+        assert judged(dataclasses.replace(case, inputs=inputs), ANSWERS, CHECKS) == ([], [])
+    for wrong, field in (
+        ({"rho_used": None}, "v_opt"),
+        ({"rho_used": [0.0]}, "rho_used"),
+        ({"rho_used": [1.0, 2.0]}, "rho_used"),
+    ):
+        said = problems(dataclasses.replace(case, inputs=by_rho | wrong), ANSWERS, CHECKS)[0]
+        assert said.startswith(f"ValueError: {field}: ")
+
+
 def test_no_kind_lost_its_cases() -> None:
     assert {case.kind for case in CASES} == set(ANSWERS)
 
