@@ -40,10 +40,14 @@ async def predict_all(
     client: httpx.AsyncClient, model: str, rows: Iterable[NDArray[np.float32]], users: Sequence[str]
 ) -> list[Json]:
     """One request per row, many at once, answers in the order of the rows. Fails on any that is not 200."""
+    # The client's pool looks through all that wait for a connection whenever one gets it: a thousand would
+    # keep it busy for half a minute.
+    turns = asyncio.Semaphore(32)
 
     async def one(row: NDArray[np.float32], user: str) -> Json:
         body = {"model": model, "inputs": [row.tolist()], "user_id": user}
-        answer = await client.post("/v1/predict", json=body)
+        async with turns:
+            answer = await client.post("/v1/predict", json=body)
         assert answer.status_code == 200, answer.text
         found: Json = answer.json()
         return found
