@@ -51,6 +51,7 @@ from services.common.clock import SystemClock
 from services.common.lifecycle import serve_asgi
 from services.common.telemetry import setup_tracing
 from services.gateway.catalogue import Catalogue
+from services.gateway.channel import OnReply
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
 from services.gateway.keys import KeyRing
@@ -58,7 +59,7 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
 from services.gateway.rest.door import install_errors
 from services.gateway.rest.hot_routes import hot_routes
-from services.gateway.router_client import OnReply, RouterClient
+from services.gateway.router_client import RouterClient
 
 FEATURES = 30
 KEY = "hr_benchmarkkey_" + "b" * 43

@@ -23,6 +23,7 @@ from services.common.telemetry import setup_tracing
 from services.gateway import targets
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue
+from services.gateway.channel import OnReply
 from services.gateway.hot import heads
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
@@ -30,7 +31,7 @@ from services.gateway.keys import Key, KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
 from services.gateway.reading import BodyReaders
-from services.gateway.router_client import OnReply, RouterClient
+from services.gateway.router_client import RouterClient
 from services.gateway.targets import Dialect
 from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
 from tests.fixtures.waiting import PATIENCE_S

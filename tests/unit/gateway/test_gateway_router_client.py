@@ -15,10 +15,11 @@ from services.common.telemetry import setup_tracing
 from services.gateway.admission import Admission
 from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
+from services.gateway.channel import OnReply
 from services.gateway.keys import KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
-from services.gateway.router_client import OnReply, RouterClient, WaitingRoom, failure
+from services.gateway.router_client import RouterClient, WaitingRoom, failure
 from services.gateway.targets import Dialect, Target, target_of
 from tests.fixtures.gateway import PREDICT_ONLY, answer_like_a_worker, api_key, configs
 from tests.fixtures.waiting import PATIENCE_S

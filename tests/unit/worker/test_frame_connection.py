@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.v1.dataplane_pb2 import PredictRequest, RequestFrame
 
+from services.worker.item import Item
 from services.worker.servicer import FrameConnection
 
 
@@ -11,13 +12,13 @@ class Held:
     """Keeps what it is given, and knows what was cancelled."""
 
     def __init__(self) -> None:
-        self.cancelled: list[object] = []
+        self.cancelled: list[Item] = []
 
-    def accept(self, items, _settle, waiting) -> None:  # type: ignore[no-untyped-def]  # a stand-in
-        for item in items:
-            waiting[item.id] = (self, item)
+    def accept(self, requests, settle, waiting) -> None:  # type: ignore[no-untyped-def]  # a stand-in
+        for request in requests:
+            waiting[request.id] = (self, Item(request, 1, ((), ()), (b"",), 1.0, settle))
 
-    def cancel(self, item: object) -> None:
+    def cancel(self, item: Item) -> None:
         self.cancelled.append(item)
 
 
@@ -26,4 +27,4 @@ def test_a_cancel_is_of_what_came_before_its_frame() -> None:
     connection = FrameConnection(held, None)  # type: ignore[arg-type]  # nothing is answered
     connection.on_request_frame(RequestFrame(items=[PredictRequest(id=7, model="first")]))
     connection.on_request_frame(RequestFrame(items=[PredictRequest(id=7, model="again")], cancels=[7]))
-    assert [item.model for item in held.cancelled] == ["first"]  # type: ignore[attr-defined]  # requests
+    assert [item.request.model for item in held.cancelled] == ["first"]
