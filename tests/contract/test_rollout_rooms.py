@@ -1,4 +1,4 @@
-"""What a rollout does to the configuration that is served."""
+"""What a rollout does to the configuration that is served, and what a worker makes of it."""
 
 from __future__ import annotations
 
