@@ -1,6 +1,7 @@
 # Needs make and Python 3.11+ (HEADRACE_PYTHON picks one). Everything else goes into .venv.
 .DEFAULT_GOAL := help
 .PHONY: help venv up down logs status test check bench proto lock lint format-check types imports contracts unit
+.PHONY: native test-native
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -22,6 +23,8 @@ help:
 	@echo "make logs    what it says (PART=gateway for one part, FOLLOW=1 to go on)"
 	@echo "make test    every test"
 	@echo "make check   linters, types, import contracts, protobuf contracts, unit tests"
+	@echo "make native  compile the hot path now (make up does it in the background)"
+	@echo "make test-native  the tests of what is compiled, against what is compiled"
 	@echo "make bench   measure"
 	@echo "make proto   generate the code of the contracts"
 	@echo "make lock    resolve the requirements anew"
@@ -34,6 +37,7 @@ $(STAMP): requirements/dev.txt client/pyproject.toml proto/pyproject.toml deploy
 
 up: $(STAMP)
 	@$(PY) -m deploy.embedded up
+	@$(PY) -m deploy.embedded.native --behind
 
 # These need no installation of what changed meanwhile: a stack that runs can be stopped.
 down status:
@@ -68,6 +72,15 @@ contracts: $(STAMP)
 
 unit: $(STAMP)
 	$(PY) -m pytest tests/unit -n $(JOBS)
+
+native: $(STAMP)
+	@$(PY) -m deploy.embedded.native
+
+# Everything that imports a compiled module, but whole stacks; the copy stands before the sources on the path.
+NATIVE_TESTS ?= tests/unit/common tests/unit/gateway tests/unit/router tests/unit/worker tests/contract tests/property
+test-native: native
+	$(PY) -m pytest -n $(TEST_JOBS) -o pythonpath="$$($(PY) -m deploy.embedded.native --path) . proto client" \
+		$(NATIVE_TESTS)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks

@@ -24,7 +24,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.environments import REPOSITORY
 from benchmarks.load.drive import OpenLoop, open_loop
 from benchmarks.load.requests import Endpoint, write_requests
 from benchmarks.process_tree import ProcessTree, Unavailable
@@ -181,13 +180,14 @@ def _under_callgrind(
         pair.split("=", 1) for pair in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair
     )
     module = f"services.{part.partition('-')[0]}"
+    code = Path(f"/proc/{pid}/cwd").readlink()  # the repository, or the copy with compiled modules
     stack.kill(part, signal.SIGTERM, hold=True)
     deadline = time.monotonic() + START_TIMEOUT_S
     while part in stack.pids() and time.monotonic() < deadline:
         time.sleep(0.1)
     argv = ["valgrind", "--tool=callgrind", "--instr-atstart=no", "--vgdb-poll=20000000"]
     argv += [f"--callgrind-out-file={folder}/callgrind.out", sys.executable, "-m", module]
-    tree = ProcessTree(argv, environment=environment, cwd=REPOSITORY, log=folder / "log")
+    tree = ProcessTree(argv, environment=environment, cwd=code, log=folder / "log")
     try:
         tree.wait_until(lambda: _served(endpoint, workload), START_TIMEOUT_S)
         callgrind = Callgrind(tree.pid, folder, environment)

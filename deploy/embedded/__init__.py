@@ -6,6 +6,6 @@ watch, start again), `guard` (ends everything when the supervisor is killed). Wh
 anything: `configuration` (environment), `blueprint` (the parts), `preflight` (what must hold before).
 
 The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,
-`valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service`. Beside them: `status`, `lock`, `log_files`,
-`secret_files`, `view`.
+`valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service` (with `native`: compiled modules). Beside
+them: `status`, `lock`, `log_files`, `secret_files`, `view`.
 """

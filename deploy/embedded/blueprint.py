@@ -140,6 +140,7 @@ def _services(
             health_port=listening[health],
             environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
             yields=name in {"analytics", "drift"},
+            compiled=configuration.native,
         )
 
     gateway = {

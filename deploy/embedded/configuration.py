@@ -38,6 +38,8 @@ class Configuration:
     redis_url: str | None
     kafka_bootstrap_servers: str | None
     artifact_store_url: str
+    #: Whether services run compiled modules, where these are there.
+    native: bool
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Configuration:
@@ -59,6 +61,7 @@ class Configuration:
             redis_url=environment.get("REDIS_URL") or None,
             kafka_bootstrap_servers=environment.get("KAFKA_BOOTSTRAP_SERVERS") or None,
             artifact_store_url=environment.get("ARTIFACT_STORE_URL") or (home / "artifacts").as_uri(),
+            native=environment.get("HEADRACE_NATIVE") != "0",
         )
         configuration.check_ports()
         return configuration

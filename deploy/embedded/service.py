@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from deploy.embedded import native
 from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.process import Command
 from deploy.embedded.server import LOOPBACK, Server
@@ -17,7 +19,7 @@ from deploy.embedded.server import LOOPBACK, Server
 class ServiceProcess(Server):
     """`health_port` answers /health/ready. `environment` is asked at each start: addresses and passwords of
     the embedded servers exist only once those are prepared. With `yields` it takes the processor only when
-    nobody else wants it."""
+    nobody else wants it, with `compiled` it runs compiled modules where these are of the present sources."""
 
     def __init__(
         self,
@@ -29,6 +31,7 @@ class ServiceProcess(Server):
         health_port: int,
         environment: Callable[[], Mapping[str, str]],
         yields: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.name = name
         super().__init__(directory, ports[0])
@@ -36,6 +39,7 @@ class ServiceProcess(Server):
         self._ports = ports
         self._health_port = health_port
         self._environment = environment
+        self._compiled = compiled
         # On one machine the readers of events must not slow down those that answer.
         self._yields = ("nice", "-n", "5") if yields and shutil.which("nice") else ()
 
@@ -51,10 +55,13 @@ class ServiceProcess(Server):
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def command(self) -> Command:
+        environment = {**self._environment(), "PYTHONUNBUFFERED": "1"}
+        # Asked at each start: what was compiled before a source was edited is never run.
+        copy = native.find() if self._compiled else None
+        if copy is not None:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(copy), environment["PYTHONPATH"])))
         return Command(
-            argv=[*self._yields, sys.executable, "-m", self._module],
-            env={**self._environment(), "PYTHONUNBUFFERED": "1"},
-            cwd=REPOSITORY,
+            argv=[*self._yields, sys.executable, "-m", self._module], env=environment, cwd=copy or REPOSITORY
         )
 
     def ready(self) -> bool:

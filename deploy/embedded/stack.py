@@ -71,13 +71,14 @@ class Stack:
         supervisor: str = "deploy.embedded.supervise",
     ) -> Stack:
         """A stack for a test: nothing of the caller's own stack is touched or used, but for the bytecode that
-        it keeps where Python is told to keep none: compiled anew, it is most of a start."""
+        it keeps where Python is told to keep none: compiled anew, it is most of a start. Nor does what mypyc
+        compiled decide what a test sees, unless `environment` says so."""
         foreign = ("HEADRACE_", "KAFKA_", "DATABASE_URL", "REDIS_URL", "ARTIFACT_STORE_URL", "OTEL_")
         chosen = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         if chosen.pop("PYTHONDONTWRITEBYTECODE", ""):
             chosen.setdefault("PYTHONPYCACHEPREFIX", str(REPOSITORY / ".headrace" / "bytecode"))
         chosen |= free_ports(workers)
-        chosen |= {"HEADRACE_HOME": str(home), "HEADRACE_WORKERS": str(workers)}
+        chosen |= {"HEADRACE_HOME": str(home), "HEADRACE_WORKERS": str(workers), "HEADRACE_NATIVE": "0"}
         chosen["KAFKA_SESSION_TIMEOUT_S"] = str(SESSION_TIMEOUT_S)
         if kafka_home is not None:
             chosen["KAFKA_HOME"] = str(kafka_home)
