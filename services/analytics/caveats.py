@@ -45,6 +45,12 @@ def _outcome_warnings(trial: Trial, observed: Observed) -> list[str]:
                 f"{metric_key(metric)}: no value has come yet, or some lie below zero; quantiles are of "
                 "values above it."
             )
+        bounded = observed.bounded.get(metric.name)
+        if bounded is not None and bounded.outside:
+            found.append(
+                f"{metric.name}: {bounded.outside} units have a value beyond the range {metric.low:g} to "
+                f"{metric.high:g} that was said to hold all; exact statements take it for the range's end."
+            )
         cells = observed.cells.get(metric.name)
         if cells is None or metric.quantile:
             continue

@@ -13,6 +13,7 @@ times the share (a union bound), so no piece has to be chosen by looking at the 
   would condemn whatever version chance gave them.
 - `_PERIODS`: the same in each period on its own (five minutes, later longer), the g-th with 1 / (g (g + 1))
   of the weight: finds a version that breaks after everybody has been seen.
+- `_BOUNDED`: means of values in a known range, by the same bets on every unit's first value.
 - `_ALL`: all requests, clustered by unit (`statistics.stratified`), asymptotically, from 100 units an arm.
   The only piece that other metrics have while weights divide the traffic. Quantiles: exact per unit
   (`bets.two_quantiles`).
@@ -43,11 +44,22 @@ from services.analytics.statistics.stratified import (
     log_evidence,
     stratified_effect,
 )
-from services.analytics.trial_queries import BAKE, BEFORE, Histogram, Strata, Tally, Visits
+from services.analytics.trial_queries import (
+    BAKE,
+    BEFORE,
+    Bounded,
+    Histogram,
+    Strata,
+    Tally,
+    Visits,
+    is_bounded,
+)
 
 _FIRST, _PERIODS, _ALL = 0.5, 0.2, 0.2
 #: Of rollouts only: their experiments end with no bake.
 _BAKE = 0.1
+#: Of metrics whose values lie in a known range.
+_BOUNDED = 0.2
 
 SHADOW_METRICS = ("shadow_disagreement", "shadow_error_rate")
 
@@ -72,6 +84,8 @@ class Observed:
     cells: dict[str, Cells] = field(default_factory=dict)
     histograms: dict[str, dict[tuple[int, int], Histogram]] = field(default_factory=dict)
     shadows: ShadowTotals = field(default_factory=ShadowTotals)
+    #: By metric name, of those whose values lie in a known range.
+    bounded: dict[str, Bounded] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,9 @@ def _of_mean(trial: Trial, metric: TrialMetric, arm: int, observed: Observed) ->
     if metric.name == "error_rate":
         pieces += _exact(observed, arm)
         all_share = _ALL
+    if is_bounded(metric):
+        pieces += _exact_mean(metric, arm, observed)
+        all_share -= _BOUNDED
     tunings = (2.0 * trial.planned_units,) if trial.planned_units else TUNINGS
     effect = stratified_effect(randomised)
     if effect is not None:
@@ -254,6 +271,45 @@ def _exact(observed: Observed, arm: int) -> list[Piece]:
         Piece("exact betting on each unit's first request", _FIRST, wealth, limits),
         Piece("the same in each period", _PERIODS, wealth_of_periods),
     ]
+
+
+def _exact_mean(metric: TrialMetric, arm: int, observed: Observed) -> list[Piece]:
+    """Bets on the first value of every unit as a share of the range. A bet on an event may be made in part:
+    the wealth of betting on x of it is no more than x of the wealth, as logarithms are concave."""
+    found = observed.bounded.get(metric.name)
+    if found is None:
+        return []
+    shares, span = observed.strata.share(arm), metric.high - metric.low
+    known = np.isfinite(shares)
+    once = RandomisedCounts(
+        shares[known],
+        found.units[known, 0],
+        found.shares[known, 0],
+        found.units[known, arm],
+        found.shares[known, arm],
+    )
+
+    def wealth(bound: float, side: Side, relative: bool) -> float:
+        if relative and metric.low:
+            return -math.inf  # a share of the value is none of what lies above the range's low end
+        scaled = bound if relative else bound / span
+        if abs(scaled) >= 1:
+            return 0.0  # as far apart as the ends of the range
+        return float(bets.randomised_share(once, scaled, side, relative=relative))
+
+    def limits(alpha: float) -> tuple[float, float]:
+        sides: tuple[Side, Side] = ("above", "below")
+        low, high = (
+            bets.confidence_limit(
+                lambda bound: wealth(bound * span, side, False),  # noqa: B023 - called before the next one
+                side, alpha, -0.999, 0.999,
+            ) * span
+            for side in sides
+        )  # fmt: skip
+        return low, high
+
+    name = f"exact betting on each unit's first value in {metric.low:g} to {metric.high:g}"
+    return [Piece(name, _BOUNDED, wealth, limits)]
 
 
 def _period_counts(observed: Observed, arm: int) -> list[tuple[int, RandomisedCounts]]:

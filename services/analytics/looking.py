@@ -209,7 +209,7 @@ def observe(
     """Everything that the trial's evidence needs, from a snapshot. Blocks."""
     strata = trial_queries.open_trial(connection, question)
     visits = trial_queries.visits(connection, strata)
-    cells, histograms = {}, {}
+    cells, histograms, bounded = {}, {}, {}
     for metric in trial.metrics:
         if metric.name in SHADOW_METRICS:
             continue
@@ -217,7 +217,10 @@ def observe(
             histograms[metric_key(metric)] = trial_queries.histograms(connection, metric)
         else:
             cells[metric.name] = trial_queries.cells(connection, metric)
-    return Observed(strata, visits, cells, histograms, totals), trial_queries.counts(connection, question)
+        if trial_queries.is_bounded(metric):
+            bounded[metric.name] = trial_queries.bounded(connection, metric, strata)
+    observed = Observed(strata, visits, cells, histograms, totals, bounded)
+    return observed, trial_queries.counts(connection, question)
 
 
 def _same(one: Verdict, other: Verdict) -> bool:

@@ -141,6 +141,19 @@ SELECT cells.*, before.value AS covariate FROM ({cells}) AS cells
 LEFT JOIN ({before}) AS before USING (unit_hash)
 """
 
+# The first value of every unit, as a share of the range that values lie in; what lies outside is cut off.
+_BOUNDED = """
+SELECT seen.stratum, seen.arm, count(*), sum(least(1, greatest(0, seen.share))),
+       count(*) FILTER (seen.share < 0 OR seen.share > 1)
+FROM (
+    SELECT arg_min(
+        struct_pack(stratum := stratum, arm := arm, share := (value - $low) / ($high - $low)),
+        (answered_at_us, request_id)
+    ) AS seen
+    FROM ({values}) WHERE value IS NOT NULL AND stratum < getvariable('undivided') GROUP BY unit_hash
+) GROUP BY ALL
+"""
+
 # Every unit weighs the same however much it asked.
 _HISTOGRAMS = """
 SELECT stratum, arm, bucket, sum(weight) AS units FROM (
@@ -221,6 +234,16 @@ class Visits:
     periods: list[tuple[int, Tally]]
     before: Tally
     bake: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """Units with a value and the sum of their first ones as shares of the known range, shape (strata, arms);
+    of `outside` units the value lay beyond the range and counts as its end."""
+
+    units: Floats
+    shares: Floats
+    outside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +371,28 @@ def cells(connection: duckdb.DuckDBPyConnection, metric: TrialMetric) -> Cells:
     )
 
 
+def is_bounded(metric: TrialMetric) -> bool:
+    """Whether the mean of a metric is one of values in a known range. What a unit without a value counts as
+    may still change, so nothing of such a metric is exact; error rates are counted by `visits`."""
+    return (
+        metric.low < metric.high
+        and not metric.quantile
+        and not metric.missing_is_zero
+        and metric.name not in {"error_rate", "shadow_disagreement", "shadow_error_rate"}
+    )
+
+
+def bounded(connection: duckdb.DuckDBPyConnection, metric: TrialMetric, strata: Strata) -> Bounded:
+    """First values of units within the metric's range, after `open_trial`."""
+    units, shares, outside = np.zeros_like(strata.shares), np.zeros_like(strata.shares), 0
+    sql = _BOUNDED.format(values=_values(metric))
+    given = _given(metric) | {"low": metric.low, "high": metric.high}
+    for stratum, arm, count, total, beyond in connection.execute(sql, given).fetchall():
+        units[stratum, arm], shares[stratum, arm] = count, total
+        outside += beyond
+    return Bounded(units, shares, outside)
+
+
 def histograms(
     connection: duckdb.DuckDBPyConnection, metric: TrialMetric
 ) -> dict[tuple[int, int], Histogram]:
@@ -451,5 +496,5 @@ def _values(metric: TrialMetric) -> str:
     return _VALUES.get(metric.name, _OUTCOME_VALUES)
 
 
-def _given(metric: TrialMetric) -> dict[str, str]:
+def _given(metric: TrialMetric) -> dict[str, str | float]:
     return {} if metric.name in _VALUES else {"metric": metric.name}

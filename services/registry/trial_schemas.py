@@ -46,6 +46,10 @@ class MetricIn(Input):
             raise ValueError("low and high come together")
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError("low is smaller than high")
+        if self.low is not None and (self.quantile is not None or self.missing == "zero"):
+            raise ValueError(
+                "low and high are of a mean of values that came, not of a quantile or missing=zero"
+            )
         if self.pre_period_s is not None and self.covariate is None:
             raise ValueError('pre_period_s is of the covariate "pre_period"')
         if self.quantile is not None and self.covariate is not None:

@@ -19,7 +19,7 @@ from services.analytics.placebo import ControlUnits, crossings, halves
 from services.analytics.quantile_evidence import QuantileEvidence
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.stratified import Cells
-from services.analytics.trial_queries import BAKE, Counts, Histogram, Strata, Tally, Visits
+from services.analytics.trial_queries import BAKE, Bounded, Counts, Histogram, Strata, Tally, Visits
 from services.analytics.trials import Trials
 from services.analytics.verdicts import (
     Maxima,
@@ -132,6 +132,60 @@ def test_the_bake_is_held_against_the_controls_last_time_and_says_so() -> None:
     assert settled.finding == Evidence.FINDING_HARMFUL
     assert "not randomised: assumes that the world stays" in settled.method
     assert any("the world stays as it was" in warning for warning in look.warnings)
+
+
+def rated(control: np.ndarray, treated: np.ndarray, share: float = 0.5) -> Observed:
+    """Ratings from 1 to 5 of units that chance divided."""
+
+    def cut(values: np.ndarray) -> float:
+        return float(((values - 1) / 4).sum())
+
+    seen = Bounded(
+        np.array([[control.size, treated.size]], dtype=float), np.array([[cut(control), cut(treated)]])
+    )
+    nothing = Tally(np.zeros((1, 2)), np.zeros((1, 2)))
+    visits = Visits(nothing, [], Tally(np.zeros(2), np.zeros(2)), Tally(np.zeros(2), np.zeros(2)))
+    values = np.concatenate([control, treated])
+    cells = Cells(
+        units=np.arange(values.size, dtype=np.uint64),
+        arms=np.repeat([0, 1], [control.size, treated.size]),
+        strata=np.zeros(values.size, dtype=np.int64),
+        totals=values,
+        counts=np.ones(values.size),
+    )
+    strata = Strata(np.array([[1 - share, share]]), 0)
+    return Observed(strata, visits, {"rating": cells}, bounded={"rating": seen})
+
+
+def test_values_in_a_known_range_are_weighed_before_there_are_a_hundred_units() -> None:
+    metric = TrialMetric(name="rating", role=GUARDRAIL, direction=INCREASE, margin=0.2, low=1.0, high=5.0)
+    made = trial([metric])
+    worse = rated(np.repeat([5.0, 4.0], 30), np.repeat([1.0, 2.0], 30))
+    (found,) = settle(made, weigh(made, worse), {})
+    assert found.finding == Evidence.FINDING_HARMFUL
+    assert -4 <= found.low <= found.high < -0.2
+    assert "first value in 1 to 5" in found.method
+    # Without a range there is nothing to say of so few.
+    metric.ClearField("high")
+    (found,) = settle(trial([metric]), weigh(trial([metric]), worse), {})
+    assert found.finding == Evidence.FINDING_UNDECIDED
+
+
+def test_equal_ratings_are_condemned_no_more_often_than_promised() -> None:
+    """At every look, of 60 trials at 5%."""
+    metric = TrialMetric(name="rating", role=GUARDRAIL, direction=INCREASE, low=1.0, high=5.0)
+    made = trial([metric])
+    rng = np.random.default_rng(8)
+    wrong = 0
+    for _ in range(60):
+        arms, ratings = rng.random(400) < 0.3, rng.integers(1, 6, 400).astype(float)
+        ever = 0.0
+        for n in range(40, 401, 40):
+            part, chosen = ratings[:n], arms[:n]
+            (one,) = weigh(made, rated(part[~chosen], part[chosen], 0.3))
+            ever = max(ever, one.log_e_harm, one.log_e_better)
+        wrong += ever >= math.log(2 / 0.05)
+    assert wrong <= 3
 
 
 def compared(users: list[int], different: list[bool]) -> ShadowTotals:

@@ -152,6 +152,31 @@ def test_arms_that_log_nothing_at_all_are_counted_with_no_unit(
     assert any("No unit has come to b, whose weight is 30% nor to c" in one for one in look.warnings)
 
 
+def test_values_in_a_known_range_are_counted_once_a_unit(connection: duckdb.DuckDBPyConnection) -> None:
+    """In the stratum of the unit's first value; beyond the range as its end."""
+    values = [(1, "1", 1, 0.9, 2.0), (1, "1", 1, 0.9, 5.0), (2, "2", 1, 0.1, 9.0), (3, "1", 1, 0.9, None)]
+    values += [(3, "2", 2, 0.5, 4.0), (4, "1", 2, 0.5, -3.0)]
+    log(
+        connection,
+        [
+            request(unit, version, revision, chance, at, outcome=value)
+            for at, (unit, version, revision, chance, value) in enumerate(values)
+        ],
+    )
+    strata = trial_queries.open_trial(connection, rollout(5_000, 2))
+    metric = TrialMetric(name="revenue", low=1.0, high=5.0)
+    found = trial_queries.bounded(connection, metric, strata)
+    assert found.units.tolist() == [[1, 1], [1, 1]]
+    assert found.shares.tolist() == [[0.25, 1.0], [0.0, 0.75]]
+    assert found.outside == 2
+    for other in ({"missing_is_zero": True}, {"quantile": 0.5}, {"high": 1.0}, {"name": "error_rate"}):
+        changed = TrialMetric()
+        changed.CopyFrom(metric)
+        changed.MergeFrom(TrialMetric(**other))
+        assert not trial_queries.is_bounded(changed)
+    assert trial_queries.is_bounded(metric)
+
+
 def test_what_an_arm_of_other_weights_had_is_not_made_up(connection: duckdb.DuckDBPyConnection) -> None:
     log(connection, [request(unit, "1", 3, 0.4, unit, experiment="exp_1", variant="a") for unit in range(9)])
     question = TrialQuestion(
