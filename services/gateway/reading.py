@@ -39,9 +39,12 @@ class Reading:
 
     def __init__(self, future: asyncio.Future[None]) -> None:
         self._future = future
+        #: Nobody waits. The future alone does not say so: it may be done already, its callbacks yet to come.
+        self.given_up = False
 
     def cancel(self, _ticket: int) -> None:
         """Nobody waits: `done` is not called any more."""
+        self.given_up = True
         self._future.cancel()
 
 
@@ -60,14 +63,15 @@ class BodyReaders:
             raise Unavailable("Too many large bodies at once.", retry_after_ms=_RETRY_MS)
         self.room -= 1
         future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        reading = Reading(future)
 
         def settle(settled: asyncio.Future[None]) -> None:
             self.room += 1
-            if not settled.cancelled():
+            if not reading.given_up and not settled.cancelled():
                 done(settled.exception())
 
         future.add_done_callback(settle)
-        return Reading(future)
+        return reading
 
     def close(self) -> None:
         """Take nothing more; what runs ends by itself."""

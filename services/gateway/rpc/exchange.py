@@ -50,8 +50,7 @@ class InferExchange(Stream, Call):
 
     def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:
         if self._came:
-            self._release()
-            self.connection.refuse(self, _ONE_MESSAGE)
+            self.refuse(_ONE_MESSAGE)
             return
         self._came = True
         if compressed:
@@ -67,7 +66,7 @@ class InferExchange(Stream, Call):
                 self.head.timeout_s = max(self.head.timeout_s - self.ticks, 1e-9)
             self.service.begin(self)
         else:
-            self.connection.refuse(self, _ONE_MESSAGE)
+            self.refuse(_ONE_MESSAGE)
 
     def on_opened(self) -> None:
         """The message goes on after this turn of the loop: wait for it only where its caller has a key."""
@@ -78,6 +77,10 @@ class InferExchange(Stream, Call):
             self.service.admit(self)
         except HeadraceError as error:
             self.service.refuse(self, error)
+
+    def refuse(self, trailers: bytes) -> None:
+        self._release()
+        super().refuse(trailers)
 
     def on_piece(self, size: int) -> None:
         self.on_opened()

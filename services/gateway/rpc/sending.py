@@ -307,7 +307,8 @@ class Sending(asyncio.Protocol):
         if self._ending:
             return
         if code is not ErrorCode.NO_ERROR:
-            log.warning("gRPC connection ended with %s: %s", code.name, reason)
+            # Who connects may be anybody: a warning each would let strangers fill the log.
+            log.debug("gRPC connection ended with %s: %s", code.name, reason)
         self._out.append(wire.goaway(self._last_stream_id, code, reason))
         self._out_now()
         self._end()

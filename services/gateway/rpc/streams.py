@@ -69,6 +69,10 @@ class Stream:
     def refuse_size(self, size: int) -> None:
         """A message of `size` bytes was announced, which is too large."""
 
+    def refuse(self, trailers: bytes) -> None:
+        """End it with a status, whatever waits."""
+        self.connection.refuse(self, trailers)
+
     def on_piece(self, size: int) -> None:
         """`size` bytes more of a message came that is not whole yet. May refuse the call."""
 
@@ -77,7 +81,7 @@ class Stream:
 
     def late(self) -> None:
         """The time for its messages is over."""
-        self.connection.refuse(self, LATE)
+        self.refuse(LATE)
 
     def take(self, data: bytes, start: int, end: int) -> None:
         """Content of the stream: `data[start:end]`."""
@@ -102,7 +106,7 @@ class Stream:
         while len(partial) >= PREFIX_BYTES:
             compressed, size = PREFIX.unpack_from(partial)
             if compressed > 1:
-                self.connection.refuse(self, _NO_PREFIX)
+                self.refuse(_NO_PREFIX)
                 return
             if size > self.max_bytes:
                 self.refuse_size(size)
@@ -124,12 +128,12 @@ class Stream:
     def end(self) -> None:
         """The client's half is closed."""
         if self._partial is not None:
-            self.connection.refuse(self, _CUT_OFF)
+            self.refuse(_CUT_OFF)
         else:
             self.on_end()
 
     def _pass_on(self, payload: bytes | bytearray, compressed: int) -> None:
         if compressed and self.call_head.encoding is None:
-            self.connection.refuse(self, _NOT_ENCODED)
+            self.refuse(_NOT_ENCODED)
         else:
             self.on_message(payload, compressed=bool(compressed))

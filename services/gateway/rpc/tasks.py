@@ -129,14 +129,14 @@ class TaskCall(Stream):
     def _begin(self) -> None:
         """Refuse it, or start it where it does not wait for its one message."""
         if not self._tasks.room(self.method):
-            self.connection.refuse(self, _BUSY)
+            self.refuse(_BUSY)
             return
         door = self.method.door
         if door is not None:
             try:
                 door(self.call_head.metadata)
             except HeadraceError as error:
-                self.connection.refuse(self, trailers(error.code, error.message))
+                self.refuse(trailers(error.code, error.message))
                 return
         self._counted = True
         self._tasks.count(self.method, 1)
@@ -152,12 +152,12 @@ class TaskCall(Stream):
                 payload = decompressed(payload, self.call_head.encoding or b"", self.max_bytes)
             message = self.method.handler.request_deserializer(bytes(payload))
         except Exception:  # whatever the deserializer makes of bytes that are no message
-            self._refuse(_UNREADABLE)
+            self.refuse(_UNREADABLE)
             return
         if not self.method.handler.request_streaming and not self._came.empty():
-            self._refuse(_ONE_MESSAGE)
+            self.refuse(_ONE_MESSAGE)
         elif self._came.full():
-            self._refuse(_TOO_FAST)
+            self.refuse(_TOO_FAST)
         else:
             self._came.put_nowait(message)
 
@@ -170,11 +170,11 @@ class TaskCall(Stream):
             return
         if self.method.handler.request_streaming:
             if self._came.full():
-                self._refuse(_TOO_FAST)
+                self.refuse(_TOO_FAST)
             else:
                 self._came.put_nowait(None)
         elif self._came.empty():
-            self._refuse(_ONE_MESSAGE)
+            self.refuse(_ONE_MESSAGE)
         else:
             self._task = self._tasks.start(self)
 
@@ -182,17 +182,17 @@ class TaskCall(Stream):
         self._close()
 
     def refuse_size(self, size: int) -> None:
-        self._refuse(_TOO_LARGE)
+        self.refuse(_TOO_LARGE)
 
     def late(self) -> None:
-        self._refuse(LATE)
+        self.refuse(LATE)
 
     def on_sent(self) -> None:
         """A message has left."""
         self._left.set()
 
-    def _refuse(self, trailers: bytes) -> None:
-        self.connection.refuse(self, trailers)
+    def refuse(self, trailers: bytes) -> None:
+        super().refuse(trailers)
         self._close()
 
     def _close(self) -> None:
@@ -209,15 +209,15 @@ class TaskCall(Stream):
         try:
             async with asyncio.timeout(self.call_head.timeout_s or None):
                 await self._called()
-            await self._left.wait()
+                await self._left.wait()
             self.connection.finish(self)
         except CallAborted as aborted:
-            self.connection.refuse(self, aborted.trailers)
+            self.refuse(aborted.trailers)
         except TimeoutError:
-            self.connection.refuse(self, LATE)
+            self.refuse(LATE)
         except Exception:
             log.exception("gRPC method %s failed", self.method.path)
-            self.connection.refuse(self, _CRASHED)
+            self.refuse(_CRASHED)
         finally:
             self._close()
 
@@ -245,5 +245,5 @@ class TaskCall(Stream):
         await self._left.wait()
         self._left.clear()
         self.connection.send(self, self.method.handler.response_serializer(message))
-        if self.over or self.gone:
-            self._left.set()
+        if self.over or self.gone:  # what waits for clients is too much already
+            raise CallAborted(_BUSY)
