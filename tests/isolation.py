@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SERVICES = ("gateway", "router", "worker", "registry", "analytics", "drift")
 RUNNER = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis")
 #: What the unit tests of a service make their inputs with, beside what the service itself needs.
-MAKES_INPUTS = {"worker": ("onnx",), "analytics": ("httpx",)}
+MAKES_INPUTS = {"worker": ("onnx",), "analytics": ("httpx",), "gateway": ("h2",)}
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
