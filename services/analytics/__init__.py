@@ -13,7 +13,7 @@ looked at when), `trial_queries.py` (what the units did), `evidence.py`, `quanti
 them: `placebo_looking.py`, `placebo_queries.py`, `placebo.py`, `placebo_store.py`, `placebo_endpoints.py`.
 
 Experiments and rollouts, for people: `experiment_endpoints.py` (who asks), `results.py`, `lifts.py`,
-`quantile_lifts.py` and `caveats.py` (every number beside the verdict), `words.py` (one paragraph),
+`quantile_lifts.py`, `novelty.py` and `caveats.py` (every number beside the verdict), `words.py` (one paragraph),
 `planning.py` (how many units it takes), `off_policy.py` (what another policy would have earned).
 
 Every request counts once. A record is claimed by its batch id, so a redelivered one changes nothing. A

@@ -14,6 +14,7 @@ from headrace.v1.trials_pb2 import Trial, Verdict
 from services.analytics import off_policy, trial_queries
 from services.analytics.experiment_schemas import AssignmentIn, OffPolicyIn, PlanIn
 from services.analytics.looking import Looking, observe
+from services.analytics.novelty import tenure
 from services.analytics.off_policy import Estimates, Log
 from services.analytics.planning import plan
 from services.analytics.reading import Reader
@@ -112,12 +113,15 @@ async def _results(
     wanted = trial_queries.outcome_names([metric.name for metric in trial.metrics])
     before_s = max((metric.pre_period_s for metric in trial.metrics if metric.covariate), default=0)
     now_us = clock.unix_us()
+    metrics = {metric.name: metric for metric in trial.metrics if not metric.quantile}
 
     def ask(connection: duckdb.DuckDBPyConnection) -> Seen:
         observed, counts = observe(connection, trial, question, ShadowTotals())
         latency = next((one for one in trial.metrics if one.name == "latency_ms"), None)
         latencies = trial_queries.histograms(connection, latency) if latency is not None else {}
-        return Seen(trial, verdict, observed, counts, now_us, latencies, placebo)
+        ran_us = (trial.stopped_at_us or now_us) - trial.started_at_us
+        tenures = {name: tenure(connection, metrics[name], ran_us) for name in observed.cells}
+        return Seen(trial, verdict, observed, counts, now_us, latencies, placebo, tenures)
 
     try:
         seen = await reader.ask(

@@ -9,7 +9,7 @@ looks, and how long it will take.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -17,10 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from headrace.v1.trials_pb2 import Evidence, Trial, TrialMetric, Verdict
 
-from services.analytics import lifts, words
+from services.analytics import lifts, novelty, words
 from services.analytics.caveats import assumptions, warnings
 from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
 from services.analytics.lifts import Lift, Measured
+from services.analytics.novelty import Tenure
 from services.analytics.quantile_lifts import Histograms, compared_quantiles
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics import bayesian, counts, group_sequential, multiple
@@ -51,7 +52,8 @@ class Options:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """Everything that results are made of. `latencies` are histograms of latency_ms where a metric is about
-    it; `placebo` is what the A/A arm of the model has shown."""
+    it; `placebo` is what the A/A arm of the model has shown; `tenures` are by metric name what units did at
+    first and later."""
 
     trial: Trial
     verdict: Verdict
@@ -60,6 +62,7 @@ class Seen:
     now_us: int
     latencies: Histograms = field(default_factory=dict)
     placebo: Json | None = None
+    tenures: Mapping[str, Tenure] = field(default_factory=dict)
 
 
 def not_started(trial: Trial, now_us: int) -> Seen:
@@ -76,6 +79,12 @@ def results(seen: Seen, options: Options) -> Json:
     _correct(metrics)
     tested = any("fixed_horizon" in one for metric in metrics for one in metric["comparisons"])
     said = warnings(trial, seen.observed, seen.counts, tested=tested)
+    said += [
+        novelty.warning(metric["metric"], one["arm"], one["novelty"])
+        for metric in metrics
+        for one in metric["comparisons"]
+        if (one.get("novelty") or {}).get("changes")
+    ]
     shown: Json = {
         "trial_id": trial.trial_id,
         "kind": "rollout" if trial.kind == Trial.KIND_ROLLOUT else "experiment",
@@ -181,6 +190,8 @@ def _compared(seen: Seen, metric: TrialMetric, cells: Cells, place: int, options
     shown["bayesian"] = _bayesian(found, bare, place, sides, rises=rises, level=1 - trial.alpha)
     if options.bounds is not None:
         shown["group_sequential"] = _group_sequential(trial, found, sides, options)
+    tenure = seen.tenures.get(metric.name)
+    shown["novelty"] = novelty.novelty(tenure, place) if tenure is not None else None
     shown["time_to_decision"] = _time_left(seen, metric, chosen, sides, tuning)
     return shown
 

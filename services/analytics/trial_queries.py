@@ -492,6 +492,11 @@ def _latest(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> N
     connection.register("latest", table)
 
 
+def values_of(metric: TrialMetric) -> tuple[str, dict[str, str | float]]:
+    """A query for the values of a metric, with the request each is of, and its parameters."""
+    return _values(metric), _given(metric)
+
+
 def _values(metric: TrialMetric) -> str:
     return _VALUES.get(metric.name, _OUTCOME_VALUES)
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
 
-from services.analytics import placebo_queries, trial_queries
+from services.analytics import novelty, placebo_queries, trial_queries
 from services.analytics.looking import observe
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL
@@ -397,3 +397,48 @@ def test_placebos_take_the_controls_units_or_everybody(connection: duckdb.DuckDB
         log(other, WALK)
         everybody = placebo_queries.of_everybody(other, START_US)
         assert everybody.units.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_lift_that_wears_off_is_told_and_one_that_stays_is_not(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    """Each of 600 users comes in the first minute it is there and ten minutes after it."""
+    rng = np.random.default_rng(4)
+    requests = []
+    for unit in range(600):
+        arm, begins = unit % 2, float(rng.uniform(0, 60))
+        for at, lift in ((0, 3.0), (600, 0.0)):
+            requests.append(
+                request(
+                    unit,
+                    str(arm + 1),
+                    1,
+                    0.5,
+                    begins + at,
+                    latency_ms=10.0 + arm + rng.normal(),
+                    outcome=5.0 + arm * lift + rng.normal(),
+                )
+            )
+    log(connection, requests)
+    trial_queries.open_trial(connection, rollout(5_000, 1))
+    found = {
+        name: novelty.novelty(novelty.tenure(connection, metric, 700_000_000), 1)
+        for name, metric in (
+            ("revenue", TrialMetric(name="revenue")),
+            ("altogether", TrialMetric(name="revenue", missing_is_zero=True)),
+            ("latency_ms", TrialMetric(name="latency_ms")),
+        )
+    }
+    for name in ("revenue", "altogether"):
+        told = found[name]
+        assert told is not None
+        assert told["changes"]
+        assert (told["first_lift"], told["later_lift"]) == pytest.approx((3.0, 0.0), abs=0.4)
+    assert "novelty wears off" in novelty.warning("revenue", "2", found["revenue"] or {})
+    assert "first 2.92 minutes" in novelty.warning("revenue", "2", found["revenue"] or {})
+    steady = found["latency_ms"]
+    assert steady is not None
+    assert not steady["changes"]
+    assert steady["p_value"] > 0.01
+    few = novelty.tenure(connection, TrialMetric(name="revenue"), 4_000_000_000)
+    assert novelty.novelty(few, 1) is None  # nobody was there for longer than a quarter of it
