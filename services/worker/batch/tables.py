@@ -82,7 +82,8 @@ class TableFile:
                     rows -= taken
                 group, offset = group + 1, 0
             return pa.concat_tables(parts)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # pyarrow's KeyError: of damaged names two may be the same.
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
             self._kept = self._reading = None
             raise InvalidArgument(f"The input cannot be read: {error}.", field=_FIELD) from error
 

@@ -196,6 +196,7 @@ def test_offsets_that_lead_out_of_the_file_are_an_error_of_the_input() -> None:
 
 @settings(deadline=None, max_examples=300)
 @example(changes=[(10624, 0)])
+@example(changes=[(3882, 0)])
 @given(changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=4))
 def test_any_damage_of_an_arrow_file_gives_rows_or_an_error_of_the_input(
     changes: list[tuple[int, int]],
