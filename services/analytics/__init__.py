@@ -7,14 +7,15 @@ request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `sh
 `shadow_units.py` and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
 
 Experiments and rollouts, decided: `trials.py` (what there is to judge), `looking.py` and `pace.py` (who is
-looked at when), `trial_queries.py` (what the units did), `evidence.py`, `quantile_evidence.py` and
+looked at when), `late_firsts.py` (what came too late), `trial_queries.py` (what the units did),
+`evidence.py`, `quantile_evidence.py` and
 `bandit.py` (what that proves), `verdicts.py` and `trial_words.py` (findings and their words),
 `trial_store.py` and `lease.py` (what outlives a look, and which replica looks). Halves of one control beside
 them: `placebo_looking.py`, `placebo_queries.py`, `placebo.py`, `placebo_store.py`, `placebo_endpoints.py`.
 
 Experiments and rollouts, for people: `experiment_endpoints.py` (who asks), `results.py`, `lifts.py`,
-`quantile_lifts.py`, `novelty.py` and `caveats.py` (every number beside the verdict), `words.py` (one paragraph),
-`planning.py` (how many units it takes), `off_policy.py` (what another policy would have earned).
+`quantile_lifts.py`, `novelty.py` and `caveats.py` (every number beside the verdict), `words.py` (one
+paragraph), `planning.py` (how many units it takes), `off_policy.py` (what another policy would have earned).
 
 Every request counts once. A record is claimed by its batch id, so a redelivered one changes nothing. A
 request that was tried again or hedged has several rows; the answer its caller got is the router's, which

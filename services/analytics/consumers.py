@@ -59,7 +59,12 @@ class Consumers:
     async def on_predictions(self, records: Sequence[Record]) -> None:
         """Take in every record once, durably. Raises Malformed for one that cannot be read or that the
         database refuses; anything else is retried."""
-        await _isolated(self._take_predictions, records)
+        # A backlog of batch jobs brings millions of rows at once, which as columns would be a gigabyte.
+        for run in split([len(record.value or b"") for record in records], self._sizes.taken_bytes):
+            try:
+                await _isolated(self._take_predictions, records[run])
+            except Malformed as found:
+                raise Malformed(run.start + found.index, found.reason) from found
 
     async def on_outcomes(self, records: Sequence[Record]) -> None:
         """Keep every outcome once; late and repeated ones are normal. Raises Malformed as above."""

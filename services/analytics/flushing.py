@@ -51,6 +51,8 @@ class Sizes:
 
     direct_rows: int = 2_000
     direct_bytes: int = 8 << 20
+    #: What is taken in at a time.
+    taken_bytes: int = 12 << 20
     flush_rows: int = 5_000
     flush_bytes: int = 64 << 20
     flush_after_s: float = 10.0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.analytics import shadows, trial_queries
 from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
+from services.analytics.late_firsts import KnownFirsts
 from services.analytics.lease import LEASE_WAIT_S, Lease
 from services.analytics.metrics import Metrics
 from services.analytics.pace import Open, Pace
@@ -79,6 +81,7 @@ class Looking:
         self._pace = Pace(share, _LONGEST_REST_S)
         self._wake = asyncio.Event()
         self._said: dict[str, _Said] = {}
+        self._firsts: dict[str, KnownFirsts] = {}
         self._lease = Lease(engine, clock, "trials", _LEASE_S)
         self._task: asyncio.Task[None] | None = None
 
@@ -118,6 +121,7 @@ class Looking:
                 }
             )
             self._said = {name: said for name, said in self._said.items() if self._trials.get(name)}
+            self._firsts = {name: known for name, known in self._firsts.items() if name in trials}
             self._metrics.trials.set(len(trials))
             wait_s = LEASE_WAIT_S
             if not trials:
@@ -170,7 +174,12 @@ class Looking:
 
         def ask(connection: duckdb.DuckDBPyConnection) -> Look:
             observed, counts = observe(connection, trial, question, totals)
-            return look_at(trial, observed, counts, until_us)
+            known = KnownFirsts.at(
+                until_us, partial(trial_queries.known_firsts, connection), self._firsts.get(trial.trial_id)
+            )
+            self._firsts[trial.trial_id] = known
+            look = look_at(trial, observed, counts, until_us)
+            return replace(look, warnings=[*look.warnings, known.warning]) if known.warning else look
 
         try:
             return await self._reader.ask(

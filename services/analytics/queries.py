@@ -61,7 +61,7 @@ CREATE TEMP TABLE requests AS SELECT * EXCLUDE (place) FROM (
 -- CANCELLED (1) is no error of ours: nobody waited for the answer any more.
 CREATE TEMP VIEW online AS SELECT *, code NOT IN (0, 1) AS failed FROM requests WHERE origin = 1;
 
-CREATE TEMP TABLE outcomes AS SELECT request_id, metric, "row", number, text FROM (
+CREATE TEMP TABLE outcomes AS SELECT request_id, metric, "row", number, text, observed_at_us FROM (
     SELECT *, row_number() OVER (
         PARTITION BY request_id, metric, "row" ORDER BY observed_at_us DESC, event_id DESC) AS place
     FROM given
@@ -78,7 +78,8 @@ SELECT * EXCLUDE (label_text, label_number, answer, answer_text), CASE
     ELSE answer_text = label_text END::DOUBLE AS value
 FROM (
     SELECT online.*, outcomes.text AS label_text, outcomes.number AS label_number,
-           predicted["row" + 1] AS answer, predicted_text["row" + 1] AS answer_text
+           predicted["row" + 1] AS answer, predicted_text["row" + 1] AS answer_text,
+           outcomes.observed_at_us
     FROM online JOIN outcomes USING (request_id)
     WHERE code = 0 AND metric = 'label' AND "row" < greatest(1, rows)
 )

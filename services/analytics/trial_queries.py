@@ -121,6 +121,7 @@ SELECT unit_hash, arm, stratum, coalesce(total, 0) AS total, 1::DOUBLE AS n
 FROM (SELECT DISTINCT unit_hash, arm, stratum FROM exposed)
 LEFT JOIN ({cells}) USING (unit_hash, arm, stratum)
 """
+# What became known after the start may depend on the arm, and is no covariate.
 _BEFORE = {
     "error_rate": "SELECT unit_hash, avg(failed::DOUBLE) AS value FROM before WHERE code <> 1 GROUP BY ALL",
     "latency_ms": """
@@ -129,12 +130,13 @@ _BEFORE = {
     """,
     "accuracy": """
         SELECT unit_hash, avg(value) AS value FROM labelled JOIN before USING (request_id, unit_hash)
-        GROUP BY ALL
+        WHERE observed_at_us < getvariable('started_us') GROUP BY ALL
     """,
 }
 _OUTCOME_BEFORE = """
 SELECT unit_hash, {aggregate}(number) AS value FROM before JOIN outcomes USING (request_id)
-WHERE metric = $metric AND number IS NOT NULL GROUP BY unit_hash
+WHERE metric = $metric AND number IS NOT NULL AND observed_at_us < getvariable('started_us')
+GROUP BY unit_hash
 """
 _WITH_BEFORE = """
 SELECT cells.*, before.value AS covariate FROM ({cells}) AS cells
@@ -332,6 +334,17 @@ def visits(connection: duckdb.DuckDBPyConnection, strata: Strata) -> Visits:
         periods[stratum, period] = (min(at, began), tally)
     ordered = sorted(periods.items(), key=lambda item: (item[1][0], item[0]))
     return Visits(first, [(stratum, tally) for (stratum, _), (_, tally) in ordered], before, bake)
+
+
+def known_firsts(connection: duckdb.DuckDBPyConnection, before_us: int) -> tuple[int, int]:
+    """How many units came first before that time, and a digest of who came when to which arm; after
+    `visits`."""
+    ((units, digest),) = connection.execute(
+        "SELECT count(*), coalesce(bit_xor(hash(unit_hash, came_us, seen.arm)), 0) FROM firsts "
+        "WHERE came_us < $before_us",
+        {"before_us": before_us},
+    ).fetchall()
+    return units, digest
 
 
 def open_visits(connection: duckdb.DuckDBPyConnection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -12,6 +13,7 @@ import pytest
 from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
 
 from services.analytics import novelty, placebo_queries, trial_queries
+from services.analytics.late_firsts import KnownFirsts
 from services.analytics.looking import observe
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL
@@ -46,6 +48,7 @@ def request(
         "experiment": given.get("experiment"),
         "variant": given.get("variant", version),
         "outcome": given.get("outcome"),
+        "observed_at_s": given.get("observed_at_s", at_s),
     }
 
 
@@ -81,6 +84,7 @@ def log(connection: duckdb.DuckDBPyConnection, requests: list[dict[str, Any]]) -
             }
         ),
     )
+    observed = {id_: one["observed_at_s"] for id_, one in zip(ids, requests, strict=True)}
     said = [
         (id_, one["outcome"]) for id_, one in zip(ids, requests, strict=True) if one["outcome"] is not None
     ]
@@ -93,6 +97,9 @@ def log(connection: duckdb.DuckDBPyConnection, requests: list[dict[str, Any]]) -
                 "row": pa.array([0] * len(said), pa.int64()),
                 "number": pa.array([value for _, value in said], pa.float64()),
                 "text": pa.array([None] * len(said), pa.string()),
+                "observed_at_us": pa.array(
+                    [START_US + round(1e6 * observed[id_]) for id_, _ in said], pa.int64()
+                ),
             }
         ),
     )
@@ -442,3 +449,45 @@ def test_a_lift_that_wears_off_is_told_and_one_that_stays_is_not(
     assert steady["p_value"] > 0.01
     few = novelty.tenure(connection, TrialMetric(name="revenue"), 4_000_000_000)
     assert novelty.novelty(few, 1) is None  # nobody was there for longer than a quarter of it
+
+
+def test_an_outcome_that_became_known_after_the_start_is_no_covariate(
+    connection: duckdb.DuckDBPyConnection,
+) -> None:
+    log(
+        connection,
+        [
+            request(1, "1", 1, 0.5, -20, outcome=5.0, observed_at_s=-10),
+            request(1, "1", 1, 0.5, -15, outcome=50.0, observed_at_s=30),
+            request(2, "2", 1, 0.5, -15, outcome=7.0, observed_at_s=1),
+            request(1, "1", 1, 0.5, 1, outcome=2.0),
+            request(2, "2", 1, 0.5, 2, outcome=3.0),
+        ],
+    )
+    trial_queries.open_trial(connection, rollout(5_000, 1))
+    metric = TrialMetric(name="revenue", covariate=TrialMetric.COVARIATE_PRE_PERIOD, pre_period_s=60)
+    found = trial_queries.cells(connection, metric)
+    assert found.covariate is not None
+    by_unit = dict(zip(found.units.tolist(), found.covariate.tolist(), strict=True))
+    assert by_unit[1] == 5.0
+    assert np.isnan(by_unit[2])
+
+
+def test_a_log_that_comes_late_does_not_revise_first_requests_silently() -> None:
+    requests = [request(unit, str(unit % 2 + 1), 1, 0.5, unit) for unit in range(10)]
+    late = request(3, "1", 1, 0.5, 0.5)
+
+    def look(requests: list[dict[str, Any]], at_s: float, earlier: KnownFirsts | None) -> KnownFirsts:
+        with duckdb.connect(":memory:") as made:
+            log(made, requests)
+            trial_queries.visits(made, trial_queries.open_trial(made, rollout(5_000, 1)))
+            until_us = START_US + round(1e6 * at_s)
+            return KnownFirsts.at(until_us, partial(trial_queries.known_firsts, made), earlier)
+
+    first = look(requests, 100, None)
+    assert (first.units, first.warning) == (10, "")
+    newer = look([*requests, request(11, "1", 1, 0.5, 90)], 200, first)
+    assert (newer.units, newer.warning) == (11, "")
+    revised = look([late, *requests], 200, newer)
+    assert "some units' first request is another than it was" in revised.warning
+    assert look([late, *requests], 300, revised).warning == revised.warning
