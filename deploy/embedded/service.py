@@ -15,6 +15,9 @@ from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.process import Command
 from deploy.embedded.server import LOOPBACK, Server
 
+# Below the threads of batch jobs (10): these hold an interpreter's lock now and then that requests wait for.
+_YIELDS = "15"
+
 
 class ServiceProcess(Server):
     """`health_port` answers /health/ready. `environment` is asked at each start: addresses and passwords of
@@ -41,7 +44,7 @@ class ServiceProcess(Server):
         self._environment = environment
         self._compiled = compiled
         # On one machine the readers of events must not slow down those that answer.
-        self._yields = ("nice", "-n", "5") if yields and shutil.which("nice") else ()
+        self._yields = ("nice", "-n", _YIELDS) if yields and shutil.which("nice") else ()
 
     @property
     def ports(self) -> tuple[int, ...]:

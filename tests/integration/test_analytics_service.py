@@ -41,7 +41,7 @@ from services.common.bus.admin import ensure_topics
 from services.common.bus.admin import lag as broker_lag
 from services.common.bus.delivery import deliver
 from services.common.bus.kafka import KafkaBus
-from services.common.bus.port import Record
+from services.common.bus.port import Malformed, Record
 from services.common.clock import SystemClock
 from services.common.db import engine, migrate, transaction
 from services.common.errors import DeadlineExceeded, NotFound, Unavailable
@@ -360,6 +360,26 @@ async def test_a_store_that_fails_loses_nothing_and_counts_nothing_twice(
         await consumers.on_predictions(sent[:7])
         await consumers.on_predictions(sent)
         assert await count(reader) == 100
+
+
+async def test_a_backlog_is_taken_in_piece_by_piece(database_url: str, tmp_path: Path) -> None:
+    sent = records([prediction_batch(range(start, start + 10)) for start in range(0, 100, 10)])
+    sent[7] = Record(PREDICTIONS.name, b"cancer/1", b"no record")
+    most = 2 * max(len(record.value or b"") for record in sent)
+    async with wired(database_url, tmp_path, taken_bytes=most) as (consumers, reader, _, store, _):
+        put, written = store.put, []
+
+        async def counting(path: str, data: bytes | Path) -> None:
+            written.append(path)
+            await put(path, data)
+
+        store.put = counting  # type: ignore[method-assign]  # counts what is written
+        with pytest.raises(Malformed) as found:
+            await consumers.on_predictions(sent)
+        assert found.value.index == 7
+        assert (await count(reader), len(written)) == (60, 3)
+        await consumers.on_predictions(sent[:7] + sent[8:])
+        assert await count(reader) == 90
 
 
 async def execute(database_url: str, statement: str) -> None:
