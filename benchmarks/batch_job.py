@@ -34,7 +34,7 @@ from benchmarks.environments import REPOSITORY, PeerEnvironment
 from benchmarks.load.drive import OpenLoop, open_loop
 from benchmarks.load.requests import Endpoint, write_requests
 from benchmarks.machine import machine
-from benchmarks.process_tree import Unavailable, descendants, usage
+from benchmarks.process_tree import Unavailable, cpu_seconds, descendants, usage
 from benchmarks.servers.offline_job import session
 from benchmarks.workload import Dialect, cancer_workload
 from deploy.embedded.server import LOOPBACK
@@ -50,7 +50,9 @@ WITHIN_S = 300.0
 JOBS = 4
 ONLINE_RATE = 200.0
 ONLINE_S = 10.0
-ONLINE_WINDOWS = 3
+ONLINE_WINDOWS = 5
+#: CPU seconds a second below which the platform is idle.
+IDLE_CPU_S = 0.45
 ENDED = {"completed", "failed", "cancelled", "expired"}
 PEERS = {
     "pandas": PeerEnvironment("pandas", ("pandas==2.3.3", "pyarrow==26.0.0")),
@@ -340,13 +342,13 @@ def online(figures: Figures, stack: Stack, version: str, source: Path, folder: P
     windows: dict[str, list[dict[str, float]]] = {"idle": [], "during jobs": []}
     rates: list[float] = []
     for _ in range(ONLINE_WINDOWS):
+        become_idle(stack)
         windows["idle"].append(told(open_loop(endpoint, requests, load)))
         with saturated(stack, version, readable(stack, source), headers) as done:
             time.sleep(1.0)
             began, before = time.perf_counter(), done()
             windows["during jobs"].append(told(open_loop(endpoint, requests, load)))
             rates.append((done() - before) / (time.perf_counter() - began))
-        time.sleep(2.0)  # what the jobs left to be read
     for name, found in windows.items():
         # The median window: a machine of two processors is interrupted now and then.
         middle = sorted(found, key=lambda window: window["p99_us"])[len(found) // 2]
@@ -355,6 +357,18 @@ def online(figures: Figures, stack: Stack, version: str, source: Path, folder: P
             "p99_us_most": max(window["p99_us"] for window in found),
         }
     figures.online["during jobs"]["rows_per_s"] = statistics.median(rates)
+
+
+def become_idle(stack: Stack) -> None:
+    """Wait until what jobs left to be read is read: a window beside it would not be an idle one."""
+    deadline = time.monotonic() + WITHIN_S
+    trees = [descendants(pid) for pid in stack.pids().values()]
+    while time.monotonic() < deadline:
+        before = sum(cpu_seconds(pids) for pids in trees)
+        time.sleep(1.0)
+        if sum(cpu_seconds(pids) for pids in trees) - before < IDLE_CPU_S:
+            return
+    raise RuntimeError("the platform does not become idle")
 
 
 @contextmanager
