@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,8 +25,10 @@ from typing import IO, Final
 
 from deploy.embedded.configuration import REPOSITORY
 
-#: Older copies beyond so many are removed; a stack may still run one of them.
+#: Older copies beyond so many are removed, once no part was started from them for so long: one that runs may
+#: still import from its copy.
 KEPT_COPIES: Final = 3
+_UNUSED_S: Final = 7 * 86_400.0
 _COMPILE_S: Final = 900.0
 _FAILED: Final = "failed"
 _PLAIN: Final = "The hot path runs as plain Python: {}."
@@ -86,7 +89,11 @@ def compiled(repository: Path = REPOSITORY) -> str:
 def find(repository: Path = REPOSITORY) -> Path | None:
     """The compiled copy of the sources as they are now; None where there is none."""
     copy = _home(repository) / digest(repository)
-    return copy if (copy / "services").is_dir() else None
+    if not (copy / "services").is_dir():
+        return None
+    with suppress(OSError):
+        os.utime(copy)  # it is in use
+    return copy
 
 
 def build(repository: Path = REPOSITORY) -> Path:
@@ -97,7 +104,6 @@ def build(repository: Path = REPOSITORY) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = find(repository)
         if done is not None:
-            os.utime(done)
             return done
         if reason := _missing():
             raise NativeError(reason)
@@ -227,8 +233,10 @@ def _python(arguments: list[str], folder: Path, path: tuple[Path, ...], output: 
 
 def _forget_old(home: Path) -> None:
     copies = [path for path in home.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for old in sorted(copies, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_COPIES:]:
-        shutil.rmtree(old, ignore_errors=True)
+    used = {path: path.stat().st_mtime for path in copies}
+    for old in sorted(copies, key=used.__getitem__, reverse=True)[KEPT_COPIES:]:
+        if time.time() - used[old] > _UNUSED_S:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _compile_here(configuration: str) -> None:
