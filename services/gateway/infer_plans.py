@@ -8,7 +8,8 @@ from collections.abc import Callable
 from headrace.v1.dataplane_pb2 import PredictReply, SealedReply
 
 from services.gateway.catalogue import ServedModel
-from services.gateway.codecs.infer_forms import AnswerForm, RequestForm, answer_form, id_at
+from services.gateway.codecs.compiled import UNITS
+from services.gateway.codecs.infer_forms import AnswerForm, RequestForm, answer_form, id_at, user_at
 from services.gateway.plans import Asked
 
 #: Sizes of messages, and forms of one size; answers told apart.
@@ -40,10 +41,13 @@ class InferPlan:
         """The PredictRequest of a message whose names end at `at`, its id, and its form; None where it is of
         none that is known. Raises IndexError."""
         asked_id, at = id_at(body, at)
+        user, at = user_at(body, at)
         for form in self._forms.get(len(body) - at, ()):
             made = form.request(body, at, request_id, received_at_us)
             if made is not None:
                 form.used = True
+                if user:
+                    made += UNITS[len(user)] + user
                 return made, asked_id, form
         return None
 

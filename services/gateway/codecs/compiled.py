@@ -23,7 +23,7 @@ from services.gateway.signature import InputSpec, ModelSignature, OutputSpec
 
 #: Tags of PredictRequest: inputs (4), request_id (5, with its length), unit (6), received_at_us (12).
 _INPUTS, _REQUEST_ID, _RECEIVED_AT = b"\x22", b"\x2a\x10", b"\x61"
-_UNITS = tuple(bytes((0x32, size)) for size in range(128))
+UNITS = tuple(bytes((0x32, size)) for size in range(128))
 #: Tag of Tensor's data (4).
 _DATA = b"\x22"
 _TAIL = struct.Struct("<2s16scQ")
@@ -68,7 +68,7 @@ class RowsRequest:
         if user_id is None:
             return request
         unit = str(user_id).encode()
-        return request + _UNITS[len(unit)] + unit if len(unit) < 128 else None
+        return request + UNITS[len(unit)] + unit if len(unit) < 128 else None
 
     def _head_of(self, rows: int) -> bytes:
         head = self._heads.get(rows)

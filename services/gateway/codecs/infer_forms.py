@@ -22,6 +22,9 @@ from services.gateway.signature import ModelSignature
 
 #: Tags of ModelInferRequest's names: model (1), version (2), id (3).
 _MODEL, _VERSION, _ID = 0x0A, 0x12, 0x1A
+#: Tag of its parameters (4), an entry of which, for the user, begins so; then lengths and tag of the text.
+_PARAMETER, _USER = 0x22, b"\x0a\x07user_id\x12"
+_TEXT = 0x1A
 #: Tag of its raw_input_contents (7), and of InferTensorContents' packed fp32 (6) and fp64 (7).
 _RAW, _FP32, _FP64 = b"\x3a", b"\x32", b"\x3a"
 #: Tag of ModelInferResponse's id (3) and raw_output_contents (6).
@@ -50,9 +53,22 @@ def id_at(body: bytes, at: int) -> tuple[bytes, int]:
     return (found, end) if found.isascii() else (b"", at)
 
 
+def user_at(body: bytes, at: int) -> tuple[bytes, int]:
+    """The user whom the parameter at `at` names, where it does so plainly, and where it ends. Raises
+    IndexError."""
+    if body[at] != _PARAMETER or not body.startswith(_USER, at + 2):
+        return b"", at
+    entry, value, tag, size = body[at + 1], body[at + 12], body[at + 13], body[at + 14]
+    end = at + 15 + size
+    if entry >= _SHORT or entry != size + 13 or value != size + 2 or tag != _TEXT:
+        return b"", at
+    found = body[at + 15 : end]
+    return (found, end) if found.isascii() else (b"", at)
+
+
 class RequestForm:
-    """Messages whose bytes behind their id are `around[0]`, numbers, `around[1]`, …; `sizes` are those of
-    the numbers."""
+    """Messages whose bytes behind their id and their user are `around[0]`, numbers, `around[1]`, …; `sizes`
+    are those of the numbers."""
 
     __slots__ = (
         "_around",
@@ -84,7 +100,7 @@ class RequestForm:
         self._one = len(self._sizes) == 1
         self.priority: int = request.priority
         self.timeout_s = timeout_s
-        #: Bytes of such a message behind its id.
+        #: Bytes of such a message behind id and user.
         self.size = sum(map(len, self._around)) + sum(self._sizes)
         #: Whether any message fitted.
         self.used = False
@@ -101,8 +117,8 @@ class RequestForm:
         self._heads = tuple(heads)
 
     def request(self, body: bytes, at: int, request_id: bytes, received_at_us: int) -> bytes | None:
-        """The PredictRequest for `body`, whose id ends at `at` and whose size fits; None where it is of
-        another form."""
+        """The PredictRequest for `body`, but its user; the form begins at `at`, and its size fits. None where
+        it is of another form."""
         if not body.startswith(self._first, at) or not body.endswith(self._last):
             return None
         tail = _TAIL.pack(_REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
@@ -143,12 +159,20 @@ def request_form(
     into `request`; None where it has none, such as where numbers are no bytes of a fixed size."""
     try:
         found_id, start = id_at(body, len(names))
+        user, start = user_at(body, start)
     except IndexError:
         return None
     if found_id.decode() != asked.id:
         return None
-    places = _places(body, start, asked, signature)
-    if places is None or not _holds(body, start, asked, places):
+    constant = PredictRequest()
+    constant.CopyFrom(request)
+    rest = ModelInferRequest()
+    rest.CopyFrom(asked)
+    if user:
+        constant.ClearField("unit")
+        del rest.parameters["user_id"]
+    places = _places(body, start, rest, signature)
+    if places is None or not _holds(body, start, rest, places):
         return None
     around, at = [], start
     for begin, end in places:
@@ -157,7 +181,7 @@ def request_form(
     around.append(body[at:])
     in_message = [one.name for one in asked.inputs]
     order = [in_message.index(tensor.name) for tensor in request.inputs]
-    return RequestForm(around, [end - begin for begin, end in places], request, order, timeout_s)
+    return RequestForm(around, [end - begin for begin, end in places], constant, order, timeout_s)
 
 
 def _places(

@@ -157,6 +157,33 @@ def test_an_id_may_be_another_each_time() -> None:
         assert way.quick(raw(5.0, id=odd).SerializeToString()) is None
 
 
+def test_a_user_may_be_another_each_time() -> None:
+    way = Way(ONE)
+
+    def of(user: str, **fields: Any) -> bytes:
+        asked = raw(5.0, **fields)
+        asked.parameters["user_id"].string_param = user
+        return asked.SerializeToString(deterministic=True)
+
+    assert way.learn(of("u1"))
+    for body in (of("u2"), of("x" * 114, id="r"), raw(5.0).SerializeToString()):
+        read = way.quick(body)
+        assert read is not None
+        assert read[0] == way.ordinary(body)
+    for odd in (of("x" * 115), of("ß"), of("u1") + b"\x22\x0f\x0a\x07user_id\x12\x04\x1a\x02u3"):
+        assert way.quick(odd) is None
+    # A length of two bytes, of which the second is taken for what follows a length of one.
+    long = of("x" * 115)
+    at = long.index(b"user_id")
+    assert way.quick(long[: at - 3] + long[at - 2 :]) is None
+    number = raw(5.0)
+    number.parameters["user_id"].int64_param = 5
+    assert way.quick(number.SerializeToString()) is None
+    twice = of("u1")
+    at = twice.index(b"\x22")
+    assert not way.learn(twice[:at] + twice[at:].replace(b"\x2a", twice[at : at + 17] + b"\x2a", 1))
+
+
 def test_what_differs_in_more_than_numbers_is_not_of_the_form() -> None:
     way = Way(ONE)
     assert way.learn(raw().SerializeToString())
@@ -231,7 +258,7 @@ def test_messages_that_always_differ_are_given_up() -> None:
     for number in range(60):
         body = raw(rows=1, id="").SerializeToString()
         asked = ModelInferRequest.FromString(body)
-        asked.parameters["user_id"].string_param = f"u{number:03}"
+        asked.parameters["level"].string_param = f"u{number:03}"
         way.learn(asked.SerializeToString())
     assert not way.plan.wants(b"54321")
 
