@@ -1,7 +1,7 @@
 """Header blocks (HPACK, RFC 7541), for connections of many streams.
 
 `hpack` decodes a block at 2 to 4 µs a field and does not say whether the block changed its table. Here a
-field costs a third of that, and `BlockReader.changes` tells when what a block says may be remembered: as long
+field costs a sixth of that, and `BlockReader.changes` tells when what a block says may be remembered: as long
 as the table is the same, the same bytes say the same. Huffman's code itself is `hpack`'s.
 """
 
