@@ -14,6 +14,7 @@ from typing import Self
 import duckdb
 import structlog
 from headrace.v1.trials_pb2 import Trial, Verdict
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.analytics import shadows, trial_queries
@@ -25,7 +26,7 @@ from services.analytics.pace import Open, Pace
 from services.analytics.reading import Reader
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.trial_queries import Counts, TrialQuestion
-from services.analytics.trial_store import raise_maxima
+from services.analytics.trial_store import forget_maxima, raise_maxima
 from services.analytics.trials import Trials
 from services.analytics.verdicts import Look, look_at, nothing_observed, verdict
 from services.common.bus.port import Bus, Record
@@ -124,6 +125,7 @@ class Looking:
             self._firsts = {name: known for name, known in self._firsts.items() if name in trials}
             self._metrics.trials.set(len(trials))
             wait_s = LEASE_WAIT_S
+            await self._forget()
             if not trials:
                 wait_s = _SAY_AGAIN_S
             elif await self._lease.held():
@@ -137,6 +139,19 @@ class Looking:
                     await self._wake.wait()
                     # What comes with it belongs to the same look, and one that is not due does not spin.
                     await asyncio.sleep(min(wait_s, 0.05))
+
+    async def _forget(self) -> None:
+        """Drop what is kept of trials that ended for good."""
+        ended = set(self._trials.ended)
+        if not ended:
+            return
+        try:
+            async with transaction(self._engine) as session:
+                await forget_maxima(session, ended)
+        except (HeadraceError, SQLAlchemyError, OSError) as error:
+            log.info("trials_forgotten_later", reason=str(error))
+        else:
+            self._trials.ended -= ended
 
     async def _look(self, trial: Trial) -> None:
         """One look at one trial; whatever fails is tried again later and holds up no other trial."""

@@ -3,10 +3,10 @@ transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from headrace.v1.trials_pb2 import Evidence
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,6 +15,11 @@ from services.analytics.verdicts import Maxima
 
 #: The statement that the split is as configured.
 _SPLIT = ("", "")
+
+
+async def forget_maxima(session: AsyncSession, trial_ids: Collection[str]) -> None:
+    """Of trials that ended for good."""
+    await session.execute(delete(MaximumRow).where(MaximumRow.trial_id.in_(trial_ids)))
 
 
 async def raise_maxima(

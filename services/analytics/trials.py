@@ -17,6 +17,8 @@ class Trials:
 
     def __init__(self) -> None:
         self._known: dict[str, Trial] = {}
+        #: What ended for good: nothing of it needs to be kept.
+        self.ended: set[str] = set()
         self._changed: Callable[[str], None] = lambda _model: None
 
     def watch(self, changed: Callable[[str], None]) -> None:
@@ -28,6 +30,7 @@ class Trials:
         name = key.decode("utf-8", "replace")
         known = self._known.get(name)
         if value is None:
+            self.ended.add(name)
             if known is not None:
                 del self._known[name]
                 self._changed(known.model)
@@ -42,6 +45,7 @@ class Trials:
             return
         if known is not None and trial.revision < known.revision:
             return
+        self.ended.discard(name)
         if trial != known:
             self._known[name] = trial
             self._changed(trial.model)

@@ -10,7 +10,8 @@ readiness.py tell how it is doing. Pure: buckets.py (who moves when weights chan
 onnx_file.py and onnx_skeleton.py (what a file says of itself).
 
 Trials: controller.py (the loop that lets them act), verdicts.py (what analytics says), trials.py (what it is
-asked), trial_schemas.py (metrics), workers.py (what is loaded). Experiments: experiments.py (the rules),
+asked), trial_schemas.py (metrics), workers.py (what is loaded), retention.py
+(what is forgotten). Experiments: experiments.py (the rules),
 experiment_running.py (what is served of them), experiment_control.py (what they do by themselves),
 assignments.py and explanation.py (who gets which variant, and why); pure: experiment_steps.py (what to do
 next), experiment_state.py (rows as routers and decisions see them), layers.py (who owns which buckets).

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -37,6 +38,7 @@ from services.registry.keys import ensure_admin_key
 from services.registry.metrics import Metrics
 from services.registry.publishing import Republisher
 from services.registry.readiness import edge_watched
+from services.registry.retention import RetentionActor
 from services.registry.rollout_control import RolloutActor
 from services.registry.rollout_endpoints import rollout_routes
 from services.registry.servicer import RegistryServicer
@@ -88,7 +90,11 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
         await stack.enter_async_context(alerts_followed(edge, bus))
         workers = await stack.enter_async_context(workers_followed(bus, clock))
-        actors: list[Actor] = [ExperimentActor(edge, workers.is_ready), RolloutActor(edge, workers)]
+        actors: list[Actor] = [
+            ExperimentActor(edge, workers.is_ready),
+            RolloutActor(edge, workers),
+            RetentionActor(timedelta(days=cfg.registry_keep_trials_days)),
+        ]
         controller = await stack.enter_async_context(Controller(edge, actors))
         await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))
         health = Health()

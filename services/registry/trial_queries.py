@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, text, union_all
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -14,6 +14,7 @@ from services.registry.tables import ExperimentEventRow, ExperimentRow, RolloutR
 
 #: Clocks of two machines differ by less.
 _CLOCKS_DIFFER: Final = timedelta(seconds=60)
+_FORGOTTEN_AT_ONCE: Final = 100
 
 
 class TrialQueries:
@@ -71,8 +72,7 @@ class TrialQueries:
 
     async def delete_experiment(self, experiment_id: str) -> None:
         """With its events and its verdict."""
-        await self._session.execute(delete(ExperimentRow).where(ExperimentRow.experiment_id == experiment_id))
-        await self._session.execute(delete(VerdictRow).where(VerdictRow.trial_id == experiment_id))
+        await self.delete_trial(experiment_id)
 
     async def experiment_counts(self) -> dict[str, int]:
         """How many experiments there are by status."""
@@ -109,6 +109,24 @@ class TrialQueries:
         experiments = (await self._session.execute(statement)).all()
         rollouts = await self._session.execute(select(RolloutRow.rollout_id, RolloutRow.revision))
         return {row[0]: row[1] for row in (*experiments, *rollouts.all())}
+
+    async def trials_closed_before(self, before: datetime) -> Sequence[str]:
+        """Experiments and rollouts on which nothing is counted since then: the first of them by id."""
+        closed = [
+            select(row_id).where(closed_at < before)
+            for row_id, closed_at in (
+                (ExperimentRow.experiment_id, ExperimentRow.closed_at),
+                (RolloutRow.rollout_id, RolloutRow.closed_at),
+            )
+        ]
+        statement = union_all(*closed).order_by(text("1")).limit(_FORGOTTEN_AT_ONCE)
+        return (await self._session.scalars(statement)).all()
+
+    async def delete_trial(self, trial_id: str) -> None:
+        """An experiment or a rollout with its events and its verdict."""
+        await self._session.execute(delete(ExperimentRow).where(ExperimentRow.experiment_id == trial_id))
+        await self._session.execute(delete(RolloutRow).where(RolloutRow.rollout_id == trial_id))
+        await self._session.execute(delete(VerdictRow).where(VerdictRow.trial_id == trial_id))
 
     async def put_verdict(
         self, trial_id: str, verdict: bytes, computed_at: datetime, received_at: datetime

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tests.fixtures.onnx_files import linear
 from tests.fixtures.registry import Running, registry_settings, running_registry
 from tests.fixtures.registry_trials import Surroundings, surroundings
 from tests.fixtures.rollouts import HARMFUL, SAFE, UNDECIDED, evidence
-from tests.fixtures.waiting import eventually_of
+from tests.fixtures.waiting import eventually, eventually_of
 
 QUICK = {"min_duration_s": 0, "min_requests": 10}
 STEPS = [{"weight": 0.1, **QUICK}, {"weight": 0.5, **QUICK}]
@@ -175,6 +175,19 @@ async def test_a_good_version_takes_over_step_by_step_and_a_bad_one_goes_back(
         slow = await case.roll("n", load_timeout_s=0.5)
         late = await case.until(slow, status="rolled_back")
         assert "0 of 2 workers have loaded version 2, and 75% would be enough" in late["reason"]
+
+        # What was closed a year ago is forgotten, here and by analytics; what is not closed stays.
+        async with case.running.registry.edge.transaction() as tx:
+            row = await tx.rollout(slow, fresh=True)
+            assert row is not None
+            assert row.closed_at is None
+            row.closed_at = datetime.now(UTC) - timedelta(days=366)
+        await eventually_of(
+            lambda: case.running.rest.get(f"/v1/rollouts/{slow}"), lambda answer: answer.status_code == 404
+        )
+        await eventually(lambda: slow not in case.around.trials)
+        assert (await case.view(broken))["status"] == "rolled_back"
+        assert broken in case.around.trials
         assert await case.weights("m") == {"2": 10_000}
 
 

@@ -11,17 +11,20 @@ from headrace.v1.control_pb2 import ServedVersion, ServingConfig
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, Signature
 from headrace.v1.trials_pb2 import Evidence, Trial, TrialArm, TrialMetric, Verdict
+from sqlalchemy import select
 
 from deploy.embedded.tansu import TansuServer
-from services.analytics.app import analytics_app
+from services.analytics.app import SCHEMA, analytics_app
 from services.analytics.settings import Settings
+from services.analytics.tables import MaximumRow
 from services.common.bus.admin import ensure_topics
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Record
 from services.common.clock import SystemClock
+from services.common.db import engine, transaction
 from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, TRIALS, VERDICTS, all_topics
 from tests.fixtures.prediction_log import START_US, outcome, outcome_batch, prediction_batch
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import eventually, eventually_of
 
 ERRORS = TrialMetric(
     name="error_rate",
@@ -208,3 +211,16 @@ async def test_verdicts_follow_what_is_logged_also_after_a_restart_and_late(
             revenue = published.evidence("exp_1", "revenue")
             assert (revenue.control_mean, revenue.mean) == (0.5, 1.5)
             assert revenue.low < 1.0 < revenue.high
+
+            # What ended for good leaves nothing behind.
+            async def kept() -> set[str]:
+                async with transaction(database) as session:
+                    return set(await session.scalars(select(MaximumRow.trial_id)))
+
+            database = engine(database_url, SCHEMA)
+            try:
+                assert await kept() == {"rol_1", "exp_1"}
+                await bus.publish([Record(TRIALS.name, b"rol_1", None)])
+                assert await eventually_of(kept, lambda found: "rol_1" not in found) == {"exp_1"}
+            finally:
+                await database.dispose()

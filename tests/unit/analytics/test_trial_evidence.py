@@ -453,6 +453,7 @@ def test_trials_only_grow_and_a_deleted_one_is_gone() -> None:
     assert trials.get("rol_1") == made
     trials.apply(b"rol_1", None)
     assert trials.get("rol_1") is None
+    assert trials.ended == {"rol_1"}
     assert changed == ["m", "m", "m"]
 
 
