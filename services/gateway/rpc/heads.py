@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -28,6 +29,8 @@ _HOT: Final = {
     b"traceparent": "traceparent",
 }
 _INFER: Final = Target(Dialect.GRPC)
+#: With or without the name of what is in the messages; grpc-web is another protocol.
+_GRPC: Final = re.compile(rb"application/grpc(?:[+;]|$)")
 _UNITS: Final = {
     b"H": 3600.0,
     b"M": 60.0,
@@ -71,7 +74,7 @@ def read_head(fields: list[Field] | None, hot_path: bytes, methods: Mapping[byte
     if by_name[b":method"] != b"POST":
         head.refusal, head.refused_http = refused_http(405), True
         return head
-    if not by_name.get(b"content-type", b"").startswith(b"application/grpc"):
+    if _GRPC.match(by_name.get(b"content-type", b"")) is None:
         head.refusal, head.refused_http = refused_http(415), True
         return head
     path = by_name[b":path"]

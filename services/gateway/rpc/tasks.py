@@ -128,9 +128,6 @@ class TaskCall(Stream):
 
     def _begin(self) -> None:
         """Refuse it, or start it where it does not wait for its one message."""
-        if not self._tasks.room(self.method):
-            self.refuse(_BUSY)
-            return
         door = self.method.door
         if door is not None:
             try:
@@ -138,10 +135,17 @@ class TaskCall(Stream):
             except HeadraceError as error:
                 self.refuse(trailers(error.code, error.message))
                 return
+        if self.method.handler.request_streaming:
+            self._start()
+
+    def _start(self) -> None:
+        """Only what runs counts, or callers without a key could take the room of others by saying nothing."""
+        if not self._tasks.room(self.method):
+            self.refuse(_BUSY)
+            return
         self._counted = True
         self._tasks.count(self.method, 1)
-        if self.method.handler.request_streaming:
-            self._task = self._tasks.start(self)
+        self._task = self._tasks.start(self)
 
     def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:
         self.on_opened()
@@ -176,7 +180,7 @@ class TaskCall(Stream):
         elif self._came.empty():
             self.refuse(_ONE_MESSAGE)
         else:
-            self._task = self._tasks.start(self)
+            self._start()
 
     def on_gone(self) -> None:
         self._close()

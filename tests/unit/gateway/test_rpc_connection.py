@@ -6,8 +6,9 @@ import asyncio
 import gzip
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
+import grpc
 import pytest
 from headrace.v1.tensor_pb2 import Code
 from hpack import Encoder
@@ -17,6 +18,7 @@ from services.common.frames import wire
 from services.common.frames.header_blocks import literal
 from services.common.frames.wire import ErrorCode, frame, settings
 from services.gateway.rpc.limits import RpcLimits
+from services.gateway.rpc.methods import Methods
 from tests.fixtures.gateway import PREDICT_ONLY
 from tests.fixtures.rpc import INFER, Answer, Client, Front, infer, prefixed
 from tests.fixtures.waiting import eventually
@@ -102,6 +104,7 @@ async def test_heads_that_are_refused(metadata: dict[str, str | None], code: Cod
         ([(":method", "GET")], "405"),
         ([], "415"),
         ([("content-type", "application/json")], "415"),
+        ([("content-type", "application/grpc-web+proto")], "415"),
     ],
 )
 async def test_what_is_no_grpc_is_refused_over_http(fields: list[tuple[str, str]], status: str) -> None:
@@ -112,6 +115,17 @@ async def test_what_is_no_grpc_is_refused_over_http(fields: list[tuple[str, str]
     client.h2.send_headers(1, list((said | dict(fields)).items()), end_stream=True)
     await client.turn()
     assert client.answers[1].headers == {":status": status}
+
+
+@pytest.mark.parametrize("said", ["application/grpc+proto", "application/grpc;charset=utf-8"])
+async def test_what_messages_are_made_of_may_be_said(said: str) -> None:
+    front = Front()
+    client = front.client()
+    stream = client.ask(content_type=said)
+    await client.turn()
+    front.router.answer()
+    await client.turn()
+    assert label(client.answers[stream]) == 1
 
 
 @pytest.mark.parametrize(
@@ -634,3 +648,47 @@ async def test_a_shut_connection_tells_those_who_wait() -> None:
     assert b"grpc-status\x0214" in said
     assert code_of(said) is ErrorCode.NO_ERROR
     assert front.router.cancelled == [1]
+
+
+async def test_tasks_are_bounded_by_what_runs_and_not_by_who_says_nothing() -> None:
+    methods, release = Methods(), asyncio.Event()
+
+    async def echo(request: bytes, _context: object) -> bytes:
+        await release.wait()
+        return request
+
+    async def echoes(requests: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield request
+
+    handlers = {
+        "Echo": grpc.unary_unary_rpc_method_handler(echo),
+        "Echoes": grpc.stream_stream_rpc_method_handler(echoes),
+    }
+    methods.add_registered_method_handlers("a.B", _as_bytes(handlers))
+    front = Front(RpcLimits(max_tasks=1, max_streaming_tasks=1), methods.by_path)
+    client = front.client()
+    silent = [client.head("/a.B/Echo") for _ in range(3)]
+    streams = []
+    for path in ("/a.B/Echo", "/a.B/Echo", "/a.B/Echoes", "/a.B/Echoes"):
+        streams.append(client.head(path))
+        client.send(streams[-1], prefixed(b"hello"), end=path == "/a.B/Echo")
+    await client.turn()
+    answers = [client.answers[stream] for stream in streams]
+    assert [answer.status for answer in (answers[1], answers[3])] == [Code.CODE_RESOURCE_EXHAUSTED] * 2
+    assert answers[2].message == b"hello"
+    release.set()
+    client.h2.reset_stream(streams[2])
+    await client.turn(6)
+    assert (answers[0].message, answers[0].status) == (b"hello", Code.CODE_OK)
+    assert not any(client.answers[stream].ended for stream in silent)
+    assert (front.server.tasks.calls, front.server.tasks.streaming) == (0, 0)
+    client.connection.connection_lost(None)
+
+
+def _as_bytes(handlers: dict[str, grpc.RpcMethodHandler]) -> dict[str, grpc.RpcMethodHandler]:  # type: ignore[type-arg]  # generic in the stubs only
+    """Messages are bytes as they are."""
+    return {
+        name: handler._replace(request_deserializer=bytes, response_serializer=bytes)  # type: ignore[attr-defined]  # a named tuple, which the stubs do not say
+        for name, handler in handlers.items()
+    }
