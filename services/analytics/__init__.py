@@ -7,11 +7,11 @@ request, asked by DuckDB), `comparison.py` and `statistics/` (two versions), `sh
 `shadow_units.py` and `shadow_report.py` (a version and its shadow), `endpoints.py` (who asks).
 
 Experiments and rollouts, decided: `trials.py` (what there is to judge), `looking.py` and `pace.py` (who is
-looked at when), `late_firsts.py` (what came too late), `trial_queries.py` (what the units did),
-`evidence.py`, `quantile_evidence.py` and
-`bandit.py` (what that proves), `verdicts.py` and `trial_words.py` (findings and their words),
-`trial_store.py` and `lease.py` (what outlives a look, and which replica looks). Halves of one control beside
-them: `placebo_looking.py`, `placebo_queries.py`, `placebo.py`, `placebo_store.py`, `placebo_endpoints.py`.
+looked at when), `late_firsts.py` (what came too late), `trial_queries.py` and `trial_values.py` (what the
+units did), `evidence.py`, `pieces.py`, `quantile_evidence.py`, `shadow_evidence.py`, `bandit.py` (what that
+proves), `verdicts.py` and `trial_words.py` (findings and their words), `trial_store.py` and `lease.py` (what
+outlives a look, and which replica looks). Halves of one control beside them: `placebo_looking.py`,
+`placebo_queries.py`, `placebo.py`, `placebo_store.py`, `placebo_endpoints.py`.
 
 Experiments and rollouts, for people: `experiment_endpoints.py` (who asks), `results.py`, `lifts.py`,
 `quantile_lifts.py`, `novelty.py` and `caveats.py` (every number beside the verdict), `words.py` (one

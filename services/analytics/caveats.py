@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from headrace.v1.trials_pb2 import Trial
 
-from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
+from services.analytics.evidence import Observed, metric_key
+from services.analytics.shadow_evidence import SHADOW_METRICS
 from services.analytics.statistics import counts
 from services.analytics.trial_queries import BEFORE, Counts
 

@@ -24,16 +24,17 @@ times the share (a union bound), so no piece has to be chosen by looking at the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 from headrace.v1.trials_pb2 import Evidence, Trial, TrialMetric
 
+from services.analytics.pieces import Numbers, Piece
 from services.analytics.quantile_evidence import QuantileEvidence
+from services.analytics.shadow_evidence import SHADOW_METRICS, of_shadow
 from services.analytics.shadow_totals import ShadowTotals
-from services.analytics.shadow_units import DIFFERENT, ONLY_SHADOW_FAILED, ONLY_VERSION_FAILED
 from services.analytics.statistics import bets
 from services.analytics.statistics.bets import RandomisedCounts, Side
 from services.analytics.statistics.stratified import (
@@ -52,8 +53,8 @@ from services.analytics.trial_queries import (
     Strata,
     Tally,
     Visits,
-    is_bounded,
 )
+from services.analytics.trial_values import is_bounded
 
 _FIRST, _PERIODS, _ALL = 0.5, 0.2, 0.2
 #: Of rollouts only: their experiments end with no bake.
@@ -61,17 +62,10 @@ _BAKE = 0.1
 #: Of metrics whose values lie in a known range.
 _BOUNDED = 0.2
 
-SHADOW_METRICS = ("shadow_disagreement", "shadow_error_rate")
-
 _NOTHING = np.zeros(0)
 _NO_CELLS = Cells(
     _NOTHING.astype(np.uint64), _NOTHING.astype(np.int64), _NOTHING.astype(np.int64), _NOTHING, _NOTHING
 )
-
-#: Log wealth against "the difference is at most (`below`: at least) the bound", which may be relative.
-Wealth = Callable[[float, Side, bool], float]
-#: Lower and upper limit at that error rate a side.
-Limits = Callable[[float], tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +80,6 @@ class Observed:
     shadows: ShadowTotals = field(default_factory=ShadowTotals)
     #: By metric name, of those whose values lie in a known range.
     bounded: dict[str, Bounded] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One way of looking at a difference, with its weight in the statement's share of the budget."""
-
-    name: str
-    weight: float
-    wealth: Wealth
-    limits: Limits | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """What is shown beside the pieces."""
-
-    control_units: int = 0
-    units: int = 0
-    control_mean: float = 0.0
-    mean: float = 0.0
-    estimate: float = 0.0
 
 
 def metric_key(metric: TrialMetric) -> str:
@@ -127,7 +100,7 @@ def weigh(trial: Trial, observed: Observed) -> list[Evidence]:
         for arm in range(1, len(trial.arms)):
             if metric.name in SHADOW_METRICS:
                 if trial.arms[arm].version == trial.shadow_version:
-                    numbers, pieces = _of_shadow(metric, observed.shadows)
+                    numbers, pieces = of_shadow(metric, observed.shadows)
                 else:
                     numbers, pieces = Numbers(), []
             elif metric.quantile:
@@ -379,72 +352,3 @@ def _of_quantile(
         return Numbers(), pieces
     control, value = shown.control_value, shown.value
     return Numbers(shown.control_units, shown.units, control, value, value - control), pieces
-
-
-def _of_shadow(metric: TrialMetric, totals: ShadowTotals) -> tuple[Numbers, list[Piece]]:
-    """The first request of every unit that both versions answered; copies are sent for a random share of
-    requests. The means are of all requests."""
-    if not totals.requests:
-        return Numbers(), []
-    whose, weight = _whose(totals), totals.units.weight
-    if metric.name == "shadow_error_rate":
-        return _of_shadow_errors(totals, whose, weight)
-    n, different = _firsts(totals, DIFFERENT, totals.requests - totals.equal)
-    share = (totals.requests - totals.equal) / totals.requests
-
-    def wealth(bound: float, side: Side, relative: bool) -> float:
-        return bets.share(different, n, min(1.0, max(0.0, bound)), side)
-
-    def limits(alpha: float) -> tuple[float, float]:
-        low = bets.confidence_limit(lambda p: wealth(p, "above", False), "above", alpha, 0.0, 1.0)
-        high = bets.confidence_limit(lambda p: wealth(p, "below", False), "below", alpha, 0.0, 1.0)
-        return low, high
-
-    name = f"exact betting on the share that the shadow answered differently of {whose}"
-    numbers = Numbers(totals.requests, totals.requests, 0.0, share, share)
-    return numbers, [Piece(name, weight, wealth, limits)]
-
-
-def _whose(totals: ShadowTotals) -> str:
-    """What is bet on, and what that assumes."""
-    sample = totals.units
-    if not len(sample.units):
-        return "all requests (the log names no units: assumes that requests are independent)"
-    told = f"the first request of each of {len(sample.units):,} units"
-    if sample.level:
-        told += f", a random {1 / 2**sample.level:.3g} of all"
-    if sample.unnamed:
-        told += f" ({sample.unnamed:,} requests name no unit and count as one each: assumes independence)"
-    return told
-
-
-def _firsts(totals: ShadowTotals, flag: int, otherwise: int) -> tuple[float, float]:
-    """Units and those whose first request showed `flag`; where no units are known, requests and those of them
-    (`otherwise`)."""
-    sample = totals.units
-    if not len(sample.units):
-        return float(totals.requests), float(otherwise)
-    return float(len(sample.units)), float(sample.firsts(flag))
-
-
-def _of_shadow_errors(totals: ShadowTotals, whose: str, weight: float) -> tuple[Numbers, list[Piece]]:
-    """Failures of the shadow alone against failures of the version alone, over requests that both were
-    asked."""
-    n, errors = _firsts(totals, ONLY_VERSION_FAILED, totals.only_errors)
-    _, shadow_errors = _firsts(totals, ONLY_SHADOW_FAILED, totals.only_shadow_errors)
-    # A fair coin's bet on a difference: half of the requests on either side, of which bounds are half as
-    # large.
-    pairs = RandomisedCounts(
-        np.array([0.5]),
-        np.array([n / 2]),
-        np.array([errors]),
-        np.array([n / 2]),
-        np.array([shadow_errors]),
-    )
-
-    def wealth(bound: float, side: Side, relative: bool) -> float:
-        return float(bets.randomised_share(pairs, 2 * bound, side))
-
-    rates = [count / totals.requests for count in (totals.errors, totals.shadow_errors)]
-    shown = Numbers(totals.requests, totals.requests, rates[0], rates[1], rates[1] - rates[0])
-    return shown, [Piece(f"exact betting on what one of both failed of {whose}", weight, wealth)]

@@ -11,7 +11,7 @@ import duckdb
 from fastapi import APIRouter, Query
 from headrace.v1.trials_pb2 import Trial, Verdict
 
-from services.analytics import off_policy, trial_queries
+from services.analytics import off_policy, trial_queries, trial_values
 from services.analytics.experiment_schemas import AssignmentIn, OffPolicyIn, PlanIn
 from services.analytics.looking import Looking, observe
 from services.analytics.novelty import tenure
@@ -110,7 +110,7 @@ async def _results(
     trial: Trial, verdict: Verdict, reader: Reader, clock: Clock, options: Options, placebo: Json | None
 ) -> Json:
     question = TrialQuestion.of(trial)
-    wanted = trial_queries.outcome_names([metric.name for metric in trial.metrics])
+    wanted = trial_values.outcome_names([metric.name for metric in trial.metrics])
     before_s = max((metric.pre_period_s for metric in trial.metrics if metric.covariate), default=0)
     now_us = clock.unix_us()
     metrics = {metric.name: metric for metric in trial.metrics if not metric.quantile}

@@ -17,13 +17,14 @@ from headrace.v1.trials_pb2 import Trial, Verdict
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.analytics import shadows, trial_queries
-from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
+from services.analytics import shadows, trial_queries, trial_values
+from services.analytics.evidence import Observed, metric_key
 from services.analytics.late_firsts import KnownFirsts
 from services.analytics.lease import LEASE_WAIT_S, Lease
 from services.analytics.metrics import Metrics
 from services.analytics.pace import Open, Pace
 from services.analytics.reading import Reader
+from services.analytics.shadow_evidence import SHADOW_METRICS
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.trial_queries import Counts, TrialQuestion
 from services.analytics.trial_store import forget_maxima, raise_maxima
@@ -184,7 +185,7 @@ class Looking:
         totals = await self._shadows(trial)
         question = TrialQuestion.of(trial)
         until_us = self._clock.unix_us()
-        wanted = trial_queries.outcome_names([metric.name for metric in trial.metrics])
+        wanted = trial_values.outcome_names([metric.name for metric in trial.metrics])
         before_s = max((metric.pre_period_s for metric in trial.metrics if metric.covariate), default=0)
 
         def ask(connection: duckdb.DuckDBPyConnection) -> Look:
@@ -241,7 +242,7 @@ def observe(
             histograms[metric_key(metric)] = trial_queries.histograms(connection, metric)
         else:
             cells[metric.name] = trial_queries.cells(connection, metric)
-        if trial_queries.is_bounded(metric):
+        if trial_values.is_bounded(metric):
             bounded[metric.name] = trial_queries.bounded(connection, metric, strata)
     observed = Observed(strata, visits, cells, histograms, totals, bounded)
     return observed, trial_queries.counts(connection, question)

@@ -14,7 +14,7 @@ import numpy as np
 from headrace.v1.trials_pb2 import TrialMetric
 
 from services.analytics.statistics.stratified import Cells, stratified_effect
-from services.analytics.trial_queries import values_of
+from services.analytics.trial_values import values_of
 
 Json = dict[str, Any]
 

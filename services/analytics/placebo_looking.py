@@ -14,7 +14,7 @@ import structlog
 from headrace.v1.trials_pb2 import Trial
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.analytics import placebo_queries, placebo_store, trial_queries
+from services.analytics import placebo_queries, placebo_store, trial_values
 from services.analytics.lease import LEASE_WAIT_S, Lease
 from services.analytics.metrics import Metrics
 from services.analytics.pace import Open, Pace
@@ -149,7 +149,7 @@ class Placebos:
             return units.units.size, crossings(units)
 
         metric = placebo_queries.mean_metric(control.trial) if control.trial else placebo_queries.LATENCY
-        wanted = trial_queries.outcome_names([metric.name])
+        wanted = trial_values.outcome_names([metric.name])
         try:
             units, found = await self._reader.ask(
                 control.model,

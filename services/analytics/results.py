@@ -19,10 +19,11 @@ from headrace.v1.trials_pb2 import Evidence, Trial, TrialMetric, Verdict
 
 from services.analytics import lifts, novelty, words
 from services.analytics.caveats import assumptions, warnings
-from services.analytics.evidence import SHADOW_METRICS, Observed, metric_key
+from services.analytics.evidence import Observed, metric_key
 from services.analytics.lifts import Lift, Measured
 from services.analytics.novelty import Tenure
 from services.analytics.quantile_lifts import Histograms, compared_quantiles
+from services.analytics.shadow_evidence import SHADOW_METRICS
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics import bayesian, counts, group_sequential, multiple
 from services.analytics.statistics.stratified import Cells, stratified_effect

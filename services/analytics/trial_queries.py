@@ -8,7 +8,7 @@ stratum, nor are those that another version answered instead. Everything blocks,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +19,7 @@ from headrace.v1.trials_pb2 import Trial, TrialMetric
 from numpy.typing import NDArray
 
 from services.analytics.statistics.stratified import Cells
+from services.analytics.trial_values import is_built_in, values_before, values_of
 
 Floats = NDArray[np.float64]
 
@@ -29,8 +30,6 @@ BAKE, BEFORE = 1_000_000, 999_999
 #: Latencies are told apart by 1%.
 LATENCY_BASE = 1.01
 
-#: Outcomes that a metric needs; the rest are the names of outcomes themselves.
-_OF_REQUESTS = {"error_rate", "latency_ms", "shadow_disagreement", "shadow_error_rate"}
 _WHOLE = 10_000
 
 # By intention to treat: a fallback that answers does so for the variant that the unit was given, and that
@@ -103,15 +102,6 @@ SELECT arm, count(*), count(DISTINCT unit_hash), count(*) FILTER (failed),
 FROM mine LEFT JOIN latest USING (arm) WHERE code <> 1 GROUP BY arm
 """
 
-_VALUES = {
-    "error_rate": "SELECT *, failed::DOUBLE AS value FROM exposed WHERE code <> 1",
-    "latency_ms": "SELECT *, latency_us / 1000.0 AS value FROM exposed WHERE code = 0 AND NOT cached",
-    "accuracy": "SELECT exposed.*, labelled.value FROM exposed JOIN labelled USING (request_id)",
-}
-_OUTCOME_VALUES = """
-SELECT exposed.*, number AS value FROM exposed JOIN outcomes USING (request_id)
-WHERE metric = $metric AND number IS NOT NULL
-"""
 _CELLS = """
 SELECT unit_hash, arm, stratum, sum(value) AS total, count(*)::DOUBLE AS n
 FROM ({values}) WHERE value IS NOT NULL GROUP BY unit_hash, arm, stratum
@@ -120,23 +110,6 @@ _ZERO_CELLS = """
 SELECT unit_hash, arm, stratum, coalesce(total, 0) AS total, 1::DOUBLE AS n
 FROM (SELECT DISTINCT unit_hash, arm, stratum FROM exposed)
 LEFT JOIN ({cells}) USING (unit_hash, arm, stratum)
-"""
-# What became known after the start may depend on the arm, and is no covariate.
-_BEFORE = {
-    "error_rate": "SELECT unit_hash, avg(failed::DOUBLE) AS value FROM before WHERE code <> 1 GROUP BY ALL",
-    "latency_ms": """
-        SELECT unit_hash, avg(latency_us / 1000.0) AS value FROM before WHERE code = 0 AND NOT cached
-        GROUP BY ALL
-    """,
-    "accuracy": """
-        SELECT unit_hash, avg(value) AS value FROM labelled JOIN before USING (request_id, unit_hash)
-        WHERE observed_at_us < getvariable('started_us') GROUP BY ALL
-    """,
-}
-_OUTCOME_BEFORE = """
-SELECT unit_hash, {aggregate}(number) AS value FROM before JOIN outcomes USING (request_id)
-WHERE metric = $metric AND number IS NOT NULL AND observed_at_us < getvariable('started_us')
-GROUP BY unit_hash
 """
 _WITH_BEFORE = """
 SELECT cells.*, before.value AS covariate FROM ({cells}) AS cells
@@ -267,11 +240,6 @@ class Counts:
     requests_since: int
 
 
-def outcome_names(metrics: Mapping[str, TrialMetric] | list[str]) -> list[str]:
-    """The outcomes that these metrics are made of."""
-    return sorted({"label" if name == "accuracy" else name for name in metrics} - _OF_REQUESTS)
-
-
 def open_trial(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> Strata:
     """Make the tables that the other functions read, from a snapshot that reaches back to the start (and to
     the pre-period). Once per connection."""
@@ -361,16 +329,13 @@ def counts(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> li
 
 def cells(connection: duckdb.DuckDBPyConnection, metric: TrialMetric) -> Cells:
     """Sums per unit, stratum (BAKE for what came after the last weights) and arm."""
-    sql = _CELLS.format(values=_values(metric))
-    if metric.missing_is_zero and metric.name not in _VALUES:
+    values, given = values_of(metric)
+    sql = _CELLS.format(values=values)
+    if metric.missing_is_zero and not is_built_in(metric):
         sql = _ZERO_CELLS.format(cells=sql)
-    given = _given(metric)
     covariate = None
     if metric.covariate == TrialMetric.COVARIATE_PRE_PERIOD:
-        before = _BEFORE.get(metric.name) or _OUTCOME_BEFORE.format(
-            aggregate="sum" if metric.missing_is_zero else "avg"
-        )
-        sql = _WITH_BEFORE.format(cells=sql, before=before)
+        sql = _WITH_BEFORE.format(cells=sql, before=values_before(metric))
     found = connection.execute(sql, given).fetchnumpy()
     if "covariate" in found:
         covariate = np.ma.filled(np.ma.asarray(found["covariate"], dtype=np.float64), np.nan)
@@ -384,23 +349,13 @@ def cells(connection: duckdb.DuckDBPyConnection, metric: TrialMetric) -> Cells:
     )
 
 
-def is_bounded(metric: TrialMetric) -> bool:
-    """Whether the mean of a metric is one of values in a known range. What a unit without a value counts as
-    may still change, so nothing of such a metric is exact; error rates are counted by `visits`."""
-    return (
-        metric.low < metric.high
-        and not metric.quantile
-        and not metric.missing_is_zero
-        and metric.name not in {"error_rate", "shadow_disagreement", "shadow_error_rate"}
-    )
-
-
 def bounded(connection: duckdb.DuckDBPyConnection, metric: TrialMetric, strata: Strata) -> Bounded:
     """First values of units within the metric's range, after `open_trial`."""
     units, shares, outside = np.zeros_like(strata.shares), np.zeros_like(strata.shares), 0
-    sql = _BOUNDED.format(values=_values(metric))
-    given = _given(metric) | {"low": metric.low, "high": metric.high}
-    for stratum, arm, count, total, beyond in connection.execute(sql, given).fetchall():
+    values, given = values_of(metric)
+    limits = {"low": metric.low, "high": metric.high}
+    found = connection.execute(_BOUNDED.format(values=values), given | limits).fetchall()
+    for stratum, arm, count, total, beyond in found:
         units[stratum, arm], shares[stratum, arm] = count, total
         outside += beyond
     return Bounded(units, shares, outside)
@@ -410,12 +365,12 @@ def histograms(
     connection: duckdb.DuckDBPyConnection, metric: TrialMetric
 ) -> dict[tuple[int, int], Histogram]:
     """The values of a metric by (stratum, arm); none of one with values below zero, which no bucket holds."""
-    if metric.name not in _VALUES:
-        below = connection.execute(_BELOW_ZERO.format(values=_values(metric)), _given(metric)).fetchall()
+    values, given = values_of(metric)
+    if not is_built_in(metric):
+        below = connection.execute(_BELOW_ZERO.format(values=values), given).fetchall()
         if below:
             return {}
-    sql = _HISTOGRAMS.format(values=_values(metric), base=LATENCY_BASE)
-    found = connection.execute(sql, _given(metric)).fetchnumpy()
+    found = connection.execute(_HISTOGRAMS.format(values=values, base=LATENCY_BASE), given).fetchnumpy()
     stratum, arm = (np.asarray(found[name], dtype=np.int64) for name in ("stratum", "arm"))
     made = {}
     for place in sorted(set(zip(stratum.tolist(), arm.tolist(), strict=True))):
@@ -503,16 +458,3 @@ def _latest(connection: duckdb.DuckDBPyConnection, question: TrialQuestion) -> N
         since.append((other + 1 if other is not None else 0) if current else never)
     table = pa.table({"arm": pa.array(range(len(since)), pa.int32()), "since": pa.array(since, pa.uint64())})
     connection.register("latest", table)
-
-
-def values_of(metric: TrialMetric) -> tuple[str, dict[str, str | float]]:
-    """A query for the values of a metric, with the request each is of, and its parameters."""
-    return _values(metric), _given(metric)
-
-
-def _values(metric: TrialMetric) -> str:
-    return _VALUES.get(metric.name, _OUTCOME_VALUES)
-
-
-def _given(metric: TrialMetric) -> dict[str, str | float]:
-    return {} if metric.name in _VALUES else {"metric": metric.name}

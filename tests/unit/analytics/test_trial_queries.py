@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
 
-from services.analytics import novelty, placebo_queries, trial_queries
+from services.analytics import novelty, placebo_queries, trial_queries, trial_values
 from services.analytics.late_firsts import KnownFirsts
 from services.analytics.looking import observe
 from services.analytics.shadow_totals import ShadowTotals
@@ -180,8 +180,8 @@ def test_values_in_a_known_range_are_counted_once_a_unit(connection: duckdb.Duck
         changed = TrialMetric()
         changed.CopyFrom(metric)
         changed.MergeFrom(TrialMetric(**other))
-        assert not trial_queries.is_bounded(changed)
-    assert trial_queries.is_bounded(metric)
+        assert not trial_values.is_bounded(changed)
+    assert trial_values.is_bounded(metric)
 
 
 def test_what_an_arm_of_other_weights_had_is_not_made_up(connection: duckdb.DuckDBPyConnection) -> None:
