@@ -56,8 +56,8 @@ class Around:
     def changed(self) -> None: ...
 
     def launched(self, server: Server) -> None:
-        assert server.pid is not None
-        self.groups.append(server.pid)
+        assert server.child is not None  # `server.pid` would be None where it has ended already
+        self.groups.append(server.child.pid)
 
     def ended(self, pid: int) -> None:
         self.groups.remove(pid)
