@@ -206,7 +206,8 @@ class Supervisor:
 
     def launched(self, server: Server) -> None:
         grace = DATABASE_GRACE_S if isinstance(server, PostgresServer) else 0.0
-        self._tell_guard(f"+{server.pid} {grace}")
+        if server.child is not None:  # whose `server.pid` is None where it has ended already
+            self._tell_guard(f"+{server.child.pid} {grace}")
 
     def ended(self, pid: int) -> None:
         self._tell_guard(f"-{pid}")
