@@ -37,6 +37,8 @@ _ENOUGH, _FEW = 8, 4
 _POLL_S, _POLL_PAUSED_S = 0.1, 0.01
 _CHECK_S = 2.0
 _ASK_S = 2.0
+#: A member that lost its partitions and was given none joins again after this time, doubled each time.
+_REJOIN_S, _REJOINS = 2.0, 8
 _CLOSE_S = 5.0
 _REMEMBERED = 256
 
@@ -110,6 +112,8 @@ class KafkaChunks:
         # where their reading began.
         self._held: dict[int, _Partition] = {}
         self._began: dict[int, int] = {}
+        self._lost, self._given_none = False, False
+        self._rejoins, self._rejoin_at = 0, 0.0
         self._producer = AckedProducer(bootstrap, client_id)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -199,9 +203,7 @@ class KafkaChunks:
             self._consumer_options | {"on_commit": _on_commit},
             logger=outages.log,
         )
-        consumer.subscribe(
-            [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-        )
+        self._join(consumer)
         check_at = time.monotonic() + _CHECK_S
         try:
             while not self._stopping.is_set():
@@ -221,6 +223,7 @@ class KafkaChunks:
                     if time.monotonic() > check_at:
                         check_at = time.monotonic() + _CHECK_S
                         self._rewind_if_lost(consumer)
+                        self._join_again(consumer)
                 except (KafkaException, RuntimeError) as error:
                     log.warning("polling %s: %s", self._topic.name, error)
                     self._stopping.wait(0.2)
@@ -228,6 +231,25 @@ class KafkaChunks:
             with suppress(KafkaException, RuntimeError):
                 self._commit(consumer, wait=True)
                 consumer.close()
+
+    def _join(self, consumer: Consumer) -> None:
+        consumer.subscribe(
+            [self._topic.name], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+
+    def _join_again(self, consumer: Consumer) -> None:
+        """Where all was lost and nothing given instead: the group was formed anew before its topic was, and
+        the client remembers the topic as it was, so it does not notice that it is back. Not for ever: there
+        may be more members than partitions."""
+        # Only behind an assignment of none: to leave while a group is being formed leaves one broker (Tansu)
+        # with a leader that never answers.
+        if not self._given_none or self._rejoins >= _REJOINS or time.monotonic() < self._rejoin_at:
+            return
+        log.info("nothing of %s is ours any more, joining again", self._topic.name)
+        self._given_none = False
+        self._rejoins += 1
+        consumer.unsubscribe()
+        self._join(consumer)
 
     def _commit(self, consumer: Consumer, *, wait: bool = False) -> None:
         """Of each partition the last offset. One of an earlier assignment is dropped, its records come again:
@@ -273,13 +295,19 @@ class KafkaChunks:
             consumer.incremental_assign(partitions)
         else:
             consumer.assign(partitions)
+        self._given_none = self._lost and not numbers
+        self._rejoin_at = time.monotonic() + _REJOIN_S * 2**self._rejoins
         self._begin(numbers)
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._commit(consumer)  # whoever has them next begins behind what is done
-        self._on_lost(consumer, partitions)
+        self._release(consumer, partitions)
 
     def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._lost = self._lost or bool(partitions)
+        self._release(consumer, partitions)
+
+    def _release(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [part.partition for part in partitions]
         for number in numbers:
             self._held.pop(number, None)
@@ -298,6 +326,7 @@ class KafkaChunks:
         for number in numbers:
             self._began.pop(number, None)
         if begun:
+            self._lost, self._rejoins = False, 0
             self._loop.call_soon_threadsafe(self._assigned, begun)
 
     def _assigned(self, begun: dict[int, _Partition]) -> None:
@@ -326,8 +355,9 @@ class KafkaChunks:
         unread = [part for part in parts if part.offset < 0]
         asked = [part for part in unread if part.partition not in self._began]
         if asked:
-            began = consumer.committed(asked, timeout=_ASK_S)
-            self._began.update({part.partition: part.offset for part in began if part.error is None})
+            with suppress(KafkaException):  # the broker is away: asked again at the next look
+                began = consumer.committed(asked, timeout=_ASK_S)
+                self._began.update({part.partition: part.offset for part in began if part.error is None})
         for part in parts:
             at = part.offset if part.offset >= 0 else self._began.get(part.partition, 0)
             _, high = consumer.get_watermark_offsets(part, cached=True)

@@ -22,6 +22,12 @@ class Broker:
 
     def __init__(self) -> None:
         self.committed: list[tuple[int, int]] = []
+        self.joins = 0
+
+    def unsubscribe(self) -> None: ...
+
+    def subscribe(self, topics: list[str], **_callbacks: Any) -> None:
+        self.joins += 1
 
     def assign(self, partitions: list[TopicPartition]) -> None: ...
 
@@ -73,6 +79,30 @@ async def test_what_was_done_before_the_partitions_were_lost_is_not_committed() 
     chunks.settle(await delivered(chunks, 1, 0))
     chunks._commit(broker)
     assert broker.committed == [(1, 1)]
+
+
+async def test_a_member_that_lost_all_and_was_given_nothing_joins_again() -> None:
+    chunks = KafkaChunks("127.0.0.1:1", "test", TOPIC, "test", assignment="range")
+    broker: Any = Broker()
+
+    def looks() -> int:
+        chunks._rejoin_at = 0.0
+        chunks._join_again(broker)
+        return broker.joins
+
+    assigned(chunks, broker)
+    assert looks() == 0  # there may be more members than partitions
+    assigned(chunks, broker, 0, 1)
+    chunks._on_lost(broker, [TopicPartition(TOPIC.name, number) for number in (0, 1)])
+    assert looks() == 0  # it is being formed anew
+    assigned(chunks, broker)
+    assert looks() == looks() == 1
+    assigned(chunks, broker)
+    assert looks() == 2
+    assigned(chunks, broker, 0, 1)
+    chunks._on_revoke(broker, [TopicPartition(TOPIC.name, number) for number in (0, 1)])
+    assigned(chunks, broker)
+    assert looks() == 2  # others have them
 
 
 def test_an_outage_is_said_once_and_as_a_warning() -> None:
