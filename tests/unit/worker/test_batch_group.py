@@ -88,7 +88,7 @@ async def test_a_member_that_lost_all_and_was_given_nothing_joins_again() -> Non
     def looks() -> int:
         chunks._rejoin_at = 0.0
         chunks._join_again(broker)
-        return broker.joins
+        return int(broker.joins)
 
     assigned(chunks, broker)
     assert looks() == 0  # there may be more members than partitions
