@@ -248,9 +248,12 @@ def _numbers(
             return np.array(values, dtype=kind)
         if not values:
             return np.zeros(counts.sum(), dtype=kind)
+    given = [getattr(batch, field)[:] for batch in batches]
+    if not any(given):
+        return np.zeros(counts.sum(), dtype=kind)
     values = []
-    for batch, n in zip(batches, counts.tolist(), strict=True):
-        values += getattr(batch, field)[:] or [0] * n
+    for entries, n in zip(given, counts.tolist(), strict=True):
+        values += entries or [0] * n
     return np.array(values, dtype=kind)
 
 

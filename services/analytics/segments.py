@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -56,7 +57,7 @@ def encode(
 ) -> tuple[Segment, bytes]:
     """The object of a table of one model version, sorted by request id so that a look-up skips most of it;
     with the first and last id given, the rows stay as they are. Blocks; run it in a thread."""
-    ordered = table.sort_by("request_id") if bounds is None else table
+    ordered = table if bounds is not None or _is_sorted(table["request_id"]) else table.sort_by("request_id")
     first_id, last_id = bounds or (ordered["request_id"][0].as_py(), ordered["request_id"][-1].as_py())
     times = pc.min_max(ordered["answered_at_us"]).as_py()
     sink = pa.BufferOutputStream()
@@ -83,6 +84,16 @@ def encode(
         last_at_us=times["max"],
     )
     return segment, data
+
+
+def _is_sorted(ids: pa.ChunkedArray) -> bool:
+    """Whether these 16 bytes each ascend, as those of a job do: to look costs a thirtieth of sorting."""
+    if ids.num_chunks != 1 or ids.null_count:
+        return False
+    chunk = ids.chunk(0)
+    halves = np.frombuffer(chunk.buffers()[1], ">u8").reshape(-1, 2)[chunk.offset : chunk.offset + len(chunk)]
+    high, low = halves[:, 0], halves[:, 1]
+    return bool(np.all((high[:-1] < high[1:]) | ((high[:-1] == high[1:]) & (low[:-1] <= low[1:]))))
 
 
 class SegmentFiles:

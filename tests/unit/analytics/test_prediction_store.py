@@ -403,6 +403,19 @@ def test_objects_are_sorted_and_named_by_their_members(tmp_path: Path) -> None:
     assert pq.read_table(file)["request_id"].to_pylist() == [request_id(n) for n in (1, 3, 5)]
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 3, 1, 2], [0, 1, 3, 2], [3, 1 << 70, 1, 2]])
+def test_objects_are_sorted_in_whatever_order_rows_come(order: list[int]) -> None:
+    """Also a part of a table, whose buffers begin before it, and ids that differ in one half only."""
+    given = b"".join(number.to_bytes(16, "big") for number in order)
+    batch = prediction_batch(range(len(order)))
+    batch.request_ids = given
+    for table in (to_table([batch]), to_table([batch]).slice(1)):
+        segment, data = encode(table, "1", layout(batch), [batch.batch_id])
+        ids = pq.read_table(pa.BufferReader(data), columns=["request_id"])["request_id"].to_pylist()
+        assert ids == sorted(table["request_id"].to_pylist())
+        assert (segment.first_id, segment.last_id) == (ids[0], ids[-1])
+
+
 def test_latency_quantiles_come_with_intervals_that_know_who_sent_the_requests() -> None:
     """Of 400 users each has a latency of its own: 20 requests of one are hardly more than one."""
     rng = np.random.default_rng(11)
