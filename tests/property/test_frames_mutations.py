@@ -4,19 +4,16 @@ connection goes on or ends, nothing escapes it, and everybody who waits hears of
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Tensor
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from services.common.frames import FrameCalls, FrameServer
 from services.common.frames.client_connection import ClientConnection
 from services.common.frames.server_connection import ServerConnection
 from tests.fixtures.frames import QUICK, TOKEN, Echoes
+from tests.fixtures.mutations import MUTATIONS, SPLITS, Mutation, mutated, nothing_internal, pieces
 
 REQUESTS = 5
 #: More than a whole conversation, less than anything that runs away.
@@ -110,60 +107,10 @@ async def conversation() -> tuple[bytes, bytes]:
 
 FROM_CLIENT, FROM_SERVER = asyncio.run(conversation())
 
-MUTATIONS = st.tuples(
-    st.sampled_from(["replace", "replace", "insert", "delete", "cut", "repeat"]),
-    st.integers(0, 4000),
-    st.integers(0, 255),
-)
-SPLITS = st.lists(st.integers(1, 200), max_size=12)
-
-
-def mutated(words: bytes, mutation: tuple[str, int, int]) -> bytes:
-    how, where, byte = mutation
-    at = where % len(words)
-    if how == "replace":
-        return words[:at] + bytes([byte]) + words[at + 1 :]
-    if how == "insert":
-        return words[:at] + bytes([byte]) + words[at:]
-    if how == "delete":
-        return words[:at] + words[at + 1 :]
-    if how == "cut":
-        return words[:at]
-    return words[:at] + words[max(0, at - byte) :]
-
-
-def pieces(words: bytes, sizes: list[int]) -> Iterator[bytes]:
-    at = 0
-    for size in sizes:
-        if words[at : at + size]:
-            yield words[at : at + size]
-        at += size
-    if words[at:]:
-        yield words[at:]
-
-
-@contextmanager
-def nothing_internal() -> Iterator[None]:
-    """No fault of ours is logged: what the peer did is a warning at most."""
-    faults: list[logging.LogRecord] = []
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            faults.append(record)
-
-    handler = Keeper(logging.ERROR)
-    log = logging.getLogger("services.common.frames")
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-    assert not faults, faults[0].getMessage()
-
 
 @given(MUTATIONS, SPLITS)
 @settings(max_examples=200, deadline=None)
-def test_a_server_survives_its_client(mutation: tuple[str, int, int], splits: list[int]) -> None:
+def test_a_server_survives_its_client(mutation: Mutation, splits: list[int]) -> None:
     async def play() -> None:
         server = Server()
         for piece in pieces(mutated(FROM_CLIENT, mutation), splits):
@@ -174,13 +121,13 @@ def test_a_server_survives_its_client(mutation: tuple[str, int, int], splits: li
         assert [echo.closed for echo in server.echoes.made] == [1] * len(server.echoes.made)
         assert len(server.echoes.made) <= 1
 
-    with nothing_internal():
+    with nothing_internal("services.common.frames"):
         asyncio.run(play())
 
 
 @given(MUTATIONS, SPLITS)
 @settings(max_examples=200, deadline=None)
-def test_a_client_survives_its_server(mutation: tuple[str, int, int], splits: list[int]) -> None:
+def test_a_client_survives_its_server(mutation: Mutation, splits: list[int]) -> None:
     async def play() -> None:
         client = Client()
         for piece in pieces(mutated(FROM_SERVER, mutation), splits):
@@ -193,5 +140,5 @@ def test_a_client_survives_its_server(mutation: tuple[str, int, int], splits: li
         assert client.calls.in_flight == 0
         await client.calls.close()
 
-    with nothing_internal():
+    with nothing_internal("services.common.frames"):
         asyncio.run(play())

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.rpc.limits import RpcLimits
+from tests.fixtures.mutations import MUTATIONS, SPLITS, Mutation, mutated, nothing_internal, pieces
 from tests.fixtures.rpc import Front, infer, prefixed
 
 LIMITS = RpcLimits(max_streams=8, stream_window_bytes=1 << 16, window_bytes=1 << 17, max_connections=4)
@@ -50,66 +48,15 @@ async def words() -> bytes:
 
 
 WORDS = asyncio.run(words())
-MUTATIONS = st.tuples(
-    st.sampled_from(["replace", "replace", "insert", "delete", "cut", "repeat"]),
-    st.integers(0, 4000),
-    st.integers(0, 255),
-)
-SPLITS = st.lists(st.integers(1, 200), max_size=12)
-
-
-def mutated(mutation: tuple[str, int, int]) -> bytes:
-    how, where, byte = mutation
-    at = where % len(WORDS)
-    if how == "replace":
-        return WORDS[:at] + bytes([byte]) + WORDS[at + 1 :]
-    if how == "insert":
-        return WORDS[:at] + bytes([byte]) + WORDS[at:]
-    if how == "delete":
-        return WORDS[:at] + WORDS[at + 1 :]
-    if how == "cut":
-        return WORDS[:at]
-    return WORDS[:at] + WORDS[max(0, at - byte) :]
-
-
-def pieces(data: bytes, sizes: list[int]) -> Iterator[bytes]:
-    at = 0
-    for size in sizes:
-        if data[at : at + size]:
-            yield data[at : at + size]
-        at += size
-    if data[at:]:
-        yield data[at:]
-
-
-@contextmanager
-def nothing_internal() -> Iterator[None]:
-    """No fault of ours is logged: what the client did is a warning at most."""
-    faults: list[logging.LogRecord] = []
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            faults.append(record)
-
-    handler = Keeper(logging.ERROR)
-    log = logging.getLogger("services.gateway")
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-    assert not faults, faults[0].getMessage()
 
 
 @given(MUTATIONS, SPLITS, st.booleans())
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_a_front_survives_its_client(
-    mutation: tuple[str, int, int], splits: list[int], answered: bool
-) -> None:
+def test_a_front_survives_its_client(mutation: Mutation, splits: list[int], answered: bool) -> None:
     async def play() -> None:
         front = Front(LIMITS)
         client = front.client()
-        for piece in pieces(mutated(mutation), splits):
+        for piece in pieces(mutated(WORDS, mutation), splits):
             client.connection.data_received(piece)
             await asyncio.sleep(0)
             if answered:
@@ -123,5 +70,5 @@ def test_a_front_survives_its_client(
         assert front.service.bodies.held == 0
         front.service.close()
 
-    with nothing_internal():
+    with nothing_internal("services.gateway"):
         asyncio.run(play())
