@@ -7,13 +7,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from uuid import uuid4
 
-from services.common.errors import DataLoss, HeadraceError, InvalidArgument, NotFound
+from services.common.errors import DataLoss, InvalidArgument, NotFound
 from services.worker.backends.port import LoadFailed
 
 _MANIFEST_BYTES = 1 << 20
@@ -64,15 +64,8 @@ class ArtifactCache:
         manifest = await self._manifest(digest)
         partial = self._root / f".partial-{uuid4().hex}"
         try:
-            async with asyncio.TaskGroup() as tasks:
-                for file in _parse(manifest, digest):
-                    tasks.create_task(self._file(file, partial / file.path))
+            await _together([self._file(file, partial / file.path) for file in _parse(manifest, digest)])
             await asyncio.to_thread(_publish, partial, final, manifest)
-        except BaseExceptionGroup as group:  # what `except*` raises, early 3.11 wraps in a group again
-            failed = group.subgroup(HeadraceError)
-            if failed is None:
-                raise
-            raise _first(failed) from group
         finally:
             await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
         return final
@@ -150,6 +143,16 @@ def _remove_others(root: Path, wanted: set[str]) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _first(group: BaseExceptionGroup[HeadraceError]) -> HeadraceError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+async def _together(downloads: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Run all; the first that fails ends the others, and is raised.
+
+    No TaskGroup: where a task of one fails, Python before 3.11.3 leaves its caller a cancellation, and every
+    later `asyncio.timeout` of that task then ends it instead of raising TimeoutError.
+    """
+    tasks = [asyncio.create_task(download) for download in downloads]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
