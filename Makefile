@@ -1,7 +1,7 @@
 # Needs make and Python 3.11+ (HEADRACE_PYTHON picks one). Everything else goes into .venv.
 .DEFAULT_GOAL := help
 .PHONY: help venv up down logs status test check bench proto lock lint format-check types imports contracts unit
-.PHONY: native test-native
+.PHONY: native test-native explore
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -25,6 +25,7 @@ help:
 	@echo "make check   linters, types, import contracts, protobuf contracts, unit tests"
 	@echo "make native  compile the hot path now (make up does it in the background)"
 	@echo "make test-native  the tests of what is compiled, against what is compiled"
+	@echo "make explore properties on examples at random (make test tries the same ones each time)"
 	@echo "make bench   measure"
 	@echo "make proto   generate the code of the contracts"
 	@echo "make lock    resolve the requirements anew"
@@ -81,6 +82,10 @@ NATIVE_TESTS ?= tests/unit/common tests/unit/gateway tests/unit/router tests/uni
 test-native: native
 	$(PY) -m pytest -n $(TEST_JOBS) -o pythonpath="$$($(PY) -m deploy.embedded.native --path) . proto client" \
 		$(NATIVE_TESTS)
+
+# Examples that no run tried before; what fails is found again by what is printed.
+explore: $(STAMP)
+	$(PY) -m pytest -n $(JOBS) --hypothesis-profile=explore tests/property tests/unit
 
 bench: $(STAMP)
 	$(PY) -m benchmarks

@@ -51,7 +51,7 @@ WORDS = asyncio.run(words())
 
 
 @given(MUTATIONS, SPLITS, st.booleans())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 def test_a_front_survives_its_client(mutation: Mutation, splits: list[int], answered: bool) -> None:
     async def play() -> None:
         front = Front(LIMITS)

@@ -20,7 +20,7 @@ BLOCKS = st.lists(st.tuples(st.lists(st.tuples(NAMES, VALUES), max_size=8), st.b
 
 
 @given(BLOCKS, st.lists(st.sampled_from([0, 40, 200, 4096]), max_size=4))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 def test_reads_what_hpack_writes(
     blocks: list[tuple[list[tuple[bytes, bytes]], bool]], sizes: list[int]
 ) -> None:
@@ -32,7 +32,7 @@ def test_reads_what_hpack_writes(
 
 
 @given(BLOCKS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 def test_the_same_bytes_say_the_same_while_nothing_changes(
     blocks: list[tuple[list[tuple[bytes, bytes]], bool]],
 ) -> None:
@@ -48,7 +48,7 @@ def test_the_same_bytes_say_the_same_while_nothing_changes(
 
 
 @given(st.lists(st.binary(max_size=60), max_size=5))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 def test_any_bytes_are_read_as_by_hpack_or_refused(blocks: list[bytes]) -> None:
     reader, decoder = BlockReader(1 << 20), Decoder(max_header_list_size=1 << 20)
     for block in blocks:
