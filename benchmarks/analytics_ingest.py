@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.logged import record
-from services.analytics import queries
+from services.analytics import arm_queries, queries
 from services.analytics.columns import Logged, layout, parse, to_table
 from services.analytics.comparison import compare
 from services.analytics.segments import encode
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"summary of {total:,} requests: {time.perf_counter() - started:.2f} s")
         started = time.perf_counter()
         with queries.open_snapshot(queries.Snapshot(files=files)) as connection:
-            result = compare(queries.arms(connection, "latency_ms", "1", "2"), "latency_ms", ("1", "2"))
+            result = compare(arm_queries.arms(connection, "latency_ms", "1", "2"), "latency_ms", ("1", "2"))
         took = time.perf_counter() - started
         print(f"comparison of {result.a.units + result.b.units:,} units: {took:.2f} s")
 

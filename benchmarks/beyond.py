@@ -47,7 +47,8 @@ def drive_beyond(
     points = [
         CurvePoint(name, front.name, workload.name, rate / capacity, summary) for rate, summary in found.steps
     ]
-    for fraction in plan.overload_fractions if slow else plan.beyond:
+    fractions = plan.overload_fractions if slow else plan.beyond
+    for fraction in plan.beyond_rounds * fractions:
         summary = offer(max(1.0, round(capacity * fraction)))
         points.append(CurvePoint(name, front.name, workload.name, fraction, summary))
     return capacity, points

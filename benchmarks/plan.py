@@ -46,8 +46,10 @@ class Plan:
     main: str = "mlp"
     overload: str = "busy"
     #: Offered beyond the capacity that was found.
-    beyond: tuple[float, ...] = (1.5, 2.0)
-    overload_fractions: tuple[float, ...] = (0.5, 0.9, 1.5, 2.0, 4.0)
+    beyond: tuple[float, ...] = (1.0, 1.5, 2.0)
+    overload_fractions: tuple[float, ...] = (0.9, 1.0, 1.5, 2.0, 4.0)
+    #: How often each of these is offered, in turns: goodput of one window of two seconds varies by a tenth.
+    beyond_rounds: int = 3
     #: Until when an answer is of use, from the moment when its request was due.
     patience_s: float = 1.0
     overload_patience_s: float = 2.0
@@ -121,6 +123,7 @@ SMOKE = Plan(
     overloaded=("headrace",),
     curve_seconds=1,
     curve_connections=1024,
+    beyond_rounds=1,
     batching=False,
     instructions=False,
     warm_up_s=0.0,

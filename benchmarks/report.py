@@ -8,7 +8,7 @@ from benchmarks import tables
 from benchmarks.chart import bars, curves
 from benchmarks.instructions import instructions_table
 from benchmarks.plan import FULL
-from benchmarks.results import Results, Spread
+from benchmarks.results import Results, Spread, of_each_load
 from benchmarks.tables import connections_of, fronts_of, good, rates
 from benchmarks.verdict import verdict_table, verdicts
 from benchmarks.workload import HIDDEN
@@ -27,13 +27,15 @@ GRPC = "ModelInfer of the Open Inference Protocol, by h2load: every connection h
 OVERLOAD = (
     "Each row keeps a core busy for about two milliseconds, so the model is what limits and the generator "
     "has time. Capacity, found by rising load: {capacities}. An answer counts where it came within 2 s of "
-    "when its request was due; a refusal's time counts from when it was sent."
+    "when its request was due; a refusal's time counts from when it was sent. Loads that were "
+    "offered several times, in turns, show medians, the least goodput, and the worst of what was refused."
 )
 OPEN = (
     "The tiny model: here the machine limits, generator included. The load comes from up to 1,024 "
     "connections; a request that finds none free for 0.1 s is given up (*no connection*). Capacity, found by "
-    "rising load: {capacities}. An answer counts where it came within 1 s of when its request was due. (!): "
-    "the generator was late itself and was the limit."
+    "rising load: {capacities}. An answer counts where it came within 1 s of when its request was due. Loads "
+    "that were offered several times, in turns, show medians and the least. (!): the generator was late "
+    "itself and was the limit."
 )
 DIRECT = "One thread, no server."
 #: Between these lines of PROFILE.md stands what was measured.
@@ -118,7 +120,7 @@ def _beyond(results: Results, workload: str, title: str, text: str, folder: Path
         return []
     goodput: dict[str, list[tuple[float, float]]] = {}
     latency: dict[str, list[tuple[float, float]]] = {}
-    for point in sorted(points, key=lambda one: one.summary["offered_per_s"]):
+    for point in sorted(of_each_load(points), key=lambda one: one.summary["offered_per_s"]):
         said = point.summary
         goodput.setdefault(point.front, []).append((said["offered_per_s"], said["goodput_per_s"]))
         if said["p99_us"] is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +45,40 @@ class CurvePoint:
     workload: str
     fraction: float
     summary: dict[str, Any]
+
+
+#: Of an open-loop run: what is added up over runs of the same load, and of what the worst is kept.
+_ADDED = ("refused", "refused_without_retry_after", "late", "unanswered", "abandoned", "not_connected")
+_WORST = ("refused_p99_us", "refused_max_us", "lag_p99_us")
+_MIDDLE = ("offered_per_s", "goodput_per_s", "p50_us", "p90_us", "p99_us", "p999_us")
+
+
+def of_each_load(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """One point of those of the same server, workload and load: medians, but the sum of all refusals and
+    failures, and the worst of their times. Its summary says over how many `runs`, and which goodput the
+    worst of them had (`least_goodput_per_s`)."""
+    alike: dict[tuple[str, str, float], list[CurvePoint]] = {}
+    for point in points:
+        alike.setdefault((point.front, point.workload, point.fraction), []).append(point)
+    return [replace(runs[0], summary=_together([run.summary for run in runs])) for runs in alike.values()]
+
+
+def _together(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    def values(name: str) -> list[float]:
+        return [run[name] for run in runs if run[name] is not None]
+
+    failures: Counter[str] = Counter()
+    for run in runs:
+        failures.update(run["other"])
+    return {
+        **runs[0],
+        **{name: median(found) if (found := values(name)) else None for name in _MIDDLE},
+        **{name: sum(run[name] for run in runs) for name in _ADDED},
+        **{name: max(values(name), default=None) for name in _WORST},
+        "other": dict(failures),
+        "runs": len(runs),
+        "least_goodput_per_s": min(run["goodput_per_s"] for run in runs),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,8 @@ FAILURES = (
 )
 WARM_UP_CONNECTIONS = 32
 #: What driving one server beyond its capacity takes, start and stop included; the same with the slow model.
-BEYOND_S = 75.0
-OVERLOAD_S = 150.0
+BEYOND_S = 105.0
+OVERLOAD_S = 200.0
 #: The same for a round of a further payload, and of the main fronts, per server.
 PAYLOAD_S = 25.0
 CORE_S = 20.0

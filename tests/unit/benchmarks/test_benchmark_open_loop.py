@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.capacity import search
 from benchmarks.load.generator import offer
-from benchmarks.results import CurvePoint, Point, Results
+from benchmarks.results import CurvePoint, Point, Results, of_each_load
 from benchmarks.verdict import verdicts
 
 RATE, SECONDS = 400.0, 0.5
@@ -168,3 +168,27 @@ def test_overload_is_judged_by_the_peak_and_by_the_slowest_refusal() -> None:
     bare = met(results([], [curve(2.0, 900, **refusing, refused_without_retry_after=1)]))
     assert bare[soon] is False
     assert met(results([], [curve(1.0, 1000)]))[soon] is None
+
+
+def test_loads_offered_again_count_by_their_medians_and_their_worst_refusals() -> None:
+    kept = "twice the capacity offered: goodput at least 90% of the peak"
+    soon = "every refusal within 50 ms, with 429 or 503 and Retry-After"
+    refusing = {"refused": 10, "refused_p99_us": 9000.0, "refused_max_us": 49_000.0}
+    lucky = curve(0.97, 1200)  # a single window of the search for the capacity
+    runs = [
+        curve(fraction, goodput, **refusing)
+        for fraction, goodputs in ((1.0, (1000, 900, 1100)), (2.0, (910, 905, 400)))
+        for goodput in goodputs
+    ]
+    found = met(results([], [lucky, *runs]))
+    assert (found[kept], found[soon]) == (True, True)
+    runs[-1].summary["refused_max_us"] = 51_000.0
+    runs[-2].summary["goodput_per_s"] = 890
+    found = met(results([], [lucky, *runs]))
+    assert (found[kept], found[soon]) == (False, False)
+    both = of_each_load(runs)
+    assert [(one.fraction, one.summary["goodput_per_s"], one.summary["refused"]) for one in both] == [
+        (1.0, 1000, 30),
+        (2.0, 890, 30),
+    ]
+    assert both[1].summary["least_goodput_per_s"] == 400
