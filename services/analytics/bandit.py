@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from services.analytics.statistics.policies import top_two_weights
 from services.analytics.statistics.stratified import Cells, stratified_effect
-from services.analytics.trial_queries import BEFORE
+from services.analytics.trial_strata import BEFORE
 
 _WHOLE = 10_000
 _DRAWS = 4_000

@@ -10,7 +10,8 @@ from headrace.v1.trials_pb2 import Trial
 from services.analytics.evidence import Observed, metric_key
 from services.analytics.shadow_evidence import SHADOW_METRICS
 from services.analytics.statistics import counts
-from services.analytics.trial_queries import BEFORE, Counts
+from services.analytics.trial_queries import Counts
+from services.analytics.trial_strata import BEFORE
 
 _FEW_UNITS = 100
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from services.analytics.queries import Arms, Observations, Quantile
+from services.analytics.arm_queries import Arms, Observations, Quantile
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL, CountTest, contingency
 from services.analytics.statistics.effects import Arm, Effect, effect
 from services.analytics.statistics.fixed_horizon import Inference, t_test, z_test

@@ -10,7 +10,8 @@ import duckdb
 from fastapi import APIRouter, Query
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.analytics import queries, schemas, shadows
+from services.analytics import arm_queries, queries, schemas, shadows
+from services.analytics.arm_queries import Arms
 from services.analytics.reading import Reader
 from services.analytics.schemas import Json
 from services.analytics.shadow_report import report
@@ -29,7 +30,7 @@ Instant = Annotated[datetime | None, Query()]
 _BUILT_IN = {"error_rate": None, "latency_ms": None, "accuracy": "label"}
 _MAX_RECENT = 1000
 _SHARES = (0.5, 0.95, 0.99)
-_Quantiles = list[list[queries.Quantile]]
+_Quantiles = list[list[arm_queries.Quantile]]
 _USUAL_US = 30 * 86_400 * 1_000_000
 
 
@@ -84,10 +85,12 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
         since_us, until_us = _period(since, until, clock)
         without: Missing = missing or ("exclude" if metric in (*_BUILT_IN, "label") else "zero")
 
-        def question(connection: duckdb.DuckDBPyConnection) -> tuple[queries.Arms, list[Json], _Quantiles]:
-            arms = queries.arms(connection, metric, a, b)
+        def question(
+            connection: duckdb.DuckDBPyConnection,
+        ) -> tuple[Arms, list[Json], _Quantiles]:
+            arms = arm_queries.arms(connection, metric, a, b)
             wanted = _SHARES if metric == "latency_ms" else ()
-            of_arms = [queries.arm_quantiles(connection, arm, wanted) for arm in ("a", "b") if wanted]
+            of_arms = [arm_queries.arm_quantiles(connection, arm, wanted) for arm in ("a", "b") if wanted]
             return arms, queries.summary(connection), of_arms
 
         arms, rows, quantiles = await reader.ask(
@@ -167,7 +170,7 @@ def shadow_routes(engine: AsyncEngine, clock: Clock) -> APIRouter:
 
 
 def _compared(
-    arms: queries.Arms, metric: str, names: tuple[str, str], missing: Missing, alpha: float
+    arms: arm_queries.Arms, metric: str, names: tuple[str, str], missing: Missing, alpha: float
 ) -> Comparison:
     # SciPy takes most of a second to import; who consumes only need not wait for it.
     from services.analytics.comparison import compare  # noqa: PLC0415

@@ -45,15 +45,8 @@ from services.analytics.statistics.stratified import (
     log_evidence,
     stratified_effect,
 )
-from services.analytics.trial_queries import (
-    BAKE,
-    BEFORE,
-    Bounded,
-    Histogram,
-    Strata,
-    Tally,
-    Visits,
-)
+from services.analytics.trial_queries import Bounded, Histogram, Tally, Visits
+from services.analytics.trial_strata import BAKE, BEFORE, Strata
 from services.analytics.trial_values import is_bounded
 
 _FIRST, _PERIODS, _ALL = 0.5, 0.2, 0.2

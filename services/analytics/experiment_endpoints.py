@@ -12,16 +12,18 @@ from fastapi import APIRouter, Query
 from headrace.v1.trials_pb2 import Trial, Verdict
 
 from services.analytics import off_policy, trial_queries, trial_values
+from services.analytics.arm_results import Bounds, Json, Options, Seen
 from services.analytics.experiment_schemas import AssignmentIn, OffPolicyIn, PlanIn
 from services.analytics.looking import Looking, observe
 from services.analytics.novelty import tenure
 from services.analytics.off_policy import Estimates, Log
 from services.analytics.planning import plan
 from services.analytics.reading import Reader
-from services.analytics.results import Bounds, Json, Options, Seen, not_started, results
+from services.analytics.results import not_started, results
 from services.analytics.schemas import period_json
 from services.analytics.shadow_totals import ShadowTotals
-from services.analytics.trial_queries import Counts, TrialQuestion
+from services.analytics.trial_queries import Counts
+from services.analytics.trial_strata import TrialQuestion
 from services.analytics.trials import Trials
 from services.analytics.verdicts import nothing_observed
 from services.common.assignment import unit_digest

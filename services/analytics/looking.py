@@ -17,7 +17,7 @@ from headrace.v1.trials_pb2 import Trial, Verdict
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.analytics import shadows, trial_queries, trial_values
+from services.analytics import shadows, trial_queries, trial_strata, trial_values
 from services.analytics.evidence import Observed, metric_key
 from services.analytics.late_firsts import KnownFirsts
 from services.analytics.lease import LEASE_WAIT_S, Lease
@@ -26,8 +26,9 @@ from services.analytics.pace import Open, Pace
 from services.analytics.reading import Reader
 from services.analytics.shadow_evidence import SHADOW_METRICS
 from services.analytics.shadow_totals import ShadowTotals
-from services.analytics.trial_queries import Counts, TrialQuestion
+from services.analytics.trial_queries import Counts
 from services.analytics.trial_store import forget_maxima, raise_maxima
+from services.analytics.trial_strata import TrialQuestion
 from services.analytics.trials import Trials
 from services.analytics.verdicts import Look, look_at, nothing_observed, verdict
 from services.common.bus.port import Bus, Record
@@ -232,7 +233,7 @@ def observe(
     connection: duckdb.DuckDBPyConnection, trial: Trial, question: TrialQuestion, totals: ShadowTotals
 ) -> tuple[Observed, list[Counts]]:
     """Everything that the trial's evidence needs, from a snapshot. Blocks."""
-    strata = trial_queries.open_trial(connection, question)
+    strata = trial_strata.open_trial(connection, question)
     visits = trial_queries.visits(connection, strata)
     cells, histograms, bounded = {}, {}, {}
     for metric in trial.metrics:

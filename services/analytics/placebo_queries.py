@@ -6,9 +6,9 @@ import duckdb
 import numpy as np
 from headrace.v1.trials_pb2 import Trial, TrialMetric
 
-from services.analytics import trial_queries
+from services.analytics import trial_queries, trial_strata
 from services.analytics.placebo import MOST_UNITS, ControlUnits
-from services.analytics.trial_queries import BEFORE, TrialQuestion
+from services.analytics.trial_strata import BEFORE, TrialQuestion
 
 LATENCY = TrialMetric(name="latency_ms")
 
@@ -38,7 +38,7 @@ def mean_metric(trial: Trial) -> TrialMetric:
 
 def of_trial(connection: duckdb.DuckDBPyConnection, trial: Trial) -> ControlUnits:
     """The first units that chance sent to the trial's control."""
-    strata = trial_queries.open_trial(connection, TrialQuestion.of(trial))
+    strata = trial_strata.open_trial(connection, TrialQuestion.of(trial))
     trial_queries.open_visits(connection)
     return _units(connection, mean_metric(trial)) if strata.shares.size else _units(connection, LATENCY)
 

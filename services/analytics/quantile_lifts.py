@@ -10,7 +10,8 @@ import numpy as np
 from scipy import stats
 
 from services.analytics.quantile_evidence import QuantileEvidence
-from services.analytics.trial_queries import BEFORE, LATENCY_BASE, Histogram
+from services.analytics.trial_queries import LATENCY_BASE, Histogram
+from services.analytics.trial_strata import BEFORE
 
 Json = dict[str, Any]
 #: By (stratum, arm).

@@ -17,7 +17,8 @@ from services.analytics.evidence import Observed, metric_key, weigh
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL
 from services.analytics.statistics.stratified import FEWEST_UNITS
-from services.analytics.trial_queries import Counts, Strata, Tally, Visits
+from services.analytics.trial_queries import Counts, Tally, Visits
+from services.analytics.trial_strata import Strata
 
 Floats = NDArray[np.float64]
 

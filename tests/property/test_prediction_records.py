@@ -8,7 +8,7 @@ from headrace.v1.tensor_pb2 import DataType, Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.analytics import queries, schemas
+from services.analytics import arm_queries, queries, schemas
 from services.analytics.columns import CORE, layout, parse, to_table
 from services.analytics.queries import Snapshot
 from services.analytics.reading import Found
@@ -61,7 +61,7 @@ def keep_and_ask(value: bytes, folder: Path) -> None:
     file.write_bytes(data)
     with queries.open_snapshot(Snapshot(files=[str(file)], inbox=table.select(CORE.names))) as connection:
         rows = queries.summary(connection)
-        queries.arms(connection, "error_rate", "1", "2")
+        arm_queries.arms(connection, "error_rate", "1", "2")
     assert sum(row["requests"] for row in rows) <= 2 * table.num_rows
     found = queries.rows_of_request([str(file)], [table], batch.request_ids[:16])
     schemas.prediction_json(Found(found, []))

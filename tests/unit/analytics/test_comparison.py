@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from services.analytics.arm_queries import Arms, Observations
 from services.analytics.comparison import compare, sample_ratio
-from services.analytics.queries import Arms, Observations
 from services.analytics.schemas import comparison_json, sentence
 from services.analytics.statistics.proportions import two_proportion_z_test
 

@@ -19,7 +19,7 @@ from services.analytics.experiment_endpoints import experiment_routes
 from services.analytics.looking import observe
 from services.analytics.queries import OUTCOMES, Snapshot
 from services.analytics.shadow_totals import ShadowTotals
-from services.analytics.trial_queries import TrialQuestion
+from services.analytics.trial_strata import TrialQuestion
 from services.analytics.trials import Trials
 from services.analytics.verdicts import look_at, verdict
 from services.common.assignment import unit_digest

@@ -10,7 +10,7 @@ import pytest
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
-from services.analytics import queries
+from services.analytics import arm_queries, queries
 from services.analytics.columns import CORE, drop_payload, layout, parse, to_table
 from services.analytics.comparison import compare_quantiles
 from services.analytics.flushing import encode_joined
@@ -133,7 +133,7 @@ def test_what_an_experiment_assigned_is_no_part_of_the_comparison_of_versions() 
         prediction_batch([5, 6, 7], version="2", experiment_ids=["exp_b"], experiments=[1, 1, 1]),
     ]
     with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
-        found = queries.arms(connection, "error_rate", "1", "2")
+        found = arm_queries.arms(connection, "error_rate", "1", "2")
     assert (len(found.a.units), len(found.b.units), found.b.counts.sum()) == (2, 2, 2)
     assert found.experiments == [("exp_b", 3)]
 
@@ -335,7 +335,7 @@ def test_units_that_met_both_versions_count_for_the_first() -> None:
         prediction_batch([5], unit_hashes=[8], answered_at_us=START_US + 9),
     ]
     with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
-        found = queries.arms(connection, "error_rate", "1", "2")
+        found = arm_queries.arms(connection, "error_rate", "1", "2")
     assert found.crossed == 1
     assert (found.a.units.tolist(), found.a.counts.tolist()) == ([7, 8], [1.0, 2.0])
     assert (found.b.units.tolist(), found.b.totals.tolist()) == ([9], [1.0])
@@ -353,13 +353,13 @@ def test_requests_that_named_their_version_are_in_no_arm() -> None:
     ]
     revenue = said((2, 5.0, None, 0, 1), (6, 9.0, None, 0, 1), metric="revenue")
     with queries.open_snapshot(Snapshot(inbox=core(*batches), outcomes=revenue)) as connection:
-        found = queries.arms(connection, "revenue", "1", "2")
+        found = arm_queries.arms(connection, "revenue", "1", "2")
     assert (found.a.units.tolist(), found.b.units.tolist()) == ([1, 2], [3, 4])
     assert (found.a.totals.tolist(), found.a.counts.tolist()) == ([0.0, 5.0], [0.0, 1.0])
     assert found.b.counts.tolist() == [0.0, 0.0]
     assert (found.randomised, found.left_out, found.crossed) == (True, 4, 0)
     with queries.open_snapshot(Snapshot(inbox=core(*batches[:1], *batches[3:]))) as connection:
-        found = queries.arms(connection, "error_rate", "1", "2")
+        found = arm_queries.arms(connection, "error_rate", "1", "2")
     assert (found.randomised, found.left_out) == (False, 0)
     assert found.b.units.tolist() == [9]
 
@@ -438,9 +438,9 @@ def test_latency_quantiles_come_with_intervals_that_know_who_sent_the_requests()
                 )
             )
     with queries.open_snapshot(Snapshot(inbox=core(*batches))) as connection:
-        queries.arms(connection, "latency_ms", "1", "2")
-        a, b = (queries.arm_quantiles(connection, arm, (0.5, 0.95)) for arm in ("a", "b"))
-        assert queries.arm_quantiles(connection, "nobody", (0.5,)) == []
+        arm_queries.arms(connection, "latency_ms", "1", "2")
+        a, b = (arm_queries.arm_quantiles(connection, arm, (0.5, 0.95)) for arm in ("a", "b"))
+        assert arm_queries.arm_quantiles(connection, "nobody", (0.5,)) == []
     median, _ = compare_quantiles(a, b)
     assert median.a.low < 1.0 < median.a.high
     assert median.b.low < 1.3 < median.b.high

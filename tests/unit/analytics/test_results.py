@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from headrace.v1.trials_pb2 import Evidence, Trial, TrialMetric
 
+from services.analytics.arm_results import Json, Options, Seen
 from services.analytics.evidence import Observed
 from services.analytics.lifts import lift, measured
-from services.analytics.results import Json, Options, Seen, results
+from services.analytics.results import results
 from services.analytics.statistics.stratified import Cells
 from services.analytics.trial_queries import Counts
 from services.analytics.verdicts import look_at, verdict

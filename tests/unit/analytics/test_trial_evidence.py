@@ -19,7 +19,8 @@ from services.analytics.placebo import ControlUnits, crossings, halves
 from services.analytics.quantile_evidence import QuantileEvidence
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.stratified import Cells
-from services.analytics.trial_queries import BAKE, Bounded, Counts, Histogram, Strata, Tally, Visits
+from services.analytics.trial_queries import Bounded, Counts, Histogram, Tally, Visits
+from services.analytics.trial_strata import BAKE, Strata
 from services.analytics.trials import Trials
 from services.analytics.verdicts import (
     Maxima,

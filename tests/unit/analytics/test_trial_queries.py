@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from headrace.v1.trials_pb2 import Trial, TrialArm, TrialMetric
 
-from services.analytics import novelty, placebo_queries, trial_queries, trial_values
+from services.analytics import novelty, placebo_queries, trial_queries, trial_strata, trial_values
 from services.analytics.late_firsts import KnownFirsts
 from services.analytics.looking import observe
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.statistics.counts import SAMPLE_RATIO_LEVEL
-from services.analytics.trial_queries import BAKE, TrialQuestion
+from services.analytics.trial_strata import BAKE, TrialQuestion
 from services.analytics.verdicts import look_at
 
 START_US = 1_750_000_000_000_000
@@ -170,7 +170,7 @@ def test_values_in_a_known_range_are_counted_once_a_unit(connection: duckdb.Duck
             for at, (unit, version, revision, chance, value) in enumerate(values)
         ],
     )
-    strata = trial_queries.open_trial(connection, rollout(5_000, 2))
+    strata = trial_strata.open_trial(connection, rollout(5_000, 2))
     metric = TrialMetric(name="revenue", low=1.0, high=5.0)
     found = trial_queries.bounded(connection, metric, strata)
     assert found.units.tolist() == [[1, 1], [1, 1]]
@@ -189,13 +189,13 @@ def test_what_an_arm_of_other_weights_had_is_not_made_up(connection: duckdb.Duck
     question = TrialQuestion(
         "exp_1", 4, False, ("a", "b", "c"), ("1", "2", "3"), (5_000, 3_000, 2_000), START_US
     )
-    strata = trial_queries.open_trial(connection, question)
+    strata = trial_strata.open_trial(connection, question)
     assert np.isnan(strata.shares).tolist() == [[False, True, True]]
 
 
 def test_strata_are_weights_and_a_moved_unit_counts_in_each(connection: duckdb.DuckDBPyConnection) -> None:
     log(connection, WALK)
-    strata = trial_queries.open_trial(connection, rollout(5_000, 2))
+    strata = trial_strata.open_trial(connection, rollout(5_000, 2))
     np.testing.assert_allclose(strata.shares, [[0.9, 0.1], [0.5, 0.5]])
     np.testing.assert_allclose(strata.share(1), [0.1, 0.5])
     assert strata.last == 1  # revision 3 has the weights of 2
@@ -238,7 +238,7 @@ def test_all_traffic_on_one_arm_is_held_against_the_controls_last_time(
     connection: duckdb.DuckDBPyConnection,
 ) -> None:
     log(connection, [*WALK, request(1, "2", 4, 1.0, 900), request(9, "2", 4, 1.0, 901, code=13)])
-    strata = trial_queries.open_trial(connection, rollout(10_000, 4))
+    strata = trial_strata.open_trial(connection, rollout(10_000, 4))
     seen = trial_queries.visits(connection, strata)
     assert (seen.bake.units[1], seen.bake.failed[1]) == (2, 1)
     assert (seen.before.units[0], seen.before.failed[0]) == (2, 0)
@@ -252,7 +252,7 @@ def test_blue_green_has_no_weights_to_learn_from(connection: duckdb.DuckDBPyConn
         connection,
         [request(1, "1", 1, 1.0, 0), request(2, "1", 1, 1.0, 1), request(1, "2", 2, 1.0, 9, code=13)],
     )
-    strata = trial_queries.open_trial(connection, rollout(10_000, 2))
+    strata = trial_strata.open_trial(connection, rollout(10_000, 2))
     assert strata.last == -1
     seen = trial_queries.visits(connection, strata)
     assert (seen.before.units[0], seen.bake.units[1], seen.bake.failed[1]) == (2, 1, 1)
@@ -277,7 +277,7 @@ def test_experiments_are_told_by_id_and_variant_and_outcomes_join(
     )
     arms = [TrialArm(name=name, version="1", weight=5_000) for name in "ab"]
     trial = Trial(trial_id="exp_1", kind=Trial.KIND_EXPERIMENT, arms=arms, started_at_us=START_US)
-    strata = trial_queries.open_trial(connection, TrialQuestion.of(trial))
+    strata = trial_strata.open_trial(connection, TrialQuestion.of(trial))
     assert strata.shares.tolist() == [[0.5, 0.5]]
     zero = TrialMetric(
         name="revenue", missing_is_zero=True, covariate=TrialMetric.COVARIATE_PRE_PERIOD, pre_period_s=60
@@ -300,7 +300,7 @@ def test_what_a_fallback_answers_is_a_failure_of_the_arm_that_was_given(
     split = [request(unit, "1", 1, 0.5, unit) for unit in range(8)]
     stood_in = [request(8, "1", 1, 0.5, 8, variant="2"), request(9, "1", 1, 0.5, 9, variant="2")]
     log(connection, [*split, *stood_in])  # the new version never answered
-    strata = trial_queries.open_trial(connection, rollout(5_000, 1))
+    strata = trial_strata.open_trial(connection, rollout(5_000, 1))
     first = trial_queries.visits(connection, strata).first
     assert (first.units.tolist(), first.failed.tolist()) == ([[8, 2]], [[0, 2]])
     latencies = trial_queries.cells(connection, TrialMetric(name="latency_ms"))
@@ -310,7 +310,7 @@ def test_what_a_fallback_answers_is_a_failure_of_the_arm_that_was_given(
     with duckdb.connect(":memory:") as other:
         named = [request(unit, "1", 1, 0.9, unit, variant="old") for unit in range(8)]
         log(other, [*named, request(8, "2", 1, 0.1, 8, variant="new", code=13)])
-        strata = trial_queries.open_trial(other, rollout(1_000, 1))
+        strata = trial_strata.open_trial(other, rollout(1_000, 1))
         first = trial_queries.visits(other, strata).first
         assert (first.units.tolist(), first.failed.tolist()) == ([[8, 1]], [[0, 1]])
     with duckdb.connect(":memory:") as other:
@@ -327,7 +327,7 @@ def test_what_a_fallback_answers_is_a_failure_of_the_arm_that_was_given(
             TrialArm(name=name, version=version, weight=5_000) for name, version in (("a", "1"), ("b", "2"))
         ]
         trial = Trial(trial_id="exp_1", kind=Trial.KIND_EXPERIMENT, arms=arms, started_at_us=START_US)
-        strata = trial_queries.open_trial(other, TrialQuestion.of(trial))
+        strata = trial_strata.open_trial(other, TrialQuestion.of(trial))
         assert trial_queries.visits(other, strata).first.failed.tolist() == [[0, 1]]
 
 
@@ -337,7 +337,7 @@ def test_every_unit_weighs_the_same_in_a_histogram(connection: duckdb.DuckDBPyCo
         [request(1, "1", 1, 0.5, at, latency_ms=1.0) for at in range(3)]
         + [request(1, "1", 1, 0.5, 3, latency_ms=100.0), request(2, "2", 1, 0.5, 4, latency_ms=50.0)],
     )
-    trial_queries.open_trial(connection, rollout(5_000, 1))
+    trial_strata.open_trial(connection, rollout(5_000, 1))
     found = trial_queries.histograms(connection, TrialMetric(name="latency_ms", quantile=0.99))
     assert found[0, 0].units.tolist() == [0.75, 0.25]
     assert found[0, 0].buckets[0] == 0
@@ -349,11 +349,11 @@ def test_values_below_zero_are_in_no_bucket_and_so_in_no_quantile(
 ) -> None:
     earned = [request(unit, "1", 1, 0.5, unit, outcome=float(unit - 1)) for unit in range(4)]
     log(connection, earned)
-    trial_queries.open_trial(connection, rollout(5_000, 1))
+    trial_strata.open_trial(connection, rollout(5_000, 1))
     assert trial_queries.histograms(connection, TrialMetric(name="revenue", quantile=0.5)) == {}
     with duckdb.connect(":memory:") as other:
         log(other, earned[1:])
-        trial_queries.open_trial(other, rollout(5_000, 1))
+        trial_strata.open_trial(other, rollout(5_000, 1))
         found = trial_queries.histograms(other, TrialMetric(name="revenue", quantile=0.5))
         assert found[0, 0].units.sum() == 3
 
@@ -370,7 +370,7 @@ def test_of_answers_of_one_batch_the_same_one_counts_at_every_look() -> None:
             place = table.schema.get_field_index("request_id")
             wanted = ids if order is at_once else ids[::-1]
             made.register("online", table.set_column(place, "request_id", pa.array(wanted, pa.binary())))
-            first = trial_queries.visits(made, trial_queries.open_trial(made, rollout(5_000, 1))).first
+            first = trial_queries.visits(made, trial_strata.open_trial(made, rollout(5_000, 1))).first
             seen.add((first.units.sum(), first.failed.sum()))
     assert seen == {(99.0, 0.0)}
 
@@ -382,7 +382,7 @@ def test_an_arm_without_weight_leaves_the_others_their_chances(
     log(connection, [request(n, "1", 1, 0.5, n, variant="ab"[n % 2], **mine) for n in range(4)])
     arms = [TrialArm(name=name, version="1", weight=5_000 * (name != "c")) for name in "abc"]
     trial = Trial(trial_id="exp_1", kind=Trial.KIND_EXPERIMENT, arms=arms, started_at_us=START_US)
-    strata = trial_queries.open_trial(connection, TrialQuestion.of(trial))
+    strata = trial_strata.open_trial(connection, TrialQuestion.of(trial))
     assert strata.shares.tolist() == [[0.5, 0.5, 0.0]]
     assert trial_queries.visits(connection, strata).first.units.tolist() == [[2, 2, 0]]
 
@@ -427,7 +427,7 @@ def test_a_lift_that_wears_off_is_told_and_one_that_stays_is_not(
                 )
             )
     log(connection, requests)
-    trial_queries.open_trial(connection, rollout(5_000, 1))
+    trial_strata.open_trial(connection, rollout(5_000, 1))
     found = {
         name: novelty.novelty(novelty.tenure(connection, metric, 700_000_000), 1)
         for name, metric in (
@@ -464,7 +464,7 @@ def test_an_outcome_that_became_known_after_the_start_is_no_covariate(
             request(2, "2", 1, 0.5, 2, outcome=3.0),
         ],
     )
-    trial_queries.open_trial(connection, rollout(5_000, 1))
+    trial_strata.open_trial(connection, rollout(5_000, 1))
     metric = TrialMetric(name="revenue", covariate=TrialMetric.COVARIATE_PRE_PERIOD, pre_period_s=60)
     found = trial_queries.cells(connection, metric)
     assert found.covariate is not None
@@ -480,7 +480,7 @@ def test_a_log_that_comes_late_does_not_revise_first_requests_silently() -> None
     def look(requests: list[dict[str, Any]], at_s: float, earlier: KnownFirsts | None) -> KnownFirsts:
         with duckdb.connect(":memory:") as made:
             log(made, requests)
-            trial_queries.visits(made, trial_queries.open_trial(made, rollout(5_000, 1)))
+            trial_queries.visits(made, trial_strata.open_trial(made, rollout(5_000, 1)))
             until_us = START_US + round(1e6 * at_s)
             return KnownFirsts.at(until_us, partial(trial_queries.known_firsts, made), earlier)
 
