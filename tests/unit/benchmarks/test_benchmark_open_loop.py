@@ -127,9 +127,11 @@ def curve(fraction: float, goodput: float, **said: Any) -> CurvePoint:
     summary: dict[str, Any] = {
         "offered_per_s": 1000 * fraction,
         "goodput_per_s": goodput,
-        "p99_us": 1000.0,
+        **dict.fromkeys(("p50_us", "p90_us", "p99_us", "p999_us"), 1000.0),
         "refused": 0,
         "refused_without_retry_after": 0,
+        **dict.fromkeys(("late", "unanswered", "abandoned", "not_connected"), 0),
+        "lag_p99_us": 100.0,
         "refused_p99_us": None,
         "refused_max_us": None,
         "other": {},
