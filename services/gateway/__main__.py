@@ -7,7 +7,7 @@ import sys
 import structlog
 
 from services.common.clock import SystemClock
-from services.common.lifecycle import end_with_parent, run, until_stopped, usable_cores
+from services.common.lifecycle import end_with_parent, keep_freed_memory, run, until_stopped, usable_cores
 from services.common.settings import ConfigurationError, load
 from services.common.telemetry import flush_logs, setup_logging
 from services.gateway.app import gateway_app
@@ -29,6 +29,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     setup_logging("gateway", cfg.log_level, json=cfg.log_format == "json")
 
+    keep_freed_memory()
     count = max(1, usable_cores() // 4) if cfg.gateway_processes == "auto" else cfg.gateway_processes
 
     async def service() -> None:

@@ -7,7 +7,7 @@ import sys
 import structlog
 
 from services.common.clock import SystemClock
-from services.common.lifecycle import run, until_stopped
+from services.common.lifecycle import keep_freed_memory, run, until_stopped
 from services.common.settings import ConfigurationError, load
 from services.common.telemetry import flush_logs, setup_logging
 from services.router.app import router_app
@@ -24,6 +24,8 @@ def main() -> None:
         flush_logs()
         sys.exit(error.exit_code)
     setup_logging("router", cfg.log_level, json=cfg.log_format == "json")
+
+    keep_freed_memory()
 
     async def service() -> None:
         async with router_app(cfg, SystemClock()):

@@ -1,10 +1,12 @@
-"""Start and end of a service process. Read in this order: run.py (signals, exit codes), health.py (what is
-ready and why not), ops.py (health and metrics over HTTP), serving.py (uvicorn inside our own loop),
-processes.py and joint_ops.py (several processes of one service on the same ports)."""
+"""Start and end of a service process. Read in this order: run.py (signals, exit codes), memory.py (what is
+kept of freed memory), health.py (what is ready and why not), ops.py (health and metrics over HTTP), serving.py
+(uvicorn inside our own loop), processes.py and joint_ops.py (several processes of one service on the same
+ports)."""
 
 from services.common.errors import Fatal
 from services.common.lifecycle.health import Health
 from services.common.lifecycle.joint_ops import JointOps
+from services.common.lifecycle.memory import keep_freed_memory
 from services.common.lifecycle.ops import OpsEndpoints, ops_app
 from services.common.lifecycle.processes import ProcessGroup, end_with_parent, held_port, usable_cores
 from services.common.lifecycle.run import run, until_stopped
@@ -19,6 +21,7 @@ __all__ = [
     "ProcessGroup",
     "end_with_parent",
     "held_port",
+    "keep_freed_memory",
     "ops_app",
     "run",
     "serve_asgi",
