@@ -14,7 +14,7 @@ _HEAP_BLOCK_BYTES: Final = 16 << 20
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep up to 64 MiB of freed memory for what comes next; nothing where it is not glibc.
+    """Have glibc keep up to 64 MiB of freed memory for what comes next; does nothing elsewhere.
 
     It would give a tensor's memory back to the system when it is freed and fetch it anew for the next one,
     page by page: at half a megabyte that costs several times what copying the tensor does.
