@@ -3,33 +3,24 @@ transaction; the record for `control.deployments.v1` commits with the change or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import cast
 
 from headrace.v1.control_pb2 import (
-    Balancing,
-    Batching,
-    BucketRange,
-    Cache,
-    Fallback,
-    Hedging,
     ServedVersion,
     ServingConfig,
-    Shadow,
 )
 from headrace.v1.registry_pb2 import Deployment
-from headrace.v1.tensor_pb2 import Code, Signature
 
 from services.common.clock import Clock
-from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
+from services.common.errors import Aborted, FailedPrecondition, NotFound
 from services.common.topics import DEPLOYMENTS
-from services.registry.buckets import BUCKETS, Range, allocate
+from services.registry import serving_config
 from services.registry.repository import Repository
 from services.registry.rollout_guard import guard_rollout, rollout_name
-from services.registry.schemas import CacheIn, DeployIn, FallbackIn, ShadowIn, utc_us
-from services.registry.tables import DeploymentRow, HistoryRow, VersionRow
+from services.registry.schemas import DeployIn, utc_us
+from services.registry.tables import DeploymentRow, HistoryRow
 
 #: The reason of revisions that experiments made; a bandit makes them without end, so old ones are forgotten.
 EXPERIMENT = "experiment"
@@ -65,28 +56,11 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
     served = await _served(tx, model, wanted, aliases)
     old = ServingConfig.FromString(row.config) if row else ServingConfig()
     served += await _held(tx, old, served)
-    config = ServingConfig(
-        model=model,
-        versions=served,
-        aliases=_resolvable(aliases, served),
-        buckets=_buckets(old.buckets, served),
-        salt=old.salt or model,
-        pool=wanted.pool,
-        batching=Batching(**wanted.batching.model_dump()),
-        balancing=cast(Balancing, Balancing.Value(f"BALANCING_{wanted.balancing.upper()}")),
-        log_payloads=wanted.log_payloads,
-        default_timeout_ms=wanted.default_timeout_ms,
-        fallback=_fallback(wanted.fallback, aliases, served),
-        cache=_cache(wanted.cache),
-        shadow=_shadow(wanted.shadow, aliases, served),
-        hedging=None if wanted.hedging is None else Hedging(**wanted.hedging.model_dump()),
-        experiments=old.experiments,
-        holdout=owner.holdout,
-    )
+    config = serving_config.composed(model, wanted, served, aliases, old, owner.holdout)
     rollout = await tx.unfinished_rollout(model)
     if rollout is not None:
         guard_rollout(rollout, old, config)
-    if row is not None and _same_state(old, config):
+    if row is not None and serving_config.same_state(old, config):
         return _deployment(row)
     return await _commit_revision(tx, config, "deploy", clock)
 
@@ -125,8 +99,8 @@ async def revise(
     config = ServingConfig.FromString(row.config)
     edit(config)
     aliases = {alias.alias: alias.version for alias in await tx.aliases(model)}
-    _set_aliases(config, _resolvable(aliases, config.versions))
-    if _same_state(ServingConfig.FromString(row.config), config):
+    serving_config.set_aliases(config, serving_config.resolvable(aliases, config.versions))
+    if serving_config.same_state(ServingConfig.FromString(row.config), config):
         return _deployment(row)
     return await _commit_revision(tx, config, reason, clock, above=above)
 
@@ -142,31 +116,10 @@ async def held_versions(
     for name in missing:
         if name not in rows:
             raise NotFound(f"{model} has no version {name!r}", field="version")
-    added = [_served_version(rows[name], 0, name) for name in missing]
+    added = [serving_config.served_version(rows[name], 0, name) for name in missing]
     for version in added:
         version.held = True
     return added
-
-
-def release(config: ServingConfig, needed: Collection[str]) -> None:
-    """Take out of `config` what was brought by something that runs, and is neither `needed` nor answers
-    anybody any more."""
-    used = {*needed, config.fallback.version, config.shadow.version}
-    stay = [v for v in config.versions if not v.held or v.weight or v.version in used]
-    if len(stay) < len(config.versions):
-        kept = [ServedVersion.FromString(version.SerializeToString()) for version in stay]
-        del config.versions[:]
-        config.versions.extend(kept)
-
-
-def set_weights(config: ServingConfig, weights: Mapping[str, int]) -> None:
-    """Give the versions of `config` these weights in 1/10,000, 0 where there is none, moving as few units as
-    possible. `weights` add up to 10,000 (ValueError else)."""
-    for version in config.versions:
-        version.weight = weights.get(version.version, 0)
-    moved = _buckets(config.buckets, config.versions)
-    del config.buckets[:]
-    config.buckets.extend(moved)
 
 
 async def needed_versions(tx: Repository, config: ServingConfig, but: str = "") -> dict[str, str]:
@@ -210,21 +163,18 @@ async def history(
     return entries, entries[-1].revision if len(rows) > limit else None
 
 
-def served_versions(row: DeploymentRow) -> set[str]:
-    """Versions that a deployment holds loaded, those of weight 0 included."""
-    return {served.version for served in ServingConfig.FromString(row.config).versions}
-
-
 async def refresh_aliases(tx: Repository, model: str, clock: Clock) -> None:
     """After an alias moved: tell those who serve the model. The caller holds the model's lock."""
     row = await tx.deployment(model)
     if row is None:
         return
     config = ServingConfig.FromString(row.config)
-    aliases = _resolvable({alias.alias: alias.version for alias in await tx.aliases(model)}, config.versions)
+    aliases = serving_config.resolvable(
+        {alias.alias: alias.version for alias in await tx.aliases(model)}, config.versions
+    )
     if dict(config.aliases) == aliases:
         return
-    _set_aliases(config, aliases)
+    serving_config.set_aliases(config, aliases)
     await _commit_revision(tx, config, "alias", clock)
 
 
@@ -247,25 +197,9 @@ async def republish(tx: Repository, model: str, seen: int, clock: Clock) -> None
 async def _served(
     tx: Repository, model: str, wanted: DeployIn, aliases: Mapping[str, str]
 ) -> list[ServedVersion]:
-    total = sum(share.ten_thousandths for share in wanted.versions)
-    if total != BUCKETS:
-        raise InvalidArgument(f"the weights add up to {total / 100:g}%, not 100%", field="versions")
     names = [aliases.get(share.version, share.version) for share in wanted.versions]
     rows = {row.version: row for row in await tx.versions(model, names)}
-    served: list[ServedVersion] = []
-    for index, (name, share) in enumerate(zip(names, wanted.versions, strict=True)):
-        row = rows.get(name)
-        if row is None:
-            raise InvalidArgument(
-                f"{model} has no version {share.version!r}", field=f"versions[{index}].version"
-            )
-        if any(other.version == name for other in served):
-            raise InvalidArgument(f"version {name!r} stands twice", field=f"versions[{index}].version")
-        variant = share.variant or name
-        if any(other.variant == variant for other in served):
-            raise InvalidArgument(f"variant {variant!r} stands twice", field=f"versions[{index}].variant")
-        served.append(_served_version(row, share.ten_thousandths, variant))
-    return served
+    return serving_config.chosen(model, wanted.versions, aliases, rows)
 
 
 async def _held(tx: Repository, old: ServingConfig, served: Sequence[ServedVersion]) -> list[ServedVersion]:
@@ -281,96 +215,8 @@ async def _held(tx: Repository, old: ServingConfig, served: Sequence[ServedVersi
                 f"{needed[version.version]} needs version {version.version!r}; stop it first",
                 field="versions",
             )
-        staying.append(_served_version_again(version))
+        staying.append(serving_config.without_traffic(version))
     return staying
-
-
-def _served_version_again(version: ServedVersion) -> ServedVersion:
-    again = ServedVersion()
-    again.CopyFrom(version)
-    again.weight = 0
-    return again
-
-
-def _served_version(row: VersionRow, weight: int, variant: str) -> ServedVersion:
-    return ServedVersion(
-        version=row.version,
-        artifact_digest=row.artifact_digest,
-        backend=row.backend,
-        signature=Signature.FromString(row.signature),
-        variant=variant,
-        weight=weight,
-        artifact_bytes=row.artifact_bytes,
-    )
-
-
-def _fallback(
-    wanted: FallbackIn | None, aliases: Mapping[str, str], served: Sequence[ServedVersion]
-) -> Fallback | None:
-    if wanted is None:
-        return None
-    version = _another_version(wanted.version, aliases, served, "fallback.version")
-    codes = {Code.Value(f"CODE_{name}") for name in wanted.on}
-    return Fallback(version=version, on=[cast(Code, code) for code in sorted(codes)])
-
-
-def _shadow(
-    wanted: ShadowIn | None, aliases: Mapping[str, str], served: Sequence[ServedVersion]
-) -> Shadow | None:
-    if wanted is None:
-        return None
-    version = _another_version(wanted.version, aliases, served, "shadow.version")
-    return Shadow(
-        version=version,
-        share=int(wanted.share * 100),
-        tolerance=wanted.tolerance,
-        slice_by=wanted.slice_by,
-    )
-
-
-def _cache(wanted: CacheIn | None) -> Cache | None:
-    if wanted is None:
-        return None
-    return Cache(ttl_ms=round(wanted.ttl_s * 1000), max_entry_bytes=wanted.max_entry_bytes)
-
-
-def _another_version(
-    name: str, aliases: Mapping[str, str], served: Sequence[ServedVersion], field: str
-) -> str:
-    """`name` as one of several versions that are served. Raises InvalidArgument, field `field`."""
-    version = aliases.get(name, name)
-    if all(other.version != version for other in served):
-        raise InvalidArgument(f"version {name!r} is not among the versions served", field=field)
-    if len(served) == 1:
-        raise InvalidArgument(f"version {name!r} is the only one served", field=field)
-    return version
-
-
-def _buckets(old: Sequence[BucketRange], served: Sequence[ServedVersion]) -> list[BucketRange]:
-    before = [Range(piece.first, piece.last, piece.version) for piece in old]
-    after = allocate(before, {version.version: version.weight for version in served})
-    return [BucketRange(first=piece.first, last=piece.last, version=piece.version) for piece in after]
-
-
-def _resolvable(aliases: Mapping[str, str], served: Sequence[ServedVersion]) -> dict[str, str]:
-    """Aliases of versions that are served: a name that the topic carries can always be answered."""
-    versions = {version.version for version in served}
-    return {alias: version for alias, version in aliases.items() if version in versions}
-
-
-def _set_aliases(config: ServingConfig, aliases: Mapping[str, str]) -> None:
-    config.aliases.clear()
-    config.aliases.update(aliases)
-
-
-def _same_state(a: ServingConfig, b: ServingConfig) -> bool:
-    """Equal but for when and as what revision they were published."""
-    left, right = ServingConfig(), ServingConfig()
-    left.CopyFrom(a)
-    right.CopyFrom(b)
-    for config in (left, right):
-        config.revision = config.published_at_us = 0
-    return left == right
 
 
 async def _commit_revision(

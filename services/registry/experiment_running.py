@@ -10,7 +10,7 @@ from headrace.v1.control_pb2 import ServedVersion, ServingConfig
 from services.common.assignment import BUCKETS
 from services.common.clock import Clock
 from services.common.errors import FailedPrecondition
-from services.registry import deployments
+from services.registry import deployments, serving_config
 from services.registry.experiment_state import layer_of, served_experiment, spec_of, start_of_layer
 from services.registry.layers import Span, own, owners, size
 from services.registry.repository import Repository
@@ -87,8 +87,8 @@ async def end(tx: Repository, row: ExperimentRow, clock: Clock, winner: str | No
         if winner is not None:
             for version in config.versions:
                 version.held = version.held and version.version != winner
-            deployments.set_weights(config, {winner: BUCKETS})
-        deployments.release(config, needed)
+            serving_config.set_weights(config, {winner: BUCKETS})
+        serving_config.release(config, needed)
 
     if deployed is not None:
         await _publish(tx, row, clock, edit)

@@ -8,10 +8,10 @@ from headrace.v1.control_pb2 import ServedVersion, ServingConfig, Shadow
 
 from services.common.assignment import BUCKETS
 from services.common.errors import FailedPrecondition
-from services.registry.deployments import set_weights
 from services.registry.rollout_plan import Rollout
 from services.registry.rollout_schemas import StepIn
 from services.registry.rollout_words import percent
+from services.registry.serving_config import set_weights
 from services.registry.trial_schemas import ten_thousandths
 
 

@@ -14,7 +14,7 @@ from headrace.v1.trials_pb2 import Verdict
 from services.common.clock import Clock
 from services.common.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from services.common.ids import new_id
-from services.registry import deployments, rollout_config
+from services.registry import deployments, rollout_config, serving_config
 from services.registry.repository import Repository
 from services.registry.rollout_guard import check_unmasked, rollout_name
 from services.registry.rollout_plan import Action, Alert, Cause, Facts, Status, Step
@@ -285,7 +285,7 @@ async def _leave(
 
     def edit_and_release(config: ServingConfig) -> None:
         edit(config)
-        deployments.release(config, others)
+        serving_config.release(config, others)
 
     revised = await deployments.revise(tx, row.model, "rollout", clock, edit_and_release)
     row.revision = max(row.revision + 1, revised.config.revision)

@@ -11,7 +11,7 @@ from headrace.v1.tensor_pb2 import Signature
 
 from services.common.clock import Clock
 from services.common.errors import AlreadyExists, FailedPrecondition, NotFound
-from services.registry import deployments
+from services.registry import deployments, serving_config
 from services.registry.artifacts import StoredVersion
 from services.registry.deployments import no_model
 from services.registry.repository import Repository
@@ -131,7 +131,7 @@ async def delete_version(tx: Repository, model: str, version: str, clock: Clock)
     if aliases:
         raise FailedPrecondition(f"{version!r} has aliases ({', '.join(aliases)})", field="version")
     deployment = await tx.deployment(model)
-    if deployment is not None and version in deployments.served_versions(deployment):
+    if deployment is not None and version in serving_config.served_versions(deployment):
         raise FailedPrecondition(f"{version!r} is deployed", field="version")
     for experiment in await tx.experiments(model, ["scheduled"], "", 1000):
         if any(variant["version"] == version for variant in experiment.spec["variants"]):

@@ -8,9 +8,9 @@ from decimal import Decimal
 from headrace.v1.control_pb2 import ServedVersion, ServingConfig
 
 from services.registry import rollout_config
-from services.registry.deployments import release, set_weights
 from services.registry.rollout_plan import Status
 from services.registry.rollout_schemas import StepIn
+from services.registry.serving_config import release, set_weights
 from services.worker.batch_queue import BatchPolicy
 from services.worker.desired import Defaults, Deployments
 from services.worker.prediction_log import PayloadPolicy
