@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
-from services.common.eventlog import EventLog, join_predictions
+from services.common.eventlog import EventLog, PredictionJoin
 from services.common.frames import FrameCalls, FrameServer, client_tls_of, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
@@ -66,7 +66,7 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         stack.push_async_callback(tracing.close)
         events = EventLog(
             cfg.directory / "spool", bus, PREDICTIONS.name,
-            clock=clock, max_bytes=cfg.log_max_bytes, join=join_predictions,
+            clock=clock, max_bytes=cfg.log_max_bytes, join=PredictionJoin(),
         )  # fmt: skip
         await events.start()
         stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, KafkaBus, Table, followed
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
-from services.common.eventlog import EventLog, join_predictions
+from services.common.eventlog import EventLog, PredictionJoin
 from services.common.frames import FrameServer, Limits, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
@@ -171,7 +171,7 @@ async def _drain(
 async def _prediction_log(cfg: Settings, bus: Bus, clock: Clock) -> AsyncIterator[EventLog]:
     events = EventLog(
         cfg.directory / "spool", bus, PREDICTIONS.name,
-        clock=clock, max_bytes=cfg.log_max_bytes, join=join_predictions,
+        clock=clock, max_bytes=cfg.log_max_bytes, join=PredictionJoin(),
     )  # fmt: skip
     await events.start()
     try:

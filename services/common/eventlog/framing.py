@@ -8,9 +8,9 @@ All little-endian. A record cut short or altered anywhere fails its length or it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 from struct import Struct
+from typing import NamedTuple
 from zlib import crc32
 
 _ENVELOPE = Struct("<II")
@@ -20,9 +20,8 @@ _HEADER = Struct("<HI")
 Headers = Sequence[tuple[str, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event read back, `size` being its bytes on disk."""
+class Event(NamedTuple):
+    """One event, `size` being its bytes on disk. A tuple, since one is made for every append."""
 
     key: bytes
     value: bytes
@@ -31,7 +30,13 @@ class Event:
     size: int
 
 
-def frame(key: bytes, value: bytes, headers: Headers, timestamp_ms: int) -> tuple[tuple[bytes, ...], int]:
+#: Work cut into steps of some tens of microseconds; what it returns is its result.
+Steps = Generator[None, None, list[Event]]
+
+
+def frame(
+    key: bytes, value: bytes, headers: Headers, timestamp_ms: int
+) -> tuple[tuple[bytes, bytes, bytes, bytes], int]:
     """The buffers to write one after another, and their total size in bytes. Nothing large is copied."""
     meta = _META.pack(timestamp_ms, len(key), len(headers))
     if headers:

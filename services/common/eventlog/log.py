@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from services.common.bus.delivery import Backoff
 from services.common.bus.port import MAX_RECORD_BYTES, Bus, Record
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
-from services.common.eventlog.framing import Event, Headers, frame
+from services.common.eventlog.framing import Event, Headers, Steps, frame, frames
 from services.common.eventlog.spool import Spool
 
 log = logging.getLogger(__name__)
@@ -22,13 +24,21 @@ log = logging.getLogger(__name__)
 MAX_EVENT_BYTES = MAX_RECORD_BYTES - 4096
 PUBLISH_BYTES = 1 << 20
 PUBLISH_EVENTS = 2000
+# What a publish needs is worked on so long at a time, seconds: a request that comes meanwhile waits for it.
+_SLICE_S = 0.000_15
 
-Join = Callable[[Sequence[Event]], Sequence[Event]]
+
+class Join(Protocol):
+    """Makes of the events of one publish those that are published."""
+
+    def steps(self, events: Sequence[Event]) -> Steps:
+        """In steps, on the event loop. The same events give the same, after a crash too."""
+        ...
 
 
 @dataclass(slots=True)
 class _Publish:
-    """`events` as they were read, and of the records made of them those that the broker does not have yet."""
+    """`events` in their order, and of the records made of them those that the broker does not have yet."""
 
     events: Sequence[Event]
     records: list[Record]
@@ -41,8 +51,11 @@ class EventLog:
     the same directory publishes it before its own events. A loss of power may lose the last seconds, unless
     `fsync`, which costs a disk flush per event. Not more than `max_bytes` wait for the broker; the directory
     may hold `segment_bytes` more. `linger` is how long, in seconds, events are collected for one publish.
-    `join` makes of the events of one publish those that are published, in a thread; called again with the
-    same events, as after a crash, it must give the same.
+    `join` makes of the events of one publish those that are published.
+
+    What is appended is kept in memory too, while that is not much, so that publishing reads no file. All of
+    it is done on the event loop, in slices between which the loop does what else there is to do: in a thread,
+    the same work would make every system call of the loop wait for the interpreter.
 
     All methods belong to one event loop. Counters for metrics: `appended`, `refused`, `published`, `replayed`
     (of those left by an earlier process), `publish_failures`, `set_aside` (refused by the broker for good),
@@ -127,19 +140,22 @@ class EventLog:
         if not self._open:
             raise Unavailable("the event log is closed")
         now_ms = self._clock.unix_us() // 1000
+        given = tuple(headers)
         buffers: list[bytes] = []
+        events: list[Event] = []
         total = 0
         for value in values:
-            parts, size = frame(key, value, headers, now_ms)
+            parts, size = frame(key, value, given, now_ms)
             if size > MAX_EVENT_BYTES:
                 raise InvalidArgument(f"an event of {size} bytes is larger than {MAX_EVENT_BYTES}")
             buffers += parts
+            events.append(Event(key, value, given, now_ms, size))
             total += size
         if self._spool.pending_bytes + total > self._max_bytes:
             self.refused += len(values)
             raise ResourceExhausted("too many events wait for the broker", retry_after_ms=1000)
         try:
-            self._spool.append(buffers, total, len(values))
+            self._spool.append(buffers, total, events)
         except ResourceExhausted:
             self.refused += len(values)
             raise
@@ -200,10 +216,10 @@ class EventLog:
         """Publish the oldest events, then move the cursor: a crash in between repeats, never loses them."""
         publish = self._publish
         if publish is None:
-            publish = await asyncio.to_thread(self._next)
-            # On the loop, as all that writes to the spool: a cancelled close leaves its thread behind.
-            self._spool.mark(publish.events)
-            self._publish = publish
+            events = await self._next()
+            joined = events if self._join is None else await _in_slices(self._join.steps(events))
+            self._spool.mark(events)
+            publish = self._publish = _Publish(events, [self._record(event) for event in joined])
         try:
             await self._bus.publish(publish.records)
         except InvalidArgument:
@@ -212,12 +228,16 @@ class EventLog:
         self.published += len(publish.events)
         self._publish = None
 
-    def _next(self) -> _Publish:
-        events = self._spool.read(PUBLISH_BYTES, PUBLISH_EVENTS)
+    async def _next(self) -> list[Event]:
+        """The oldest events, from memory or, where they are not there, from disk."""
+        events = self._spool.recent(PUBLISH_BYTES, PUBLISH_EVENTS)
+        extent = None if events else self._spool.extent(PUBLISH_BYTES, PUBLISH_EVENTS)
+        if extent is not None:
+            data = await asyncio.to_thread(extent.read)
+            events = (await _in_slices(_listed(frames(data))))[: extent.events]
         if not events:
             raise OSError("the spool's files do not hold what was written to them")
-        joined = events if self._join is None else self._join(events)
-        return _Publish(events, [self._record(event) for event in joined])
+        return events
 
     async def _publish_what_is_taken(self, records: list[Record]) -> None:
         """One by one, after the broker refused one of `records` for good; those that are done leave the list.
@@ -238,3 +258,25 @@ class EventLog:
 
     def _record(self, event: Event) -> Record:
         return Record(self._topic, event.key, event.value, event.headers, timestamp_ms=event.timestamp_ms)
+
+
+async def _in_slices(steps: Steps) -> list[Event]:
+    """The result of `steps`; whatever else the loop has to do is done between two slices."""
+    until = time.perf_counter() + _SLICE_S
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: list[Event] = end.value
+            return result
+        if time.perf_counter() > until:
+            await asyncio.sleep(0)
+            until = time.perf_counter() + _SLICE_S
+
+
+def _listed(events: Iterable[Event]) -> Steps:
+    listed = []
+    for event in events:
+        listed.append(event)
+        yield
+    return listed

@@ -1,4 +1,5 @@
-"""Segment files in one directory: appended at the end, read at the cursor, deleted once behind it."""
+"""Segment files in one directory: appended at the end, read at the cursor, deleted once behind it. What was
+appended lately is kept in memory as well, so that files are read only for a backlog."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from services.common.bus.port import Record
@@ -21,6 +23,9 @@ log = logging.getLogger(__name__)
 
 #: What one system call takes at least, everywhere.
 _MAX_BUFFERS = 1000
+
+#: Events waiting for the broker are kept in memory as long as they are not more bytes than this.
+KEPT_BYTES = 8 << 20
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -34,10 +39,34 @@ class Segment:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes of a segment file to be read next; at most so many `events` of them, None: all."""
+
+    path: Path
+    offset: int
+    size: int
+    most_bytes: int
+    events: int | None
+
+    def read(self) -> bytes:
+        """What is there, beginning with a whole event. Blocking; touches nothing but the file."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(min(self.most_bytes, self.size))
+            needed = size_of_first(data)
+            if needed > len(data):
+                data += file.read(needed - len(data))
+        return data
+
+
 class Spool:
     """One writer, one reader, both in this process: the directory is locked against any other.
 
     A new segment is begun at every opening, so nothing is ever appended behind a torn event.
+
+    Who reads asks `recent` first, which costs no disk, and `extent` where that has nothing. All but `open`,
+    `close`, `set_aside` and `Extent.read` is for the event loop.
     """
 
     def __init__(self, directory: Path, *, segment_bytes: int, fsync: bool) -> None:
@@ -50,6 +79,11 @@ class Spool:
         # Up to where events are being published, to be repeated as they were after a crash.
         self._publishing = Cursor(directory / "publishing")
         self._marked = (0, 0)
+        # The last events that are pending, all that were appended since `_keeping` was set: those before them
+        # are only on disk.
+        self._kept: deque[Event] = deque()
+        self._kept_bytes = 0
+        self._keeping = False
         self._lock = -1
         self._fd = -1
         self.pending_bytes = 0
@@ -82,9 +116,10 @@ class Spool:
         if self._segments and self._segments[0].number == first:
             self._offset = min(offset, self._segments[0].size)
         self._begin(last + 1)
+        self._keeping = not self.pending_bytes
 
-    def append(self, buffers: Sequence[bytes], size: int, events: int = 1) -> None:
-        """Write `events` whole events of `size` bytes together: all of them, or, where it raises, none.
+    def append(self, buffers: Sequence[bytes], size: int, events: Sequence[Event]) -> None:
+        """Write `events`, which are `buffers` of `size` bytes together: all, or, where it raises, none.
 
         Afterwards they survive the death of the process; a loss of power only with fsync. Raises
         ResourceExhausted when the disk is full or does not take them.
@@ -110,7 +145,14 @@ class Spool:
             raise ResourceExhausted("the disk of the event log is full", retry_after_ms=1000)
         segment.size += size
         self.pending_bytes += size
-        self.pending_events += events
+        self.pending_events += len(events)
+        if self._keeping:
+            self._kept.extend(events)
+            self._kept_bytes += size
+            if self._kept_bytes > KEPT_BYTES:
+                self._kept.clear()
+                self._kept_bytes = 0
+                self._keeping = False
 
     def set_aside(self, record: Record) -> None:
         """Keep `record` in the file `refused`, framed as an event, for a person to look at. Blocking."""
@@ -118,21 +160,39 @@ class Spool:
         with (self._directory / "refused").open("ab") as file:
             file.write(b"".join(buffers))
 
-    def read(self, most_bytes: int, most_events: int) -> list[Event]:
-        """The next events at the cursor, at least one where any is pending; those that `mark` was last told
-        of as long as the cursor is before them. The cursor stays. Blocking."""
-        for segment in tuple(self._segments):
-            offset = self._offset if segment is self._segments[0] else 0
-            whole = segment.size - offset
-            if whole > 0:
-                number, end = self._marked
-                if number == segment.number and offset < end <= segment.size:
-                    return self._read(segment.path, offset, end - offset, end - offset)
-                return self._read(segment.path, offset, whole, most_bytes)[:most_events]
-        return []
+    def recent(self, most_bytes: int, most_events: int) -> list[Event]:
+        """The next events at the cursor, if they are in memory: at least one, all of one segment. The cursor
+        stays."""
+        if self._kept_bytes < self.pending_bytes:
+            return []
+        self._skip_read_segments()
+        room = min(self._segments[0].size - self._offset, most_bytes)
+        events: list[Event] = []
+        for event in islice(self._kept, most_events):
+            room -= event.size
+            if room < 0 and events:
+                break
+            events.append(event)
+        return events
+
+    def extent(self, most_bytes: int, most_events: int) -> Extent | None:
+        """Where the next events at the cursor are, of those that are only on disk; those that `mark` was last
+        told of as long as the cursor is before them. The cursor stays."""
+        on_disk = self.pending_bytes - self._kept_bytes
+        if on_disk <= 0:
+            return None
+        self._skip_read_segments()
+        segment, offset = self._segments[0], self._offset
+        size = min(segment.size - offset, on_disk)
+        # All that is appended from here on comes after what this reading can reach.
+        self._keeping = self._keeping or size == on_disk
+        number, end = self._marked
+        if number == segment.number and offset < end <= segment.size:
+            return Extent(segment.path, offset, end - offset, end - offset, None)
+        return Extent(segment.path, offset, size, most_bytes, most_events)
 
     def mark(self, events: Sequence[Event]) -> None:
-        """Remember that `events`, which `read` just gave, are about to be published together: after a crash
+        """Remember that `events`, the next at the cursor, are about to be published together: after a crash
         they are read together again, whatever was appended behind them."""
         self._skip_read_segments()
         end = self._offset + sum([event.size for event in events])
@@ -140,8 +200,12 @@ class Spool:
         self._publishing.write(*self._marked)
 
     def advance(self, events: Sequence[Event]) -> None:
-        """Move the cursor behind `events`, which `read` just gave, and delete the segments it left."""
+        """Move the cursor behind `events`, the next at it, and delete the segments it left."""
         size = sum([event.size for event in events])
+        if self._kept and self._kept[0] is events[0]:
+            for _ in events:
+                self._kept.popleft()
+            self._kept_bytes -= size
         self._skip_read_segments()
         self._offset += size
         self.pending_bytes -= size
@@ -200,13 +264,3 @@ class Spool:
         self.pending_bytes += max(0, segment.size - offset)
         self.pending_events += len(events)
         self._segments.append(segment)
-
-    @staticmethod
-    def _read(path: Path, offset: int, whole: int, most: int) -> list[Event]:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(min(most, whole))
-            needed = size_of_first(data)
-            if needed > len(data):
-                data += file.read(needed - len(data))
-        return list(frames(data))

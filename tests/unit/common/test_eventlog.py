@@ -17,7 +17,9 @@ import pytest
 from services.common.bus import MemoryBus, Record
 from services.common.clock import SystemClock
 from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
-from services.common.eventlog import EventLog
+from services.common.eventlog import EventLog, spool
+from services.common.eventlog import log as eventlog
+from services.common.eventlog.framing import Event, Steps
 from services.common.topics import Topic
 from tests.fixtures.waiting import PATIENCE_S
 
@@ -112,6 +114,64 @@ async def test_many_events_travel_in_one_publish(tmp_path: Path, bus: MemoryBus)
         for i in range(500):
             log.append(b"k", b"%d" % i)
     assert batches == [500]
+
+
+async def test_what_was_appended_lately_is_published_without_reading_it_from_disk(
+    tmp_path: Path, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool.Extent, "read", None)  # whoever calls it fails
+    async with opened(tmp_path, bus, segment_bytes=300) as log:
+        for i in range(100):
+            log.append(b"k", b"%d" % i)
+            if i % 7 == 0:
+                await asyncio.sleep(0.001)
+        await eventually(lambda: log.pending_records == 0)
+        assert log.publish_failures == 0
+    assert arrived(bus) == [b"%d" % i for i in range(100)]
+
+
+async def test_what_is_too_much_for_memory_comes_from_disk_in_order(
+    tmp_path: Path, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, then disk, then memory again, while events keep coming."""
+    monkeypatch.setattr(spool, "KEPT_BYTES", 500)
+    monkeypatch.setattr(eventlog, "PUBLISH_BYTES", 400)
+    expected = [b"%d" % i for i in range(300)]
+    async with opened(tmp_path, bus, segment_bytes=1000) as log:
+        for number, value in enumerate(expected):
+            bus.away = 50 <= number < 150
+            log.append(b"k", value)
+            if number % 3 == 0:
+                await asyncio.sleep(0)
+        await eventually(lambda: log.pending_records == 0)
+        log.append(b"k", b"last")
+        await eventually(lambda: log.pending_records == 0)
+    assert arrived(bus) == [*expected, b"last"]
+
+
+async def test_the_loop_goes_on_while_events_are_joined(tmp_path: Path, bus: MemoryBus) -> None:
+    turns: list[int] = []
+
+    class Slow:
+        def steps(self, events: Sequence[Event]) -> Steps:
+            for _ in range(3):
+                until = time.perf_counter() + 0.001
+                while time.perf_counter() < until:
+                    pass
+                turns.append(beside)
+                yield
+            return list(events)
+
+    beside = 0
+    log = EventLog(tmp_path, bus, TOPIC.name, clock=CLOCK, linger=0.001, join=Slow())
+    await log.start()
+    log.append(b"k", b"v")
+    async with asyncio.timeout(PATIENCE_S):
+        while log.pending_records:
+            beside += 1
+            await asyncio.sleep(0)
+    await log.close(CLOCK.monotonic() + 2.0)
+    assert len(set(turns)) == 3  # something else ran between any two of the steps
 
 
 async def test_an_outage_delays_and_never_reorders(tmp_path: Path, bus: MemoryBus) -> None:

@@ -13,7 +13,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.bus import MemoryBus, Record
 from services.common.clock import SystemClock
-from services.common.eventlog import EventLog, join_predictions
+from services.common.eventlog import EventLog, PredictionJoin, join_predictions
 from services.common.eventlog.framing import Event
 from services.common.topics import PREDICTIONS
 from tests.fixtures.prediction_log import START_US, prediction_batch
@@ -134,7 +134,7 @@ async def test_after_a_crash_the_same_records_are_published_again(tmp_path: Path
     """Else readers, who know records by their ids, would count requests twice."""
     dying, bus = Interrupted([PREDICTIONS]), MemoryBus([PREDICTIONS])
     topic = PREDICTIONS.name
-    log = EventLog(tmp_path, dying, topic, clock=CLOCK, linger=0.001, join=join_predictions)
+    log = EventLog(tmp_path, dying, topic, clock=CLOCK, linger=0.001, join=PredictionJoin())
     await log.start()
     for n in range(3):
         log.append(b"cancer/1", prediction_batch([n]).SerializeToString())
@@ -143,7 +143,7 @@ async def test_after_a_crash_the_same_records_are_published_again(tmp_path: Path
             await asyncio.sleep(0.002)
     log.append(b"cancer/1", prediction_batch([3]).SerializeToString())
     await log.close(CLOCK.monotonic())
-    again = EventLog(tmp_path, bus, topic, clock=CLOCK, linger=0.001, join=join_predictions)
+    again = EventLog(tmp_path, bus, topic, clock=CLOCK, linger=0.001, join=PredictionJoin())
     await again.start()
     again.append(b"cancer/1", prediction_batch([4]).SerializeToString())
     await again.close(CLOCK.monotonic() + 5)
