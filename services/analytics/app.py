@@ -36,6 +36,7 @@ from services.common.internal_auth import InternalAuth
 from services.common.lifecycle import Health, OpsEndpoints, serve_asgi, watched
 from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
+from services.common.tasks import running
 from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.common.topics import (
@@ -133,7 +134,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
             await stack.enter_async_context(
                 bus.consume(topic, GROUP, handler, max_records=most, collect_s=_COLLECT_S)
             )
-        await stack.enter_async_context(_lag_watched(bus, metrics))
+        await stack.enter_async_context(running(_watch_lag(bus, metrics), "lag"))
         gc.freeze()  # what is there now stays: every full collection would look through all of it
         stack.callback(gc.unfreeze)
         yield Analytics(port, health)
@@ -175,16 +176,6 @@ async def _read(table: Table, topic: Topic) -> None:
         await table.ready(_TABLE_WAIT_S)
     except Unavailable as error:
         log.warning("topic_late", topic=topic.name, reason=error.message)
-
-
-@asynccontextmanager
-async def _lag_watched(bus: KafkaBus, metrics: Metrics) -> AsyncIterator[None]:
-    task = asyncio.create_task(_watch_lag(bus, metrics), name="lag")
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,6 +30,7 @@ from services.common.db import transaction
 from services.common.errors import Aborted, HeadraceError
 from services.common.ids import new_id
 from services.common.objects import ArtifactStore
+from services.common.tasks import ended
 
 log = structlog.get_logger(__name__)
 
@@ -183,9 +183,7 @@ class Flusher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await ended(self._task)
             await _tried(partial(self._hold, -_LEASE))
 
     async def _run(self) -> None:

@@ -36,6 +36,7 @@ from services.common.clock import Clock
 from services.common.db import transaction
 from services.common.errors import HeadraceError, NotFound
 from services.common.ids import new_id
+from services.common.tasks import ended
 from services.common.topics import VERDICTS
 
 log = structlog.get_logger(__name__)
@@ -96,9 +97,7 @@ class Looking:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await ended(self._task)
             await self._lease.give_back()
 
     def seen(self, model: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
@@ -26,6 +25,7 @@ from services.analytics.trials import Trials
 from services.common.clock import Clock
 from services.common.db import transaction
 from services.common.errors import HeadraceError, NotFound
+from services.common.tasks import ended
 
 log = structlog.get_logger(__name__)
 
@@ -76,9 +76,7 @@ class Placebos:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await ended(self._task)
             await self._lease.give_back()
 
     async def of(self, model: str) -> dict[str, Any] | None:

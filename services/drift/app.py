@@ -22,6 +22,7 @@ from services.common.errors import HeadraceError, Unavailable
 from services.common.internal_auth import InternalAuth
 from services.common.lifecycle import Health, OpsEndpoints, serve_asgi, watched
 from services.common.problems import install_problem_handlers
+from services.common.tasks import running
 from services.common.telemetry import setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.common.topics import DEPLOYMENTS, PREDICTIONS, REPLAY, dead_letters
@@ -97,10 +98,8 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         await stack.enter_async_context(
             bus.consume(PREDICTIONS, GROUP, consumer.on_predictions, max_records=2000, collect_s=_COLLECT_S)
         )
-        housekeeping = asyncio.create_task(
-            _keep_house(database, bus, relay, clock, metrics), name="housekeeping"
-        )
-        stack.push_async_callback(_cancelled, housekeeping)
+        housekeeping = _keep_house(database, bus, relay, clock, metrics)
+        await stack.enter_async_context(running(housekeeping, "housekeeping"))
         gc.freeze()  # what is there now stays: every full collection would look through all of it
         stack.callback(gc.unfreeze)
         yield Drift(port, health)
@@ -127,8 +126,3 @@ async def _keep_house(
 async def _forget_some(database: AsyncEngine, clock: Clock) -> int:
     async with transaction(database) as session:
         return await repository.forget_old(session, clock.now())
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

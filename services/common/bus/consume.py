@@ -21,6 +21,7 @@ from faststream.message import StreamMessage
 
 from services.common.bus.delivery import Backoff, dead_letter, deliver
 from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record
+from services.common.tasks import ended
 from services.common.topics import Topic
 
 log = logging.getLogger(__name__)
@@ -109,9 +110,7 @@ class Subscription:
     ) -> None:
         self._stopping.set()
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await ended(self._task)
         await self._subscriber.stop()
 
     async def _run(self) -> None:

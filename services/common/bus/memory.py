@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from services.common.bus.delivery import Backoff, dead_letter, deliver
 from services.common.bus.port import Handler, Record, Standing, Table, check_size
 from services.common.errors import Unavailable
+from services.common.tasks import ended
 from services.common.topics import Topic, all_topics
 
 log = logging.getLogger(__name__)
@@ -89,9 +90,7 @@ class MemoryBus:
         try:
             yield follower
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await ended(task)
 
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""

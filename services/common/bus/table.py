@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 from services.common.bus.delivery import Backoff
 from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import Unavailable
+from services.common.tasks import ended
 from services.common.topics import Topic
 
 log = logging.getLogger(__name__)
@@ -136,9 +137,7 @@ class KafkaTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await ended(self._task)
 
     async def _run(self) -> None:
         backoff = Backoff(0.1, 2.0)

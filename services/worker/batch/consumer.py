@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -13,6 +12,7 @@ from headrace.v1.batch_pb2 import BatchChunk
 from services.common.bus import Record
 from services.common.bus.delivery import Backoff, dead_letter
 from services.common.errors import HeadraceError, InvalidArgument
+from services.common.tasks import ended
 from services.common.topics import Topic
 from services.worker.batch.metrics import BatchStats
 from services.worker.batch.port import Chunks, Delivery
@@ -54,9 +54,7 @@ class ChunkConsumer:
         """Take nothing more, finish what is in work within `seconds`, abandon the rest: it comes again."""
         taking, self._taking = self._taking, None
         if taking is not None:
-            taking.cancel()
-            with suppress(asyncio.CancelledError):
-                await taking
+            await ended(taking)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(0.0, seconds))
         for task in self._tasks:

@@ -1,0 +1,28 @@
+"""Tasks that live as long as a block does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[asyncio.Task[None]]:
+    """`work` beside the block, as a task, ended with it. Raises what it failed of when the block is left."""
+    task = asyncio.create_task(work, name=name)
+    try:
+        yield task
+    finally:
+        await ended(task)
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel `task` and wait for its end. Raises what it failed of, but no cancellation of its own."""
+    task.cancel()
+    # Not `with suppress(CancelledError): await task`: the caller's own cancellation would be lost, and before
+    # Python 3.11.3 every later asyncio.timeout of the caller would end it.
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
