@@ -38,7 +38,7 @@ $(STAMP): requirements/dev.txt client/pyproject.toml proto/pyproject.toml deploy
 
 up: $(STAMP)
 	@$(PY) -m deploy.embedded up
-	@$(PY) -m deploy.embedded.native --behind
+	@$(PY) -m deploy.embedded.behind
 
 # These need no installation of what changed meanwhile: a stack that runs can be stopped.
 down status:

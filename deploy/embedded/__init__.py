@@ -2,7 +2,8 @@
 
 Read in call order: `__main__` and `commands` (the verbs), `stack` (start, ask, stop: what the command line
 and the tests use), `supervise` and `supervisor` (the process in the background), `keeper` (one part: start,
-watch, start again), `guard` (ends everything when the supervisor is killed). What is decided without touching
+watch, start again, let another take over), `guard` (ends everything when the supervisor is killed), `behind`
+(what is done after a start: compile, and renew what then runs compiled). What is decided without touching
 anything: `configuration` (environment), `blueprint` (the parts), `preflight` (what must hold before).
 
 The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,

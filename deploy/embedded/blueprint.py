@@ -18,6 +18,8 @@ from deploy.embedded.valkey import ValkeyServer
 
 #: What the path of a socket may have on every system.
 _SOCKET_PATH_BYTES = 104
+#: Groups of the drain order that every request runs through: gateway, router, workers.
+_DATA_PLANE = 3
 
 NOT_DURABLE = (
     "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "
@@ -28,7 +30,8 @@ NOT_DURABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """What to run. `drain_order` groups the services as they are stopped: callers before the called."""
+    """What to run. `drain_order` groups the services as they are stopped: callers before the called. From the
+    first `renewed` groups others like them can take over while requests go on."""
 
     servers: list[Server]
     services: list[Server]
@@ -37,6 +40,7 @@ class Blueprint:
     bootstrap_servers: str
     external: dict[str, str]
     warnings: list[str]
+    renewed: int = 0
 
 
 def draw(configuration: Configuration, secrets: Secrets) -> Blueprint:
@@ -76,7 +80,7 @@ def draw(configuration: Configuration, secrets: Secrets) -> Blueprint:
             "KAFKA_BOOTSTRAP_SERVERS": bootstrap,
         }
 
-    groups = _services(configuration, secrets, addresses)
+    groups = _services(configuration, secrets, addresses, read_turn(home))
     for server in [*servers, *(service for group in groups for service in group)]:
         server.log = configuration.logs / f"{server.name}.log"
     return Blueprint(
@@ -87,6 +91,7 @@ def draw(configuration: Configuration, secrets: Secrets) -> Blueprint:
         bootstrap_servers=bootstrap,
         external=external,
         warnings=warnings,
+        renewed=_DATA_PLANE,
     )
 
 
@@ -102,14 +107,18 @@ def _broker(configuration: Configuration) -> Server | None:
 
 
 def _services(
-    configuration: Configuration, secrets: Secrets, addresses: Callable[[], dict[str, str]]
+    configuration: Configuration, secrets: Secrets, addresses: Callable[[], dict[str, str]], turn: int
 ) -> list[list[Server]]:
     ports = configuration.ports
+    # Beside those that they take over from, routers and workers need names of their own: what is on disk, a
+    # socket's path and a worker's record belong to one process.
+    mark = "b" if turn % 2 else ""
     common = {
         **inherited_environment(configuration.home),
         **configuration.shared,
         "PYTHONPATH": python_path(),
         "HOST": LOOPBACK,
+        "REUSE_PORT": "true",
         "STATE_DIR": str(configuration.home / "state"),
         "INTERNAL_TOKEN": secrets.internal_token,
         "ARTIFACT_STORE_URL": configuration.artifact_store_url,
@@ -126,7 +135,8 @@ def _services(
             return listening, f"{LOOPBACK}:{port}"
         return {**listening, "FRAMES_SOCKET": path}, f"unix:{path}"
 
-    router_frames, router_address = frames("router", ports["ROUTER_FRAMES_PORT"])
+    router_id = f"router-0{mark}"
+    router_frames, router_address = frames(f"router{mark}", ports["ROUTER_FRAMES_PORT"])
 
     def service(
         name: str, own: Mapping[str, object], *, health: str, module: str | None = None
@@ -156,6 +166,7 @@ def _services(
     }
     router = {
         **router_frames,
+        "ROUTER_ID": router_id,
         "GRPC_PORT": ports["ROUTER_GRPC_PORT"],
         "OPS_PORT": ports["ROUTER_OPS_PORT"],
     }
@@ -167,9 +178,9 @@ def _services(
     tansu = configuration.kafka_bootstrap_servers is None and configuration.kafka_home is None
     workers = [
         {
-            "WORKER_ID": f"worker-{index}",
+            "WORKER_ID": f"worker-{index}{mark}",
             "ADVERTISE_HOST": LOOPBACK,
-            **frames(f"worker-{index}", configuration.worker_port(index, "FRAMES"))[0],
+            **frames(f"worker-{index}{mark}", configuration.worker_port(index, "FRAMES"))[0],
             "GRPC_PORT": configuration.worker_port(index, "GRPC"),
             "OPS_PORT": configuration.worker_port(index, "OPS"),
             # Tansu ends a cooperative rebalance with partitions that nobody has.
@@ -180,13 +191,30 @@ def _services(
     return [
         [service("gateway", gateway, health="OPS_PORT")],
         [service("router", router, health="OPS_PORT")],
-        [service(str(own["WORKER_ID"]), own, health="OPS_PORT", module="worker") for own in workers],
+        [
+            service(f"worker-{index}", own, health="OPS_PORT", module="worker")
+            for index, own in enumerate(workers)
+        ],
         [
             service("registry", registry, health="HTTP_PORT"),
             service("analytics", {"HTTP_PORT": ports["ANALYTICS_HTTP_PORT"]}, health="HTTP_PORT"),
             service("drift", {"HTTP_PORT": ports["DRIFT_HTTP_PORT"]}, health="HTTP_PORT"),
         ],
     ]
+
+
+def read_turn(home: Path) -> int:
+    """How often the data plane has been renewed: a stack that starts goes on with the names that it ended
+    with, so that what was not published yet is found by them."""
+    try:
+        return int((home / "turn").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def write_turn(home: Path, turn: int) -> None:
+    """The names that processes have from now on."""
+    (home / "turn").write_text(str(turn))
 
 
 def python_path() -> str:

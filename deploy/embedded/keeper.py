@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from deploy.embedded.process import EmbeddedError
+from deploy.embedded.process import Child, EmbeddedError
 from deploy.embedded.server import Server
 from deploy.embedded.status import PartStatus, State
 
@@ -47,7 +47,10 @@ class Surroundings(Protocol):
 
 
 class Keeper:
-    """Owns one server. `came_up` is set at its first readiness and stays set."""
+    """Owns one server. `came_up` is set at its first readiness and stays set.
+
+    Another server may take over from it: `begin_beside` starts it, `take_over` makes it the one that is kept.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Keeper:
         self._around = around
         self._on_up = on_up
         self._failures = 0
+        self._next: Server | None = None
 
     async def run(self) -> None:
         """Until cancelled. Raises EmbeddedError where it never came up. Does not stop the server itself."""
@@ -88,16 +92,18 @@ class Keeper:
 
     async def _live_once(self) -> str:
         """One life of the process; returns why it ended."""
-        self._tell(State.PREPARING)
-        await asyncio.to_thread(self.server.prepare)
-        child = self.server.launch()  # in the main thread: see die_with_parent
-        self._around.launched(self.server)
-        self.status.started_at = child.started_at
-        self._tell(State.STARTING)
+        if not self.server.alive:  # or it took over while the one before it was to be started again
+            self._tell(State.PREPARING)
+            await asyncio.to_thread(self.server.prepare)
+            child = self.server.launch()  # in the main thread: see die_with_parent
+            self._around.launched(self.server)
+            self.status.started_at = child.started_at
+            self._tell(State.STARTING)
         try:
             await self._watch()
         finally:
             # Also after a failed on_up: a half-started part is not left beside its successor.
+            child = self._child()
             if not child.alive:
                 child.kill()  # what it started and left behind
                 self._around.ended(child.pid)
@@ -105,6 +111,42 @@ class Keeper:
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         last = child.last_words(lines=1) if code > 0 else ""
         return f"{ended} ({last[:300]})" if last else ended
+
+    def _child(self) -> Child:
+        """The process that is kept now: another one may have taken over."""
+        if self.server.child is None:
+            raise EmbeddedError(f"{self.server.name} was not started")
+        return self.server.child
+
+    async def begin_beside(self, server: Server) -> None:
+        """Start `server` beside the one that runs, and return when it is ready. Raises EmbeddedError where it
+        does not come up; then it is ended, and nothing is different."""
+        await asyncio.to_thread(server.prepare)
+        server.launch(beside=True)
+        self._next = server
+        self._around.launched(server)
+        try:
+            await _ready(server)
+        except BaseException:
+            await self.give_up(0.0)
+            raise
+
+    async def take_over(self, grace: float) -> None:
+        """Keep the server that was begun, and end the one before it, cleanly if it can within `grace`
+        seconds."""
+        server = self._next
+        if server is None:
+            raise EmbeddedError(f"nothing was begun beside {self.server.name}")
+        old, self.server, self._next = self.server, server, None
+        self.status.started_at = server.child.started_at if server.child is not None else None
+        self._tell(State.READY)
+        await _end(old, self._around, grace)
+
+    async def give_up(self, grace: float) -> None:
+        """End the server that was begun; nothing where none was."""
+        server, self._next = self._next, None
+        if server is not None:
+            await _end(server, self._around, grace)
 
     async def _watch(self) -> None:
         began = time.monotonic()
@@ -143,11 +185,9 @@ class Keeper:
 
     async def stop(self, grace: float) -> None:
         """End the process, cleanly if it can within `grace` seconds. Call after `run` has been cancelled."""
-        pid = self.server.pid
         self._tell(State.STOPPING)
-        await asyncio.to_thread(self.server.stop, grace)
-        if pid is not None:
-            self._around.ended(pid)
+        await self.give_up(0.0)
+        await _end(self.server, self._around, grace)
         self._tell(State.STOPPED)
 
     def _tell(self, state: State, detail: str = "") -> None:
@@ -156,3 +196,18 @@ class Keeper:
         if before != (state, self.status.pid, detail):
             with contextlib.suppress(OSError):  # a full disk must not end the supervisor
                 self._around.changed()
+
+
+async def _end(server: Server, around: Surroundings, grace: float) -> None:
+    pid = server.pid
+    await asyncio.to_thread(server.stop, grace)
+    if pid is not None:
+        around.ended(pid)
+
+
+async def _ready(server: Server) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while not await asyncio.to_thread(server.ready):
+        if not server.alive or time.monotonic() > deadline:
+            raise EmbeddedError(f"{server.name} did not come up beside the one that runs; see {server.log}")
+        await asyncio.sleep(POLL_S)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
@@ -31,7 +31,7 @@ KEPT_COPIES: Final = 3
 _UNUSED_S: Final = 7 * 86_400.0
 _COMPILE_S: Final = 900.0
 _FAILED: Final = "failed"
-_PLAIN: Final = "The hot path runs as plain Python: {}."
+PLAIN: Final = "The hot path runs as plain Python: {}."
 _MODULE: Final = "deploy.embedded.native"
 
 #: What is compiled: each group becomes one extension, and those after `frames` use it. Left out is what is no
@@ -43,8 +43,8 @@ GROUPS: Final = {
         *(
             f"services/common/frames/{name}.py"
             for name in (
-                "client", "client_connection", "connection", "deadlines", "messages", "outbound", "outbox",
-                "peer", "server_connection", "turn", "wire",
+                "client", "client_connection", "connection", "deadlines", "header_blocks", "messages",
+                "outbound", "outbox", "peer", "server_connection", "turn", "wire",
             )
         ),
     ),
@@ -58,16 +58,19 @@ GROUPS: Final = {
     "worker": tuple(
         f"services/worker/{name}.py"
         for name in (
-            "batch_queue", "batcher", "execution", "input_layout", "item", "outcome", "padding",
-            "prediction_log", "priorities", "replies", "servicer", "stats", "tensors", "turn", "wire",
+            "batch_queue", "batcher", "execution", "input_layout", "item", "loaded_model", "outcome",
+            "padding", "prediction_log", "priorities", "replies", "servicer", "stats", "tensors", "turn",
+            "wire",
         )
     ),
     "gateway": tuple(
         f"services/gateway/{name}.py"
         for name in (
-            "call", "codecs/compiled", "codecs/tensors", "datatypes", "dialects",
-            "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/protocol", "keys", "limiter",
-            "predict", "reading", "router_client", "signature", "targets",
+            "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/tensors", "datatypes",
+            "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/protocol",
+            "infer_plans", "keys", "limiter", "plans", "predict", "reading", "router_client",
+            "rpc/connection", "rpc/control", "rpc/exchange", "rpc/heads", "rpc/sending", "rpc/statuses",
+            "rpc/streams", "rpc/tasks", "signature", "targets",
         )
     ),
 }  # fmt: skip
@@ -83,7 +86,7 @@ def compiled(repository: Path = REPOSITORY) -> str:
     try:
         return f"The hot path is compiled: {build(repository)}."
     except (NativeError, OSError) as error:
-        return _PLAIN.format(error)
+        return PLAIN.format(error)
 
 
 def find(repository: Path = REPOSITORY) -> Path | None:
@@ -105,7 +108,7 @@ def build(repository: Path = REPOSITORY) -> Path:
         done = find(repository)
         if done is not None:
             return done
-        if reason := _missing():
+        if reason := missing():
             raise NativeError(reason)
         with _workshop(home) as folder:
             # The digest is of what is copied, whatever is edited meanwhile.
@@ -168,7 +171,7 @@ def _compiler() -> list[str]:
     return (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
 
 
-def _missing() -> str:
+def missing() -> str:
     """What compiling needs and is not here; empty where all of it is."""
     for module in ("mypyc", "setuptools"):
         if importlib.util.find_spec(module) is None:
@@ -205,12 +208,36 @@ def _compile(repository: Path, folder: Path) -> None:
 
 def _try_out(repository: Path, folder: Path) -> None:
     """Import every compiled module, from the copy."""
-    modules = [path.removesuffix(".py").replace("/", ".") for group in GROUPS.values() for path in group]
-    lines = [f"import {module}\nassert {module}.__file__.endswith('.so')" for module in modules]
     log = folder.parent / "build.log"
     with log.open("ab") as output:
-        if _python(["-c", "\n".join(lines)], folder, (folder, repository / "proto"), output):
+        if _python(["-c", _imports(GROUPS)], folder, (folder, repository / "proto"), output):
             raise NativeError(f"what was compiled cannot be imported; see {log}")
+
+
+def _imports(groups: Mapping[str, Sequence[str]]) -> str:
+    """A program that fails unless all of them are imported from what was compiled."""
+    modules = [path.removesuffix(".py").replace("/", ".") for group in groups.values() for path in group]
+    return "\n".join(f"import {module}\nassert {module}.__file__.endswith('.so')" for module in modules)
+
+
+def install(site: Path) -> None:
+    """For images: compile what is here of the sources below the present folder, and put it beside their
+    copies in `site`, which modules are imported from. Raises NativeError, or ends the process."""
+    groups = present(Path.cwd())
+    if not groups:
+        raise NativeError("nothing here is compiled")
+    if reason := missing():
+        raise NativeError(reason)
+    _compile_here("pyproject.toml")
+    for made in (*Path.cwd().glob("*.so"), *Path("services").absolute().rglob("*.so")):
+        shutil.copy2(made, site / made.relative_to(Path.cwd()))
+    if _python(["-c", _imports(groups)], site, (site,), sys.stderr.buffer):
+        raise NativeError("what was compiled cannot be imported")
+
+
+def present(folder: Path) -> dict[str, Sequence[str]]:
+    """The groups of which the sources are below `folder`: an image has those of its service alone."""
+    return {name: paths for name, paths in GROUPS.items() if all((folder / path).is_file() for path in paths)}
 
 
 def _python(arguments: list[str], folder: Path, path: tuple[Path, ...], output: IO[bytes]) -> int:
@@ -246,7 +273,7 @@ def _compile_here(configuration: str) -> None:
 
     sys.path.insert(0, os.getcwd())
     groups: list[tuple[list[str], str | None]] = []
-    groups += [(list(paths), f"headrace_{name}") for name, paths in GROUPS.items()]
+    groups += [(list(paths), f"headrace_{name}") for name, paths in present(Path.cwd()).items()]
     # From its cache mypy gives classes without their bodies, and what is compiled then lacks their defaults.
     options = ["--config-file", configuration, "--cache-dir", os.devnull]
     paths = [path for group, _ in groups for path in group]
@@ -262,12 +289,13 @@ def _compile_here(configuration: str) -> None:
 
 
 def main() -> int:
-    """Build, and say in one sentence what came of it. Never fails: the source runs as well."""
+    """Build, and say in one sentence what came of it. Never fails, since the source runs as well; but for an
+    image, which is what it was said to be or none."""
     parser = argparse.ArgumentParser(
         prog="deploy.embedded.native", description="Compile the hot path with mypyc."
     )
-    parser.add_argument("--behind", action="store_true", help="in the background, out of everybody's way")
     parser.add_argument("--compile", metavar="CONFIGURATION", help=argparse.SUPPRESS)
+    parser.add_argument("--into", metavar="SITE", type=Path, help="for images: compile in place, copy there")
     parser.add_argument(
         "--path", action="store_true", help="say where the copy is; fails where there is none"
     )
@@ -275,29 +303,19 @@ def main() -> int:
     if arguments.compile:
         _compile_here(arguments.compile)
         return 0
-    found = find()
+    if arguments.into:
+        try:
+            install(arguments.into.absolute())
+        except NativeError as error:
+            sys.exit(f"The hot path was not compiled: {error}.")
+        return 0
     if arguments.path:
+        found = find()
         print(found or "")  # noqa: T201 - a command
         return 0 if found else 1
-    if os.environ.get("HEADRACE_NATIVE") == "0" or (arguments.behind and found):
-        return 0
-    print(_begun() if arguments.behind else compiled())  # noqa: T201
+    if os.environ.get("HEADRACE_NATIVE") != "0":
+        print(compiled())  # noqa: T201
     return 0
-
-
-def _begun() -> str:
-    """Let a process of its own compile; the sentence says whether."""
-    if reason := _missing() or failure():
-        return _PLAIN.format(reason)
-    subprocess.Popen(  # noqa: S603 - our own module
-        ["nice", "-n", "19", sys.executable, "-m", _MODULE],  # noqa: S607 - as the system has it
-        cwd=REPOSITORY,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    return "The hot path is being compiled in the background; parts that start in some minutes use it."
 
 
 if __name__ == "__main__":

@@ -123,10 +123,11 @@ class Server(ABC):
     def pid(self) -> int | None:
         return self.child.pid if self.child is not None and self.child.alive else None
 
-    def launch(self) -> Child:
-        """Fork it. Raises EmbeddedError where the port is taken."""
+    def launch(self, *, beside: bool = False) -> Child:
+        """Fork it. Raises EmbeddedError where a port is taken, unless `beside` it is the one that it takes
+        over from."""
         for port in self.ports:
-            if not port_is_free(port):
+            if not beside and not port_is_free(port):
                 raise EmbeddedError(f"Port {port} for {self.name} is in use by another program.")
         self.child = Child(self.command(), self.log)
         return self.child

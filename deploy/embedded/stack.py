@@ -18,7 +18,7 @@ from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.preflight import check_disk, check_ports, check_python
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.secret_files import load_or_create
-from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
+from deploy.embedded.status import RENEW_SIGNAL, PartStatus, Phase, StackStatus, State, read_status
 
 #: Exit code of a supervisor that found another one in its home.
 ALREADY_RUNS = 3
@@ -28,6 +28,8 @@ START_TIMEOUT_S = 240.0
 #: Longer than the supervisor gives itself (its STOP_S), with the time to reap what it killed.
 STOP_TIMEOUT_S = 90.0
 KILLED_TIMEOUT_S = 20.0
+#: Three groups of processes start one after the other, and drain.
+RENEW_TIMEOUT_S = 240.0
 POLL_S = 0.1
 #: Of consumers in a stack for a test: groups form, and let go of what died, in half the usual time.
 SESSION_TIMEOUT_S = 3.0
@@ -226,6 +228,23 @@ class Stack:
 
         self._until(again, timeout, f"{name} was not ready again within {timeout:.0f} s.")
         return self.part(name)
+
+    def renew(self, timeout: float = RENEW_TIMEOUT_S) -> bool:
+        """Put new processes in the place of gateway, router and workers while requests go on; False where
+        nothing runs. Raises EmbeddedError where that did not happen in `timeout` seconds."""
+        status = self.status()
+        if status is None:
+            return False
+        before = status.renewed
+        _signal(status.pid, RENEW_SIGNAL)
+
+        def renewed() -> bool:
+            now = self.status()
+            return now is None or now.renewed > before
+
+        log = self.configuration.logs / "supervisor.log"
+        self._until(renewed, timeout, f"The data plane was not renewed in time; see {log}.")
+        return self.running
 
     # Inside.
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
+
+#: Asks a supervisor for new processes in the place of those that requests run through.
+RENEW_SIGNAL = signal.SIGHUP
 
 
 class Phase(StrEnum):
@@ -61,6 +65,8 @@ class StackStatus:
     warnings: list[str] = field(default_factory=list)
     addresses: dict[str, str] = field(default_factory=dict)
     parts: list[PartStatus] = field(default_factory=list)
+    #: How often this supervisor renewed the data plane.
+    renewed: int = 0
 
     @property
     def healthy(self) -> bool:

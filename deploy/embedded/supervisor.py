@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from deploy.embedded import guard
-from deploy.embedded.blueprint import Blueprint, draw, make_directories
+from deploy.embedded.blueprint import Blueprint, draw, make_directories, read_turn, write_turn
 from deploy.embedded.configuration import Configuration
 from deploy.embedded.keeper import Keeper
 from deploy.embedded.log_files import trim_logs
@@ -25,7 +25,7 @@ from deploy.embedded.postgres import PostgresServer
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.secret_files import Secrets, load_or_create
 from deploy.embedded.server import Server
-from deploy.embedded.status import PartStatus, Phase, StackStatus, State
+from deploy.embedded.status import RENEW_SIGNAL, PartStatus, Phase, StackStatus, State
 from services.common.bus.admin import ensure_topics
 from services.common.errors import HeadraceError
 from services.common.topics import all_topics
@@ -64,12 +64,14 @@ class Supervisor:
         self._keepers: dict[str, Keeper] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._status = StackStatus(os.getpid(), Phase.STARTING)
+        self._asked = asyncio.Event()
 
     async def run(self, *, while_stdin: bool = False) -> int:
         """Until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. Returns the exit
         code: 0 stopped, 1 the start failed."""
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(RENEW_SIGNAL, self._asked.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         if while_stdin:
@@ -121,9 +123,10 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 story = group.create_task(self._bring_up(blueprint, group))
                 looking = group.create_task(self._look_after(blueprint.broker))
+                renewing = group.create_task(self._renew_when_asked(blueprint))
                 await stopping.wait()
                 # Nothing may be started any more: end every keeper before anything is stopped.
-                for task in (story, looking, *self._tasks):
+                for task in (story, looking, renewing, *self._tasks):
                     task.cancel()
         except* EmbeddedError as errors:
             failure = _first_sentence(errors)
@@ -147,6 +150,46 @@ class Supervisor:
         await self._all_up(blueprint.services)
         log.info("all parts are ready")
         self._status.phase = Phase.READY
+        self.changed()
+
+    async def _renew_when_asked(self, blueprint: Blueprint) -> None:
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            # What comes up for the first time is of the present already, or soon asked for again.
+            await self._all_up(blueprint.services)
+            try:
+                await self._renew(blueprint)
+            except (EmbeddedError, OSError) as error:
+                log.warning("the data plane was not renewed: %s", error)
+
+    async def _renew(self, blueprint: Blueprint) -> None:
+        """Put new processes in the place of those that requests run through, without losing one: all of the
+        new ones are up, each behind the address that its new caller knows, before an old one drains."""
+        turn = read_turn(self._configuration.home)
+        # What would be started after a crash of the supervisor, too: names of old ones are free again then.
+        write_turn(self._configuration.home, turn + 1)
+        groups = self._draw(self._configuration, load_or_create(self._configuration.home)).drain_order
+        groups = groups[: blueprint.renewed]
+        keepers = [self._keepers[server.name] for group in groups for server in group]
+        try:
+            for group in reversed(groups):
+                async with asyncio.TaskGroup() as starting:
+                    for server in group:
+                        starting.create_task(self._keepers[server.name].begin_beside(server))
+        except BaseException as error:
+            write_turn(self._configuration.home, turn)
+            for keeper in keepers:
+                await keeper.give_up(FAILED_GRACE_S)
+            if isinstance(error, BaseExceptionGroup):
+                raise EmbeddedError(_first_sentence(error)) from error
+            raise
+        log.info("new processes take over: %s", ", ".join(keeper.server.name for keeper in keepers))
+        for group in groups:
+            async with asyncio.TaskGroup() as ending:
+                for server in group:
+                    ending.create_task(self._keepers[server.name].take_over(DRAIN_S))
+        self._status.renewed += 1
         self.changed()
 
     async def _all_up(self, servers: Iterable[Server]) -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mypy_extensions import mypyc_attr
+    from mypy_extensions import mypyc_attr, trait
 else:
 
     def mypyc_attr(**_attributes):
         """Leave the class as it is."""
         return lambda cls: cls
 
+    def trait(cls):
+        """Leave the class as it is."""
+        return cls
 
-__all__ = ["mypyc_attr"]
+
+__all__ = ["mypyc_attr", "trait"]

@@ -10,11 +10,11 @@ from opentelemetry.trace import SpanContext
 
 from services.common.errors import HeadraceError
 from services.common.native import mypyc_attr
+from services.gateway.asked import Answers
 from services.gateway.catalogue import ServedModel
 from services.gateway.channel import Cancellable
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
-from services.gateway.plans import Answers
 from services.gateway.targets import Target
 
 if TYPE_CHECKING:

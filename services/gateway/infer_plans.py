@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from headrace.v1.dataplane_pb2 import PredictReply, SealedReply
 
+from services.gateway.asked import Asked
 from services.gateway.catalogue import ServedModel
 from services.gateway.codecs.compiled import UNITS
 from services.gateway.codecs.infer_forms import AnswerForm, RequestForm, answer_form, id_at, user_at
-from services.gateway.plans import Asked
 
 #: Sizes of messages, and forms of one size; answers told apart.
 _SIZES, _OF_ONE_SIZE, _ANSWERS = 256, 4, 256

@@ -4,35 +4,16 @@ requests begin, how its answers read, how long they may take."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import SealedReply
 
+from services.gateway.asked import Asked
 from services.gateway.catalogue import ServedModel
 from services.gateway.codecs.compiled import RowAnswer, RowsRequest, compile_answer, compile_request
 from services.gateway.keys import Key
 
 #: Versions, variants and experiments come from routers: few, and bounded all the same.
 _REMEMBERED_ANSWERS = 64
-
-
-class Asked(Protocol):
-    """What an answer takes from its call."""
-
-    single: bool
-    asked_id: bytes
-
-
-class Answers(Protocol):
-    """What answers by bytes that stand already."""
-
-    model: ServedModel
-    #: Takes the seconds of every answer; set by who counts them.
-    answered: Callable[[float], None] | None
-
-    def answer(self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float) -> bytes | None:
-        """The body; None where it takes the ordinary way."""
-        ...
 
 
 class Plan:

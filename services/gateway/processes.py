@@ -45,7 +45,9 @@ async def gateway_processes(cfg: Settings, count: int) -> AsyncIterator[ProcessG
             stop_s=cfg.drain_notice_s + cfg.drain_s + _SLACK_S,
         )
         joint = JointOps(_LOOPBACK, ops, health, lambda: group.restarts)
-        ops_port = await stack.enter_async_context(serve_asgi(joint, cfg.ops_host or cfg.host, cfg.ops_port))
+        ops_port = await stack.enter_async_context(
+            serve_asgi(joint, cfg.ops_host or cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port)
+        )
         await stack.enter_async_context(group.running())
         log.info(
             "supervising", processes=count, http=shared["HTTP_PORT"], grpc=shared["GRPC_PORT"], ops=ops_port

@@ -55,7 +55,8 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSetting
     drain_notice_s: Annotated[float, Field(ge=0)] = 1.0
     #: How long the first start waits for the control topics before it serves what it has.
     control_wait_s: Annotated[float, Field(gt=0)] = 10.0
-    #: Several gateways on one port, where the kernel spreads the connections.
+    #: Several gateways on one port, where the kernel spreads the connections: side by side, or one that takes
+    #: over from another.
     reuse_port: bool = False
 
     #: Batch jobs need a database and the artifact store; without them the gateway serves and takes none.

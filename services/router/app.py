@@ -147,12 +147,22 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         stack.push_async_callback(server.close)
         frames_port = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
-            serve_grpc(dispatcher, clock, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
+            serve_grpc(
+                dispatcher,
+                clock,
+                cfg.host,
+                cfg.grpc_port,
+                cfg.internal_token,
+                drain_s=1.0,
+                reuse_port=cfg.reuse_port,
+            )
         )
         registry = CollectorRegistry()
         registry.register(RouterMetrics(dispatcher, server, events, store))
         ops_port = await stack.enter_async_context(
-            serve_asgi(ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0)
+            serve_asgi(
+                ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0, reuse_port=cfg.reuse_port
+            )
         )
         log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, router=cfg.router_id)
         try:
@@ -182,7 +192,7 @@ async def _know(
 
 async def _listen(server: FrameServer, cfg: Settings) -> int:
     try:
-        port = await server.start(cfg.host, cfg.frames_port)
+        port = await server.start(cfg.host, cfg.frames_port, reuse_port=cfg.reuse_port)
     except OSError as error:
         reason = error.strerror or error
         raise Fatal(f"Cannot listen on {cfg.host}:{cfg.frames_port} (FRAMES_PORT): {reason}.") from error

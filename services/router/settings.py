@@ -21,6 +21,8 @@ class Settings(ServiceSettings, FrameTlsSettings):
     frames_socket: Path | None = None
     grpc_port: Port = 8011
     ops_port: Port = 8012
+    #: Another process of ours may listen on the same ports: one that takes over from this one, or did.
+    reuse_port: bool = False
 
     #: Endpoints tried for one request, the first one included.
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3

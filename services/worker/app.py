@@ -116,12 +116,16 @@ async def worker_app(
         stack.push_async_callback(server.close)
         frames_port, frames_address = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
-            serve_grpc(servicer, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0)
+            serve_grpc(
+                servicer, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0, reuse_port=cfg.reuse_port
+            )
         )
         registry = CollectorRegistry()
         registry.register(WorkerMetrics(host, servicer, events))
         ops_port = await stack.enter_async_context(
-            serve_asgi(ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0)
+            serve_asgi(
+                ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0, reuse_port=cfg.reuse_port
+            )
         )
 
         report = StatusReport(
@@ -238,7 +242,7 @@ async def _end(task: asyncio.Task[None]) -> None:
 async def _listen(server: FrameServer, cfg: Settings) -> tuple[int, str]:
     """The port, and the address that routers are told."""
     try:
-        port = await server.start(cfg.host, cfg.frames_port)
+        port = await server.start(cfg.host, cfg.frames_port, reuse_port=cfg.reuse_port)
     except OSError as error:
         reason = error.strerror or error
         raise Fatal(f"Cannot listen on {cfg.host}:{cfg.frames_port} (FRAMES_PORT): {reason}.") from error

@@ -58,7 +58,13 @@ class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
 
 @asynccontextmanager
 async def serve_grpc(
-    servicer: Servicer, host: str, port: int, token: str, *, drain_s: float
+    servicer: Servicer,
+    host: str,
+    port: int,
+    token: str,
+    *,
+    drain_s: float,
+    reuse_port: bool = False,
 ) -> AsyncIterator[int]:
     """Serve while the block runs; gives the bound port. Raises Fatal where the port is taken."""
     server = grpc.aio.server(
@@ -66,7 +72,7 @@ async def serve_grpc(
         options=[
             ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(reuse_port)),
         ],
     )
     add_dataplane = dataplane_pb2_grpc.add_DataPlaneServicer_to_server

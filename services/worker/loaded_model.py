@@ -33,9 +33,6 @@ log = structlog.get_logger(__name__)
 _OK = Code.CODE_OK
 _MOST_LINKS = 128
 _US_MAX = (1 << 32) - 1
-# Batches with more bytes of input run in a thread however fast they are: joining these bytes, and serialising
-# them for the log, would hold up the event loop.
-_INLINE_BYTES = 256 << 10
 
 
 class Log(Protocol):
@@ -59,6 +56,9 @@ class Serving:
     pool: ThreadPoolExecutor
     #: Batches expected to take longer than this many seconds run in a thread.
     inline_below: float
+    #: Batches with more bytes of input do so however fast they are: joining these bytes, and serialising them
+    #: for the log, would hold up the event loop.
+    inline_bytes: int = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ class LoadedModel:
         inline = (
             self.layout.fixed
             and self.run_time.estimate(batch.rows) <= serving.inline_below
-            and sum([item.nbytes for item in batch.items]) <= _INLINE_BYTES
+            and sum([item.nbytes for item in batch.items]) <= serving.inline_bytes
         )
         self.stats.batch(batch.rows, batch.reason.value, inline=inline)
         if inline:

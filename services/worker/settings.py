@@ -30,6 +30,8 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     frames_socket: Path | None = None
     grpc_port: Port = 8021
     ops_port: Port = 8022
+    #: Another process of ours may listen on the same ports: one that takes over from this one, or did.
+    reuse_port: bool = False
 
     #: Where the deployment makes no statement: rows per batch, rows and bytes that may wait per version.
     max_rows: Annotated[int, Field(ge=1)] = 64

@@ -4,13 +4,19 @@ counted once, and nothing is refused that another part could answer."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
+import psutil
 import pytest
+from open_inference.open_inference_pb2 import ModelInferRequest
+from open_inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
 from benchmarks.load.drive import OpenLoop, open_loop
 from benchmarks.load.requests import Endpoint
@@ -159,3 +165,46 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
         await eventually_of(
             lambda: client.post("/v1/predict", json=body), lambda answer: answer.json()["version"] == "2"
         )
+
+
+async def test_new_processes_take_over_without_losing_a_request(stack: Stack) -> None:
+    """As after the hot path was compiled behind a first start."""
+    row = cancer.load().held_out_rows[0].tolist()
+    old = {name: stack.pids()[name] for name in ("gateway", "router", "worker-0", "worker-1")}
+    renewed = asyncio.Event()
+    said: Counter[str] = Counter()
+
+    async def over_rest(client: httpx.AsyncClient, user: int) -> None:
+        for number in itertools.count():
+            asked = {"model": MODEL, "inputs": [row], "user_id": f"taken-over-{user}-{number}"}
+            answer = await client.post("/v1/predict", json=asked)
+            said[f"REST {answer.status_code}"] += 1
+            if renewed.is_set():
+                return
+            await asyncio.sleep(0.02)
+
+    async def over_grpc() -> None:
+        asked = ModelInferRequest(model_name=MODEL)
+        features = asked.inputs.add(name="features", datatype="FP32", shape=[1, len(row)])
+        features.contents.fp32_contents[:] = row
+        key = [("authorization", f"Bearer {stack.admin_key}")]
+        async with grpc.aio.insecure_channel(stack.grpc_address) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            while not renewed.is_set():
+                await stub.ModelInfer(asked, metadata=key, timeout=PATIENCE_S)
+                said["gRPC"] += 1
+                await asyncio.sleep(0.02)
+
+    async with caller(stack) as client:
+        before = await settled(stack, client, MODEL)
+        async with asyncio.TaskGroup() as load:
+            for user in range(4):
+                load.create_task(over_rest(client, user))
+            load.create_task(over_grpc())
+            await eventually(lambda: said["REST 200"] > 20 and said["gRPC"] > 5)
+            assert await asyncio.to_thread(stack.renew)
+            renewed.set()
+        assert set(said) == {"REST 200", "gRPC"}, said
+        now = stack.pids()
+        assert not any(now[name] == pid or psutil.pid_exists(pid) for name, pid in old.items())
+        assert await counted_since(stack, client, before, said.total()) == said.total()

@@ -4,6 +4,7 @@ has them."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -18,6 +19,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _JSON = "application/json"
+#: Which process answers: two may share the port while one takes over from the other.
+PROCESS_HEADER = b"x-process"
 
 
 class OpsEndpoints:
@@ -85,6 +88,10 @@ async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def respond(scope: Scope, send: Send, status: int, content_type: str, body: bytes) -> None:
     """One whole answer."""
-    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"content-type", content_type.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (PROCESS_HEADER, str(os.getpid()).encode()),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

@@ -20,11 +20,9 @@ _ONE_MESSAGE: Final = trailers(Code.CODE_INTERNAL, "A unary call has exactly one
 _GOOD: Final = 200
 
 
-class InferExchange(Stream, Call):
+class InferExchange(Call, Stream):
     """A stream that is a call of `PredictService`. No task and no future is made for it."""
 
-    service: PredictService
-    span_name = "ModelInfer"
     held = 0
     _admitted = False
     _came = False
@@ -45,6 +43,10 @@ class InferExchange(Stream, Call):
         self.call_head = call_head
         self.stream_id = stream_id
         self.max_bytes = connection.limits.max_message_bytes
+
+    @property
+    def span_name(self) -> str:
+        return "ModelInfer"
 
     # The stream's part.
 

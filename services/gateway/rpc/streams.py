@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from headrace.v1.tensor_pb2 import Code
 
+from services.common.native import trait
 from services.gateway.codecs.trailers import trailers
 from services.gateway.rpc.heads import CallHead
 from services.gateway.rpc.statuses import LATE
@@ -24,6 +25,7 @@ _CUT_OFF: Final = trailers(Code.CODE_INTERNAL, "The call ended inside of a messa
 _NOT_ENCODED: Final = trailers(Code.CODE_INTERNAL, "A message is compressed, and no grpc-encoding says how.")
 
 
+@trait
 class Stream:
     """A call: until `complete` its client may send, until `over` we may. Defaults are class attributes: most
     calls set few of them."""

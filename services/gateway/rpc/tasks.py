@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
@@ -98,6 +98,22 @@ class Tasks:
             task.cancel()
         if self._running:
             await asyncio.wait(set(self._running), timeout=1.0)
+
+
+class _Messages:
+    """What a client sends, until None stands in the queue: it sends nothing more."""
+
+    def __init__(self, came: asyncio.Queue[Any]) -> None:
+        self._came = came
+
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        message = await self._came.get()
+        if message is None:
+            raise StopAsyncIteration
+        return message
 
 
 class TaskCall(Stream):
@@ -227,7 +243,7 @@ class TaskCall(Stream):
 
     async def _called(self) -> None:
         handler, context = self.method.handler, RpcContext(self)
-        asked: Any = self._messages() if handler.request_streaming else self._came.get_nowait()
+        asked: Any = _Messages(self._came) if handler.request_streaming else self._came.get_nowait()
         if not handler.response_streaming:
             answers = handler.stream_unary if handler.request_streaming else handler.unary_unary
             await self.write(await answers(asked, context))
@@ -239,10 +255,6 @@ class TaskCall(Stream):
                 await self.write(message)
         else:
             await answered  # it writes by its context
-
-    async def _messages(self) -> AsyncIterator[Any]:
-        while (message := await self._came.get()) is not None:
-            yield message
 
     async def write(self, message: Any) -> None:
         """Send one message, once the one before has left."""

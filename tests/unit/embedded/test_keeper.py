@@ -183,3 +183,53 @@ async def test_what_a_dead_part_left_behind_is_ended_too(tmp_path: Path) -> None
         assert server.child is not None
         server.child._process.kill()
         await until(lambda: not left.exists() or ") Z " in (left / "stat").read_text())
+
+
+async def test_another_takes_over_and_is_what_is_kept_from_then_on(tmp_path: Path) -> None:
+    old, new, around = Small(tmp_path / "old"), Small(tmp_path / "new"), Around()
+    async with keeping(old, around) as keeper:
+        await keeper.came_up.wait()
+        await keeper.begin_beside(new)
+        assert old.alive
+        assert around.groups == [old.pid, new.pid]
+        await keeper.take_over(2.0)
+        assert not old.alive
+        assert around.groups == [new.pid]
+        assert keeper.status.pid == new.pid
+        first = new.pid
+        new.kill()
+        await until(lambda: keeper.status.state is State.READY and new.pid not in {None, first})
+        assert old.prepared == 1
+    assert around.groups == []
+
+
+async def test_one_that_does_not_come_up_changes_nothing(tmp_path: Path) -> None:
+    old, new, around = Small(tmp_path / "old"), Small(tmp_path / "new", "raise SystemExit(3)"), Around()
+    new.answers = False
+    async with keeping(old, around) as keeper:
+        await keeper.came_up.wait()
+        first = old.pid
+        with pytest.raises(EmbeddedError, match="did not come up beside the one that runs"):
+            await keeper.begin_beside(new)
+        assert keeper.server is old
+        assert old.pid == first
+        assert not new.alive
+
+
+async def test_what_died_while_another_came_up_is_not_started_again_once_that_took_over(
+    tmp_path: Path,
+) -> None:
+    old, new, around = Small(tmp_path / "old"), Small(tmp_path / "new"), Around()
+    async with keeping(old, around) as keeper:
+        await keeper.came_up.wait()
+        await keeper.begin_beside(new)
+        around.held = True  # so that nothing starts it again meanwhile
+        old.kill()
+        await until(lambda: keeper.status.state is State.HELD)
+        await keeper.take_over(2.0)
+        around.held = False
+        first = new.pid
+        await until(lambda: keeper.status.state is State.READY and keeper.status.pid == first)
+        await asyncio.sleep(0.02)
+        assert new.pid == first
+        assert old.prepared == 1

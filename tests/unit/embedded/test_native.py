@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from deploy.embedded import native
+from deploy.embedded import behind, native
 from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.service import ServiceProcess
+from deploy.embedded.stack import Stack
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_without_a_compiler_a_sentence_says_so_and_nothing_fails(
 
 
 def test_a_failure_is_told_until_a_source_changes(monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
-    monkeypatch.setattr(native, "_missing", lambda: "")
+    monkeypatch.setattr(native, "missing", lambda: "")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     said = native.compiled(repository)
     assert said.startswith("The hot path runs as plain Python: compiling failed; see ")
@@ -75,6 +77,40 @@ def test_a_failure_is_told_until_a_source_changes(monkeypatch: pytest.MonkeyPatc
     assert list((repository / ".headrace" / "native").glob(".building*")) == []
     (repository / "services/router/call.py").write_text("one = 2\n")
     assert native.failure(repository) == ""
+
+
+def test_an_image_compiles_what_it_has_of_the_sources(tmp_path: Path) -> None:
+    for path in (*native.GROUPS["frames"], *native.GROUPS["router"]):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert set(native.present(tmp_path)) == {"frames", "router"}
+
+
+def test_the_images_of_all_services_with_a_hot_path_are_compiled() -> None:
+    dockerfile = (REPOSITORY / "deploy" / "Dockerfile").read_text()
+    of_services = {path.split("/")[1] for group in native.GROUPS.values() for path in group} - {"common"}
+    (said,) = re.findall(r'case "\$\{NATIVE\}-\$\{SERVICE\}" in (\S+)\)', dockerfile)
+    assert {choice.removeprefix("1-") for choice in said.split("|")} == of_services
+
+
+def test_a_stack_is_renewed_once_what_it_was_started_from_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    class Running(Stack):
+        def renew(self, timeout: float = 0.0) -> bool:
+            asked.append("renewed")
+            return True
+
+    stack = Running({"HEADRACE_HOME": str(tmp_path)})
+    monkeypatch.setattr(native, "build", lambda: tmp_path)
+    monkeypatch.setattr(native, "find", lambda: None)  # a source was edited while they were compiled
+    assert not behind.compile_and_renew(stack)
+    assert asked == []
+    monkeypatch.setattr(native, "find", lambda: tmp_path)
+    assert behind.compile_and_renew(stack)
+    assert asked == ["renewed"]
 
 
 PATHS = [path for group in native.GROUPS.values() for path in group]

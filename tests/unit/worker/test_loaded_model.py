@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +16,7 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from services.common.clock import SystemClock
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
-from services.worker import loaded_model
 from services.worker.execution import Runner
-from services.worker.item import Batch
-from services.worker.outcome import Outcome, outcome_of
 from services.worker.turn import Turn
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import PATIENCE_S, eventually
@@ -51,25 +47,23 @@ async def test_the_record_is_written_before_the_replies_leave(rig: Rig, inline_b
     assert (model.stats.succeeded, model.stats.rows, model.stats.runs) == (5, 5, 1)
 
 
-async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: dict[int, bool] = {}
+async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(rig: Rig) -> None:
+    on_loop: list[bool] = []
 
-    def noting(batch: Batch, *rest: Any) -> Outcome:
-        on_loop = threading.current_thread() is threading.main_thread()
-        threads.update((item.request.id, on_loop) for item in batch.items)
-        return outcome_of(batch, *rest)
+    class Noting(SystemClock):
+        def unix_us(self) -> int:  # asked once for each batch, as its outcome is decided
+            on_loop.append(threading.current_thread() is threading.main_thread())
+            return super().unix_us()
 
-    monkeypatch.setattr(loaded_model, "outcome_of", noting)
-    monkeypatch.setattr(loaded_model, "_INLINE_BYTES", 1 << 10)
+    rig.clock = Noting()
+    rig.inline_bytes = 1 << 10
     rig.inline_below = 1.0
     model = rig.start(max_rows=1 << 10)
     model.submit([rig.item(1)])
     await eventually(lambda: len(rig.answers) == 1)
     model.submit([rig.item(2, rows=500)])
     await eventually(lambda: len(rig.answers) == 2)
-    assert threads == {1: True, 2: False}
+    assert on_loop == [True, False]
     assert rig.logged_before == {1: 1, 2: 2}
     assert rig.codes() == {1: Code.CODE_OK, 2: Code.CODE_OK}
     answer = rig.answers[2]
