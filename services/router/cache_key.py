@@ -10,7 +10,7 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 
 from services.router.routing_table import Target
 
-_PREFIX: Final = "headrace:result:1:"
+_PREFIX: Final = "headrace:result:2:"
 _DIGEST_BYTES: Final = 32
 
 

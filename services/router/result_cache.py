@@ -2,6 +2,8 @@
 
 The first request for a key looks it up and, on a miss, is computed; equal ones that come meanwhile wait for
 it (single flight) and get a copy of its answer. Where it fails they go their own ways: errors are not shared.
+Where it is cancelled or late, which is its own caller's doing, the next one is computed in its place. Nobody
+waits for a request of a less urgent class: that may wait long, or be refused, where his would not.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import asyncio
 import random
 import time
 from typing import TYPE_CHECKING, Final, Protocol
+from zlib import crc32
 
 import structlog
 from google.protobuf.message import DecodeError
-from headrace.v1.dataplane_pb2 import PredictReply
+from headrace.v1.dataplane_pb2 import PredictReply, Priority
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import DeadlineExceeded, Internal
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _OK: Final = Code.CODE_OK
+_LATE: Final = Code.CODE_DEADLINE_EXCEEDED
+_URGENT: Final = Priority.PRIORITY_HIGH
+_LOW: Final = Priority.PRIORITY_LOW
+#: Bytes of the checksum before each value kept.
+_SEAL: Final = 4
 #: Of the time that answers are kept, the share by which it may be shorter.
 _JITTER: Final = 0.1
 
@@ -80,11 +88,8 @@ class ResultCache:
             raise RuntimeError("a call enters the cache before it was routed")
         key = cache_key(call.target, call.request)
         flight = self._flights.get(key)
-        if flight is not None:
-            patience = max(0.0, call.deadline - time.monotonic())
-            timer = asyncio.get_running_loop().call_later(patience, self._expire, call)
-            flight.followers[call] = timer
-            call.flight = flight
+        if flight is not None and (flight.asking or not _before(call, flight.leader)):
+            self._follow(flight, call)
             return
         flight = call.flight = self._flights[key] = Flight(key, policy, call)
         flight.asking = self._store.ask(key, lambda value: self._found(flight, value))
@@ -98,13 +103,7 @@ class ResultCache:
         call.flight = None
         if flight is None or self._withdraw(flight, call):
             return
-        flight.leader = next(iter(flight.followers), None)
-        if flight.leader is None:
-            self._flights.pop(flight.key, None)
-            return
-        flight.followers.pop(flight.leader).cancel()
-        if not flight.asking:
-            self._send(flight.leader)
+        self._replace_leader(flight)
 
     def settle(self, call: Call, reply: PredictReply) -> None:
         """`call` is about to be answered with `reply`: keep it, and give it to those who wait for it."""
@@ -112,7 +111,10 @@ class ResultCache:
         call.flight = None
         if flight is None or self._withdraw(flight, call):
             return
-        self._flights.pop(flight.key, None)
+        if reply.code == _LATE:
+            self._replace_leader(flight)
+            return
+        self._land(flight)
         followers = self._release(flight)
         if reply.code != _OK or call.fell_back:
             for follower in followers:
@@ -122,7 +124,7 @@ class ResultCache:
         if len(kept) <= flight.policy.max_entry_bytes:
             # What was computed in one burst must not have to be computed again in one.
             ttl_ms = flight.policy.ttl_ms * (1 - _JITTER * self._random())
-            self._store.keep(flight.key, kept, max(1, round(ttl_ms)))
+            self._store.keep(flight.key, _sealed(kept), max(1, round(ttl_ms)))
         for follower in followers:
             self._give(follower, kept, "joined")
 
@@ -132,15 +134,47 @@ class ResultCache:
         leader = flight.leader
         if leader is None:
             return
-        if value is None:
-            if leader.target is not None:
-                self._stats.cache(leader.target.key, "miss")
-            self._send(leader)
+        kept = None if value is None else _opened(value)
+        if kept is not None:
+            self._land(flight)
+            leader.flight = None
+            for call in (leader, *self._release(flight)):
+                self._give(call, kept, "hit")
             return
-        self._flights.pop(flight.key, None)
-        leader.flight = None
-        for call in (leader, *self._release(flight)):
-            self._give(call, value, "hit")
+        if value is not None:
+            log.warning("result_cache_entry_unreadable", model=leader.request.model)
+        first = leader
+        for follower in flight.followers:
+            if _before(follower, first):
+                first = follower
+        if first is not leader:
+            self._withdraw(flight, first)
+            flight.leader = first
+            self._follow(flight, leader)
+        if first.target is not None:
+            self._stats.cache(first.target.key, "miss")
+        self._send(first)
+
+    def _follow(self, flight: Flight, call: Call) -> None:
+        """Let `call` wait for what becomes of `flight`."""
+        patience = max(0.0, call.deadline - time.monotonic())
+        flight.followers[call] = asyncio.get_running_loop().call_later(patience, self._expire, call)
+        call.flight = flight
+
+    def _replace_leader(self, flight: Flight) -> None:
+        """The next one is looked up or computed, or nobody any more."""
+        flight.leader = next(iter(flight.followers), None)
+        if flight.leader is None:
+            self._land(flight)
+            return
+        flight.followers.pop(flight.leader).cancel()
+        if not flight.asking:
+            self._send(flight.leader)
+
+    def _land(self, flight: Flight) -> None:
+        """Nobody joins `flight` any more. Where somebody more urgent came, nobody did already."""
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
 
     def _release(self, flight: Flight) -> list[Call]:
         followers, flight.followers = flight.followers, {}
@@ -177,7 +211,11 @@ class ResultCache:
                 self._send(call)
         if not hits:
             return
-        logged = self._log.append(hits)
+        try:
+            logged = self._log.append(hits)
+        except Exception:  # else nobody would answer them
+            log.exception("hits_not_logged", requests=len(hits))
+            logged = False
         for call, reply in hits:
             if not logged:
                 # A worker logs it, or refuses.
@@ -199,3 +237,22 @@ class ResultCache:
             log.exception("routing_failed", model=call.request.model)
             if not call.done:
                 call.refuse(Internal("the request could not be routed"))
+
+
+def _before(call: Call, other: Call | None) -> bool:
+    """Whether `call` is of a more urgent class."""
+    if other is None:
+        return False
+    mine, theirs = call.request.priority, other.request.priority
+    return mine != theirs and (mine == _URGENT or theirs == _LOW) and theirs != _URGENT and mine != _LOW
+
+
+def _sealed(kept: bytes) -> bytes:
+    """What is stored: whatever else comes to stand under the key, even an empty value, is told from it."""
+    return crc32(kept).to_bytes(_SEAL, "little") + kept
+
+
+def _opened(value: bytes) -> bytes | None:
+    """What was sealed; None where `value` is something else."""
+    kept = value[_SEAL:]
+    return kept if kept and value[:_SEAL] == crc32(kept).to_bytes(_SEAL, "little") else None

@@ -3,6 +3,9 @@ can hold a request up. The store being slow or away is a miss.
 
 Three owned tasks, each with at most one round trip under way: one reads, one writes, one finds out whether
 the server is there again. What waits for them is bounded; what finds no room is a miss, or is not kept.
+
+A read that takes too long is a miss; only several in a row say that the server is away, for on a busy machine
+it may be us who were late to look. A server that takes no writes, being full or a replica, is still read.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 log = structlog.get_logger(__name__)
 
 #: Called once with the value, or with None for a miss.
 Found = Callable[[bytes | None], None]
 
+#: Reads in a row that took too long, before the server is taken to be away.
+_SLOW: Final = 3
 _AWAY: Final = (RedisError, TimeoutError, OSError)
 _CONNECTIONS: Final = 3
 _MAX_KEYS: Final = 2048
@@ -49,6 +54,8 @@ class ResultStore:
         self._doubtful.set()
         #: Whether reads are tried at all; False until the server has been seen, and after every failure.
         self.usable = False
+        self._slow = 0
+        self._refusing = False
         self.failures = 0
         self.dropped = 0
         self.round_trips = 0
@@ -93,10 +100,18 @@ class ResultStore:
         self.round_trips += 1
         try:
             async with asyncio.timeout(self._budget_s):
-                values = await self._redis.mget(keys)
-        except _AWAY as error:
+                values = list(await self._redis.mget(keys))
+        except TimeoutError as error:
+            self._slow += 1
+            if self._slow < _SLOW:
+                self.failures += 1
+            else:
+                self._doubt(error)
+            return []
+        except Exception as error:  # a task that ended here would leave whoever asks waiting
             self._doubt(error)
             return []
+        self._slow = 0
         return [value if isinstance(value, bytes) else None for value in reversed(values)]
 
     async def write(self) -> None:
@@ -110,10 +125,21 @@ class ResultStore:
                     pipeline = self._redis.pipeline(transaction=False)
                     for key, value, ttl_ms in kept:
                         pipeline.set(key, value, px=ttl_ms)
-                    await pipeline.execute()
-            except _AWAY as error:
+                    said = await pipeline.execute(raise_on_error=False)
+                    self._note_refused([one for one in said if isinstance(one, Exception)])
+            except Exception as error:  # as above: nothing would be kept any more
                 self.dropped += len(kept)
                 self._doubt(error)
+
+    def _note_refused(self, errors: list[Exception]) -> None:
+        """Of what was written, these were not taken."""
+        for error in errors:
+            if not isinstance(error, ResponseError):
+                raise error
+        self.dropped += len(errors)
+        if errors and not self._refusing:
+            log.warning("result_cache_takes_nothing", reason=str(errors[0]))
+        self._refusing = bool(errors)
 
     async def watch(self) -> None:
         """After a failure, and at first: find out when the server answers, until cancelled."""
@@ -124,16 +150,19 @@ class ResultStore:
             try:
                 async with asyncio.timeout(_PING_S):
                     await self._redis.ping()
-            except _AWAY:
+            except Exception:  # as above: it would never be tried again
                 self.failures += 1
             else:
+                self._slow = 0
                 self._doubtful.clear()
                 self.usable = True
                 log.info("result_cache_reached")
 
     def _doubt(self, error: Exception) -> None:
         self.failures += 1
-        if self.usable:
+        if not isinstance(error, _AWAY):
+            log.error("result_cache_broke", exc_info=error)
+        elif self.usable:
             log.warning("result_cache_away", reason=str(error) or type(error).__name__)
         self.usable = False
         self._doubtful.set()

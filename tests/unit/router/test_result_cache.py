@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from headrace.v1.control_pb2 import ServedVersion
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
 from headrace.v1.tensor_pb2 import Code, Tensor
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,14 +19,18 @@ from services.router.stats import Stats
 
 TARGET = Target("cancer", ServedVersion(version="1", artifact_digest="sha256:1"), 1.0)
 POLICY = CachePolicy(1000, 1000)
+NORMAL, HIGH, LOW = Priority.PRIORITY_NORMAL, Priority.PRIORITY_HIGH, Priority.PRIORITY_LOW
+PRIORITIES = (Priority.PRIORITY_UNSPECIFIED, HIGH, NORMAL, LOW)
+#: Equal where nobody is before the other.
+CLASS = {HIGH: 0, Priority.PRIORITY_UNSPECIFIED: 1, NORMAL: 1, LOW: 2}
 
 
 class FakeCall:
     """A call that notes what happens to it."""
 
-    def __init__(self, cache: ResultCache, number: int) -> None:
+    def __init__(self, cache: ResultCache, number: int, priority: Priority = NORMAL) -> None:
         self.cache: Any = cache
-        self.request = PredictRequest(inputs=[Tensor(name="x", data=bytes([number]))])
+        self.request = PredictRequest(inputs=[Tensor(name="x", data=bytes([number]))], priority=priority)
         self.number = number
         self.target = TARGET
         self.flight: Flight | None = None
@@ -90,6 +94,9 @@ class FakeLog:
         return not self.full
 
 
+#: What may stand under a key of ours without being from us.
+SPOILT = (b"", b"\0", b"\0\0\0\0", PredictReply(message="x").SerializeToString(), b"\xff" * 40)
+
 Step = tuple[str, int]
 STEPS = st.lists(
     st.tuples(
@@ -118,6 +125,7 @@ async def play(steps: list[Step]) -> None:
             await asyncio.sleep(0)
         else:
             getattr(scene, what)(which)
+        scene.check_classes()
     # Everything ends: the store answers, the workers answer.
     while scene.store.asked:
         scene.lost(0)
@@ -148,7 +156,7 @@ class Scene:
         return [call for call in self.calls if call.sent and not call.done]
 
     def enter(self, which: int) -> None:
-        self.calls.append(FakeCall(self.cache, which % 2))
+        self.calls.append(FakeCall(self.cache, which % 2, PRIORITIES[which // 2]))
         self.cache.enter(self.calls[-1], POLICY)  # type: ignore[arg-type]  # a call that is sent nowhere
 
     def found(self, which: int) -> None:
@@ -160,6 +168,17 @@ class Scene:
         if self.store.asked:
             self.store.asked.pop(which % len(self.store.asked))[1](None)
 
+    def spoilt(self, which: int) -> None:
+        if self.store.asked:
+            self.store.asked.pop(which % len(self.store.asked))[1](SPOILT[which % len(SPOILT)])
+
+    def check_classes(self) -> None:
+        """Nobody waits for the run of somebody less urgent."""
+        for call in self.calls:
+            if not call.done and call.flight is not None and not call.flight.asking:
+                leader: Any = call.flight.leader
+                assert CLASS[call.request.priority] >= CLASS[leader.request.priority]
+
     def answer(self, which: int) -> None:
         if self.computing:
             call = self.computing[which % len(self.computing)]
@@ -168,6 +187,11 @@ class Scene:
     def fail(self, which: int) -> None:
         if self.computing:
             self.computing[which % len(self.computing)].finish(PredictReply(code=Code.CODE_INTERNAL))
+
+    def late(self, which: int) -> None:
+        if self.computing:
+            late = PredictReply(code=Code.CODE_DEADLINE_EXCEEDED)
+            self.computing[which % len(self.computing)].finish(late)
 
     def cancel(self, which: int) -> None:
         waiting = [call for call in self.calls if not call.done]
@@ -209,3 +233,72 @@ async def test_what_was_computed_together_does_not_expire_together() -> None:
     assert len(store.ttls) == 100
     assert 0.9 * POLICY.ttl_ms <= min(store.ttls) < 0.92 * POLICY.ttl_ms
     assert 0.98 * POLICY.ttl_ms < max(store.ttls) <= POLICY.ttl_ms
+
+
+async def test_a_first_that_is_late_leaves_one_of_the_others_to_be_computed() -> None:
+    cache = ResultCache(FakeStore(), FakeLog(), Stats())  # type: ignore[arg-type]
+    calls = [FakeCall(cache, 1) for _ in range(5)]
+    for call in calls:
+        cache.enter(call, POLICY)  # type: ignore[arg-type]
+    cache._found(calls[0].flight, None)  # type: ignore[arg-type]
+    calls[0].finish(PredictReply(code=Code.CODE_DEADLINE_EXCEEDED))
+    assert [call.sent for call in calls] == [1, 1, 0, 0, 0]
+    calls[1].finish(own_answer(calls[1]))
+    await asyncio.sleep(0)
+    assert [reply.code for call in calls[1:] for reply in call.answers] == [Code.CODE_OK] * 4
+    assert len(cache) == 0
+
+
+async def test_who_is_more_urgent_waits_for_nobody_who_is_less() -> None:
+    store = FakeStore()
+    cache = ResultCache(store, FakeLog(), Stats())  # type: ignore[arg-type]
+    low, high, normal = FakeCall(cache, 1, LOW), FakeCall(cache, 1, HIGH), FakeCall(cache, 1, NORMAL)
+    for call in (low, high):
+        cache.enter(call, POLICY)  # type: ignore[arg-type]
+    store.asked.pop()[1](None)
+    assert [low.sent, high.sent] == [0, 1]  # what is looked up together is computed for the most urgent
+
+    high.cancel()
+    assert low.sent == 1
+    store.usable = False
+    cache.enter(normal, POLICY)  # type: ignore[arg-type]
+    assert normal.sent == 1
+    other = FakeCall(cache, 1, LOW)
+    cache.enter(other, POLICY)  # type: ignore[arg-type]
+    low.finish(PredictReply(code=Code.CODE_RESOURCE_EXHAUSTED))
+    normal.finish(own_answer(normal))
+    await asyncio.sleep(0)
+    assert [reply.code for reply in other.answers] == [Code.CODE_OK]
+    assert other.sent == 0
+    assert len(cache) == 0
+
+
+async def test_what_is_not_ours_in_the_store_is_a_miss() -> None:
+    for value in SPOILT:
+        store = FakeStore()
+        cache = ResultCache(store, FakeLog(), Stats())  # type: ignore[arg-type]
+        call = FakeCall(cache, 1)
+        cache.enter(call, POLICY)  # type: ignore[arg-type]
+        store.asked.pop()[1](value)
+        await asyncio.sleep(0)
+        assert (call.sent, call.answers) == (1, [])
+
+
+async def test_hits_that_cannot_be_logged_for_whatever_reason_are_computed() -> None:
+    class BrokenLog:
+        def append(self, hits: list[Any]) -> bool:
+            raise IndexError(len(hits))
+
+    store = FakeStore()
+    cache = ResultCache(store, FakeLog(), Stats())  # type: ignore[arg-type]
+    first = FakeCall(cache, 1)
+    cache.enter(first, POLICY)  # type: ignore[arg-type]
+    store.asked.pop()[1](None)
+    first.finish(own_answer(first))
+    cache = ResultCache(store, BrokenLog(), Stats())  # type: ignore[arg-type]
+    call = FakeCall(cache, 1)
+    cache.enter(call, POLICY)  # type: ignore[arg-type]
+    (key, found) = store.asked.pop()
+    found(store.kept[key])
+    await asyncio.sleep(0)
+    assert (call.sent, call.answers) == (1, [])
