@@ -146,6 +146,8 @@ def _output(output: OutputTotals, alpha: float) -> Json:
         shown["mean_difference"] = output.sum_of_means / output.requests if output.requests else None
     if output.scored:
         shown["same_top"] = _share(output.rows_same_top, output.scored, alpha)
+    if output.ranked:
+        shown["same_top_five"] = _share(output.rows_same_top_five, output.ranked, alpha)
     return shown
 
 

@@ -27,10 +27,15 @@ _LIMIT = 1400
 MOST_SLICES = 50
 _OTHERS = "other"
 _MAX_NAME = 300
+#: Rows of more elements than that say which five are the best.
+_RANKED = 5
 _BY_REQUEST = (
     "verdicts", "rows", "rows_equal", "codes", "shadow_codes", "latency_us", "shadow_latency_us",
 )  # fmt: skip
-_BY_OUTPUT = ("rows_equal", "rows_same_top", "largest_difference", "mean_difference")
+_BY_OUTPUT = (
+    "rows_equal", "rows_same_top", "row_elements", "rows_same_top_five",
+    "largest_difference", "mean_difference",
+)  # fmt: skip
 
 _VERDICTS = {
     "equal": ShadowVerdict.SHADOW_VERDICT_EQUAL,
@@ -87,10 +92,17 @@ class Histogram:
         return cls(stored["zeros"], {int(place): n for place, n in stored["counts"].items()})
 
 
+_OUTPUT_SUMS = (
+    "rows", "rows_equal", "scored", "rows_same_top", "ranked", "rows_same_top_five",
+    "requests", "sum_of_means",
+)  # fmt: skip
+
+
 @dataclass(slots=True)
 class OutputTotals:
     """One output over the requests that were compared: rows that agree, rows whose best class is the same one
-    (of numbers with several columns; `scored` rows have them), and of numbers the largest difference in each
+    (of numbers with several columns; `scored` rows have them) or whose best five are (with more columns than
+    that; `ranked` rows), and of numbers the largest difference in each
     request, and the sum over requests of the mean one."""
 
     kind: int = 0
@@ -98,6 +110,8 @@ class OutputTotals:
     rows_equal: int = 0
     scored: int = 0
     rows_same_top: int = 0
+    ranked: int = 0
+    rows_same_top_five: int = 0
     requests: int = 0
     sum_of_means: float = 0.0
     largest: float = 0.0
@@ -106,7 +120,7 @@ class OutputTotals:
     def merge(self, other: OutputTotals) -> None:
         """Count what `other` has counted."""
         self.kind = self.kind or other.kind
-        for name in ("rows", "rows_equal", "scored", "rows_same_top", "requests", "sum_of_means"):
+        for name in _OUTPUT_SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.largest = max(self.largest, other.largest)
         self.differences.merge(other.differences)
@@ -264,7 +278,12 @@ def _failed(codes: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _output(output: OutputComparison, rows: NDArray[np.int64], n: int) -> OutputTotals:
-    equal, same_top = (_column(getattr(output, name), n, name) for name in ("rows_equal", "rows_same_top"))
+    equal, same_top, elements, same_five = (
+        _column(getattr(output, name), n, name)
+        for name in ("rows_equal", "rows_same_top", "row_elements", "rows_same_top_five")
+    )
+    # A single column has no best class: nothing is said of it then. Older records do not tell.
+    classes = elements > 1 if output.row_elements else np.full(n, same_top.any())
     largest, means = (
         np.array(getattr(output, name)[:] or [0.0] * n, dtype=np.float64)
         for name in ("largest_difference", "mean_difference")
@@ -276,9 +295,10 @@ def _output(output: OutputComparison, rows: NDArray[np.int64], n: int) -> Output
         kind=int(output.kind),
         rows=int(rows.sum()),
         rows_equal=int(equal.sum()),
-        # A single column has no best class: nothing is said of it then.
-        scored=int(rows.sum()) if same_top.any() else 0,
+        scored=int(rows[classes].sum()),
         rows_same_top=int(same_top.sum()),
+        ranked=int(rows[elements > _RANKED].sum()),
+        rows_same_top_five=int(same_five.sum()),
         requests=int(compared.sum()),
     )
     if numbers:

@@ -1,7 +1,8 @@
 """Whether two versions said the same: typed comparison of outputs. Pure.
 
 Numbers are compared within a tolerance, labels and texts exactly, and of class scores also whether the same
-class comes first. The first dimension counts rows where both sides have one.
+class comes first, and of many of them whether the same five do. The first dimension counts rows where both
+sides have one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from services.common.tensors import to_array
 
 #: Larger outputs are not compared: what a shadow costs stays small.
 MAX_BYTES: Final = 1 << 20
+#: The first so many of a ranking are compared as a set.
+TOP: Final = 5
 _FLOATS: Final = frozenset({DataType.DATA_TYPE_FP16, DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_FP64})
 
 Kind = OutputComparison.Kind
@@ -34,6 +37,9 @@ class Output:
     largest: float = 0.0
     mean: float = 0.0
     same_top: int = 0
+    #: Elements of a row, and of those with more than `TOP` the rows whose largest ones are the same.
+    width: int = 0
+    same_top_five: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,5 +113,17 @@ def _output(tensor: Tensor, other: Tensor, tolerance: float) -> Output:
         close.all(axis=1),
         float(finite.max(initial=0.0)),
         float(finite.mean()) if finite.size else 0.0,
-        int((a.argmax(axis=1) == b.argmax(axis=1)).sum()) if a.shape[1] > 1 else 0,
+        int((a.argmax(axis=1) == b.argmax(axis=1)).sum()) if width > 1 else 0,
+        width,
+        int((_same_first(a, b) | identical.all(axis=1)).sum()) if width > TOP else 0,
     )
+
+
+def _same_first(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Per row, whether the `TOP` largest of `a` are so of `b`, too, or as large as the last of those."""
+    firsts = np.argpartition(a, -TOP, axis=1)[:, -TOP:]
+    least = np.partition(b, -TOP, axis=1)[:, -TOP]
+    agree: NDArray[np.bool_] = np.logical_and.reduce(
+        np.take_along_axis(b, firsts, axis=1) >= least[:, None], axis=1, dtype=np.bool_
+    )
+    return agree

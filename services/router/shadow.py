@@ -250,6 +250,8 @@ def _outputs(compared: Sequence[Comparison]) -> Sequence[OutputComparison]:
                 largest_difference=[one.largest for one in column],
                 mean_difference=[one.mean for one in column],
                 rows_same_top=[one.same_top for one in column],
+                row_elements=[one.width for one in column],
+                rows_same_top_five=[one.same_top_five for one in column],
             )
         )
     return columns

@@ -211,7 +211,7 @@ class ShadowComparison(_message.Message):
     def __init__(self, batch_id: _Optional[bytes] = ..., source: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., shadow_version: _Optional[str] = ..., artifact_digest: _Optional[str] = ..., shadow_artifact_digest: _Optional[str] = ..., compared_at_us: _Optional[int] = ..., tolerance: _Optional[float] = ..., request_ids: _Optional[bytes] = ..., unit_hashes: _Optional[_Iterable[int]] = ..., revisions: _Optional[_Iterable[int]] = ..., codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., shadow_codes: _Optional[_Iterable[_Union[_tensor_pb2.Code, str]]] = ..., latency_us: _Optional[_Iterable[int]] = ..., shadow_latency_us: _Optional[_Iterable[int]] = ..., verdicts: _Optional[_Iterable[_Union[ShadowVerdict, str]]] = ..., rows: _Optional[_Iterable[int]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[_Union[OutputComparison, _Mapping]]] = ..., slices: _Optional[_Iterable[int]] = ..., slice_names: _Optional[_Iterable[str]] = ..., slice_by: _Optional[str] = ...) -> None: ...
 
 class OutputComparison(_message.Message):
-    __slots__ = ("name", "kind", "rows_equal", "largest_difference", "mean_difference", "rows_same_top")
+    __slots__ = ("name", "kind", "rows_equal", "largest_difference", "mean_difference", "rows_same_top", "row_elements", "rows_same_top_five")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[OutputComparison.Kind]
@@ -228,10 +228,14 @@ class OutputComparison(_message.Message):
     LARGEST_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
     MEAN_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
     ROWS_SAME_TOP_FIELD_NUMBER: _ClassVar[int]
+    ROW_ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SAME_TOP_FIVE_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: OutputComparison.Kind
     rows_equal: _containers.RepeatedScalarFieldContainer[int]
     largest_difference: _containers.RepeatedScalarFieldContainer[float]
     mean_difference: _containers.RepeatedScalarFieldContainer[float]
     rows_same_top: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[OutputComparison.Kind, str]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., largest_difference: _Optional[_Iterable[float]] = ..., mean_difference: _Optional[_Iterable[float]] = ..., rows_same_top: _Optional[_Iterable[int]] = ...) -> None: ...
+    row_elements: _containers.RepeatedScalarFieldContainer[int]
+    rows_same_top_five: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[OutputComparison.Kind, str]] = ..., rows_equal: _Optional[_Iterable[int]] = ..., largest_difference: _Optional[_Iterable[float]] = ..., mean_difference: _Optional[_Iterable[float]] = ..., rows_same_top: _Optional[_Iterable[int]] = ..., row_elements: _Optional[_Iterable[int]] = ..., rows_same_top_five: _Optional[_Iterable[int]] = ...) -> None: ...

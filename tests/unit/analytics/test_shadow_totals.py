@@ -97,6 +97,29 @@ def test_the_report_covers_what_is_true() -> None:
     assert "90" in said["summary"]
 
 
+def test_records_in_which_no_best_class_is_the_same_count_as_well() -> None:
+    def one(same: int, same_five: int, elements: int) -> ShadowComparison:
+        output = OutputComparison(
+            name="p",
+            kind=OutputComparison.KIND_NUMBER,
+            rows_equal=[0],
+            largest_difference=[0.5],
+            mean_difference=[0.5],
+            rows_same_top=[same],
+            row_elements=[elements],
+            rows_same_top_five=[same_five],
+        )
+        return ShadowComparison(
+            batch_id=bytes(16), request_ids=bytes(16), codes=[OK], shadow_codes=[OK], latency_us=[1],
+            shadow_latency_us=[1], verdicts=[DIFFERENT], rows=[1], rows_equal=[0], outputs=[output],
+        )  # fmt: skip
+
+    totals = total([one(1, 0, 10), one(0, 0, 10), one(0, 1, 10), one(0, 0, 3), one(0, 0, 1)])
+    output = report("m", "1", "2", totals, 0.05)["outputs"]["p"]
+    assert output["same_top"]["rate"] == 1 / 4
+    assert output["same_top_five"]["rate"] == pytest.approx(1 / 3)
+
+
 def test_no_disagreement_is_not_certainty() -> None:
     record = comparison(np.random.default_rng(3), 50, match=1.0)
     del record.shadow_codes[:]

@@ -63,6 +63,15 @@ def test_nan_is_nan_and_nothing_else() -> None:
     assert (made.outputs["p"].largest, made.outputs["p"].mean) == (0.0, 0.0)
 
 
+def test_the_first_five_of_a_ranking_are_compared_as_a_set() -> None:
+    ours = [[9, 8, 7, 6, 5, 1, 0], [9, 8, 7, 6, 5, 1, 0], [5, 5, 5, 5, 5, 5, 5], [np.nan, 1, 2, 3, 4, 5, 6]]
+    theirs = [[5, 6, 7, 8, 9, 1, 0], [9, 8, 7, 6, 1, 5, 0], [5, 5, 5, 5, 5, 5, 5], [np.nan, 1, 2, 3, 4, 5, 6]]
+    output = between([floats(ours)], [floats(theirs)]).outputs["p"]
+    assert (output.width, output.same_top, output.same_top_five) == (7, 3, 3)
+    few = floats([[1, 2, 3, 4, 5]])
+    assert between([few], [few]).outputs["p"].same_top_five == 0
+
+
 def test_labels_and_texts_are_equal_or_not() -> None:
     made = between([labels([1, 2, 3]), texts(b"a", b"b", b"")], [texts(b"a", b"x", b""), labels([1, 2, 4])])
     assert (made.verdict, made.rows_equal) == (DIFFERENT, 1)
