@@ -1,8 +1,8 @@
 """Copies of answered requests for a version that is tried out, and what the two versions said side by side.
 
 Nothing here stands in the way of production: a copy is sent after the answer has left, with low priority,
-only while fewer than `limit` are under way, and never retried; comparing happens in a thread, one turn at a
-time. What finds no room is dropped and counted.
+only while fewer than `limit` are under way and their bytes within a bound, and never retried; comparing
+happens in a thread, one turn at a time. What finds no room is dropped and counted.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Copy:
     sent_at: float = 0.0
     reply: PredictReply | None = None
     shadow_latency_s: float = 0.0
+    #: Of the request and of both answers, taking the shadow's to be as long as the other one.
+    nbytes: int = 0
     #: The value of the attribute by which comparisons are told apart.
     slice: str = ""
 
@@ -65,19 +67,31 @@ class Mirror:
     """Takes answered requests, sends copies, compares."""
 
     def __init__(
-        self, endpoints: Endpoints, bus: Bus, stats: Stats, clock: Clock, source: str, *, limit: int
+        self,
+        endpoints: Endpoints,
+        bus: Bus,
+        stats: Stats,
+        clock: Clock,
+        source: str,
+        *,
+        limit: int,
+        limit_bytes: int = 64 << 20,
     ) -> None:
+        """`limit` copies of `limit_bytes` in all are under way at most."""
         self._endpoints = endpoints
         self._bus = bus
         self._stats = stats
         self._clock = clock
         self._source = source
         self._limit = limit
+        self._limit_bytes = limit_bytes
         self._waiting: list[Copy] = []
         self._answered: list[Copy] = []
         self._some = asyncio.Event()
         #: Copies that are waiting, sent, or being compared.
         self.under_way = 0
+        #: Their requests and answers.
+        self.nbytes = 0
 
     @staticmethod
     def chosen(shadow: Shadow, request: PredictRequest) -> bool:
@@ -91,13 +105,16 @@ class Mirror:
         shadow = route.shadow
         if shadow is None:
             return
-        if self.under_way >= self._limit:
+        nbytes = request.ByteSize() + 2 * reply.ByteSize()
+        if self.under_way >= self._limit or self.nbytes + nbytes > self._limit_bytes:
             self._stats.shadowed(shadow.target.key, "dropped")
             return
         self.under_way += 1
+        self.nbytes += nbytes
         value = _text(attribute(request, shadow.slice_by)) if shadow.slice_by else ""
         request.ClearField("attributes")
-        self._waiting.append(Copy(request, route, target, shadow, reply, latency_s, slice=value))
+        copy = Copy(request, route, target, shadow, reply, latency_s, nbytes=nbytes, slice=value)
+        self._waiting.append(copy)
         if len(self._waiting) == 1:
             # Behind the flush of this turn's replies.
             asyncio.get_running_loop().call_soon(self._send_all)
@@ -146,7 +163,7 @@ class Mirror:
         self._some.set()
 
     def _drop(self, copy: Copy) -> None:
-        self.under_way -= 1
+        self._over([copy])
         self._stats.shadowed(copy.shadow.target.key, "dropped")
 
     async def run(self) -> None:
@@ -169,7 +186,12 @@ class Mirror:
                 log.exception("shadows_not_compared", requests=len(answered))
                 self._stats.unpublished_shadows += len(answered)
             finally:
-                self.under_way -= len(answered)
+                self._over(answered)
+
+    def _over(self, copies: Sequence[Copy]) -> None:
+        """Nobody holds them any more."""
+        self.under_way -= len(copies)
+        self.nbytes -= sum(copy.nbytes for copy in copies)
 
     def _compare(self, copies: Sequence[Copy]) -> list[tuple[list[Copy], ShadowComparison]]:
         groups: dict[tuple[VersionKey, str, Shadow], list[Copy]] = {}

@@ -118,6 +118,25 @@ async def test_a_shadow_that_fails_or_hangs_costs_nobody_anything(tmp_path: Path
         assert len(good.seen) == 42
 
 
+async def test_copies_are_bounded_in_bytes(tmp_path: Path) -> None:
+    async with shadowing(tmp_path) as p:
+        mirror = p.router.dispatcher.mirror
+        assert mirror is not None
+        mirror._limit_bytes = 3000  # each copy has about 600, of itself and two answers
+        held: list[tuple[Peer, PredictRequest]] = []
+        await p.worker("good", {("cancer", "1"): READY})
+        shadow = await p.worker("shadow", {("cancer", "2"): READY})
+        shadow.behave = lambda _, peer, item: held.append((peer, item))
+        await asyncio.gather(*(p.ask(n) for n in range(40)))
+        await eventually(lambda: under_way(p) == len(held))
+        assert 1 <= len(held) <= 10
+        assert 1500 < mirror.nbytes <= 3000
+        for peer, item in held:
+            shadow.echo(peer, item)
+        await eventually(lambda: not under_way(p))
+        assert mirror.nbytes == 0
+
+
 async def test_errors_of_production_are_compared_and_refusals_are_not(tmp_path: Path) -> None:
     async with shadowing(tmp_path) as p:
         worker = await p.worker("w1", BOTH)
