@@ -23,7 +23,8 @@ from benchmarks.load.requests import Endpoint
 from benchmarks.workload import Dialect
 from deploy.embedded.stack import Stack
 from examples import cancer
-from tests.e2e.rest import caller, settled, total, until
+from tests.e2e.rest import caller, settled, total
+from tests.fixtures.asking import until
 from tests.fixtures.waiting import eventually, eventually_of
 
 RATE = 500.0
@@ -189,7 +190,7 @@ async def test_new_processes_take_over_without_losing_a_request(stack: Stack) ->
         features.contents.fp32_contents[:] = row
         key = [("authorization", f"Bearer {stack.admin_key}")]
         async with grpc.aio.insecure_channel(stack.grpc_address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
+            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
             while not renewed.is_set():
                 await stub.ModelInfer(asked, metadata=key, timeout=PATIENCE_S)
                 said["gRPC"] += 1

@@ -39,10 +39,7 @@ class InferExchange(Call, Stream):
         self.service = service
         self.head = head
         self.speaker = service.speakers[head.target.dialect]
-        self.connection = connection
-        self.call_head = call_head
-        self.stream_id = stream_id
-        self.max_bytes = connection.limits.max_message_bytes
+        self.open(connection, call_head, stream_id, connection.limits.max_message_bytes)
 
     @property
     def span_name(self) -> str:

@@ -27,33 +27,44 @@ _NOT_ENCODED: Final = trailers(Code.CODE_INTERNAL, "A message is compressed, and
 
 @trait
 class Stream:
-    """A call: until `complete` its client may send, until `over` we may. Defaults are class attributes: most
-    calls set few of them."""
+    """A call: until `complete` its client may send, until `over` we may."""
 
     connection: RpcConnection
     call_head: CallHead
-    stream_id = 0
+    stream_id: int
     #: What we may send of messages.
-    window = 0
+    window: int
     #: What the client has sent beyond the last window that it was given.
-    received = 0
-    complete = False
-    over = False
+    received: int
+    complete: bool
+    over: bool
     #: The client gave it up, or is gone.
-    gone = False
-    headers_sent = False
+    gone: bool
+    headers_sent: bool
     #: Seconds since it began, counted by the sweep while it is not complete.
-    ticks = 0
+    ticks: int
     #: What is to be sent once windows allow it, from `sent` on; then `trailers`, where it is the end.
-    unsent: memoryview | None = None
-    sent = 0
-    trailers = b""
+    unsent: memoryview | None
+    sent: int
+    trailers: bytes
     #: Bytes of `unsent` that are counted as held.
-    answer_held = 0
+    answer_held: int
 
     #: Largest message that is taken.
-    max_bytes = 0
-    _partial: bytearray | None = None
+    max_bytes: int
+    _partial: bytearray | None
+
+    def open(self, connection: RpcConnection, call_head: CallHead, stream_id: int, max_bytes: int) -> None:
+        """Begin. Not by class attributes, which mypyc forgets of a trait."""
+        self.connection = connection
+        self.call_head = call_head
+        self.stream_id = stream_id
+        self.max_bytes = max_bytes
+        self.window = self.received = self.ticks = self.sent = self.answer_held = 0
+        self.complete = self.over = self.gone = self.headers_sent = False
+        self.unsent = None
+        self.trailers = b""
+        self._partial = None
 
     @abstractmethod
     def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:

@@ -122,11 +122,8 @@ class TaskCall(Stream):
     def __init__(
         self, tasks: Tasks, connection: RpcConnection, call_head: CallHead, method: Method, stream_id: int
     ) -> None:
-        self.connection = connection
-        self.call_head = call_head
-        self.stream_id = stream_id
+        self.open(connection, call_head, stream_id, connection.limits.max_small_bytes)
         self.method = method
-        self.max_bytes = connection.limits.max_small_bytes
         self._tasks = tasks
         self._task: asyncio.Task[None] | None = None
         self._came: asyncio.Queue[Any] = asyncio.Queue(_WAITING)

@@ -136,3 +136,19 @@ def test_no_default_of_a_compiled_class_is_forgotten() -> None:
         and {name.id for name in ast.walk(line.annotation) if isinstance(name, ast.Name)} & protocols
     ]
     assert forgotten == []
+
+
+def test_no_trait_has_defaults() -> None:
+    """mypyc forgets all of them."""
+    trees = [ast.parse((REPOSITORY / path).read_text()) for path in PATHS]
+    traits = [
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(mark) == "trait" for mark in node.decorator_list)
+    ]
+    assert traits
+    lines = [line for node in traits for line in node.body]
+    assert not any(isinstance(line, ast.Assign) for line in lines)
+    assert not any(isinstance(line, ast.AnnAssign) and line.value is not None for line in lines)
