@@ -13,7 +13,8 @@ import pytest
 
 from deploy.embedded.stack import Stack
 from examples import cancer
-from tests.e2e.rest import caller, settled, total, until
+from tests.e2e.rest import caller, settled, total
+from tests.fixtures.asking import until
 from tests.fixtures.platform import register_examples
 from tests.fixtures.servers import kafka_home
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from deploy.embedded.stack import Stack
@@ -53,21 +52,6 @@ async def predict_all(
         return found
 
     return await asyncio.gather(*(one(row, user) for row, user in zip(rows, users, strict=True)))
-
-
-async def until(
-    client: httpx.AsyncClient, path: str, condition: Callable[[Json], bool], within_s: float = PATIENCE_S
-) -> Json:
-    """Ask `path` until `condition` holds; fails with the last answer where it never does."""
-    deadline = time.monotonic() + within_s
-    while True:
-        answer = await client.get(path)
-        if answer.status_code == 200 and condition(answer.json()):
-            found: Json = answer.json()
-            return found
-        if time.monotonic() > deadline:
-            pytest.fail(f"{path} stayed {answer.status_code} {answer.text[:1500]}")
-        await asyncio.sleep(0.2)
 
 
 async def counted(client: httpx.AsyncClient, model: str) -> int:

@@ -15,7 +15,8 @@ from deploy.embedded.blueprint import python_path
 from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.stack import Stack
 from examples import cancer
-from tests.e2e.rest import caller, predict_all, settled, total, until
+from tests.e2e.rest import caller, predict_all, settled, total
+from tests.fixtures.asking import until
 
 REFERENCE = Path(__file__).parents[1] / "integration" / "data" / "minilm_reference.json"
 

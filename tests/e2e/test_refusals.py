@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from deploy.embedded.stack import Stack
-from tests.e2e.rest import caller, settled, total, until
+from tests.e2e.rest import caller, settled, total
+from tests.fixtures.asking import until
 from tests.fixtures.waiting import PATIENCE_S, eventually_of
 
 ROW = [1.0] * 30

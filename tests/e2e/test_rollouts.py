@@ -13,8 +13,9 @@ import httpx
 from onnx import TensorProto, helper
 
 from deploy.embedded.stack import Stack
-from tests.e2e.rest import Json, caller, until
+from tests.e2e.rest import Json, caller
 from tests.e2e.traffic import Traffic, flowing
+from tests.fixtures.asking import until
 from tests.fixtures.onnx_files import model_bytes, value
 from tests.fixtures.waiting import eventually, eventually_of
 

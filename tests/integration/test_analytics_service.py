@@ -50,6 +50,7 @@ from services.common.objects import ArtifactStore
 from services.common.objects.store import ObjectInfo
 from services.common.telemetry import Tracing, kafka_headers
 from services.common.topics import DEPLOYMENTS, OUTCOMES, PREDICTIONS, SHADOWS, all_topics, dead_letters
+from tests.fixtures.asking import until
 from tests.fixtures.prediction_log import START_US, outcome, outcome_batch, prediction_batch, request_id
 from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
@@ -89,21 +90,6 @@ async def running(
             base_url=base, headers=HEADERS, params=params, timeout=PATIENCE_S
         ) as client:
             yield client
-
-
-async def until(
-    client: httpx.AsyncClient, path: str, condition: Callable[[dict[str, Any]], bool]
-) -> dict[str, Any]:
-    """Ask again until `condition` holds; the last answer is shown when it never does."""
-    body: dict[str, Any] = {}
-    give_up_at = time.monotonic() + PATIENCE_S
-    while time.monotonic() < give_up_at:
-        answer = await client.get(path)
-        body = answer.json()
-        if answer.status_code == 200 and condition(body):
-            return body
-        await asyncio.sleep(0.1)
-    raise AssertionError(body)
 
 
 async def caught_up(bootstrap: str) -> None:

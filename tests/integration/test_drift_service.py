@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 from headrace.v1.control_pb2 import ServedVersion, ServingConfig
 from headrace.v1.events_pb2 import DriftAlert, PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Signature, Task, Tensor, TensorSpec
@@ -25,6 +23,7 @@ from services.common.ids import new_id
 from services.common.topics import ALERTS, DEPLOYMENTS, PREDICTIONS, all_topics, dead_letters
 from services.drift.app import drift_app
 from services.drift.settings import Settings
+from tests.fixtures.asking import until
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
 TOKEN = "a-token-for-tests-only"
@@ -80,21 +79,6 @@ async def running(database_url: str, bootstrap: str) -> AsyncIterator[httpx.Asyn
         base = f"http://127.0.0.1:{service.port}"
         async with httpx.AsyncClient(base_url=base, headers=HEADERS, timeout=PATIENCE_S) as client:
             yield client
-
-
-async def until(
-    client: httpx.AsyncClient, path: str, condition: Callable[[dict[str, Any]], bool]
-) -> dict[str, Any]:
-    """Ask again until `condition` holds; the last answer is shown when it never does."""
-    body: dict[str, Any] = {}
-    give_up_at = time.monotonic() + PATIENCE_S
-    while time.monotonic() < give_up_at:
-        answer = await client.get(path)
-        body = answer.json()
-        if answer.status_code == 200 and condition(body):
-            return body
-        await asyncio.sleep(0.1)
-    pytest.fail(f"{path} stayed {json.dumps(body)[:1000]}")
 
 
 def seen_rows(body: dict[str, Any]) -> int:

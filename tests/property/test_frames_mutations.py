@@ -14,56 +14,18 @@ from services.common.frames.client_connection import ClientConnection
 from services.common.frames.server_connection import ServerConnection
 from tests.fixtures.frames import QUICK, TOKEN, Echoes
 from tests.fixtures.mutations import MUTATIONS, SPLITS, Mutation, mutated, nothing_internal, pieces
+from tests.fixtures.wires import Cable
 
 REQUESTS = 5
 #: More than a whole conversation, less than anything that runs away.
 MOST_BYTES = 1 << 20
 
 
-class Cable(asyncio.Transport):
-    """A transport that leads nowhere and keeps what is written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written = bytearray()
-        self.closed = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += data
-        assert len(self.written) < MOST_BYTES
-
-    def take(self) -> bytes:
-        taken = bytes(self.written)
-        self.written.clear()
-        return taken
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    def abort(self) -> None:
-        self.closed = True
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def write_eof(self) -> None:
-        pass
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-
 class Client:
     def __init__(self) -> None:
         self.calls = FrameCalls("h:1", credential=TOKEN, role="router", instance="c", limits=QUICK)
         self.connection = ClientConnection(self.calls, TOKEN, asyncio.get_running_loop())
-        self.cable = Cable()
+        self.cable = Cable(MOST_BYTES)
         self.connection.connection_made(self.cable)
         self.replies: dict[int, list[PredictReply]] = {}
 
@@ -79,7 +41,7 @@ class Server:
         self.echoes = Echoes()
         self.server = FrameServer(self.echoes, credential=TOKEN, instance="s", role="worker", limits=QUICK)
         self.connection = ServerConnection(self.server, asyncio.get_running_loop())
-        self.cable = Cable()
+        self.cable = Cable(MOST_BYTES)
         self.connection.connection_made(self.cable)
 
 

@@ -15,7 +15,7 @@ from deploy.embedded.keeper import FIRST_BACKOFF_S, MAX_BACKOFF_S, Keeper, backo
 from deploy.embedded.process import Command, EmbeddedError
 from deploy.embedded.server import Server
 from deploy.embedded.status import State
-from tests.fixtures.waiting import PATIENCE_S
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 SLEEPS = "import time; time.sleep(600)"
 
@@ -91,11 +91,6 @@ async def keeping(
         await keeper.stop(2.0)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - processes signal no event
-        await asyncio.sleep(0.005)
-
-
 def test_backoff_doubles_up_to_its_bound() -> None:
     assert [backoff(n) for n in (1, 2, 3)] == [keeper_module.FIRST_BACKOFF_S * factor for factor in (1, 2, 4)]
     assert backoff(1000) == MAX_BACKOFF_S
@@ -108,7 +103,7 @@ async def test_what_dies_is_started_again_and_stopped_at_the_end(tmp_path: Path)
         await keeper.came_up.wait()
         first = server.pid
         server.kill()
-        await until(lambda: keeper.status.state is State.READY and server.pid not in {None, first})
+        await eventually(lambda: keeper.status.state is State.READY and server.pid not in {None, first})
         assert keeper.status.restarts == 1
         assert around.notes == ["small was ended by signal 9; starting it again in 0.0 s"]
         assert around.groups == [server.pid]
@@ -123,12 +118,12 @@ async def test_what_is_held_stays_down(tmp_path: Path) -> None:
         await keeper.came_up.wait()
         around.held = True
         server.kill()
-        await until(lambda: keeper.status.state is State.HELD)
+        await eventually(lambda: keeper.status.state is State.HELD)
         launches = server.prepared
         await asyncio.sleep(0.05)
         assert server.prepared == launches
         around.held = False
-        await until(lambda: keeper.status.state is State.READY)
+        await eventually(lambda: keeper.status.state is State.READY)
 
 
 async def test_not_answering_is_told_and_does_not_restart(tmp_path: Path) -> None:
@@ -137,10 +132,10 @@ async def test_not_answering_is_told_and_does_not_restart(tmp_path: Path) -> Non
         await keeper.came_up.wait()
         pid = server.pid
         server.answers, server.detail = False, "bus: away"
-        await until(lambda: keeper.status.state is State.UNREADY)
+        await eventually(lambda: keeper.status.state is State.UNREADY)
         assert keeper.status.detail == "bus: away"
         server.answers = True
-        await until(lambda: keeper.status.state is State.READY)
+        await eventually(lambda: keeper.status.state is State.READY)
         assert server.pid == pid
 
 
@@ -167,7 +162,7 @@ async def test_readiness_waits_for_on_up_at_every_start(tmp_path: Path) -> None:
         await keeper.came_up.wait()
         assert len(calls) == 2
         server.kill()
-        await until(lambda: len(calls) == 3 and keeper.status.state is State.READY)
+        await eventually(lambda: len(calls) == 3 and keeper.status.state is State.READY)
 
 
 async def test_what_a_dead_part_left_behind_is_ended_too(tmp_path: Path) -> None:
@@ -178,11 +173,11 @@ async def test_what_a_dead_part_left_behind_is_ended_too(tmp_path: Path) -> None
         group = server.pid
         assert group is not None
         members = Path("/proc") / str(group) / "task" / str(group) / "children"
-        await until(lambda: bool(members.read_text().split()))
+        await eventually(lambda: bool(members.read_text().split()))
         left = Path("/proc") / members.read_text().split()[0]
         assert server.child is not None
         server.child._process.kill()
-        await until(lambda: not left.exists() or ") Z " in (left / "stat").read_text())
+        await eventually(lambda: not left.exists() or ") Z " in (left / "stat").read_text())
 
 
 async def test_another_takes_over_and_is_what_is_kept_from_then_on(tmp_path: Path) -> None:
@@ -198,7 +193,7 @@ async def test_another_takes_over_and_is_what_is_kept_from_then_on(tmp_path: Pat
         assert keeper.status.pid == new.pid
         first = new.pid
         new.kill()
-        await until(lambda: keeper.status.state is State.READY and new.pid not in {None, first})
+        await eventually(lambda: keeper.status.state is State.READY and new.pid not in {None, first})
         assert old.prepared == 1
     assert around.groups == []
 
@@ -225,11 +220,11 @@ async def test_what_died_while_another_came_up_is_not_started_again_once_that_to
         await keeper.begin_beside(new)
         around.held = True  # so that nothing starts it again meanwhile
         old.kill()
-        await until(lambda: keeper.status.state is State.HELD)
+        await eventually(lambda: keeper.status.state is State.HELD)
         await keeper.take_over(2.0)
         around.held = False
         first = new.pid
-        await until(lambda: keeper.status.state is State.READY and keeper.status.pid == first)
+        await eventually(lambda: keeper.status.state is State.READY and keeper.status.pid == first)
         await asyncio.sleep(0.02)
         assert new.pid == first
         assert old.prepared == 1

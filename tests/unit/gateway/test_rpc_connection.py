@@ -22,6 +22,7 @@ from services.gateway.rpc.methods import Methods
 from tests.fixtures.gateway import PREDICT_ONLY
 from tests.fixtures.rpc import INFER, Answer, Client, Front, infer, prefixed
 from tests.fixtures.waiting import eventually
+from tests.fixtures.wires import padded
 
 SMALL = RpcLimits(
     max_message_bytes=100_000,
@@ -323,7 +324,7 @@ async def test_large_answers_wait_for_windows_and_share_them() -> None:
     await client.turn()
     client.connection.pause_writing()
     for _ in streams:
-        front.router.answer(padding=60_000)
+        front.router.answer(padded(60_000))
     client.connection.resume_writing()
     await client.turn()
     came = [len(client.answers[stream].data) for stream in streams]
@@ -347,7 +348,7 @@ async def test_a_window_of_one_frame_is_enough() -> None:
     client = front.client(window=100)
     stream = client.ask()
     await client.turn()
-    front.router.answer(padding=5_000)
+    front.router.answer(padded(5_000))
     await client.turn(300)
     assert label(client.answers[stream]) == 1
 
@@ -358,7 +359,7 @@ async def test_answers_that_nobody_reads_are_bounded() -> None:
     streams = [client.ask() for _ in range(3)]
     await client.turn()
     for _ in streams:
-        front.router.answer(padding=40_000)
+        front.router.answer(padded(40_000))
     await client.turn()
     assert [client.answers[stream].ended for stream in streams] == [False, False, True]
     assert client.answers[streams[2]].status == Code.CODE_UNAVAILABLE
@@ -375,7 +376,7 @@ async def test_a_socket_that_takes_nothing_more_is_not_read_from() -> None:
     await client.turn()
     client.connection.pause_writing()
     assert client.cable.reading_held
-    front.router.answer(padding=30_000)
+    front.router.answer(padded(30_000))
     await client.turn()
     assert len(client.answers[stream].data) == 0
     client.connection.resume_writing()
