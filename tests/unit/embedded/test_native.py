@@ -140,14 +140,9 @@ def test_no_default_of_a_compiled_class_is_forgotten() -> None:
 
 def test_no_trait_has_defaults() -> None:
     """mypyc forgets all of them."""
-    trees = [ast.parse((REPOSITORY / path).read_text()) for path in PATHS]
-    traits = [
-        node
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
-        and any(ast.unparse(mark) == "trait" for mark in node.decorator_list)
-    ]
+    nodes = [node for path in PATHS for node in ast.walk(ast.parse((REPOSITORY / path).read_text()))]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    traits = [node for node in classes if "trait" in map(ast.unparse, node.decorator_list)]
     assert traits
     lines = [line for node in traits for line in node.body]
     assert not any(isinstance(line, ast.Assign) for line in lines)
