@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from services.common.errors import InvalidArgument
 
 Array = NDArray[np.generic]
+#: Bytes of a tensor, or a view on them where they arrived.
+Buffer = bytes | memoryview
 
 #: BF16 has no numpy type; who takes it sees its bits as uint16.
 NUMPY_TYPES: dict[int, np.dtype[np.generic]] = {
@@ -55,7 +57,7 @@ def encode_bytes(elements: Iterable[bytes]) -> bytes:
     return b"".join([part for element in elements for part in (_LENGTH.pack(len(element)), element)])
 
 
-def to_array(data: bytes, datatype: int, shape: Sequence[int]) -> Array:
+def to_array(data: Buffer, datatype: int, shape: Sequence[int]) -> Array:
     """`data` as an array of `shape`: a read-only view, or for BYTES an object array of `bytes`.
 
     Raises InvalidArgument where the bytes are not as many as datatype and shape ask for.
@@ -63,7 +65,7 @@ def to_array(data: bytes, datatype: int, shape: Sequence[int]) -> Array:
     try:
         if datatype == _BYTES:
             array = np.empty(prod(shape), dtype=object)
-            array[:] = decode_bytes(data)
+            array[:] = decode_bytes(bytes(data))
             return array.reshape(shape)
         return np.frombuffer(data, NUMPY_TYPES[datatype]).reshape(shape)
     except (ValueError, KeyError) as error:

@@ -12,7 +12,7 @@ from services.common.errors import HeadraceError
 from services.common.native import mypyc_attr
 from services.gateway.asked import Answers
 from services.gateway.catalogue import ServedModel
-from services.gateway.channel import Cancellable
+from services.gateway.channel import Buffer, Cancellable
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
 from services.gateway.targets import Target
@@ -88,7 +88,12 @@ class Speaker(Protocol):
 
     `quick` gives the serialized request where the body is of the most common form, and sets `call.plan` by
     which its answer is written; None, and nothing set, where `read` is needed. It raises nothing.
+
+    `light` tells whether a large body is read in no time, since all but a little of it are numbers that stay
+    where they are.
     """
+
+    def light(self, call: Call, key: Key) -> bool: ...
 
     def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None: ...
 
@@ -126,6 +131,8 @@ class Call(ABC):
     #: The serialized PredictRequest, and as a message where it was made as one.
     payload = b""
     request: PredictRequest
+    #: What stands before `payload`: its large tensors, where they arrived.
+    tensors: tuple[Buffer, ...] | None = None
     #: Where the call is now, and so what cancels it by `ticket`.
     channel: Cancellable | None = None
     ticket = 0

@@ -9,6 +9,8 @@ from typing import Protocol
 from headrace.v1.dataplane_pb2 import SealedReply
 
 OnReply = Callable[[SealedReply], None]
+#: Bytes, or a view on them where they arrived.
+Buffer = bytes | memoryview
 
 
 class Cancellable(Protocol):
@@ -19,7 +21,7 @@ class Cancellable(Protocol):
 
 class Channel(Protocol):
     """What `services.common.frames.FrameCalls` with sealed replies gives. `request` is a serialized
-    PredictRequest. `on_reply` is called exactly once, on the loop, never
+    PredictRequest, or what of one is not in `tensors`. `on_reply` is called exactly once, on the loop, never
     before `submit` returned; never after `cancel`."""
 
     @property
@@ -28,6 +30,12 @@ class Channel(Protocol):
     @property
     def in_flight(self) -> int: ...
 
-    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int: ...
+    def submit_raw(
+        self,
+        request: bytes,
+        deadline: float | None,
+        on_reply: OnReply,
+        tensors: tuple[Buffer, ...] | None = None,
+    ) -> int: ...
 
     def cancel(self, local_id: int, /) -> None: ...

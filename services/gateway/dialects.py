@@ -11,10 +11,12 @@ from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument,
 from services.common.problems import HTTP_STATUS, problem_headers
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
+from services.gateway.channel import Buffer
 from services.gateway.codecs import native, oip, openai, v2
 from services.gateway.codecs.infer_forms import named, names_of, request_form
 from services.gateway.codecs.rows_body import decode_rows, with_context
 from services.gateway.codecs.trailers import trailers
+from services.gateway.datatypes import BYTES
 from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.infer_plans import InferPlan
 from services.gateway.keys import Key
@@ -25,8 +27,11 @@ JSON = b"content-type: application/json\r\n"
 _FALLBACK = b"x-headrace-fallback: true\r\n"
 #: After so many bodies in a row of another form than the most common one, a client's are not tried for it.
 _ODD_BODIES = 8
-#: Larger messages are read in threads, beside which learning would cost nothing less.
-_LEARNED_BYTES = 64 << 10
+#: Learning reads a message three times, perhaps in a thread beside others: what it adds to is never removed
+#: from under who reads.
+_LEARNED_BYTES = 2 << 20
+#: JSON parts of a V2 body that are parsed in no time.
+_LIGHT_JSON_BYTES, _LENGTH_DIGITS = 4096, 12
 #: The backend whose models say how many tokens a text has.
 _COUNTS_TOKENS = "embedding"
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
@@ -49,6 +54,9 @@ class _Speaker:
 
     def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
         return None
+
+    def light(self, call: Call, key: Key) -> bool:
+        return False
 
     def _version(
         self, call: Call, key: Key, request: PredictRequest, model: str, asked: str
@@ -163,12 +171,24 @@ class EmbedSpeaker(NativeSpeaker):
 class V2Speaker(_Speaker):
     """`/v2/models/{model}[/versions/{version}]/infer`."""
 
+    def light(self, call: Call, key: Key) -> bool:
+        said = call.head.json_length
+        if said is None or not said.isdigit() or int(said[:_LENGTH_DIGITS]) > _LIGHT_JSON_BYTES:
+            return False
+        model = self._catalogue.find(call.target.model)
+        return model is not None and all(
+            spec.datatype is not BYTES for spec in model.default.signature.inputs
+        )
+
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         target = call.target
         version = self._version(call, key, request, target.model, target.version)
         asked, binary = v2.decode_request(call.body, call.head.json_length)
         call.asked_timeout_s = v2.timeout_of(asked.parameters)
-        call.v2 = v2.fill_request(request, version.signature, asked, binary)
+        apart: list[Buffer] = []
+        call.v2 = v2.fill_request(request, version.signature, asked, binary, apart)
+        if apart:
+            call.tensors = tuple(apart)
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
         state = call.v2
@@ -210,6 +230,16 @@ class GrpcSpeaker(_Speaker):
     """`inference.GRPCInferenceService/ModelInfer`. Bodies are messages; an error's body is the trailers that
     say it, since gRPC has no body for errors."""
 
+    def light(self, call: Call, key: Key) -> bool:
+        if len(call.body) > _LEARNED_BYTES:
+            return False
+        body = call.body = bytes(call.body)
+        try:
+            plan = key.plans.get(body[: named(body)])
+        except IndexError:
+            return False
+        return isinstance(plan, InferPlan) and plan.knows(len(body))
+
     def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
         body = call.body
         if type(body) is not bytes:
@@ -224,7 +254,7 @@ class GrpcSpeaker(_Speaker):
             return None
         if read is None or plan.model is not self._catalogue.find(plan.model.name):
             return None
-        request, call.asked_id, form = read
+        request, call.tensors, call.asked_id, form = read
         call.model = plan.model
         call.plan = plan
         call.priority = form.priority

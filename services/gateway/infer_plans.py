@@ -9,6 +9,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, SealedReply
 
 from services.gateway.asked import Asked
 from services.gateway.catalogue import ServedModel
+from services.gateway.channel import Buffer
 from services.gateway.codecs.compiled import UNITS
 from services.gateway.codecs.infer_forms import AnswerForm, RequestForm, answer_form, id_at, user_at
 
@@ -18,8 +19,10 @@ _SIZES, _OF_ONE_SIZE, _ANSWERS = 256, 4, 256
 _SEEN = 1024
 #: Forms in a row that were of no use: then a client's messages have something of their own each time.
 _WASTED = 32
+#: What names, an id and a user add to a form, roughly.
+_NAMES_BYTES = 512
 
-Read = tuple[bytes, bytes, RequestForm]
+Read = tuple[bytes, tuple[Buffer, ...] | None, bytes, RequestForm]
 
 
 class InferPlan:
@@ -38,7 +41,8 @@ class InferPlan:
         self._wasted = 0
 
     def request(self, body: bytes, at: int, request_id: bytes, received_at_us: int) -> Read | None:
-        """The PredictRequest of a message whose names end at `at`, its id, and its form; None where it is of
+        """The PredictRequest of a message whose names end at `at`, its tensors where they stand apart before
+        it, its id, and its form; None where it is of
         none that is known. Raises IndexError."""
         asked_id, at = id_at(body, at)
         user, at = user_at(body, at)
@@ -46,10 +50,15 @@ class InferPlan:
             made = form.request(body, at, request_id, received_at_us)
             if made is not None:
                 form.used = True
+                request, tensors = made
                 if user:
-                    made += UNITS[len(user)] + user
-                return made, asked_id, form
+                    request += UNITS[len(user)] + user
+                return request, tensors, asked_id, form
         return None
+
+    def knows(self, size: int) -> bool:
+        """Whether messages of about `size` bytes, names included, were learned."""
+        return any(known <= size <= known + _NAMES_BYTES for known in self._forms)
 
     def wants(self, body: bytes) -> bool:
         """Whether to learn the form of `body`: the second of its size, unless nothing comes of learning."""

@@ -105,7 +105,9 @@ class PredictService:
             if key.bucket is not None:
                 key.bucket.admit(now)
             received_at_us = self._unix_us()
-            if len(call.body) > self._inline_bytes or head.content_encoding is not None:
+            if head.content_encoding is not None or (
+                len(call.body) > self._inline_bytes and not call.speaker.light(call, key)
+            ):
                 call.channel = self._readers.read(
                     partial(self._read, call, key, received_at_us), partial(self._was_read, call)
                 )
@@ -182,7 +184,10 @@ class PredictService:
             call.channel = router.waiting
             return
         call.channel = channel
-        call.ticket = channel.submit_raw(call.payload, call.deadline, call.on_reply)
+        if call.tensors is None:
+            call.ticket = channel.submit_raw(call.payload, call.deadline, call.on_reply)
+        else:
+            call.ticket = channel.submit_raw(call.payload, call.deadline, call.on_reply, call.tensors)
 
     def _resume(self, call: Call) -> None:
         call.channel = None

@@ -143,6 +143,7 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
             instance=cfg.router_id,
             role="router",
             ssl=server_tls_of(cfg),
+            detaches=True,
         )
         stack.push_async_callback(server.close)
         frames_port = await _listen(server, cfg)

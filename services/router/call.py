@@ -64,6 +64,8 @@ class Call(Routed):
             return
         if route.cache is not None and dispatcher.cache is not None:
             self.plain = False
+            if isinstance(self.payload, memoryview):  # what is cached, and logged with a hit, is all of it
+                self.request = PredictRequest.FromString(self.payload)  # type: ignore[arg-type]  # any buffer
             dispatcher.cache.enter(self, route.cache)
         else:
             self.send(self.began_at)
@@ -367,7 +369,7 @@ class Call(Routed):
         """Leave the request as it was sent, and its reply, to the mirror; nobody changes them any more."""
         mirror, route, target = self._dispatcher.mirror, self.route, self.target
         if mirror is not None and route is not None and target is not None:
-            sent = PredictRequest.FromString(self.payload + self.stamp)
+            sent = PredictRequest.FromString(b"".join((self.payload, self.stamp)))
             mirror.offer(sent, route, target, reply, _monotonic() - self.sent_at)
 
     def _explain(self, reply: PredictReply) -> None:

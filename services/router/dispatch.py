@@ -9,7 +9,7 @@ import structlog
 from headrace.v1.dataplane_pb2 import PredictReply, RequestFrame
 
 from services.common.errors import HeadraceError, Internal, NotFound, Unavailable
-from services.common.frames import Peer, item_payloads
+from services.common.frames import Peer
 from services.common.telemetry import Tracing
 from services.router.call import Call
 from services.router.endpoints import Endpoints, Group
@@ -120,7 +120,7 @@ class GatewayConnection:
                 cancelled.cancel()
         now = _monotonic()
         dispatcher = self._dispatcher
-        for item, payload in zip(frame.items[:], item_payloads(self._peer.payload), strict=False):
+        for item, payload in zip(frame.items[:], self._peer.item_payloads(), strict=False):
             call = calls[item.id] = Call(dispatcher, item, payload, self, now)
             try:
                 call.begin()

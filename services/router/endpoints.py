@@ -18,6 +18,7 @@ from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
 from headrace.v1.dataplane_pb2 import PredictRequest
 
 from services.common.clock import Clock
+from services.common.frames.detached import Buffer
 from services.router.balancing import PeakEwma, Picker, picker
 from services.router.outliers import OutlierPolicy, Outliers, Verdict
 from services.router.routing_table import VersionKey
@@ -51,7 +52,7 @@ class Calls(Protocol):
         """Send; exactly one reply follows."""
         ...
 
-    def forward(self, request: bytes, more: bytes, deadline: float, on_reply: OnReply) -> int:
+    def forward(self, request: Buffer, more: bytes, deadline: float, on_reply: OnReply) -> int:
         """Send a serialized request and `more` fields of it, of which the last value counts."""
         ...
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.assignment import unit_digest
+from services.common.frames.detached import Buffer
 from services.router.endpoints import Endpoint, Group
 from services.router.routing_table import Fallback, Route, Target
 from services.router.shadow import Mirror
@@ -73,9 +74,10 @@ class Routed:
     _local_id: int
 
     def __init__(
-        self, dispatcher: Dispatcher, request: PredictRequest, payload: bytes, owner: Owner, now: float
+        self, dispatcher: Dispatcher, request: PredictRequest, payload: Buffer, owner: Owner, now: float
     ) -> None:
-        """`payload` is `request` serialized. `now` is monotonic, the same for all requests of a frame."""
+        """`payload` is `request` serialized, which may itself be without the data of large tensors. `now` is
+        monotonic, the same for all requests of a frame."""
         self._dispatcher = dispatcher
         self.request = request
         self.payload = payload

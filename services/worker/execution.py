@@ -14,7 +14,7 @@ from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.worker.backends.port import Backend
 from services.worker.input_layout import InputLayout, MergeKey
 from services.worker.item import Batch, Item
-from services.worker.tensors import Array, OutputColumn, to_array, to_column
+from services.worker.tensors import Array, Buffer, OutputColumn, to_array, to_column
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Part:
 
     items: tuple[Item, ...]
     rows: int
-    inputs: list[bytes]
+    inputs: list[Buffer]
     columns: list[OutputColumn]
     key: MergeKey | None = None
 
@@ -82,7 +82,7 @@ class Runner:
     def run(
         self,
         key: MergeKey,
-        data: list[bytes],
+        data: Sequence[Buffer],
         rows: int,
         max_rows: int,
         wanted: Callable[[], bool] = lambda: True,
@@ -209,7 +209,7 @@ class Runner:
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _joined(items: Sequence[Item]) -> list[bytes]:
+def _joined(items: Sequence[Item]) -> list[Buffer]:
     """Per input the bytes of all `items`."""
     if len(items) == 1:
         return list(items[0].data)

@@ -47,7 +47,7 @@ class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
         if remaining is not None and not request.timeout_us:
             request.timeout_us = max(1, int(remaining * 1e6))
         waiting: dict[int, tuple[Version, Item]] = {}
-        self._servicer.accept([request], settle, waiting)
+        self._servicer.accept([request], settle, waiting, {})
         try:
             return await answered
         except asyncio.CancelledError:

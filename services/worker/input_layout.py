@@ -13,7 +13,7 @@ from headrace.v1.tensor_pb2 import DataType, Signature, Tensor
 
 from services.common.errors import InvalidArgument
 from services.worker.backends.port import EXTRA_OUTPUTS, Padding
-from services.worker.tensors import NUMPY_TYPES, Array, datatype_name, decode_bytes, to_array
+from services.worker.tensors import NUMPY_TYPES, Array, Buffer, datatype_name, decode_bytes, to_array
 
 Shape = tuple[int, ...]
 _BOOL = DataType.DATA_TYPE_BOOL
@@ -71,14 +71,17 @@ class InputLayout:
         self._plain_shape = list(first.shape)
         self._plain_key: MergeKey = ((), tuple(spec.shape for spec in self._inputs))
 
-    def take(self, request: PredictRequest) -> tuple[int, MergeKey, tuple[bytes, ...]]:
-        """Rows, merge key and the inputs' bytes in the signature's order.
+    def take(
+        self, request: PredictRequest, apart: list[memoryview | None] | None = None
+    ) -> tuple[int, MergeKey, tuple[Buffer, ...]]:
+        """Rows, merge key and the inputs' bytes in the signature's order. `apart` is the data of inputs that
+        came apart from them, by position in the request.
 
         Raises InvalidArgument naming the input."""
         tensors = request.inputs
         if (plain := self._plain) is not None and len(tensors) == 1:
             tensor = tensors[0]
-            content, size = tensor.data, tensor.shape[:]
+            content, size = _content(tensor, apart, 0), tensor.shape[:]
             if (
                 tensor.name == plain.name
                 and tensor.datatype == plain.datatype
@@ -90,16 +93,17 @@ class InputLayout:
                 return size[0], self._plain_key, (content,)
         if len(tensors) != len(self._inputs):
             self._explain(request)
-        data: tuple[bytes, ...]
+        data: tuple[Buffer, ...]
         shapes: tuple[Shape, ...]
         if len(self._inputs) == 1:
             tensor, spec = tensors[0], self._inputs[0]
             if tensor.name != spec.name:
                 self._explain(request)
-            rows, shape = self._check(tensor, spec)
-            data, shapes = (tensor.data,), (shape,)
+            content = _content(tensor, apart, 0)
+            rows, shape = self._check(tensor, content, spec)
+            data, shapes = (content,), (shape,)
         else:
-            rows, shapes, data = self._take_many(request)
+            rows, shapes, data = self._take_many(request, apart)
         if self._ragged:
             shapes = self._open_length(shapes)
         outputs = request.outputs
@@ -111,7 +115,7 @@ class InputLayout:
         """Whether requests of that key may differ in length."""
         return any(OPEN in key[1][position] for position, _, _ in self._ragged)
 
-    def length(self, rows: int, data: Sequence[bytes]) -> int:
+    def length(self, rows: int, data: Sequence[Buffer]) -> int:
         """How long the rows of a request with a ragged key are."""
         position, _, _ = self._ragged[0]
         spec = self._inputs[position]
@@ -122,7 +126,7 @@ class InputLayout:
         """The key of requests whose rows are all `length` long."""
         return key[0], tuple(tuple(length if d == OPEN else d for d in shape) for shape in key[1])
 
-    def filled_up(self, data: Sequence[bytes], rows: int, length: int, to: int) -> list[bytes]:
+    def filled_up(self, data: Sequence[Buffer], rows: int, length: int, to: int) -> list[Buffer]:
         """The inputs of one request with its rows filled up from `length` to `to`."""
         filled = list(data)
         for position, axis, filling in self._ragged:
@@ -134,7 +138,7 @@ class InputLayout:
             filled[position] = wide.tobytes()
         return filled
 
-    def arrays(self, key: MergeKey, data: list[bytes], rows: int) -> dict[str, Array]:
+    def arrays(self, key: MergeKey, data: Sequence[Buffer], rows: int) -> dict[str, Array]:
         """The inputs of a batch: `data` holds per input the joined bytes of all its requests."""
         if (plain := self._plain) is not None:
             return {plain.name: to_array(data[0], plain.datatype, (rows, *plain.shape))}
@@ -188,19 +192,21 @@ class InputLayout:
             opened[ragged] = (*shape[:along], OPEN, *shape[along + 1 :])
         return tuple(opened)
 
-    def _take_many(self, request: PredictRequest) -> tuple[int, tuple[Shape, ...], tuple[bytes, ...]]:
+    def _take_many(
+        self, request: PredictRequest, apart: list[memoryview | None] | None
+    ) -> tuple[int, tuple[Shape, ...], tuple[Buffer, ...]]:
         count = len(self._inputs)
         shapes: list[Shape] = [()] * count
-        data = [b""] * count
+        data: list[Buffer] = [b""] * count
         seen = [False] * count
         rows = -1
-        for tensor in request.inputs:
+        for at, tensor in enumerate(request.inputs):
             position = self._order.get(tensor.name, -1)
             if position < 0 or seen[position]:
                 self._explain(request)
             seen[position] = True
-            of_this, shapes[position] = self._check(tensor, self._inputs[position])
-            data[position] = tensor.data
+            content = data[position] = _content(tensor, apart, at)
+            of_this, shapes[position] = self._check(tensor, content, self._inputs[position])
             if rows >= 0 and of_this != rows:
                 raise InvalidArgument(
                     f"{tensor.name} has {of_this} rows, the inputs before it {rows}",
@@ -209,7 +215,7 @@ class InputLayout:
             rows = of_this
         return rows, tuple(shapes), tuple(data)
 
-    def _check(self, tensor: Tensor, spec: _Input) -> tuple[int, Shape]:
+    def _check(self, tensor: Tensor, content: Buffer, spec: _Input) -> tuple[int, Shape]:
         if tensor.datatype != spec.datatype:
             raise InvalidArgument(
                 f"{spec.name} is {datatype_name(tensor.datatype)}, "
@@ -224,25 +230,23 @@ class InputLayout:
         else:
             rows, row_shape = 1, shape
         if spec.row_bytes is not None:
-            if row_shape == spec.shape and len(tensor.data) == rows * spec.row_bytes:
+            if row_shape == spec.shape and len(content) == rows * spec.row_bytes:
                 if spec.datatype == _BOOL:
-                    _check_bools(tensor.data, spec)
+                    _check_bools(content, spec)
                 return rows, row_shape
         elif len(row_shape) == len(spec.shape) and all(
             want in (-1, have) and have >= 0 for want, have in zip(spec.shape, row_shape, strict=True)
         ):
-            _check_length(tensor.data, rows * prod(row_shape), spec)
+            _check_length(content, rows * prod(row_shape), spec)
             return rows, row_shape
-        self._explain_tensor(tensor, spec, shape, row_shape, rows)
+        self._explain_tensor(len(content), spec, shape, row_shape, rows)
         raise AssertionError("unreachable: the tensor was found wrong")
 
-    def _explain_tensor(
-        self, tensor: Tensor, spec: _Input, shape: Shape, row_shape: Shape, rows: int
-    ) -> None:
+    def _explain_tensor(self, nbytes: int, spec: _Input, shape: Shape, row_shape: Shape, rows: int) -> None:
         if row_shape == spec.shape:
             expected = rows * (spec.row_bytes or 0)
             raise InvalidArgument(
-                f"{spec.name} has {len(tensor.data)} bytes, its shape asks for {expected}",
+                f"{spec.name} has {nbytes} bytes, its shape asks for {expected}",
                 field=f"inputs.{spec.name}",
             )
         wanted = [-1, *spec.shape] if self.batched else list(spec.shape)
@@ -280,15 +284,22 @@ def _input(name: str, datatype: DataType, shape: Shape, batched: bool) -> _Input
     return _Input(name, datatype, row_shape, itemsize, prod(row_shape) * itemsize if fixed else None)
 
 
+def _content(tensor: Tensor, apart: list[memoryview | None] | None, at: int) -> Buffer:
+    """The data of `tensor`, input number `at` of its request."""
+    if apart is not None and (view := apart[at]) is not None:
+        return view
+    return tensor.data
+
+
 def _sized(shape: Shape, length: int) -> Shape:
     return tuple(length if d < 0 else d for d in shape)
 
 
-def _check_length(data: bytes, elements: int, spec: _Input) -> None:
+def _check_length(data: Buffer, elements: int, spec: _Input) -> None:
     field = f"inputs.{spec.name}"
     if not spec.itemsize:
         try:
-            found = len(decode_bytes(data))
+            found = len(decode_bytes(bytes(data)))
         except InvalidArgument as error:
             raise InvalidArgument(f"{spec.name}: {error.message}", field=field) from None
         if found != elements:
@@ -304,7 +315,7 @@ def _check_length(data: bytes, elements: int, spec: _Input) -> None:
         _check_bools(data, spec)
 
 
-def _check_bools(data: bytes, spec: _Input) -> None:
+def _check_bools(data: Buffer, spec: _Input) -> None:
     # Any other byte is undefined behaviour in a numpy bool array.
-    if data.translate(None, b"\0\1"):
+    if bytes(data).translate(None, b"\0\1"):
         raise InvalidArgument(f"{spec.name} holds bytes other than 0 and 1", field=f"inputs.{spec.name}")

@@ -9,6 +9,7 @@ from enum import Enum
 from headrace.v1.dataplane_pb2 import Origin, PredictRequest
 
 from services.common.errors import HeadraceError
+from services.common.tensors import Buffer
 from services.worker.input_layout import MergeKey
 from services.worker.priorities import Rank, rank_of
 
@@ -55,7 +56,7 @@ class Item:
         request: PredictRequest,
         rows: int,
         key: MergeKey,
-        data: tuple[bytes, ...],
+        data: tuple[Buffer, ...],
         deadline: float,
         settle: Callable[[PredictRequest, Answer], None],
     ) -> None:

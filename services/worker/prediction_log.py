@@ -17,6 +17,7 @@ from services.common.ids import new_id
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
 from services.worker.item import Item
+from services.worker.tensors import Buffer
 from services.worker.wire import Kept, tag, tensor_head, varint
 
 _OK: Final = Code.CODE_OK
@@ -125,7 +126,7 @@ class PredictionRecords:
             or (nbytes > policy.request_bytes and _largest(part) > policy.request_bytes)
         ):
             return self.of_entries(list(entries_of(part)), times, policy)
-        pieces = self._columns(part.items, None, times)
+        pieces: list[Buffer] = [*self._columns(part.items, None, times)]
         if policy.enabled:
             pieces += self._tensors(part, part.rows, part.inputs, outputs)
         return Made([b"".join(pieces)])
@@ -177,7 +178,7 @@ class PredictionRecords:
         return b"".join(self._columns([e.item for e in entries], [e.code for e in entries], times))
 
     def _with_tensors(self, entries: Sequence[Entry], times: Answered, *, inputs: bool) -> bytes:
-        pieces = self._columns([e.item for e in entries], [e.code for e in entries], times)
+        pieces: list[Buffer] = [*self._columns([e.item for e in entries], [e.code for e in entries], times)]
         given = (
             [b"".join(data) for data in zip(*(e.item.data for e in entries), strict=True)] if inputs else []
         )
@@ -186,7 +187,7 @@ class PredictionRecords:
         pieces += self._tensors(part, sum(e.item.rows for e in entries), given, outputs)
         return b"".join(pieces)
 
-    def _tensors(self, part: Part, rows: int, inputs: list[bytes], outputs: list[bytes]) -> list[bytes]:
+    def _tensors(self, part: Part, rows: int, inputs: Sequence[Buffer], outputs: list[bytes]) -> list[Buffer]:
         """Without `inputs`: the outputs alone."""
         sizes = [len(data) for data in (*inputs, *outputs)]
         shapes = [column.shape for column in part.columns]
@@ -195,7 +196,7 @@ class PredictionRecords:
         heads = self._heads.get(layout)
         if heads is None:
             heads = self._heads[layout] = self._heads_of(part, rows, sizes, inputs=bool(inputs))
-        pieces: list[bytes] = []
+        pieces: list[Buffer] = []
         for head, data in zip(heads, (*inputs, *outputs), strict=True):
             pieces += (head, data)
         return pieces

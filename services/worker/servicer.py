@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
@@ -15,6 +15,8 @@ from services.worker.item import Answer, Item
 from services.worker.loaded_model import Log
 from services.worker.replies import error_reply
 
+#: By a request's position, the data of its inputs where it came apart from them.
+Contents = dict[int, list[memoryview | None]]
 Settle = Callable[[PredictRequest, Answer], None]
 
 
@@ -57,10 +59,15 @@ class Servicer:
         self.refused: dict[str, int] = {}
 
     def accept(
-        self, requests: Iterable[PredictRequest], settle: Settle, waiting: dict[int, tuple[Version, Item]]
+        self,
+        requests: Sequence[PredictRequest],
+        settle: Settle,
+        waiting: dict[int, tuple[Version, Item]],
+        contents: Contents,
     ) -> None:
         """Queue `requests`, which arrived together; `settle` is called once for each, now or later. Those
-        that can be queued are put into `waiting`, by their ids, before any of them is settled.
+        that can be queued are put into `waiting`, by their ids, before any of them is settled. `contents` is
+        the data of large inputs, as `Peer.contents`.
 
         A version that is not loaded is UNAVAILABLE, so that the router tries another
         endpoint; a request that its version cannot take is INVALID_ARGUMENT with the field."""
@@ -70,7 +77,7 @@ class Servicer:
         closed = self._closed()
         model = version = ""
         loaded: Version | None = None
-        for request in requests:
+        for position, request in enumerate(requests):
             if request.model != model or request.version != version:
                 model, version = request.model, request.version
                 loaded = self._host.find(model, version)
@@ -81,7 +88,7 @@ class Servicer:
                     raise closed
                 if loaded is None:
                     raise self._not_here(request)
-                rows, key, data = loaded.layout.take(request)
+                rows, key, data = loaded.layout.take(request, contents.get(position) if contents else None)
             except HeadraceError as error:
                 self._count(error)
                 settle(request, error)
@@ -116,12 +123,19 @@ class Acceptor(Protocol):
     """The part of `Servicer` that a stream uses."""
 
     def accept(
-        self, requests: Iterable[PredictRequest], settle: Settle, waiting: dict[int, tuple[Version, Item]]
+        self,
+        requests: Sequence[PredictRequest],
+        settle: Settle,
+        waiting: dict[int, tuple[Version, Item]],
+        contents: Contents,
     ) -> None: ...
 
 
 class Outlet(Protocol):
     """The part of a `Peer` that a stream uses."""
+
+    @property
+    def contents(self) -> Contents: ...
 
     def reply(self, reply: PredictReply) -> None: ...
 
@@ -143,7 +157,7 @@ class FrameConnection:
             cancelled = self._waiting.pop(identifier, None)
             if cancelled is not None:
                 cancelled[0].cancel(cancelled[1])
-        self._servicer.accept(frame.items, self._settle, self._waiting)
+        self._servicer.accept(frame.items[:], self._settle, self._waiting, self._peer.contents)
 
     def on_closed(self) -> None:
         """The router has gone: nobody waits for its requests any more."""

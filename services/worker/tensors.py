@@ -13,11 +13,12 @@ from typing import Any
 from headrace.v1.tensor_pb2 import DataType
 from numpy.typing import NDArray
 
-from services.common.tensors import NUMPY_TYPES, decode_bytes, encode_bytes, to_array
+from services.common.tensors import NUMPY_TYPES, Buffer, decode_bytes, encode_bytes, to_array
 
 __all__ = [
     "NUMPY_TYPES",
     "Array",
+    "Buffer",
     "OutputColumn",
     "datatype_name",
     "decode_bytes",

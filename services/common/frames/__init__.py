@@ -34,6 +34,9 @@ Server side:
 
     server = FrameServer(handler_factory, credential=token, instance="worker-1", role="worker",
                          limits=Limits(), ssl=None)
+        # detaches=True: data of large tensors is not in the items but in `peer.contents`, as views, and
+        #   `peer.item_payloads()` are the items as they came. `submit_raw(…, tensors=…)` sends parts from
+        #   where they are.
     port = await server.start("127.0.0.1", 0)    # reuse_port=True to share the port between processes
     address = await server.start_unix(path)      # as well or instead, for processes of this user
     peer.reply(reply)                            # reply.id = the item's id; at any time
@@ -49,10 +52,11 @@ RESOURCE_EXHAUSTED. An item's deadline is `loop.time() + item.timeout_us / 1e6` 
 TLS: pass `server_tls(...)` / `client_tls(...)`, or what `server_tls_of` / `client_tls_of` make of settings;
 ALPN must settle on h2. What stays on the machine (unix:) goes without.
 
-Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), outbound
-and connection (the data path that both sides share: sending and ending, reading and checking), peer,
-server_connection, server, outbox, deadlines, client_connection, client, tls. `header_blocks`, `wire` and
-`turn` also serve the gateway's gRPC front, which has many streams per connection.
+Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), detached
+(large tensors, which are not copied), outbound and connection (the data path that both sides share: sending
+and ending, reading and checking), peer, server_connection, server, outbox, deadlines, client_connection,
+client, tls. `header_blocks`, `wire` and `turn` also serve the gateway's gRPC front, which has many streams
+per connection.
 """
 
 from services.common.frames.client import FrameCalls, lost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Final, Protocol
 from urllib.parse import unquote
 
@@ -13,6 +13,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import wire
 from services.common.frames.connection import Http2Connection
+from services.common.frames.detached import Buffer
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PATH, PROTOCOL, CompressedMessage
 from services.common.frames.outbound import Headers
@@ -81,7 +82,7 @@ class ClientConnection(Http2Connection):
         self._handshake: asyncio.TimerHandle | None = None
         self._ping_after_s = calls.ping_after_s
 
-    def send_message(self, parts: Iterable[bytes], size: int) -> None:
+    def send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send one message; only while `can_send`."""
         self._send_message(parts, size)
         self._watch()

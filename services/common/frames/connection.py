@@ -15,6 +15,7 @@ from hpack import Decoder
 from hpack.exceptions import HPACKError
 
 from services.common.frames import wire
+from services.common.frames.detached import LARGE_BYTES
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PREFIX_BYTES, CompressedMessage, MessageReader, Oversize
 from services.common.frames.outbound import Headers, Outbound
@@ -32,6 +33,8 @@ class Http2Connection(Outbound):
     def __init__(self, limits: Limits, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(limits, loop)
         self._unparsed = bytearray()
+        self._data_left = 0  # of a DATA frame that is read as it comes,
+        self._data_flags = 0  # and its flags
         self._settings_seen = False
         self._headers_stream = 0  # stream whose header block is incomplete
         self._headers_end_stream = False
@@ -79,13 +82,17 @@ class Http2Connection(Outbound):
         turn = self._turn
         turn.reading = True
         try:
-            if self._unparsed:
+            if self._data_left:
+                data = self._take_rest(data)
+            if not data:
+                pass
+            elif self._unparsed:
                 self._unparsed += data
                 used = self._parse(self._unparsed)
                 del self._unparsed[:used]
             elif not self._take_whole(data):
                 used = self._parse(data)
-                if used < len(data):
+                if used < len(data) and not self._ending:
                     self._unparsed += memoryview(data)[used:]
             if self._received * 4 >= self._limits.window_bytes:
                 self._grant()
@@ -136,6 +143,8 @@ class Http2Connection(Outbound):
             start = at + wire.HEADER_BYTES
             end = start + length
             if end > size:
+                if length >= LARGE_BYTES and self._begin_data(data, start, length):
+                    at = size
                 break
             kind, flags = data[at + 3], data[at + 4]
             stream_id = int.from_bytes(data[at + 5 : start], "big") & wire.MAX_WINDOW
@@ -149,6 +158,40 @@ class Http2Connection(Outbound):
             else:
                 self._control(kind, flags, stream_id, bytes(data[start:end]))
         return at
+
+    def _begin_data(self, data: bytes | bytearray, start: int, length: int) -> bool:
+        """Whether the frame whose payload begins at `start`, and of which all of `data` behind that is part,
+        is large and ordinary, and is now read as it comes instead of being kept until it is complete."""
+        kind, flags = data[start - 6], data[start - 5]
+        stream_id = int.from_bytes(data[start - 4 : start], "big") & wire.MAX_WINDOW
+        if (
+            kind != wire.DATA
+            or flags & wire.PADDED
+            or stream_id != self._stream_id
+            or not self._remote_open
+            or not self._settings_seen
+            or self._headers_stream
+        ):
+            return False
+        self._received += length
+        self._stream_received += length
+        if self._received > self._limits.window_bytes:
+            raise Violation(ErrorCode.FLOW_CONTROL_ERROR, "more data than the window granted")
+        size = len(data)
+        self._data_left = length - (size - start)
+        self._data_flags = flags
+        if start < size:
+            self._content(0, data, start, size)
+        return True
+
+    def _take_rest(self, data: bytes) -> bytes:
+        """More of such a frame; returns what follows it."""
+        size = len(data)
+        taken = min(size, self._data_left)
+        self._data_left -= taken
+        if self._remote_open:  # else its stream ended while it came
+            self._content(self._data_flags if not self._data_left else 0, data, 0, taken)
+        return data[taken:] if taken < size else b""
 
     def _data(self, stream_id: int, flags: int, data: bytes | bytearray, start: int, end: int) -> None:
         length = end - start

@@ -24,6 +24,8 @@ _ITEMS_TAG: Final = b"\x12"
 #: Tag of `timeout_us` in PredictRequest (field 7, varint).
 _TIMEOUT_TAG: Final = 0x38
 _TIMEOUT_MAX: Final = (1 << 35) - 1
+#: Of a message that comes in pieces.
+_LONG_PIECE: Final = 4096
 
 
 class Oversize(Exception):
@@ -34,7 +36,8 @@ class CompressedMessage(Exception):
     """A message says that it is compressed; no compression was agreed."""
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """`number`, not negative."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
@@ -46,7 +49,7 @@ def _varint(number: int) -> bytes:
 @lru_cache(maxsize=4096)
 def item_header(length: int) -> bytes:
     """What precedes a serialized item of `length` bytes in a frame."""
-    return _ITEMS_TAG + _varint(length)
+    return _ITEMS_TAG + varint(length)
 
 
 def item_payloads(frame: bytes) -> list[bytes]:
@@ -63,7 +66,7 @@ NO_TIMEOUT: Final = bytes((_TIMEOUT_TAG, 0))
 @lru_cache(maxsize=1024)
 def id_end(high: int) -> bytes:
     """What follows `ID_BEGINS[id & 127]`, for `high` = id >> 7: the same for 128 ids in a row."""
-    return _varint(high)
+    return varint(high)
 
 
 @lru_cache(maxsize=4096)
@@ -88,24 +91,36 @@ def timeout_override(timeout_us: int) -> bytes:
 class MessageReader:
     """Cuts the DATA payloads of one stream into gRPC messages, however they are split or packed."""
 
-    __slots__ = ("_max_bytes", "_partial")
+    __slots__ = ("_max_bytes", "_missing", "_partial", "_pieces")
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._partial = bytearray()
+        self._partial = bytearray()  # of a prefix
+        self._pieces: list[bytearray | memoryview] = []  # of a message whose prefix is complete,
+        self._missing = 0  # and how much of it is still to come
 
     @property
     def mid_message(self) -> bool:
         """Whether a message was begun and is not complete."""
-        return bool(self._partial)
+        return bool(self._partial or self._missing)
 
     def feed(self, data: bytes | bytearray, start: int, end: int) -> list[bytes]:
         """The messages completed by `data[start:end]`. Raises Oversize or CompressedMessage."""
+        messages: list[bytes] = []
+        if self._missing:
+            if end - start < self._missing:
+                self._keep(data, start, end)
+                return messages
+            stop = start + self._missing
+            self._keep(data, start, stop)
+            messages.append(b"".join(self._pieces))
+            self._pieces = []
+            start = stop
         partial = self._partial
         if partial:
             partial += memoryview(data)[start:end]
-            data, start, end = partial, 0, len(partial)
-        messages = []
+            data, start, end = bytes(partial), 0, len(partial)
+            partial.clear()
         while end - start >= PREFIX_BYTES:
             size = int.from_bytes(data[start + 1 : start + 5], "big")
             if data[start] > 1:
@@ -114,13 +129,30 @@ class MessageReader:
                 raise CompressedMessage
             if size > self._max_bytes:
                 raise Oversize
-            stop = start + PREFIX_BYTES + size
+            start += PREFIX_BYTES
+            stop = start + size
             if stop > end:
-                break
-            messages.append(bytes(memoryview(data)[start + PREFIX_BYTES : stop]))
+                self._missing = size
+                self._keep(data, start, end)
+                return messages
+            messages.append(bytes(memoryview(data)[start:stop]))
             start = stop
-        if data is partial:
-            del partial[:start]
-        elif start < end:
+        if start < end:
             partial += memoryview(data)[start:end]
         return messages
+
+    def _keep(self, data: bytes | bytearray, start: int, end: int) -> None:
+        """Part of a message that is not complete. Long pieces are copied once, when all are joined; short
+        ones now, since a peer that sends bytes one by one must not make an object of each."""
+        if start == end:
+            return
+        self._missing -= end - start
+        piece = memoryview(data)[start:end]
+        if isinstance(data, bytes) and end - start >= _LONG_PIECE:
+            self._pieces.append(piece)
+            return
+        last = self._pieces[-1] if self._pieces else None
+        if isinstance(last, bytearray):
+            last += piece
+        else:
+            self._pieces.append(bytearray(piece))

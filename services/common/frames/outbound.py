@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Collection
+from typing import Final, cast
 
 from hpack import Encoder
 
 from services.common.frames import wire
+from services.common.frames.detached import LARGE_BYTES, Buffer
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PREFIX_BYTES
 from services.common.frames.turn import turn_of
@@ -25,6 +26,10 @@ from services.common.frames.wire import ErrorCode
 log = logging.getLogger(__name__)
 
 Headers = list[tuple[str, str]]
+#: More parts than these are small ones, and cost less when they are joined.
+_MOST_PARTS: Final = 16
+#: What a local socket takes at once, so that an image does not go over in many steps.
+_SOCKET_BYTES: Final = 1 << 20
 
 
 class Outbound(asyncio.Protocol):
@@ -84,6 +89,7 @@ class Outbound(asyncio.Protocol):
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self._end("connection refused: TLS did not settle on h2")
             return
+        take_large_writes(transport.get_extra_info("socket"))
         keep_alive(transport.get_extra_info("socket"), self._limits.ping_after_s, self._limits.ping_timeout_s)
         self._on_open()
 
@@ -166,24 +172,41 @@ class Outbound(asyncio.Protocol):
             and self._stream_window > 0
         )
 
-    def _send_message(self, parts: Iterable[bytes], size: int) -> None:
+    def _send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
         total = size + PREFIX_BYTES
-        if (
-            total <= self._peer_max_frame
-            and total <= self._connection_window
-            and total <= self._stream_window
-        ):
-            self._connection_window -= total
-            self._stream_window -= total
-            if self._transport is not None:
-                head = wire.MESSAGE_HEAD.pack(total >> 8, total & 255, wire.DATA, 0, self._stream_id, 0, size)
-                self._transport.write(b"".join((head, *parts)))
-        else:
+        if total > self._connection_window or total > self._stream_window:
             self._unsent += b"\0" + size.to_bytes(4, "big")
             for part in parts:
                 self._unsent += part
             self._pump()
+            return
+        self._connection_window -= total
+        self._stream_window -= total
+        if self._transport is None:
+            return
+        if total > self._peer_max_frame or (total >= LARGE_BYTES and len(parts) <= _MOST_PARTS):
+            self._transport.writelines(self._in_frames((b"\0" + size.to_bytes(4, "big"), *parts), total))
+        else:
+            head = wire.MESSAGE_HEAD.pack(total >> 8, total & 255, wire.DATA, 0, self._stream_id, 0, size)
+            self._transport.write(b"".join((head, *parts)))
+
+    def _in_frames(self, parts: tuple[Buffer, ...], left: int) -> list[Buffer]:
+        """DATA frames that hold `parts`, `left` bytes in all, which are not copied."""
+        pieces: list[Buffer] = []
+        room = 0
+        for part in parts:
+            at, end = 0, len(part)
+            while at < end:
+                if not room:
+                    room = min(left, self._peer_max_frame)
+                    left -= room
+                    pieces.append(wire.frame_header(room, wire.DATA, 0, self._stream_id))
+                taken = min(end - at, room)
+                pieces.append(part if taken == end else memoryview(part)[at : at + taken])
+                at += taken
+                room -= taken
+        return pieces
 
     def _drain(self) -> None:
         self._pump()
@@ -274,6 +297,13 @@ class Outbound(asyncio.Protocol):
                 self._write(wire.frame(wire.PING, 0, 0, b"headrace"))
                 silent_until = now + self._limits.ping_timeout_s
         self._keepalive = self._loop.call_at(silent_until, self._check_alive)
+
+
+def take_large_writes(sock: socket.socket | None) -> None:
+    """Give a socket of this machine a longer queue; those of networks find theirs by themselves."""
+    if sock is not None and sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
 
 
 def keep_alive(sock: socket.socket | None, after_s: float, timeout_s: float) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from headrace.v1.dataplane_pb2 import RequestFrame
 
+from services.common.frames.detached import Buffer
 from services.common.frames.limits import Limits
 from services.common.frames.messages import item_header, timeout_override
 
@@ -23,7 +24,17 @@ class Outbox:
     brought them, and then joining them is all there is to do.
     """
 
-    __slots__ = ("_bytes", "_cancels", "_deadline_of", "_held", "_items", "_limits")
+    __slots__ = (
+        "_bytes",
+        "_cancels",
+        "_deadline_of",
+        "_held",
+        "_items",
+        "_large",
+        "_large_bytes",
+        "_large_next",
+        "_limits",
+    )
 
     def __init__(self, limits: Limits, deadline_of: Callable[[int], float | None]) -> None:
         """`deadline_of` an id that waits here: on the loop's scale, None for none."""
@@ -31,37 +42,54 @@ class Outbox:
         self._deadline_of = deadline_of
         self._items: dict[int, bytes] = {}
         self._bytes = 0
+        self._large: dict[int, tuple[tuple[Buffer, ...], int]] = {}
+        self._large_bytes = 0
+        self._large_next = False  # the last frame had small ones: neither kind keeps the other waiting
         self._cancels: list[int] = []
         self._held = False  # some waited longer than a loop turn: their timeouts are stale
 
     def __bool__(self) -> bool:
-        return bool(self._items or self._cancels)
+        return bool(self._items or self._large or self._cancels)
 
     @property
     def nbytes(self) -> int:
         """Bytes waiting."""
-        return self._bytes
+        return self._bytes + self._large_bytes
 
     def unsent(self) -> list[int]:
         """Ids of the requests that wait."""
-        return list(self._items)
+        return [*self._large, *self._items]
 
     def add(self, local_id: int, item: bytes) -> bool:
         """Queue a serialized request behind its `item_header`; False where there is no room."""
         size = self._bytes + len(item)
-        if size + ITEM_OVERHEAD > self._limits.max_buffer_bytes:
+        if size + self._large_bytes + ITEM_OVERHEAD > self._limits.max_buffer_bytes:
             return False
         self._items[local_id] = item
         self._bytes = size
         return True
 
+    def add_large(self, local_id: int, parts: tuple[Buffer, ...], size: int) -> bool:
+        """The same for a request of `size` bytes in `parts`, without its header; it gets a frame of its own,
+        and is never copied here."""
+        total = self._large_bytes + size
+        if total + self._bytes + ITEM_OVERHEAD > self._limits.max_buffer_bytes:
+            return False
+        self._large[local_id] = parts, size
+        self._large_bytes = total
+        return True
+
     def withdraw(self, local_id: int) -> bool:
         """Take a request back; False where it has left already."""
         item = self._items.pop(local_id, None)
-        if item is None:
-            return False
-        self._bytes -= len(item)
-        return True
+        if item is not None:
+            self._bytes -= len(item)
+            return True
+        large = self._large.pop(local_id, None)
+        if large is not None:
+            self._large_bytes -= large[1]
+            return True
+        return False
 
     def cancel(self, local_id: int) -> None:
         """Queue the news that nobody waits for a request that has left."""
@@ -70,23 +98,42 @@ class Outbox:
 
     def hold(self) -> None:
         """The peer takes nothing more now."""
-        self._held = bool(self._items)
+        self._held = bool(self._items or self._large)
 
     def clear(self) -> None:
         """Forget everything: the connection is gone."""
         self._items.clear()
         self._bytes = 0
+        self._large.clear()
+        self._large_bytes = 0
         self._cancels = []
         self._held = False
 
-    def next_frame(self, now: float) -> tuple[Iterable[bytes], int]:
+    def next_frame(self, now: float) -> tuple[Collection[Buffer], int]:
         """One RequestFrame's bytes in parts, and their total size: about `limits.frame_target_bytes`, and
         never more than a message may have. `now` is on the deadlines' scale."""
+        if self._large and not self._cancels and (self._large_next or not self._items):
+            self._large_next = False
+            return self._next_large(now)
+        self._large_next = True
         if not self._cancels and not self._held and self._bytes <= self._limits.frame_target_bytes:
             items, size = self._items, self._bytes
             self._items, self._bytes = {}, 0
             return items.values(), size
         return self._fill(now)
+
+    def _next_large(self, now: float) -> tuple[tuple[Buffer, ...], int]:
+        """The request in parts that waits longest, in a frame of its own."""
+        local_id, (parts, size) = next(iter(self._large.items()))
+        del self._large[local_id]
+        self._large_bytes -= size
+        deadline = self._deadline_of(local_id) if self._held else None
+        if deadline is not None:
+            timeout = timeout_override(int((deadline - now) * 1e6))
+            parts = (*parts, timeout)
+            size += len(timeout)
+        head = item_header(size)
+        return (head, *parts), size + len(head)
 
     def _fill(self, now: float) -> tuple[list[bytes], int]:
         """Cancels, then requests one by one, with what is left of their time."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
 from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
+from services.common.frames.detached import Buffer, Detached
 from services.common.frames.limits import Limits
-from services.common.frames.messages import ID_BEGINS, id_end, item_header
+from services.common.frames.messages import ID_BEGINS, id_end, item_header, item_payloads
 from services.common.frames.turn import turn_of
 from services.common.frames.wire import ErrorCode, Violation
 
@@ -25,7 +26,7 @@ class Outlet(Protocol):
         """Whether a message would not only be queued behind another."""
         ...
 
-    def send_message(self, parts: Iterable[bytes], size: int) -> None:
+    def send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
         ...
 
@@ -40,7 +41,9 @@ class FrameHandler(Protocol):
     def on_request_frame(self, frame: RequestFrame) -> None:
         """Take the frame's items and cancels. Must not block; answers go to `peer.reply`, now or later.
 
-        `peer.payload` is the frame's own bytes meanwhile, for who passes items on.
+        Where the server detaches, data of large tensors is not in the items: `peer.contents` has it, and
+        `peer.item_payloads` all of them as they came, for who passes them on. Both are good for the time of
+        this call; views that they give stay good.
         """
         ...
 
@@ -63,6 +66,7 @@ class Peer:
         "_outbox_bytes",
         "_scheduled",
         "_turn",
+        "detached",
         "instance",
         "payload",
         "remote",
@@ -80,6 +84,8 @@ class Peer:
         self._turn = turn_of(asyncio.get_running_loop())
         #: The frame that is being handled, as it came.
         self.payload = b""
+        #: The same in parts, where it has large tensors: the frame is without their data then.
+        self.detached: Detached | None = None
         self._open: set[int] = set()
         self._outbox: list[bytes] = []  # item header, item, item header, item, …
         self._outbox_bytes = 0
@@ -90,6 +96,16 @@ class Peer:
     def in_flight(self) -> int:
         """Items neither answered nor cancelled."""
         return len(self._open)
+
+    @property
+    def contents(self) -> dict[int, list[memoryview | None]]:
+        """Of the frame that is handled, by an item's position: the data of its inputs, None where the input
+        has it. Items that are not there have all of theirs."""
+        return self.detached.contents if self.detached is not None else {}
+
+    def item_payloads(self) -> Sequence[Buffer]:
+        """The serialized items of the frame that is handled, in order."""
+        return self.detached.items if self.detached is not None else item_payloads(self.payload)
 
     @property
     def closed(self) -> bool:

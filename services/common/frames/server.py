@@ -29,7 +29,10 @@ class FrameServer:
         role: str,
         limits: Limits | None = None,
         ssl: tls.SSLContext | None = None,
+        detaches: bool = False,
     ) -> None:
+        """`detaches`: handlers take the data of large tensors from `Peer.contents`, and items to be passed on
+        from `Peer.item_payloads`; otherwise everything is in the frame."""
         if not credential:
             raise ValueError("a frame server needs a credential")
         self.handler_factory = handler_factory
@@ -37,6 +40,7 @@ class FrameServer:
         self.hello = Hello(
             protocol=PROTOCOL, role=role, instance=instance, max_in_flight=self.limits.max_in_flight
         )
+        self.detaches = detaches
         self.draining = False
         self._expected = f"Bearer {credential}".encode()
         self._ssl = ssl

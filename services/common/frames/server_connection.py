@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
 from google.protobuf.message import DecodeError
@@ -13,6 +13,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import wire
 from services.common.frames.connection import Http2Connection
+from services.common.frames.detached import LARGE_BYTES, Buffer, detach
 from services.common.frames.header_blocks import grpc_message
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PATH, PROTOCOL, CompressedMessage
@@ -32,6 +33,8 @@ class Acceptor(Protocol):
     limits: Limits
     hello: Hello
     draining: bool
+    #: Whether handlers expect the data of large tensors beside the frame.
+    detaches: bool
     handler_factory: Callable[[Peer], FrameHandler]
 
     def admit(self, connection: ServerConnection) -> bool:
@@ -53,6 +56,7 @@ class ServerConnection(Http2Connection):
     def __init__(self, server: Acceptor, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(server.limits, loop)
         self._server = server
+        self._detaches = server.detaches
         self._preface = wire.PREFACE
         self._peer: Peer | None = None
         self._handler: FrameHandler | None = None
@@ -121,8 +125,9 @@ class ServerConnection(Http2Connection):
                 self._end_remote()
 
     def _on_message(self, payload: bytes) -> None:
+        detached = detach(payload) if self._detaches and len(payload) >= LARGE_BYTES else None
         try:
-            frame = RequestFrame.FromString(payload)
+            frame = RequestFrame.FromString(payload if detached is None else detached.frame)
         except DecodeError:
             self._finish(Code.CODE_INVALID_ARGUMENT, "the message is no RequestFrame")
             return
@@ -136,6 +141,7 @@ class ServerConnection(Http2Connection):
             return
         self._watch()
         peer.payload = payload
+        peer.detached = detached
         try:
             handler.on_request_frame(frame)
         except Exception:
@@ -143,6 +149,7 @@ class ServerConnection(Http2Connection):
             peer.abandon([item.id for item in items], "internal error")
         finally:
             peer.payload = b""
+            peer.detached = None
 
     def _greeted(self, frame: RequestFrame) -> bool:
         """Check the client's hello and answer it."""
@@ -190,7 +197,7 @@ class ServerConnection(Http2Connection):
 
     # Writing
 
-    def send_message(self, parts: Iterable[bytes], size: int) -> None:
+    def send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send one message; only while `can_send`."""
         self._send_message(parts, size)
 

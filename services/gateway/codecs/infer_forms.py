@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from open_inference.open_inference_pb2 import ModelInferRequest, ModelInferResponse
 
+from services.gateway.channel import Buffer
 from services.gateway.codecs.compiled import tensor_head, varint
 from services.gateway.codecs.oip import to_response
+from services.gateway.codecs.v2 import LARGE_BYTES
 from services.gateway.datatypes import BY_NUMBER
 from services.gateway.signature import ModelSignature
 
@@ -116,15 +118,19 @@ class RequestForm:
         heads[0] = constant.SerializeToString() + heads[0]
         self._heads = tuple(heads)
 
-    def request(self, body: bytes, at: int, request_id: bytes, received_at_us: int) -> bytes | None:
+    def request(
+        self, body: bytes, at: int, request_id: bytes, received_at_us: int
+    ) -> tuple[bytes, tuple[Buffer, ...] | None] | None:
         """The PredictRequest for `body`, but its user; the form begins at `at`, and its size fits. None where
-        it is of another form."""
+        it is of another form. Of a large one the tensors come apart, with views of `body`."""
+        if self.size >= LARGE_BYTES:
+            return self._apart(body, at, request_id, received_at_us)
         if not body.startswith(self._first, at) or not body.endswith(self._last):
             return None
         tail = _TAIL.pack(_REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
         if self._one:
             start = at + len(self._first)
-            return b"".join((self._heads[0], body[start : start + self._sizes[0]], tail))
+            return b"".join((self._heads[0], body[start : start + self._sizes[0]], tail)), None
         numbers = []
         for around, size in zip(self._around, self._sizes, strict=False):  # the last one was compared
             if not body.startswith(around, at):
@@ -136,7 +142,25 @@ class RequestForm:
         for head, place in zip(self._heads, self._order, strict=True):
             parts += (head, numbers[place])
         parts.append(tail)
-        return b"".join(parts)
+        return b"".join(parts), None
+
+    def _apart(
+        self, body: bytes, at: int, request_id: bytes, received_at_us: int
+    ) -> tuple[bytes, tuple[Buffer, ...]] | None:
+        view = memoryview(body)
+        numbers = []
+        for around, size in zip(self._around, self._sizes, strict=False):
+            if not body.startswith(around, at):
+                return None
+            at += len(around)
+            numbers.append(view[at : at + size])
+            at += size
+        if not body.endswith(self._last):
+            return None
+        parts: list[Buffer] = []
+        for head, place in zip(self._heads, self._order, strict=True):
+            parts += (head, numbers[place])
+        return _TAIL.pack(_REQUEST_ID, request_id, _RECEIVED_AT, received_at_us), tuple(parts)
 
 
 def names_of(body: bytes, asked: ModelInferRequest) -> bytes | None:

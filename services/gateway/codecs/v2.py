@@ -11,7 +11,9 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument, Unimplemented
+from services.gateway.channel import Buffer
 from services.gateway.codecs.attributes import parameter, session_of
+from services.gateway.codecs.compiled import varint
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, bytes_elements
@@ -62,6 +64,10 @@ _request = msgspec.json.Decoder(V2Request)
 
 #: Parameters that the gateway itself acts on; the others go with the request.
 _OURS = frozenset({"binary_data_output", "binary_data_size", "user_id", "timeout"})
+#: Binary inputs of so many bytes are not copied.
+LARGE_BYTES = 32 << 10
+#: Tags of PredictRequest's inputs (4) and of Tensor's data (4).
+_INPUTS, _DATA = b"\x22", b"\x22"
 _SHARED_MEMORY = "shared_memory_region"
 
 
@@ -87,10 +93,18 @@ def decode_request(body: bytes | bytearray, json_length: bytes | None) -> tuple[
 
 
 def fill_request(
-    request: PredictRequest, signature: ModelSignature, asked: V2Request, binary: memoryview
+    request: PredictRequest,
+    signature: ModelSignature,
+    asked: V2Request,
+    binary: memoryview,
+    apart: list[Buffer] | None = None,
 ) -> V2State:
-    """Put inputs, outputs and parameters into `request`. Raises InvalidArgument naming `inputs.<name>`."""
+    """Put inputs, outputs and parameters into `request`. Raises InvalidArgument naming `inputs.<name>`.
+
+    Large binary inputs are put into `apart` instead, where it is given: fields of the request, with the data
+    as a view of `binary`."""
     given: dict[str, Tensor] = {}
+    stays: set[str] = set()
     for one in asked.inputs:
         where = f"inputs.{one.name}"
         spec = signature.by_name.get(one.name)
@@ -98,7 +112,20 @@ def fill_request(
             raise InvalidArgument(f"{where} is no input of this model.", field=where)
         if one.name in given:
             raise InvalidArgument(f"{where} is given twice.", field=where)
-        given[one.name], binary = _tensor(spec, one, binary, where)
+        check_declared(spec, one.datatype, one.shape, where)
+        size = _binary_size(one, binary, where)
+        if size is None:
+            given[one.name] = tensor_from_nested_or_flat(spec, one.data, one.shape, where)
+            continue
+        if apart is not None and size >= LARGE_BYTES and spec.datatype is not BYTES:
+            check_size(spec, one.shape, size, where)
+            given[one.name] = tensor = Tensor(name=spec.name, datatype=spec.datatype.number, shape=one.shape)
+            stays.add(one.name)
+            head = tensor.SerializeToString() + _DATA + varint(size)
+            apart += (_INPUTS + varint(len(head) + size) + head, binary[:size])
+        else:
+            given[one.name] = raw_tensor(spec, one.shape, bytes(binary[:size]), where)
+        binary = binary[size:]
     if len(binary):
         raise InvalidArgument(f"{len(binary)} bytes follow the tensors that the JSON part announces.")
     for spec in signature.inputs:
@@ -106,7 +133,7 @@ def fill_request(
             raise InvalidArgument(f"inputs.{spec.name} is missing.", field=f"inputs.{spec.name}")
     tensors = [given[spec.name] for spec in signature.inputs]
     check_rows(signature, tensors)
-    request.inputs.extend(tensors)
+    request.inputs.extend([tensor for tensor in tensors if tensor.name not in stays] if stays else tensors)
     fill_parameters(request, asked.parameters)
     wanted = asked.outputs or []
     fill_outputs(request, signature, [one.name for one in wanted])
@@ -173,12 +200,16 @@ def raw_tensor(spec: InputSpec, shape: list[int], data: bytes, where: str) -> Te
             found = -1
         if found != count:
             raise InvalidArgument(f"{where}: its bytes are not {count} elements with lengths.", field=where)
-    elif len(data) != count * spec.datatype.itemsize:
-        raise InvalidArgument(
-            f"{where} has {len(data)} bytes where shape {shape} asks for {count * spec.datatype.itemsize}.",
-            field=where,
-        )
+    else:
+        check_size(spec, shape, len(data), where)
     return Tensor(name=spec.name, datatype=spec.datatype.number, shape=shape, data=data)
+
+
+def check_size(spec: InputSpec, shape: list[int], size: int, where: str) -> None:
+    """Raise InvalidArgument where `size` bytes are not what numbers of `shape` take."""
+    wanted = prod(shape) * spec.datatype.itemsize
+    if size != wanted:
+        raise InvalidArgument(f"{where} has {size} bytes where shape {shape} asks for {wanted}.", field=where)
 
 
 def check_declared(spec: InputSpec, datatype: str, shape: list[int], where: str) -> None:
@@ -243,9 +274,8 @@ def answer_parameters(reply: PredictReply) -> dict[str, Scalar]:
     return parameters
 
 
-def _tensor(spec: InputSpec, one: V2Input, binary: memoryview, where: str) -> tuple[Tensor, memoryview]:
-    """The tensor, and the bytes left for the inputs after it."""
-    check_declared(spec, one.datatype, one.shape, where)
+def _binary_size(one: V2Input, binary: memoryview, where: str) -> int | None:
+    """How many bytes behind the JSON part are those of `one`; None where its data is in the JSON."""
     parameters = one.parameters or {}
     if _SHARED_MEMORY in parameters:
         raise Unimplemented(f"{where}: shared memory is not served.", field=where)
@@ -253,12 +283,12 @@ def _tensor(spec: InputSpec, one: V2Input, binary: memoryview, where: str) -> tu
     if size is None:
         if one.data is _ABSENT:
             raise InvalidArgument(f"{where} has no data.", field=where)
-        return tensor_from_nested_or_flat(spec, one.data, one.shape, where), binary
+        return None
     if one.data is not _ABSENT:
         raise InvalidArgument(f"{where} has data and binary_data_size.", field=where)
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
         raise InvalidArgument(f"{where}: binary_data_size does not fit the body.", field=where)
-    return raw_tensor(spec, one.shape, bytes(binary[:size]), where), binary[size:]
+    return size
 
 
 def _binary_outputs(signature: ModelSignature, asked: V2Request) -> frozenset[str] | None:

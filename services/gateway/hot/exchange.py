@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from services.gateway.hot.hardened import HardenedProtocol
 
 _CLOSE = b"connection: close\r\n"
+_LONG_PIECE = 4096
 
 
 class _NobodyWaits:
@@ -39,6 +40,8 @@ class HotExchange(Call):
     #: Its message was read to the end.
     complete = False
     size = 0
+    #: Of its body, behind what is in `body`.
+    pieces: list[bytes | bytearray] | None = None
     expects_continue = False
     continued = False
     #: Its caller has a key, so its body is waited for; how much of the body is counted as held.
@@ -61,11 +64,22 @@ class HotExchange(Call):
             return False
         if not self.body:
             self.body = chunk
-        elif isinstance(self.body, bytearray):
-            self.body += chunk
+            return True
+        pieces = self.pieces
+        if pieces is None:
+            pieces = self.pieces = []
+        if len(chunk) >= _LONG_PIECE:
+            pieces.append(chunk)  # copied once, when all are joined
+        elif pieces and isinstance(last := pieces[-1], bytearray):
+            last += chunk
         else:
-            self.body = bytearray(self.body) + chunk
+            pieces.append(bytearray(chunk))  # bytes that come one by one are no object each
         return True
+
+    def drop(self) -> None:
+        """The body is of no use any more."""
+        self.body = b""
+        self.pieces = None
 
     def hold(self) -> None:
         """The body goes on after this turn of the loop. Raises where its caller has no key, or where too much
@@ -86,13 +100,16 @@ class HotExchange(Call):
         """Its turn has come and it is complete, or refused already."""
         if self.refusal is not None:
             self.service.refuse(self, self.refusal)
-        else:
-            self.service.begin(self)
+            return
+        if self.pieces is not None:
+            self.body = b"".join((self.body, *self.pieces))
+            self.pieces = None
+        self.service.begin(self)
 
     def answer(self, status: int, headers: bytes, body: bytes) -> None:
         protocol = self.protocol
         self.response_complete = True
-        self.body = b""
+        self.drop()
         if self.held:
             self.release()
         if self.disconnected or protocol.transport.is_closing():

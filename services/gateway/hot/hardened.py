@@ -305,7 +305,7 @@ class HardenedProtocol(TimedProtocol):
             exchange.hold()
         except HeadraceError as error:
             exchange.refusal = error
-            exchange.body = b""
+            exchange.drop()
         if not exchange.started:
             return
         if exchange.refusal is not None:
@@ -316,7 +316,7 @@ class HardenedProtocol(TimedProtocol):
 
     def _too_large(self, exchange: HotExchange) -> None:
         exchange.refusal = self._body_too_large()
-        exchange.body = b""
+        exchange.drop()
         if exchange.started:
             self._start(exchange)
 

@@ -56,10 +56,24 @@ class TestCoalescing:
         echoes = Echoes()
         limits = Limits(frame_target_bytes=100_000, linger_s=0.1)
         async with serving(echoes, limits) as (_, address), calling(address, limits) as calls:
-            item = PredictRequest(inputs=[Tensor(data=b"x" * 60_000)])
+            item = PredictRequest(inputs=[Tensor(data=b"x" * 25_000)])
             replies = await asyncio.gather(*(calls.predict(item, now() + 20) for _ in range(10)))
             assert all(reply.code == Code.CODE_OK for reply in replies)
-            assert [len(frame.items) for frame in echoes.made[0].frames if frame.items] == [2, 2, 2, 2, 2]
+            assert [len(frame.items) for frame in echoes.made[0].frames if frame.items] == [4, 4, 2]
+
+    async def test_items_that_are_not_copied_leave_alone(self) -> None:
+        echoes = Echoes()
+        async with serving(echoes) as (_, address), calling(address) as calls:
+            data = bytes(range(256)) * 400
+            small = PredictRequest(model="small")
+            large = PredictRequest(inputs=[Tensor(data=data)])
+            replies = await asyncio.gather(
+                *(calls.predict(item, now() + 20) for item in (large, small, large, small))
+            )
+            assert all(reply.code == Code.CODE_OK for reply in replies)
+            frames = [frame for frame in echoes.made[0].frames if frame.items]
+            assert sorted(len(frame.items) for frame in frames) == [1, 1, 2]
+            assert [item.inputs[0].data for f in frames for item in f.items if item.inputs] == [data] * 2
 
 
 class TestRefusedHere:

@@ -78,8 +78,8 @@ class Way:
             return None
         if read is None:
             return None
-        made, asked_id, form = read
-        request = PredictRequest.FromString(made)
+        made, tensors, asked_id, form = read
+        request = PredictRequest.FromString(b"".join((*(tensors or ()), made)))
         assert form.priority == request.priority
         return request, asked_id, form.timeout_s
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from headrace.v1.dataplane_pb2 import PredictRequest, RequestFrame
 
 from services.worker.item import Item
@@ -14,7 +16,8 @@ class Held:
     def __init__(self) -> None:
         self.cancelled: list[Item] = []
 
-    def accept(self, requests, settle, waiting) -> None:  # type: ignore[no-untyped-def]  # a stand-in
+    def accept(self, requests, settle, waiting, contents) -> None:  # type: ignore[no-untyped-def]  # a stand-in
+        assert contents == {}
         for request in requests:
             waiting[request.id] = (self, Item(request, 1, ((), ()), (b"",), 1.0, settle))
 
@@ -22,9 +25,15 @@ class Held:
         self.cancelled.append(item)
 
 
+class Outlet:
+    """A peer whose frames have no large tensors."""
+
+    contents: ClassVar[dict[int, list[memoryview | None]]] = {}
+
+
 def test_a_cancel_is_of_what_came_before_its_frame() -> None:
     held = Held()
-    connection = FrameConnection(held, None)  # type: ignore[arg-type]  # nothing is answered
+    connection = FrameConnection(held, Outlet())  # type: ignore[arg-type]  # nothing is answered
     connection.on_request_frame(RequestFrame(items=[PredictRequest(id=7, model="first")]))
     connection.on_request_frame(RequestFrame(items=[PredictRequest(id=7, model="again")], cancels=[7]))
     assert [item.request.model for item in held.cancelled] == ["first"]
