@@ -14,13 +14,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +29,19 @@ from benchmarks.environments import REPOSITORY, PeerEnvironment
 from benchmarks.load.drive import OpenLoop, open_loop
 from benchmarks.load.requests import Endpoint, write_requests
 from benchmarks.machine import machine
-from benchmarks.process_tree import Unavailable, cpu_seconds, descendants, usage
+from benchmarks.platform_jobs import (
+    WITHIN_S,
+    become_idle,
+    deploy,
+    job_of,
+    readable,
+    running,
+    sampled,
+    saturated,
+    seconds_of,
+    warmed,
+)
+from benchmarks.process_tree import Unavailable
 from benchmarks.servers.offline_job import session
 from benchmarks.workload import Dialect, cancer_workload
 from deploy.embedded.server import LOOPBACK
@@ -44,16 +51,11 @@ from examples import cancer
 FOLDER = Path(__file__).parent
 BATCHES = (256, 1024, 4096, 16_384, 65_536)
 GROUP_ROWS = 65_536
-SAMPLE_S = 0.2
-WITHIN_S = 300.0
 #: One after another, so that memory which grows with what was done would be seen.
 JOBS = 4
 ONLINE_RATE = 200.0
 ONLINE_S = 10.0
 ONLINE_WINDOWS = 5
-#: CPU seconds a second below which the platform is idle.
-IDLE_CPU_S = 0.45
-ENDED = {"completed", "failed", "cancelled", "expired"}
 PEERS = {
     "pandas": PeerEnvironment("pandas", ("pandas==2.3.3", "pyarrow==26.0.0")),
     "ray": PeerEnvironment("ray-data", ("ray[data]==2.60.0", "pandas==2.3.3")),
@@ -194,19 +196,6 @@ def _offline(way: str, environment: PeerEnvironment | None, model: Path, source:
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
-@contextmanager
-def running(home: Path) -> Iterator[Stack]:
-    """The embedded stack with one worker and the cancer model, as `make up` would have it."""
-    home.mkdir()
-    home.chmod(0o755)
-    stack = Stack.on_free_ports(home, workers=1)
-    stack.start()
-    try:
-        yield stack
-    finally:
-        stack.stop()
-
-
 def on_the_platform(figures: Figures, stack: Stack, version: str, source: Path) -> None:
     """Jobs from their submission to `completed`, and the results of one as Parquet."""
     headers = {"authorization": f"Bearer {stack.admin_key}"}
@@ -243,88 +232,6 @@ def on_the_platform(figures: Figures, stack: Stack, version: str, source: Path) 
     print(f"platform: {figures.platform['rows_per_s']:,.0f} rows/s", flush=True)
 
 
-def warmed(stack: Stack, version: str, source: Path) -> None:
-    """The model deployed, and a first job done."""
-    headers = {"authorization": f"Bearer {stack.admin_key}"}
-    with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
-        deploy(client, version, source.parent / "model" / "model.onnx")
-        job_of(client, version, readable(stack, source))
-
-
-def deploy(client: httpx.Client, version: str, model: Path) -> None:
-    """The cancer model, serving."""
-    client.post("/v1/models", json={"name": "cancer", "description": ""})
-    with model.open("rb") as file:
-        metadata = {"metadata": json.dumps({"version": version})}
-        answer = client.post(
-            "/v1/models/cancer/versions", data=metadata, files={"files": ("model.onnx", file)}
-        )
-    answer.raise_for_status()
-    shares = {"versions": [{"version": version, "weight": 100}]}
-    client.put("/v1/deployments/cancer", json=shares).raise_for_status()
-    row = cancer.load().held_out_rows[0].tolist()
-    deadline = time.monotonic() + WITHIN_S
-    while client.post("/v1/predict", json={"model": "cancer", "inputs": [row]}).status_code != 200:
-        if time.monotonic() > deadline:
-            raise RuntimeError("the model does not serve")
-        time.sleep(0.1)
-
-
-def readable(stack: Stack, source: Path) -> str:
-    """`source` where jobs may read it, without a copy."""
-    folder = stack.home / "data"
-    folder.mkdir(exist_ok=True)
-    target = folder / source.name
-    if not target.exists():
-        target.hardlink_to(source)
-    return target.as_uri()
-
-
-def job_of(client: httpx.Client, version: str, uri: str) -> dict[str, Any]:
-    """A job, once it has ended."""
-    body = {"model": "cancer", "version": version, "input_uri": uri, "output_format": "parquet"}
-    answer = client.post("/v1/batch", json=body)
-    answer.raise_for_status()
-    path = f"/v1/batch/{answer.json()['batch_id']}"
-    deadline = time.monotonic() + WITHIN_S
-    while True:
-        job: dict[str, Any] = client.get(path).json()
-        if job["status"] in ENDED:
-            return job
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the job does not end: {job}")
-        time.sleep(0.2)
-
-
-def seconds_of(job: dict[str, Any]) -> float:
-    """From acceptance to the end by the platform's own clock: asking often would be part of the load."""
-    accepted, ended = (datetime.fromisoformat(job[name]) for name in ("created_at", "ended_at"))
-    return (ended - accepted).total_seconds()
-
-
-@contextmanager
-def sampled(stack: Stack) -> Iterator[dict[str, list[float]]]:
-    """Memory of every part while the block runs."""
-    samples: dict[str, list[float]] = defaultdict(list)
-    stop = threading.Event()
-    trees = {name: descendants(pid) for name, pid in stack.pids().items()}
-
-    def look() -> None:
-        while True:
-            for name, pids in trees.items():
-                samples[name].append(float(usage(pids).pss))
-            if stop.wait(SAMPLE_S):
-                return
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        stop.set()
-        thread.join()
-
-
 def online(figures: Figures, stack: Stack, version: str, source: Path, folder: Path) -> None:
     """An open loop of one-row requests, while nothing else runs and while jobs saturate the worker."""
     headers = {"authorization": f"Bearer {stack.admin_key}"}
@@ -357,49 +264,6 @@ def online(figures: Figures, stack: Stack, version: str, source: Path, folder: P
             "p99_us_most": max(window["p99_us"] for window in found),
         }
     figures.online["during jobs"]["rows_per_s"] = statistics.median(rates)
-
-
-def become_idle(stack: Stack) -> None:
-    """Wait until what jobs left to be read is read: a window beside it would not be an idle one."""
-    deadline = time.monotonic() + WITHIN_S
-    trees = [descendants(pid) for pid in stack.pids().values()]
-    while time.monotonic() < deadline:
-        before = sum(cpu_seconds(pids) for pids in trees)
-        time.sleep(1.0)
-        if sum(cpu_seconds(pids) for pids in trees) - before < IDLE_CPU_S:
-            return
-    raise RuntimeError("the platform does not become idle")
-
-
-@contextmanager
-def saturated(stack: Stack, version: str, uri: str, headers: dict[str, str]) -> Iterator[Callable[[], int]]:
-    """Jobs one after another, two at a time, for as long as the block runs; gives the rows done so far."""
-    stop = threading.Event()
-    done = [0, 0]
-
-    def run(place: int) -> None:
-        with httpx.Client(base_url=stack.rest_url, headers=headers, timeout=60) as client:
-            while not stop.is_set():
-                body = {"model": "cancer", "version": version, "input_uri": uri, "output_format": "parquet"}
-                answer = client.post("/v1/batch", json=body)
-                answer.raise_for_status()
-                path, before, job = f"/v1/batch/{answer.json()['batch_id']}", done[place], answer.json()
-                while job["status"] not in ENDED:
-                    if stop.wait(0.25):
-                        client.delete(path)
-                        return
-                    job = client.get(path).json()
-                    done[place] = before + job["counts"]["completed"]
-
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(done))]
-    for thread in threads:
-        thread.start()
-    try:
-        yield lambda: sum(done)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def told(summary: dict[str, Any]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.trial_statistics import (
+from benchmarks.trial_simulations import (
     ALPHA,
     World,
     adjusted,
