@@ -6,5 +6,5 @@ in threads), `keys`, `limiter` and `leases` (who, and how often), `admission` (h
 `signature`, `asked`, `plans` and `infer_plans` (what can be called, with what, and what is the same in every
 call), `dialects` and `codecs/` (bytes to tensors and back), `channel` and `router_client`, `rest/` (every
 other route), `oip_server` and `rpc/` (gRPC: what is served, and how), `jobs/` (over many rows, beside all
-this), `metrics`; `followed` and `snapshot` keep the control topics at hand while Kafka is away.
+this), `metrics`; `bus.followed` of what is shared keeps the control topics at hand while Kafka is away.
 """

@@ -13,7 +13,8 @@ Trials: controller.py (the loop that lets them act), verdicts.py (what analytics
 asked), trial_schemas.py (metrics), workers.py (what is loaded), retention.py
 (what is forgotten). Experiments: experiments.py (the rules),
 experiment_running.py (what is served of them), experiment_control.py (what they do by themselves),
-assignments.py and explanation.py (who gets which variant, and why); pure: experiment_steps.py (what to do
+assignments.py and explanation.py (who gets which variant, and why), experiment_schemas.py and
+experiment_views.py (what callers send and get); pure: experiment_steps.py (what to do
 next), experiment_state.py (rows as routers and decisions see them), layers.py (who owns which buckets).
-Rollouts: rollouts.py, rollout_control.py; pure: rollout_steps.py, rollout_plan.py, rollout_guard.py,
-rollout_words.py."""
+Rollouts: rollouts.py, rollout_control.py, rollout_schemas.py, rollout_views.py; pure: rollout_steps.py,
+rollout_state.py, rollout_config.py, rollout_plan.py, rollout_guard.py, rollout_words.py."""
