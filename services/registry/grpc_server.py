@@ -1,21 +1,20 @@
-"""grpc.aio around the servicer: credential, statuses of domain errors, health, reflection, graceful end."""
+"""grpc.aio around the servicer, and the statuses of domain errors."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from headrace.v1 import registry_pb2, registry_pb2_grpc
 from headrace.v1.tensor_pb2 import Code
 
-from services.common.errors import Fatal, HeadraceError
-from services.common.grpc_auth import Interceptor, InternalAuthInterceptor
+from services.common import grpc_serving
+from services.common.errors import HeadraceError
+from services.common.grpc_auth import Interceptor
 from services.registry.metrics import Metrics
 from services.registry.servicer import RegistryServicer
 
@@ -26,12 +25,7 @@ log = structlog.get_logger(__name__)
 
 SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
-_MAX_MESSAGE = 8 << 20
-_OPTIONS = [
-    ("grpc.max_receive_message_length", _MAX_MESSAGE),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.so_reuseport", 0),
-]
+_MAX_REQUEST_BYTES = 8 << 20
 
 
 class DomainErrors(Interceptor):
@@ -80,27 +74,20 @@ class DomainErrors(Interceptor):
         return made
 
 
-@asynccontextmanager
-async def serve_grpc(
+def serve_grpc(
     servicer: RegistryServicer, host: str, port: int, *, token: str, metrics: Metrics, drain_s: float
-) -> AsyncIterator[int]:
+) -> AbstractAsyncContextManager[int]:
     """Serve while the block runs; gives the bound port (`port` 0: any free one). Raises Fatal where taken."""
-    server = grpc.aio.server(
-        interceptors=[InternalAuthInterceptor(token), DomainErrors(metrics)], options=_OPTIONS
+
+    def add(server: grpc.aio.Server) -> None:
+        registry_pb2_grpc.add_RegistryServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
+
+    return grpc_serving.serve_grpc(
+        SERVICE,
+        add,
+        (host, port),
+        token,
+        drain_s=drain_s,
+        max_request_bytes=_MAX_REQUEST_BYTES,
+        interceptors=[DomainErrors(metrics)],
     )
-    registry_pb2_grpc.add_RegistryServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]  # generated
-    states = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
-    health_pb2_grpc.add_HealthServicer_to_server(states, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        bound = server.add_insecure_port(f"{host}:{port}")
-    except RuntimeError as error:
-        raise Fatal(f"Cannot listen on {host}:{port} for gRPC.") from error
-    await server.start()
-    for name in ("", SERVICE):
-        await states.set(name, health_pb2.HealthCheckResponse.SERVING)
-    try:
-        yield bound
-    finally:
-        await states.enter_graceful_shutdown()
-        await server.stop(drain_s)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from headrace.v1 import dataplane_pb2, dataplane_pb2_grpc
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
-from services.common.errors import Fatal
-from services.common.grpc_auth import InternalAuthInterceptor
+from services.common import grpc_serving
 from services.worker.item import Answer, Item
 from services.worker.replies import error_reply
 from services.worker.servicer import Servicer, Version
 
 _SERVICE = dataplane_pb2.DESCRIPTOR.services_by_name["DataPlane"].full_name
-_MAX_MESSAGE_BYTES = 64 << 20
 
 
 class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
@@ -56,8 +51,7 @@ class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
             raise
 
 
-@asynccontextmanager
-async def serve_grpc(
+def serve_grpc(
     servicer: Servicer,
     host: str,
     port: int,
@@ -65,30 +59,11 @@ async def serve_grpc(
     *,
     drain_s: float,
     reuse_port: bool = False,
-) -> AsyncIterator[int]:
+) -> AbstractAsyncContextManager[int]:
     """Serve while the block runs; gives the bound port. Raises Fatal where the port is taken."""
-    server = grpc.aio.server(
-        interceptors=[InternalAuthInterceptor(token)],
-        options=[
-            ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", int(reuse_port)),
-        ],
-    )
-    add_dataplane = dataplane_pb2_grpc.add_DataPlaneServicer_to_server
-    add_dataplane(UnaryDataPlane(servicer), server)  # type: ignore[no-untyped-call]  # generated
-    healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know only the sync one
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    try:
-        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-    except RuntimeError as error:
-        raise Fatal(f"port {port} of {host} is in use; set GRPC_PORT to another") from error
-    await server.start()
-    for service in ("", _SERVICE):
-        await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
-    try:
-        yield bound
-    finally:
-        await healthy.enter_graceful_shutdown()
-        await server.stop(drain_s)
+
+    def add(server: grpc.aio.Server) -> None:
+        add_dataplane = dataplane_pb2_grpc.add_DataPlaneServicer_to_server
+        add_dataplane(UnaryDataPlane(servicer), server)  # type: ignore[no-untyped-call]  # generated
+
+    return grpc_serving.serve_grpc(_SERVICE, add, (host, port), token, drain_s=drain_s, reuse_port=reuse_port)
