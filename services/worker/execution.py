@@ -64,14 +64,19 @@ class Runner:
     def _isolated(self, items: Sequence[Item], whole: Execution, max_rows: int) -> Execution:
         """The halves of `items`, whose run together was `whole` and failed."""
         middle = len(items) // 2
-        halves = []
+        halves: list[Execution] = []
+        given_up: list[tuple[Item, HeadraceError]] = []
         for half in (items[:middle], items[middle:]):
+            if not _wanted(half):
+                late = DeadlineExceeded("the deadline passed while the request at fault was looked for")
+                given_up += [(item, late) for item in half]
+                continue
             attempt = self._attempt(half, sum([item.rows for item in half]), max_rows)
             single = not attempt.failures or len(half) == 1
             halves.append(attempt if single else self._isolated(half, attempt, max_rows))
         return Execution(
             parts=[part for half in halves for part in half.parts],
-            failures=[failure for half in halves for failure in half.failures],
+            failures=[failure for half in halves for failure in half.failures] + given_up,
             prepare=whole.prepare + sum(half.prepare for half in halves),
             infer=whole.infer + sum(half.infer for half in halves),
             cut=whole.cut + sum(half.cut for half in halves),
@@ -109,8 +114,7 @@ class Runner:
 
     def _attempt(self, items: Sequence[Item], rows: int, max_rows: int) -> Execution:
         def wanted() -> bool:
-            now = time.monotonic()
-            return any(not item.done and item.deadline > now for item in items)
+            return _wanted(items)
 
         started = time.perf_counter()
         joined = 0.0
@@ -207,6 +211,12 @@ class Runner:
                     raise ValueError(f"output {name} has shape {list(array.shape)} for {count} rows of input")
             pieces.append(piece)
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _wanted(items: Sequence[Item]) -> bool:
+    """Whether anybody still waits for one of them."""
+    now = time.monotonic()
+    return any(not item.done and item.deadline > now for item in items)
 
 
 def _joined(items: Sequence[Item]) -> list[Buffer]:

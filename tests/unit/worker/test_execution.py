@@ -116,6 +116,15 @@ def test_one_bad_member_of_many_is_found_by_halves() -> None:
     assert len(backend.sizes) == 13  # of 64 members: two runs a level, and the first
 
 
+def test_nobody_is_looked_for_once_nobody_waits() -> None:
+    execution, items, backend = executed([1], [13], [3], [4], deadline=0.0)
+    assert backend.sizes == [4]
+    assert [(item, error.code) for item, error in execution.failures] == [
+        (item, Code.CODE_DEADLINE_EXCEEDED) for item in items
+    ]
+    assert (execution.parts, execution.reruns) == ([], 0)
+
+
 def test_slices_end_when_nobody_waits_any_more() -> None:
     execution, items, backend = executed([float(i) for i in range(10)], max_rows=4, deadline=0.0)
     assert backend.sizes == [4]
