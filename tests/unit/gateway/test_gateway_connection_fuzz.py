@@ -42,7 +42,7 @@ async def settle(connection: Connection, *, answer: bool) -> None:
 
 
 def statuses(connection: Connection) -> list[bytes]:
-    return [status for status in connection.transport.statuses() if status != b"100"]
+    return [status for status in connection.statuses() if status != b"100"]
 
 
 @settings(max_examples=50, deadline=None)
