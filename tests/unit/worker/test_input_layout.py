@@ -128,3 +128,26 @@ def test_synthetic_inputs_fit_their_own_signature() -> None:
     assert arrays["x"].shape == (4, 7, 3)
     assert arrays["text"].tolist() == [b"warm up"] * 4
     assert arrays["on"].dtype == np.bool_
+
+
+def test_data_that_came_apart_is_checked_and_taken_like_any_other() -> None:
+    one = layout(("x", FP32, [-1, 2, 3]))
+    bare, content = tensor("x", FP32, [4, 2, 3], b""), memoryview(bytes(range(96)))
+    rows, key, data = one.take(PredictRequest(inputs=[bare]), [content])
+    assert (rows, key) == (4, ((), ((2, 3),)))
+    assert data[0] is content
+    with pytest.raises(InvalidArgument, match="92 bytes") as refused:
+        one.take(PredictRequest(inputs=[bare]), [content[:92]])
+    assert refused.value.field == "inputs.x"
+
+
+def test_data_apart_belongs_to_the_input_at_its_place_in_the_request() -> None:
+    one = layout(("a", FP32, [-1, 2]), ("b", FP32, [-1]))
+    given = [tensor("b", FP32, [3], bytes(12)), tensor("a", FP32, [3, 2], b"")]
+    content = memoryview(b"\1" * 24)
+    rows, _key, data = one.take(PredictRequest(inputs=given), [None, content])
+    assert rows == 3
+    assert data == (content, bytes(12))
+    arrays = one.arrays(((), ((2,), ())), data, rows)
+    assert arrays["a"].shape == (3, 2)
+    assert arrays["a"].tobytes() == bytes(content)
