@@ -25,7 +25,8 @@ MAX_EVENT_BYTES = MAX_RECORD_BYTES - 4096
 PUBLISH_BYTES = 1 << 20
 PUBLISH_EVENTS = 2000
 # What a publish needs is worked on so long at a time, seconds: a request that comes meanwhile waits for it.
-_SLICE_S = 0.000_15
+# Longer by as much again for each PUBLISH_BYTES that wait: the log must not fill up because the loop is busy.
+_SLICE_S, _LONGEST_SLICE_S = 0.000_15, 0.002
 
 
 class Join(Protocol):
@@ -71,7 +72,7 @@ class EventLog:
         clock: Clock,
         max_bytes: int = 1 << 30,
         segment_bytes: int = 16 << 20,
-        linger: float = 0.1,
+        linger: float = 0.25,
         fsync: bool = False,
         join: Join | None = None,
     ) -> None:
@@ -217,7 +218,7 @@ class EventLog:
         publish = self._publish
         if publish is None:
             events = await self._next()
-            joined = events if self._join is None else await _in_slices(self._join.steps(events))
+            joined = events if self._join is None else await self._in_slices(self._join.steps(events))
             self._spool.mark(events)
             publish = self._publish = _Publish(events, [self._record(event) for event in joined])
         try:
@@ -234,10 +235,24 @@ class EventLog:
         extent = None if events else self._spool.extent(PUBLISH_BYTES, PUBLISH_EVENTS)
         if extent is not None:
             data = await asyncio.to_thread(extent.read)
-            events = (await _in_slices(_listed(frames(data))))[: extent.events]
+            events = (await self._in_slices(_listed(frames(data))))[: extent.events]
         if not events:
             raise OSError("the spool's files do not hold what was written to them")
         return events
+
+    async def _in_slices(self, steps: Steps) -> list[Event]:
+        """The result of `steps`; whatever else the loop has to do is done between two slices."""
+        slice_s = min(_LONGEST_SLICE_S, _SLICE_S * (1 + self._spool.pending_bytes / PUBLISH_BYTES))
+        until = time.perf_counter() + slice_s
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: list[Event] = end.value
+                return result
+            if time.perf_counter() > until:
+                await asyncio.sleep(0)
+                until = time.perf_counter() + slice_s
 
     async def _publish_what_is_taken(self, records: list[Record]) -> None:
         """One by one, after the broker refused one of `records` for good; those that are done leave the list.
@@ -258,20 +273,6 @@ class EventLog:
 
     def _record(self, event: Event) -> Record:
         return Record(self._topic, event.key, event.value, event.headers, timestamp_ms=event.timestamp_ms)
-
-
-async def _in_slices(steps: Steps) -> list[Event]:
-    """The result of `steps`; whatever else the loop has to do is done between two slices."""
-    until = time.perf_counter() + _SLICE_S
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: list[Event] = end.value
-            return result
-        if time.perf_counter() > until:
-            await asyncio.sleep(0)
-            until = time.perf_counter() + _SLICE_S
 
 
 def _listed(events: Iterable[Event]) -> Steps:
