@@ -191,8 +191,8 @@ def test_a_container_is_told_what_the_embedded_stack_tells(
     name = "worker-0" if service == "worker" else service
     (process,) = (one for one in blueprint.services if one.name == name)
     settings = {field.upper() for field in settings_kind(service).model_fields}
-    # Paths are for processes of one machine, containers meet at ports; and a router's name tells it from the one
-    # there that it takes over from.
+    # Paths are for processes of one machine, where a router's name tells it from the one that it takes over
+    # from; containers meet at ports.
     told = (settings & process.command().env.keys()) - {"FRAMES_SOCKET", "ROUTER_ID"}
 
     composed = project["services"][service]
