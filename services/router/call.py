@@ -369,7 +369,7 @@ class Call(Routed):
         """Leave the request as it was sent, and its reply, to the mirror; nobody changes them any more."""
         mirror, route, target = self._dispatcher.mirror, self.route, self.target
         if mirror is not None and route is not None and target is not None:
-            sent = PredictRequest.FromString(b"".join((self.payload, self.stamp)))
+            sent = (self.payload, self.stamp)
             mirror.offer(sent, route, target, reply, _monotonic() - self.sent_at)
 
     def _explain(self, reply: PredictReply) -> None:

@@ -23,6 +23,7 @@ from services.common.bus import Bus, Record
 from services.common.clock import Clock
 from services.common.errors import HeadraceError
 from services.common.frames import lost
+from services.common.frames.detached import Buffer
 from services.common.ids import new_id
 from services.common.targeting import Value, attribute
 from services.common.topics import SHADOWS
@@ -85,7 +86,7 @@ class Mirror:
         self._source = source
         self._limit = limit
         self._limit_bytes = limit_bytes
-        self._waiting: list[Copy] = []
+        self._waiting: list[tuple[Copy, Sequence[Buffer]]] = []
         self._answered: list[Copy] = []
         self._some = asyncio.Event()
         #: Copies that are waiting, sent, or being compared.
@@ -99,22 +100,23 @@ class Mirror:
         return int.from_bytes(request.request_id[-4:], "big") % 10_000 < shadow.share
 
     def offer(
-        self, request: PredictRequest, route: Route, target: Target, reply: PredictReply, latency_s: float
+        self, sent: Sequence[Buffer], route: Route, target: Target, reply: PredictReply, latency_s: float
     ) -> None:
-        """`request`, as sent to `target`, was answered with `reply`; both are the mirror's from here on."""
+        """What was `sent` to `target`, a serialized PredictRequest in pieces, was answered with `reply`,
+        which is the mirror's from here on. Does next to nothing: the answer has not left yet."""
         shadow = route.shadow
         if shadow is None:
             return
-        nbytes = request.ByteSize() + 2 * reply.ByteSize()
+        nbytes = sum(map(len, sent))
+        if self.nbytes + nbytes <= self._limit_bytes:
+            nbytes += 2 * reply.ByteSize()
         if self.under_way >= self._limit or self.nbytes + nbytes > self._limit_bytes:
             self._stats.shadowed(shadow.target.key, "dropped")
             return
         self.under_way += 1
         self.nbytes += nbytes
-        value = _text(attribute(request, shadow.slice_by)) if shadow.slice_by else ""
-        request.ClearField("attributes")
-        copy = Copy(request, route, target, shadow, reply, latency_s, nbytes=nbytes, slice=value)
-        self._waiting.append(copy)
+        copy = Copy(PredictRequest(), route, target, shadow, reply, latency_s, nbytes=nbytes)
+        self._waiting.append((copy, sent))
         if len(self._waiting) == 1:
             # Behind the flush of this turn's replies.
             asyncio.get_running_loop().call_soon(self._send_all)
@@ -122,12 +124,20 @@ class Mirror:
     def _send_all(self) -> None:
         waiting, self._waiting = self._waiting, []
         now = time.monotonic()
-        for copy in waiting:
+        for copy, sent in waiting:
             try:
+                self._read(copy, sent)
                 self._send(copy, now)
             except Exception:
                 log.exception("shadow_failed", model=copy.request.model)
                 self._drop(copy)
+
+    @staticmethod
+    def _read(copy: Copy, sent: Sequence[Buffer]) -> None:
+        request, slice_by = copy.request, copy.shadow.slice_by
+        request.ParseFromString(b"".join(sent))
+        copy.slice = _text(attribute(request, slice_by)) if slice_by else ""
+        request.ClearField("attributes")
 
     def _send(self, copy: Copy, now: float) -> None:
         request, target = copy.request, copy.shadow.target
