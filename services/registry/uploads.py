@@ -11,15 +11,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from python_multipart.multipart import MultipartParser, parse_options_header
-
 from services.common.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     InvalidArgument,
-    MalformedBody,
     ResourceExhausted,
 )
+from services.common.multipart import read_parts
 from services.registry.artifacts import ReceivedFile, check_path
 
 MAX_FILES = 1000
@@ -130,97 +128,39 @@ async def receive_multipart(content_type: str, body: AsyncIterator[bytes], uploa
 
     Raises MalformedBody where it is no such body or ends early, InvalidArgument for other fields.
     """
-    kind, options = parse_options_header(content_type)
-    if kind != b"multipart/form-data" or not options.get(b"boundary"):
-        raise MalformedBody("the body is multipart/form-data with `metadata` and `files`")
     form = _Form(upload)
-    parser = MultipartParser(options[b"boundary"], form.callbacks())  # type: ignore[arg-type]  # a TypedDict there
-    async for chunk in body:
-        try:
-            parser.write(chunk)
-        except ValueError as error:
-            raise MalformedBody("the multipart body is malformed") from error
-        await form.act()
-    if not form.complete:
-        raise MalformedBody("the multipart body ends early")
+    await read_parts(content_type, body, form, "`metadata` and `files`")
     return bytes(form.metadata)
 
 
 class _Form:
-    """Collects the parser's synchronous events of one chunk, then acts on them."""
+    """One `metadata`, any number of `files`."""
 
     def __init__(self, upload: Upload) -> None:
         self.metadata = bytearray()
-        self.complete = False
         self._upload = upload
-        self._events: list[tuple[str, bytes]] = []
-        self._name = self._value = b""
-        self._disposition = b""
         self._in_file = False
         self._seen_metadata = False
 
-    def callbacks(self) -> dict[str, object]:
-        """What MultipartParser calls."""
-
-        def on_header_field(data: bytes, start: int, end: int) -> None:
-            self._name += data[start:end]
-
-        def on_header_value(data: bytes, start: int, end: int) -> None:
-            self._value += data[start:end]
-
-        def on_header_end() -> None:
-            if self._name.lower() == b"content-disposition":
-                self._disposition = self._value
-            self._name = self._value = b""
-
-        def on_headers_finished() -> None:
-            self._events.append(("begin", self._disposition))
-            self._disposition = b""
-
-        def on_part_data(data: bytes, start: int, end: int) -> None:
-            self._events.append(("data", data[start:end]))
-
-        def on_part_end() -> None:
-            self._events.append(("end", b""))
-
-        def on_end() -> None:
-            self.complete = True
-
-        functions = (
-            on_header_field,
-            on_header_value,
-            on_header_end,
-            on_headers_finished,
-            on_part_data,
-            on_part_end,
-            on_end,
-        )
-        return {function.__name__: function for function in functions}
-
-    async def act(self) -> None:
-        events, self._events = self._events, []
-        for kind, data in events:
-            if kind == "begin":
-                await self._begin(data)
-            elif kind == "end":
-                if self._in_file:
-                    await self._upload.end()
-            elif self._in_file:
-                await self._upload.write(data)
-            else:
-                self.metadata += data
-                if len(self.metadata) > MAX_METADATA_BYTES:
-                    raise BodyTooLarge("metadata is too large", field="metadata")
-
-    async def _begin(self, disposition: bytes) -> None:
-        _kind, options = parse_options_header(disposition)
-        name = options.get(b"name", b"").decode("utf-8", "replace")
+    async def begin(self, name: str, filename: str) -> None:
         self._in_file = name == "files"
         if self._in_file:
-            await self._upload.begin(options.get(b"filename", b"").decode("utf-8", "replace"))
+            await self._upload.begin(filename)
         elif name != "metadata" or self._seen_metadata:
             raise InvalidArgument(
                 "the parts are one `metadata` and any number of `files`", field=name or None
             )
         else:
             self._seen_metadata = True
+
+    async def write(self, data: bytes) -> None:
+        if self._in_file:
+            await self._upload.write(data)
+            return
+        self.metadata += data
+        if len(self.metadata) > MAX_METADATA_BYTES:
+            raise BodyTooLarge("metadata is too large", field="metadata")
+
+    async def end(self) -> None:
+        if self._in_file:
+            await self._upload.end()
