@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: Before every message: whether it is compressed, and its length.
 PREFIX: Final = struct.Struct(">BI")
 PREFIX_BYTES: Final = 5
+_LONG_PIECE: Final = 4096
 
 _NO_PREFIX: Final = trailers(Code.CODE_INTERNAL, "A message's prefix is not gRPC's.")
 _CUT_OFF: Final = trailers(Code.CODE_INTERNAL, "The call ended inside of a message.")
@@ -52,7 +53,12 @@ class Stream:
 
     #: Largest message that is taken.
     max_bytes: int
+    #: Of a message that is not whole: the first bytes, until its prefix is; then its pieces, how much of it
+    #: is still to come, and whether it is compressed.
     _partial: bytearray | None
+    _pieces: list[bytes | bytearray | memoryview]
+    _missing: int
+    _compressed: int
 
     def open(self, connection: RpcConnection, call_head: CallHead, stream_id: int, max_bytes: int) -> None:
         """Begin. Not by class attributes, which mypyc forgets of a trait."""
@@ -65,6 +71,8 @@ class Stream:
         self.unsent = None
         self.trailers = b""
         self._partial = None
+        self._pieces = []
+        self._missing = self._compressed = 0
 
     @abstractmethod
     def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:
@@ -98,13 +106,30 @@ class Stream:
 
     def take(self, data: bytes, start: int, end: int) -> None:
         """Content of the stream: `data[start:end]`."""
+        if self._missing:
+            taken = min(end - start, self._missing)
+            self._keep(data, start, start + taken)
+            if self._missing:
+                self.on_piece(taken)
+                return
+            message = b"".join(self._pieces)
+            self._pieces = []
+            self._pass_on(message, self._compressed)
+            start += taken
+            if self.over or start == end:
+                return
         partial = self._partial
         if partial is None:
             while end - start >= PREFIX_BYTES:
                 compressed, size = PREFIX.unpack_from(data, start)
                 stop = start + PREFIX_BYTES + size
-                if compressed > 1 or size > self.max_bytes or stop > end:
+                if compressed > 1 or size > self.max_bytes:
                     break
+                if stop > end:
+                    self._missing, self._compressed = size, compressed
+                    self._keep(data, start + PREFIX_BYTES, end)
+                    self.on_piece(end - start)
+                    return
                 self._pass_on(data[start + PREFIX_BYTES : stop], compressed)
                 if self.over:
                     return
@@ -114,6 +139,23 @@ class Stream:
             partial = self._partial = bytearray()
         partial += memoryview(data)[start:end]
         self._take_partial(partial, end - start)
+
+    def _keep(self, data: bytes, start: int, end: int) -> None:
+        """Part of a message. Long pieces are copied once, when all are joined; short ones now, since a client
+        that sends bytes one by one must not make an object of each."""
+        if start == end:
+            return
+        self._missing -= end - start
+        piece = memoryview(data)[start:end]
+        if end - start >= _LONG_PIECE:
+            # A view keeps all of `data`, which other calls may have most of.
+            self._pieces.append(piece if 2 * (end - start) >= len(data) else bytes(piece))
+            return
+        last = self._pieces[-1] if self._pieces else None
+        if isinstance(last, bytearray):
+            last += piece
+        else:
+            self._pieces.append(bytearray(piece))
 
     def _take_partial(self, partial: bytearray, added: int) -> None:
         while len(partial) >= PREFIX_BYTES:
@@ -140,7 +182,7 @@ class Stream:
 
     def end(self) -> None:
         """The client's half is closed."""
-        if self._partial is not None:
+        if self._partial is not None or self._missing:
             self.refuse(_CUT_OFF)
         else:
             self.on_end()
