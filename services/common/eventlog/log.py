@@ -72,7 +72,7 @@ class EventLog:
         clock: Clock,
         max_bytes: int = 1 << 30,
         segment_bytes: int = 16 << 20,
-        linger: float = 0.25,
+        linger: float = 0.1,
         fsync: bool = False,
         join: Join | None = None,
     ) -> None:
