@@ -8,6 +8,7 @@ from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 from numpy.typing import NDArray
 
+from services.common.eventlog.forms import learn
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
@@ -188,3 +189,20 @@ def test_latency_without_a_receipt_counts_from_the_arrival_here() -> None:
     one.request.received_at_us = 0
     (record,) = read(RECORDS.of_part(part(one), TIMES, PayloadPolicy()))
     assert list(record.latency_us) == [750_000]
+
+
+def test_batches_of_one_size_have_one_form() -> None:
+    """Or they could be joined only by parsing each of them."""
+    for policy in (PayloadPolicy(), PayloadPolicy(enabled=False)):
+        records = [
+            RECORDS.of_part(part(item(number, 1), item(number + 2, 2)), TIMES, policy).records[0]
+            for number in (1, 5)
+        ]
+        learned = learn(records[0], PredictionBatch.FromString(records[0]), ())
+        assert learned is not None
+        cut = learned.cut(records[1])
+        assert cut is not None
+        assert cut[2] == b"\5" * 16 + b"\7" * 16
+        assert [floats(data).tolist() for data in cut[7:]] == (
+            [[5, 5, 7, 7, 7, 7], [500, 700, 700]] if policy.enabled else []
+        )
