@@ -51,7 +51,7 @@ from services.common.clock import SystemClock
 from services.common.lifecycle import serve_asgi
 from services.common.telemetry import setup_tracing
 from services.gateway.catalogue import Catalogue
-from services.gateway.channel import OnReply
+from services.gateway.channel import Buffer, OnReply
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
 from services.gateway.keys import KeyRing
@@ -82,7 +82,13 @@ class InstantChannel:
         )
         self._reply = reply.SerializeToString()
 
-    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int:
+    def submit_raw(
+        self,
+        request: bytes,
+        deadline: float | None,
+        on_reply: OnReply,
+        tensors: tuple[Buffer, ...] | None = None,
+    ) -> int:
         """Answer the request soon."""
         self._last += 1
         if not self._waiting:

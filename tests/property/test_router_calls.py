@@ -42,9 +42,9 @@ class Worker:
     def start(self) -> None:
         pass
 
-    def forward(self, request: bytes, more: bytes, deadline: float, on_reply: OnReply) -> int:
+    def forward(self, request: bytes | memoryview, more: bytes, deadline: float, on_reply: OnReply) -> int:
         self._last += 1
-        item = PredictRequest.FromString(request + more)
+        item = PredictRequest.FromString(bytes(request) + more)
         assert item.timeout_us > 0
         assert self.world.now + item.timeout_us / 1e6 <= deadline + 1e-3
         self.held[self._last] = (item, deadline, on_reply)

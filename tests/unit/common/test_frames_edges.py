@@ -11,6 +11,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames import Limits
 from services.common.frames.deadlines import Deadlines
+from services.common.frames.detached import Buffer
 from services.common.frames.peer import Peer
 
 MAX_ITEM = 1000
@@ -22,7 +23,7 @@ class Outlet:
     def __init__(self) -> None:
         self.sent: list[bytes] = []
 
-    def send_message(self, parts: Iterable[bytes], size: int) -> None:
+    def send_message(self, parts: Iterable[Buffer], size: int) -> None:
         message = b"".join(parts)
         assert len(message) == size
         self.sent.append(message)

@@ -63,7 +63,7 @@ numbers = st.floats(width=32, allow_nan=True, allow_infinity=True) | st.floats(0
 finite = st.floats(-1000, 1000, width=32)
 
 
-@pytest.mark.parametrize(("name", "single"), product(SIGNATURES, [False, True]))
+@pytest.mark.parametrize(("name", "single"), list(product(SIGNATURES, [False, True])))
 @given(
     values=st.lists(finite, min_size=4, max_size=4),
     last=numbers,

@@ -15,7 +15,7 @@ from services.common.telemetry import setup_tracing
 from services.gateway.admission import Admission
 from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
-from services.gateway.channel import OnReply
+from services.gateway.channel import Buffer, OnReply
 from services.gateway.keys import KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService
@@ -34,7 +34,13 @@ class Channel:
         self.callbacks: dict[int, OnReply] = {}
         self.requests: list[PredictRequest] = []
 
-    def submit_raw(self, request: bytes, deadline: float | None, on_reply: OnReply) -> int:
+    def submit_raw(
+        self,
+        request: bytes,
+        deadline: float | None,
+        on_reply: OnReply,
+        tensors: tuple[Buffer, ...] | None = None,
+    ) -> int:
         self.requests.append(PredictRequest.FromString(request))
         self.callbacks[len(self.requests)] = on_reply
         return len(self.requests)

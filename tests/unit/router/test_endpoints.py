@@ -36,7 +36,9 @@ class FakeCalls:
     ) -> int:
         raise AssertionError("nothing is sent here")
 
-    def forward(self, request: bytes, more: bytes, deadline: float, on_reply: Callable[..., None]) -> int:
+    def forward(
+        self, request: bytes | memoryview, more: bytes, deadline: float, on_reply: Callable[..., None]
+    ) -> int:
         raise AssertionError("nothing is sent here")
 
     def cancel(self, local_id: int) -> None:
