@@ -48,10 +48,11 @@ from headrace.v1.tensor_pb2 import Signature, Task, TensorSpec
 from prometheus_client import CollectorRegistry
 
 from services.common.clock import SystemClock
+from services.common.frames.detached import Buffer
 from services.common.lifecycle import serve_asgi
 from services.common.telemetry import setup_tracing
 from services.gateway.catalogue import Catalogue
-from services.gateway.channel import Buffer, OnReply
+from services.gateway.channel import OnReply
 from services.gateway.hot.front import HotFront, HttpLimits
 from services.gateway.hot.protocol import HotProtocol
 from services.gateway.keys import KeyRing

@@ -9,10 +9,11 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
 from opentelemetry.trace import SpanContext
 
 from services.common.errors import HeadraceError
+from services.common.frames.detached import Buffer
 from services.common.native import mypyc_attr
 from services.gateway.asked import Answers
 from services.gateway.catalogue import ServedModel
-from services.gateway.channel import Buffer, Cancellable
+from services.gateway.channel import Cancellable
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
 from services.gateway.targets import Target

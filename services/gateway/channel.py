@@ -8,9 +8,9 @@ from typing import Protocol
 
 from headrace.v1.dataplane_pb2 import SealedReply
 
+from services.common.frames.detached import Buffer
+
 OnReply = Callable[[SealedReply], None]
-#: Bytes, or a view on them where they arrived.
-Buffer = bytes | memoryview
 
 
 class Cancellable(Protocol):

@@ -8,10 +8,10 @@ from headrace.v1.tensor_pb2 import Code
 from open_inference.open_inference_pb2 import ModelInferRequest
 
 from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument, MalformedBody
+from services.common.frames.detached import Buffer
 from services.common.problems import HTTP_STATUS, problem_headers
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
-from services.gateway.channel import Buffer
 from services.gateway.codecs import native, oip, openai, v2
 from services.gateway.codecs.infer_forms import named, names_of, request_form
 from services.gateway.codecs.rows_body import decode_rows, with_context

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from headrace.v1.dataplane_pb2 import PredictReply, SealedReply
 
+from services.common.frames.detached import Buffer
 from services.gateway.asked import Asked
 from services.gateway.catalogue import ServedModel
-from services.gateway.channel import Buffer
 from services.gateway.codecs.compiled import UNITS
 from services.gateway.codecs.infer_forms import AnswerForm, RequestForm, answer_form, id_at, user_at
 

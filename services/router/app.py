@@ -16,6 +16,7 @@ from services.common.errors import Fatal, Unavailable
 from services.common.eventlog import EventLog, PredictionJoin
 from services.common.frames import FrameCalls, FrameServer, client_tls_of, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
+from services.common.tasks import ended
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
 from services.router.dispatch import Dispatcher, GatewayConnection
@@ -208,14 +209,7 @@ async def _listen(server: FrameServer, cfg: Settings) -> int:
 
 async def _own(stack: AsyncExitStack, work: Coroutine[None, None, None], name: str) -> None:
     """Run `work` until the stack unwinds."""
-    task = asyncio.create_task(work, name=name)
-
-    async def end() -> None:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-    stack.push_async_callback(end)
+    stack.push_async_callback(ended, asyncio.create_task(work, name=name))
 
 
 async def _close_log(events: EventLog, clock: Clock, seconds: float) -> None:

@@ -19,6 +19,7 @@ from services.common.eventlog import EventLog, PredictionJoin
 from services.common.frames import FrameServer, Limits, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
+from services.common.tasks import ended
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS
 from services.worker.artifacts import ArtifactCache
@@ -137,9 +138,9 @@ async def worker_app(
         if host.states():
             health.set_ready("deployments")
         beating = asyncio.create_task(heartbeat.run(report), name="heartbeat")
-        stack.push_async_callback(_end, beating)
+        stack.push_async_callback(ended, beating)
         reading = asyncio.create_task(_follow(table, health, heartbeat), name="deployments")
-        stack.push_async_callback(_end, reading)
+        stack.push_async_callback(ended, reading)
         batch = open_chunks and BatchWorker(
             _batch(cfg), host, store, bus, open_chunks, lambda: health.ready, clock
         )
@@ -152,7 +153,7 @@ async def worker_app(
             report.state = WorkerStatus.STATE_DRAINING
             heartbeat.changed()
             await _drain(server, servicer, host, batch, cfg.drain_s)
-            await _end(beating)
+            await ended(beating)
             report.state = WorkerStatus.STATE_GONE
             await heartbeat.last(report())
 
@@ -220,7 +221,7 @@ async def _batch_work(batch: BatchWorker | None, registry: CollectorRegistry) ->
     try:
         yield
     finally:
-        await _end(working)
+        await ended(working)
 
 
 async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:
@@ -231,12 +232,6 @@ async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:
             await table.ready(_TABLE_S)
     health.set_ready("deployments")
     heartbeat.changed()
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
 
 
 async def _listen(server: FrameServer, cfg: Settings) -> tuple[int, str]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from services.common.clock import Clock
 from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
 from services.common.eventlog.framing import Event, Headers, Steps, frame, frames
 from services.common.eventlog.spool import Spool
+from services.common.tasks import ended
 
 log = logging.getLogger(__name__)
 
@@ -171,16 +172,16 @@ class EventLog:
         """
         self._open = False
         task, self._task = self._task, None
-        if task is not None:
+        async with AsyncExitStack() as last:
+            last.push_async_callback(asyncio.to_thread, self._spool.close)
+            if task is None:
+                return
+            last.push_async_callback(ended, task)
             self._closing.set()
             self._wake.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, deadline - self._clock.monotonic())):
                     await self._drained.wait()
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        await asyncio.to_thread(self._spool.close)
 
     async def _run(self) -> None:
         backoff = Backoff(0.1, 5.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import random
@@ -38,6 +37,7 @@ from services.common.frames.messages import (
 )
 from services.common.frames.outbox import ITEM_OVERHEAD, Outbox
 from services.common.frames.turn import turn_of
+from services.common.tasks import ended
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +148,13 @@ class FrameCalls:
     async def close(self) -> None:
         """End the connection; what is pending is answered UNAVAILABLE."""
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
-        self._fail_pending("connection closed")
-        self._deadlines.stop()
+        task, self._task = self._task, None
+        try:
+            if task is not None:
+                await ended(task)
+        finally:
+            self._fail_pending("connection closed")
+            self._deadlines.stop()
 
     # Calls
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from open_inference.open_inference_pb2 import ModelInferRequest, ModelInferResponse
 
-from services.gateway.channel import Buffer
+from services.common.frames.detached import Buffer
 from services.gateway.codecs.compiled import tensor_head, varint
 from services.gateway.codecs.oip import to_response
 from services.gateway.codecs.v2 import LARGE_BYTES

@@ -11,7 +11,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument, Unimplemented
-from services.gateway.channel import Buffer
+from services.common.frames.detached import Buffer
 from services.gateway.codecs.attributes import parameter, session_of
 from services.gateway.codecs.compiled import varint
 from services.gateway.codecs.native import wrong_field

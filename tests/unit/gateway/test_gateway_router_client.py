@@ -11,11 +11,12 @@ from prometheus_client import CollectorRegistry
 
 from services.common.clock import SystemClock
 from services.common.errors import Unavailable
+from services.common.frames.detached import Buffer
 from services.common.telemetry import setup_tracing
 from services.gateway.admission import Admission
 from services.gateway.call import Call, Head
 from services.gateway.catalogue import Catalogue
-from services.gateway.channel import Buffer, OnReply
+from services.gateway.channel import OnReply
 from services.gateway.keys import KeyRing
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.predict import PredictLimits, PredictService

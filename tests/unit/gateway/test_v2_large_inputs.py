@@ -9,7 +9,7 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 
 from services.common.errors import HeadraceError, InvalidArgument
-from services.gateway.channel import Buffer
+from services.common.frames.detached import Buffer
 from services.gateway.codecs import v2
 from services.gateway.signature import compile_signature
 
