@@ -67,8 +67,8 @@ GROUPS: Final = {
         f"services/gateway/{name}.py"
         for name in (
             "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/tensors", "datatypes",
-            "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/protocol",
-            "infer_plans", "keys", "limiter", "plans", "predict", "reading", "router_client",
+            "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/pipeline",
+            "hot/protocol", "infer_plans", "keys", "limiter", "plans", "predict", "reading", "router_client",
             "rpc/connection", "rpc/control", "rpc/exchange", "rpc/heads", "rpc/sending", "rpc/statuses",
             "rpc/streams", "rpc/tasks", "signature", "targets",
         )

@@ -53,6 +53,15 @@ def statuses(received: bytes) -> list[bytes]:
         pytest.param(message(CHUNKED, b"Transfer-Encoding: identity", body=CHUNKS), id="te-te"),
         pytest.param(message(b"Transfer-Encoding: identity", LENGTH), id="identity-with-length"),
         pytest.param(message(b"Transfer-Encoding: gzip", LENGTH), id="te-without-chunked"),
+        pytest.param(message(b"Transfer-Encoding: identity"), id="identity"),
+        pytest.param(message(b"Transfer-Encoding: gzip"), id="gzip"),
+        pytest.param(message(b"Transfer-Encoding:", body=CHUNKS), id="no-coding"),
+        pytest.param(message(b"Transfer-Encoding: chunked, chunked", body=CHUNKS), id="chunked-twice"),
+        pytest.param(message(CHUNKED, CHUNKED, body=CHUNKS), id="chunked-in-two-headers"),
+        pytest.param(message(CHUNKED, b"Transfer-Encoding: gzip", body=CHUNKS), id="chunked-then-gzip"),
+        pytest.param(message(b"Transfer-Encoding: chunked;q=1", body=CHUNKS), id="chunked-with-parameter"),
+        pytest.param(message(b"Transfer-Encoding: chunked\t", body=CHUNKS), id="tab-behind"),
+        pytest.param(message(b'Transfer-Encoding: "chunked"', body=CHUNKS), id="quoted"),
         pytest.param(message(b"Transfer-Encoding:\x0bchunked", body=CHUNKS), id="vertical-tab"),
         pytest.param(message(b"Transfer-Encoding: chun\xadked", body=CHUNKS), id="soft-hyphen"),
         pytest.param(message(b" Transfer-Encoding: chunked", LENGTH), id="space-before-name"),
@@ -106,6 +115,8 @@ def test_what_may_be_read_in_two_ways_ends_the_connection(gateway: GatewayThread
         pytest.param(message(b"transfer-encoding:chunked", body=CHUNKS), b"200", id="no-space"),
         pytest.param(message(b"Transfer-Encoding:  chunked", body=CHUNKS), b"200", id="two-spaces"),
         pytest.param(message(b"Transfer-Encoding: CHUNKED", body=CHUNKS), b"200", id="capitals"),
+        pytest.param(message(b"Transfer-Encoding: Chunked", body=CHUNKS), b"200", id="capital"),
+        pytest.param(message(b"Transfer-Encoding: chunked  ", body=CHUNKS), b"200", id="space-behind"),
         pytest.param(
             message(CHUNKED, body=b"%x;name=value\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)),
             b"200",
@@ -140,6 +151,30 @@ def test_what_is_read_in_one_way_keeps_the_connection(
     received = gateway.raw(raw + CANARY, stays=2)
     assert statuses(received) == [status, LIVE], received
     assert received.endswith(b"<open>")
+
+
+@pytest.mark.parametrize(
+    "codings",
+    [
+        pytest.param([b"gzip, chunked"], id="gzip"),
+        pytest.param([b"gzip,chunked"], id="no-space"),
+        pytest.param([b"identity, chunked"], id="identity"),
+        pytest.param([b", chunked"], id="empty-element"),
+        pytest.param([b"x;a=chunked, chunked"], id="parameter"),
+        pytest.param([b"gzip", b"chunked"], id="two-headers"),
+    ],
+)
+@pytest.mark.parametrize("path", [b"/v1/predict", b"/v1/no-such-thing"])
+def test_transfer_codings_that_nobody_here_undoes(
+    gateway: GatewayThread, codings: list[bytes], path: bytes
+) -> None:
+    before = len(gateway.running.router.requests)
+    lines = [b"Transfer-Encoding: " + coding for coding in codings]
+    received = gateway.raw(message(*lines, body=CHUNKS, start=b"POST %s HTTP/1.1" % path) + CANARY)
+    assert statuses(received) == [b"501"], received
+    assert b"connection: close\r\n" in received.lower()
+    assert not received.endswith(b"<open>")
+    assert len(gateway.running.router.requests) == before
 
 
 def test_a_refused_body_is_not_the_next_request(gateway: GatewayThread) -> None:

@@ -11,7 +11,7 @@ from services.gateway.call import Call, Head
 from services.gateway.predict import PredictService
 
 if TYPE_CHECKING:
-    from services.gateway.hot.hardened import HardenedProtocol
+    from services.gateway.hot.pipeline import PipelinedProtocol
 
 _CLOSE = b"connection: close\r\n"
 _LONG_PIECE = 4096
@@ -49,7 +49,7 @@ class HotExchange(Call):
     held = 0
     refusal: HeadraceError | None = None
 
-    def __init__(self, service: PredictService, head: Head, protocol: HardenedProtocol) -> None:
+    def __init__(self, service: PredictService, head: Head, protocol: PipelinedProtocol) -> None:
         # As in Call, without the call.
         self.service = service
         self.head = head

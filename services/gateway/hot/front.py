@@ -12,7 +12,7 @@ from services.gateway.hot.heads import KnownHeads
 from services.gateway.predict import PredictService
 
 if TYPE_CHECKING:
-    from services.gateway.hot.hardened import HardenedProtocol
+    from services.gateway.hot.deadlines import TimedProtocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class HotFront:
         self.limits = limits
         self.hot = hot
         self.draining = False
-        self.connections: set[HardenedProtocol] = set()
+        self.connections: set[TimedProtocol] = set()
         self.heads = KnownHeads()
 
     @asynccontextmanager

@@ -1,8 +1,8 @@
-"""uvicorn's httptools protocol, hardened.
+"""What is read from one connection: uvicorn's httptools protocol, hardened.
 
-What is added: deadlines for heads, bodies, unread answers and silence, bounds for heads, exactly one Host, no
-fields from trailers, a pipeline that cannot grow while its connection is read, answers in order also when the
-bytes after them are no HTTP, refused bodies read for a while so that their senders see why, and draining.
+What is added: bounds for heads, exactly one Host, no transfer coding but `chunked`, no fields from trailers,
+refusals of what is no HTTP that wait for the answers before them, and refused bodies read for a while so that
+their senders see why.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from uvicorn.server import ServerState
 
-from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody, Unavailable
+from services.common.errors import BodyTooLarge, HeadraceError, MalformedBody, Unavailable, Unimplemented
 from services.gateway.call import Head
 from services.gateway.errors import HeadTooLarge
-from services.gateway.hot.deadlines import Phase, TimedProtocol
 from services.gateway.hot.exchange import HotExchange, no_app, refused
 from services.gateway.hot.front import HotFront
+from services.gateway.hot.pipeline import PipelinedProtocol
 from services.gateway.targets import Dialect, Target
 
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _RETRY_MS = 1000
 _ANY = Target(Dialect.NATIVE)
 
 
-class HardenedProtocol(TimedProtocol):
+class HardenedProtocol(PipelinedProtocol):
     """One connection, whatever is asked over it."""
 
     def __init__(
@@ -39,28 +38,13 @@ class HardenedProtocol(TimedProtocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
-        self.front = front
+        super().__init__(front, config, server_state, app_state, _loop)
         self._max_body = front.service.limits.max_body_bytes
-        self._ticks = 0
-        self._in_head = False
-        self._in_body = False
         self._head_bytes = 0
-        # Nothing that arrives after the present request is looked at.
-        self._last = False
-        self._lingering = False
         self._upgrade_ignored = False
-        self._advancing = False
-        self._stalled = False
         self._crowded = False
-        self._half_closed = False
-        # The parser stands where a request begins, and nothing is unanswered.
-        self._at_start = False
-        # Whose answer is next, and whose message is being read; the same most of the time.
-        self._running: HotExchange | RequestResponseCycle | None = None
+        # Whose message is being read.
         self._reading: HotExchange | RequestResponseCycle | None = None
-        self._default_headers: list[tuple[bytes, bytes]] | None = None
-        self._default_lines = b""
 
     # Transport
 
@@ -74,21 +58,6 @@ class HardenedProtocol(TimedProtocol):
             if excess > self.front.limits.max_connections // 10:
                 transport.abort()
         self._at_start = self.front.hot and not self._crowded
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.front.connections.discard(self)
-        running, self._running = self._running, None
-        if isinstance(self.cycle, HotExchange):
-            self.cycle.release()
-        self._drop_pipeline()
-        if running is not None and not running.response_complete:
-            running.disconnected = True
-            if isinstance(running, HotExchange):
-                running.release()
-                running.service.abandon(running)
-            else:
-                running.message_event.set()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._at_start:
@@ -141,7 +110,7 @@ class HardenedProtocol(TimedProtocol):
                 self.front.connections.discard(self)
                 self.handle_websocket_upgrade()
         except httptools.HttpParserError:
-            self._refuse_rest(MalformedBody("These bytes are not a request as RFC 9112 has it."))
+            self._read_no_http()
         else:
             if self._in_head and self.headers is unfinished:  # all of `data` was head
                 self._head_bytes += len(data)
@@ -150,30 +119,12 @@ class HardenedProtocol(TimedProtocol):
             elif self._in_body:
                 self._hold(self._reading)
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn closes whatever runs
-        """The client sends nothing more; what it has asked for is still answered."""
-        if self.phase() is not Phase.BUSY:
-            return False
-        self.cycle.keep_alive = False
-        self._half_closed = True
-        self._ticks = 0
-        return True
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._stalled:
-            self._stalled = False
-            self._advance()
-
-    def shutdown(self) -> None:
-        """Called by uvicorn when the process ends: finish what runs or arrives, close what is idle."""
-        self.front.draining = True
-        if self.phase() is Phase.IDLE:
+    def _read_no_http(self) -> None:
+        """The parser stopped for good."""
+        if self._lingering:
             self.transport.close()
-            return
-        for cycle in (self._running, self.cycle, *(queued for queued, _app in self.pipeline)):
-            if cycle is not None:
-                cycle.keep_alive = False
+        else:
+            self._refuse_rest(MalformedBody("These bytes are not a request as RFC 9112 has it."))
 
     # Parser
 
@@ -247,9 +198,16 @@ class HardenedProtocol(TimedProtocol):
         super().on_message_begin()
         self.url = url
         hosts = 0
+        refusal: HeadraceError | None = None
         for name, value in headers:
             super().on_header(name, value)
-            hosts += name.lower() == b"host"
+            lower = name.lower()
+            hosts += lower == b"host"
+            if lower == b"transfer-encoding":
+                refusal = self._coding_refused()
+        if refusal is not None:
+            self._refuse_rest(refusal)
+            return
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             self._refuse_rest(MalformedBody("A request has exactly one Host header."))
             return
@@ -259,6 +217,17 @@ class HardenedProtocol(TimedProtocol):
             self._reading = self.cycle
             if self.front.draining:
                 self.cycle.keep_alive = False
+
+    def _coding_refused(self) -> HeadraceError | None:
+        """Why a body with these Transfer-Encoding headers is not read, None where it is: `chunked` alone (RFC
+        9112, 6.1 and 6.3)."""
+        values = [value for name, value in self.headers if name.lower() == b"transfer-encoding"]
+        *others, last = [coding.strip(b" \t").lower() for coding in b",".join(values).split(b",")]
+        if last != b"chunked" or last in others:
+            return MalformedBody("Where a body ends is said by chunked as the last transfer coding, once.")
+        if not others:
+            return None
+        return Unimplemented("The only transfer coding known here is chunked.", field="Transfer-Encoding")
 
     def _decide_upgrade(self) -> None:
         """WebSocket is uvicorn's; any other protocol is not offered, and the request is read as if it had not
@@ -280,39 +249,6 @@ class HardenedProtocol(TimedProtocol):
         self._upgrade_ignored = False
         self.parser = httptools.HttpRequestParser(self)
         self._read(b"\r\n".join(head) + b"\r\n\r\n" + rest)
-
-    def _start(self, exchange: HotExchange) -> None:
-        exchange.started = True
-        self._running = exchange
-        if exchange.refusal is not None:
-            exchange.keep_alive = False
-            self._last = True
-            exchange.run()
-        elif exchange.complete:
-            exchange.run()
-        elif exchange.expects_continue:
-            self._hold(exchange)
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    def _hold(self, exchange: HotExchange | RequestResponseCycle | None) -> None:
-        """Wait for the rest of a hot body, or refuse it."""
-        if not isinstance(exchange, HotExchange) or exchange.refusal is not None:
-            return
-        try:
-            exchange.hold()
-        except HeadraceError as error:
-            exchange.refusal = error
-            exchange.drop()
-        if not exchange.started:
-            return
-        if exchange.refusal is not None:
-            self._start(exchange)
-        elif exchange.expects_continue and not exchange.continued:
-            exchange.continued = True
-            self.transport.write(_CONTINUE)
 
     def _too_large(self, exchange: HotExchange) -> None:
         exchange.refusal = self._body_too_large()
@@ -346,88 +282,6 @@ class HardenedProtocol(TimedProtocol):
             self._start(exchange)
         else:
             self.pipeline.appendleft((exchange, no_app))  # type: ignore[arg-type]  # as in _begin_hot
-
-    def _forget(self, cycle: RequestResponseCycle) -> None:
-        """Tell an ASGI application that its request broke off; whatever it answers is dropped."""
-        if cycle.response_started:
-            self.transport.close()
-        cycle.disconnected = True
-        cycle.message_event.set()
-        if cycle is self._running:
-            self._running = None
-        self.pipeline = type(self.pipeline)(pair for pair in self.pipeline if pair[0] is not cycle)
-
-    # Answers
-
-    def default_lines(self) -> bytes:
-        """Headers that uvicorn puts on every answer (Date, renewed every second)."""
-        headers = self.server_state.default_headers
-        if headers is not self._default_headers:
-            self._default_headers = headers
-            self._default_lines = b"".join([b"%s: %s\r\n" % pair for pair in headers])
-        return self._default_lines
-
-    def answered(self, exchange: HotExchange, *, keep_alive: bool) -> None:
-        """`exchange` was written; go on with what waits behind it."""
-        self.server_state.total_requests += 1
-        self._running = None
-        self._ticks = 0
-        if keep_alive:
-            flow = self.flow
-            if self.pipeline or flow.read_paused or flow.write_paused:
-                self._advance()
-            elif not (self._in_head or self._in_body or self._last):
-                self._at_start = self.front.hot
-            return
-        self._last = True
-        self._drop_pipeline()
-        if exchange.complete or exchange.expects_continue:
-            self.transport.close()
-        else:
-            # Closing with unread bytes would reset the connection before the client has read why.
-            self._lingering = True
-            self.flow.resume_reading()
-
-    def _drop_pipeline(self) -> None:
-        for cycle, _app in self.pipeline:
-            if isinstance(cycle, HotExchange):
-                cycle.release()
-        self.pipeline.clear()
-
-    def on_response_complete(self) -> None:
-        """An ASGI request was answered."""
-        self.server_state.total_requests += 1
-        self._running = None
-        self._ticks = 0
-        if not self.transport.is_closing():
-            self._advance()
-
-    def _advance(self) -> None:
-        """Start what waits, unless the client leaves its answers unread. Answers given at once must not
-        recurse."""
-        if self._advancing:
-            return
-        self._advancing = True
-        try:
-            while self._running is None or self._running.response_complete:
-                if self.flow.write_paused:
-                    self._stalled = True
-                    self.flow.pause_reading()
-                    return
-                if self._last and not self.pipeline:
-                    return
-                if not self.pipeline:
-                    self.flow.resume_reading()
-                    return
-                cycle, app = self.pipeline.pop()
-                if not isinstance(cycle, HotExchange):
-                    self._start_asgi_task(cycle, app)
-                    return
-                self._start(cycle)
-                if not self.pipeline or not cycle.complete:
-                    self.flow.resume_reading()  # for the rest of it, or to notice that the client left
-        finally:
-            self._advancing = False
 
     def _discard(self, data: bytes) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from services.common.errors import MalformedBody
+from services.common.errors import HeadraceError, MalformedBody
 from services.gateway.call import HEADERS, Head
 from services.gateway.hot.exchange import HotExchange, no_app
 from services.gateway.hot.hardened import HardenedProtocol
@@ -15,7 +15,13 @@ from services.gateway.targets import Target, target_of
 _LEARNED_NAMES = 2048
 _MAX_LEARNED_BYTES = 40
 
-_FRAMING = {b"host": "host", b"content-length": "length", b"connection": "connection", b"expect": "expect"}
+_FRAMING = {
+    b"host": "host",
+    b"content-length": "length",
+    b"transfer-encoding": "coding",
+    b"connection": "connection",
+    b"expect": "expect",
+}
 
 
 class HotProtocol(HardenedProtocol):
@@ -49,6 +55,8 @@ class HotProtocol(HardenedProtocol):
                 head.length = int(value)
                 if head.length > self._max_body:
                     exchange.refusal = self._body_too_large()
+            elif meaning == "coding":
+                exchange.refusal = self._coding_refused()
             elif meaning == "connection":
                 keep_alive = keep_alive and self.parser.get_http_version() != "1.0"
             elif meaning == "expect":
@@ -56,8 +64,7 @@ class HotProtocol(HardenedProtocol):
             else:
                 setattr(head, meaning, value)
         if hosts != 1:
-            if self.parser.get_http_version() == "1.1":
-                exchange.refusal = MalformedBody("A request has exactly one Host header.")
+            exchange.refusal = self._hosts_refused(exchange.refusal)
             keep_alive = False
         exchange.keep_alive = keep_alive
         previous = self.cycle
@@ -68,6 +75,12 @@ class HotProtocol(HardenedProtocol):
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, no_app))  # type: ignore[arg-type]  # the same
+
+    def _hosts_refused(self, refusal: HeadraceError | None) -> HeadraceError | None:
+        """What is wrong with a request that has no Host or several; else `refusal`."""
+        if self.parser.get_http_version() != "1.1":
+            return refusal
+        return MalformedBody("A request has exactly one Host header.")
 
     @classmethod
     def _learn(cls, name: bytes) -> str:
