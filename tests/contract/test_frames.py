@@ -25,7 +25,7 @@ from headrace.v1.dataplane_pb2_grpc import DataPlaneServicer, DataPlaneStub, add
 from headrace.v1.tensor_pb2 import Code, Tensor
 
 from services.common.frames import FrameCalls, lost
-from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, serving_at
+from tests.fixtures.frames import PATH, TOKEN, Echoes, calling, serving, serving_at, serving_here
 from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 ServicerContext = grpc.aio.ServicerContext[RequestFrame, ReplyFrame]
@@ -48,6 +48,12 @@ async def own_path_server() -> AsyncIterator[str]:
     with TemporaryDirectory() as folder:
         async with serving_at(Path(folder) / "frames.sock", Echoes()) as (_, address):
             yield address
+
+
+@asynccontextmanager
+async def own_server_here() -> AsyncIterator[str]:
+    async with serving_here(Echoes()) as (_, address):
+        yield address
 
 
 def echoed(frame: RequestFrame) -> ReplyFrame:
@@ -210,6 +216,7 @@ PAIRS = [
         (own_server, grpclib_client),
         (grpcio_server, own_client),
         (grpclib_server, own_client),
+        (own_server_here, own_client),
         (own_path_server, own_client),
         (own_path_server, grpcio_client),
         (own_path_server, grpclib_client),

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import Hello, PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Tensor
 from hypothesis import given, settings
 
 from services.common.frames import FrameCalls, FrameServer
-from services.common.frames.client_connection import ClientConnection
+from services.common.frames.client_connection import ClientConnection, Opening
 from services.common.frames.server_connection import ServerConnection
 from tests.fixtures.frames import QUICK, TOKEN, Echoes
 from tests.fixtures.mutations import MUTATIONS, SPLITS, Mutation, mutated, nothing_internal, pieces
@@ -19,12 +19,13 @@ from tests.fixtures.wires import Cable
 REQUESTS = 5
 #: More than a whole conversation, less than anything that runs away.
 MOST_BYTES = 1 << 20
+OPENING = Opening("h:1", "http", TOKEN, Hello(protocol=1, role="router", instance="c"), QUICK.ping_after_s)
 
 
 class Client:
     def __init__(self) -> None:
         self.calls = FrameCalls("h:1", credential=TOKEN, role="router", instance="c", limits=QUICK)
-        self.connection = ClientConnection(self.calls, TOKEN, asyncio.get_running_loop())
+        self.connection = ClientConnection(self.calls, OPENING, asyncio.get_running_loop())
         self.cable = Cable(MOST_BYTES)
         self.connection.connection_made(self.cable)
         self.replies: dict[int, list[PredictReply]] = {}

@@ -1,4 +1,4 @@
-"""Frames: requests and replies between processes, coalesced, over gRPC's own wire format.
+"""Frames: requests and replies between services, coalesced, over gRPC's own wire format.
 
 One bidirectional stream `/headrace.v1.DataPlane/Frames` per connection. Everything queued when the event
 loop turns leaves in one message and, where the windows allow it, in one write. Any gRPC peer can be on the
@@ -6,7 +6,7 @@ other end; the HTTP/2 part here knows one stream and no more (RFC 9113, gRPC's P
 
 Client side, one object per remote address; it reconnects by itself and never raises for a lost peer:
 
-    calls = FrameCalls("127.0.0.1:8010",         # or "unix:/path"
+    calls = FrameCalls("127.0.0.1:8010",         # or "unix:/path", or "local:name" on the same event loop
                        credential=token, role="gateway", instance="gateway-1",
                        limits=Limits(), ssl=None, on_state=lambda usable: ...)
     calls.start()                                # owned task; also: await calls.wait_connected(timeout_s)
@@ -39,6 +39,7 @@ Server side:
         #   where they are.
     port = await server.start("127.0.0.1", 0)    # reuse_port=True to share the port between processes
     address = await server.start_unix(path)      # as well or instead, for processes of this user
+    address = server.start_local("server-0")     # as well or instead, for clients on this event loop
     peer.reply(reply)                            # reply.id = the item's id; at any time
         # one reply per item: replies to unknown, cancelled or already answered ids are dropped, and so is
         # every reply after on_closed. The reply is serialized at once and may be changed afterwards.
@@ -55,8 +56,8 @@ ALPN must settle on h2. What stays on the machine (unix:) goes without.
 Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), detached
 (large tensors, which are not copied), outbound and connection (the data path that both sides share: sending
 and ending, reading and checking), peer, server_connection, server, outbox, deadlines, client_connection,
-client, tls. `header_blocks`, `wire` and `turn` also serve the gateway's gRPC front, which has many streams
-per connection.
+local (both ends in one process, without a socket), reconnecting, client, tls. `header_blocks`, `wire` and
+`turn` also serve the gateway's gRPC front, which has many streams per connection.
 """
 
 from services.common.frames.client import FrameCalls, lost

@@ -1,11 +1,12 @@
-"""Where a frame stream is: `host:port`, or `unix:/path` (as gRPC names it) for peers on one machine, whose
-messages are spared TCP."""
+"""Where a frame stream is: `host:port`, `unix:/path` (as gRPC names it) for peers on one machine, whose
+messages are spared TCP, or `local:name` for those on one event loop, whose messages are spared the system."""
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
 import os
+import re
 import socket
 import ssl as tls
 import stat
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Final
 
 _UNIX: Final = "unix:"
+#: Begins with a letter, lest a port behind a host of that name should be taken for one.
+_LOCAL: Final = re.compile(r"local:([A-Za-z][A-Za-z0-9._-]*)")
 #: Bytes that a socket's path may have on every system (Linux allows three more).
 MAX_PATH_BYTES: Final = 104
 _BACKLOG: Final = 512
@@ -23,11 +26,12 @@ _BACKLOG: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One of two: a path, or host and port."""
+    """One of three: a name, a path, or host and port."""
 
     host: str
     port: int
     path: str = ""
+    name: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -38,20 +42,24 @@ class Address:
             if not path.startswith("/") or not fits(Path(path)):
                 raise ValueError(f"{text!r} is not unix:/path of at most {MAX_PATH_BYTES} bytes")
             return cls("", 0, path)
+        named = _LOCAL.fullmatch(text)
+        if named is not None:
+            return cls("", 0, name=named[1])
         host, separator, port = text.rpartition(":")
         if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError(f"{text!r} is neither host:port nor unix:/path")
+            raise ValueError(f"{text!r} is none of host:port, unix:/path and local:name")
         return cls(host.removeprefix("[").removesuffix("]"), int(port))
 
     @property
     def authority(self) -> str:
         """What a request to it names as its authority."""
-        if self.path:
+        if self.path or self.name:
             return "localhost"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     async def connect(self, build: Callable[[], asyncio.Protocol], ssl: tls.SSLContext | None) -> None:
-        """Open one connection. Raises OSError. TLS is for what leaves the machine: a path goes without."""
+        """Open one connection by a socket. Raises OSError. TLS is for what leaves the machine: a path goes
+        without."""
         loop = asyncio.get_running_loop()
         if self.path:
             await loop.create_unix_connection(build, self.path)

@@ -1,11 +1,10 @@
-"""The calling side: one `FrameCalls` per remote address, reconnecting by itself."""
+"""The calling side: one `FrameCalls` per remote address. `reconnecting` keeps its connection."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-import random
 import ssl as tls
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -21,8 +20,7 @@ from headrace.v1.dataplane_pb2 import (
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import Unavailable
-from services.common.frames.address import Address
-from services.common.frames.client_connection import ClientConnection
+from services.common.frames.client_connection import Connection
 from services.common.frames.deadlines import Deadlines
 from services.common.frames.detached import LARGE_BYTES, Buffer
 from services.common.frames.limits import Limits
@@ -36,8 +34,8 @@ from services.common.frames.messages import (
     timeout_override,
 )
 from services.common.frames.outbox import ITEM_OVERHEAD, Outbox
+from services.common.frames.reconnecting import Reconnecting
 from services.common.frames.turn import turn_of
-from services.common.tasks import ended
 
 log = logging.getLogger(__name__)
 
@@ -79,24 +77,16 @@ class FrameCalls:
         )
         self.limits = limits or Limits()
         self.peer: Hello | None = None
-        self.last_error = ""  # why the last attempt or connection ended
-        self._where = Address.parse(address)
-        self.authority = self._where.authority
-        self.scheme = "https" if ssl is not None and not self._where.path else "http"
-        self._ssl = ssl
-        self._credential = credential
-        self._hello = Hello(protocol=PROTOCOL, role=role, instance=instance)
         self._on_state = on_state
-        self._random = random.Random(seed)
+        hello = Hello(protocol=PROTOCOL, role=role, instance=instance)
+        self._keeper = Reconnecting(address, self, credential=credential, hello=hello, ssl=ssl, seed=seed)
 
         self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[None] | None = None
-        self._connection: ClientConnection | None = None  # only while the hellos agree
+        self._connection: Connection | None = None  # only while the hellos agree
         self._draining = False
         self._closed = False
         self._usable = False
         self._changed = asyncio.Event()
-        self._ping_after_s = self.limits.ping_after_s
 
         self._last_id = 0
         self._pending: dict[int, tuple[OnReply, float]] = {}
@@ -125,14 +115,19 @@ class FrameCalls:
         return self._usable
 
     @property
+    def last_error(self) -> str:
+        """Why the last attempt to connect, or the last connection, ended."""
+        return self._keeper.last_error
+
+    @property
     def in_flight(self) -> int:
         """Submitted and not yet answered, refused or cancelled."""
         return len(self._pending)
 
     def start(self) -> None:
         """Connect, and stay connected until `close`."""
-        if self._task is None and not self._closed:
-            self._task = self._loop.create_task(self._stay_connected(), name=f"frames to {self.address}")
+        if not self._closed:
+            self._keeper.start()
 
     async def wait_connected(self, timeout_s: float) -> None:
         """Wait until usable. Raises Unavailable with the reason of the last failure after `timeout_s`."""
@@ -148,11 +143,10 @@ class FrameCalls:
     async def close(self) -> None:
         """End the connection; what is pending is answered UNAVAILABLE."""
         self._closed = True
-        task, self._task = self._task, None
         try:
-            if task is not None:
-                await ended(task)
+            await self._keeper.close()
         finally:
+            self._note_state()
             self._fail_pending("connection closed")
             self._deadlines.stop()
 
@@ -293,7 +287,7 @@ class FrameCalls:
 
     # The connection's part.
 
-    def established(self, connection: ClientConnection, hello: Hello) -> None:
+    def established(self, connection: Connection, hello: Hello) -> None:
         """The hellos agree: calls may flow."""
         self._connection = connection
         self.peer = hello
@@ -333,29 +327,15 @@ class FrameCalls:
             reply = PredictReply(id=local_id, code=Code.CODE_UNAVAILABLE, message="connection is draining")
             self._answer(local_id, reply)
 
-    def disconnected(self, connection: ClientConnection, reason: str) -> None:
+    def disconnected(self, connection: Connection, reason: str) -> None:
         """The connection is gone, with everything in flight."""
-        self.last_error = reason
+        self._keeper.last_error = reason
         if self._connection is not connection:
             return
         self._connection = None
         self._draining = False
         self._note_state()
         self._fail_pending(reason if reason.startswith(_LOST) else f"connection lost: {reason}")
-
-    def calm_down(self) -> None:
-        """The peer finds our PINGs too many."""
-        self._ping_after_s *= 2
-
-    @property
-    def hello(self) -> Hello:
-        """What we say first."""
-        return self._hello
-
-    @property
-    def ping_after_s(self) -> float:
-        """Silence after which to ask whether the peer lives, seconds."""
-        return self._ping_after_s
 
     def _note_state(self) -> None:
         usable = self._connection is not None and not self._draining and not self._closed
@@ -373,44 +353,3 @@ class FrameCalls:
         self._outbox.clear()
         for local_id in list(self._pending):
             self._answer(local_id, PredictReply(id=local_id, code=Code.CODE_UNAVAILABLE, message=message))
-
-    async def _stay_connected(self) -> None:
-        failures = 0
-        try:
-            while True:
-                reached = await self._connect_once()
-                failures = 0 if reached else failures + 1
-                span = min(self.limits.backoff_first_s * 2 ** min(failures, 16), self.limits.backoff_max_s)
-                await asyncio.sleep(self._random.uniform(span / 4, span))
-        finally:
-            connection = self._connection
-            self._connection = None
-            self._note_state()
-            if connection is not None:
-                connection.shut()
-                await asyncio.wait([connection.lost], timeout=self.limits.linger_s)
-                connection.abort()
-
-    async def _connect_once(self) -> bool:
-        """Hold one connection until it ends; whether the hellos were exchanged on it."""
-        connection: ClientConnection | None = None
-
-        def build() -> ClientConnection:
-            nonlocal connection
-            connection = ClientConnection(self, self._credential, self._loop)
-            return connection
-
-        try:
-            async with asyncio.timeout(self.limits.handshake_s):
-                await self._where.connect(build, self._ssl)
-        except (OSError, TimeoutError, tls.SSLError) as error:
-            self.last_error = str(error) or "no answer in time"
-            return False
-        if connection is None:
-            return False
-        try:
-            await asyncio.shield(connection.lost)
-        finally:
-            if not connection.lost.done() and self._connection is not connection:
-                connection.abort()
-        return connection.greeted

@@ -20,32 +20,60 @@ from services.common.frames.outbound import Headers
 from services.common.frames.wire import ErrorCode, Violation
 
 
+class Opening:
+    """What a client says when it opens a connection, and what it learnt from those before."""
+
+    def __init__(
+        self, authority: str, scheme: str, credential: str, hello: Hello, ping_after_s: float
+    ) -> None:
+        """`authority` and `scheme` are what HTTP/2 wants to know of the address."""
+        self.authority = authority
+        self.scheme = scheme
+        self.credential = credential
+        self.hello = hello
+        #: Silence after which to ask whether the peer lives, seconds.
+        self.ping_after_s = ping_after_s
+
+
+class Connection(Protocol):
+    """What its Caller, and who opened it, know of a connection."""
+
+    #: Done, with the reason, when nothing of it is left.
+    lost: asyncio.Future[str]
+    #: Whether the hellos agreed.
+    greeted: bool
+
+    @property
+    def can_send(self) -> bool:
+        """Whether a message would not only be queued behind another."""
+        ...
+
+    def send_message(self, parts: Collection[Buffer], size: int) -> None:
+        """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
+        ...
+
+    def shut(self) -> None:
+        """End it."""
+        ...
+
+    def abort(self) -> None:
+        """End it now."""
+        ...
+
+
 class Caller(Protocol):
     """Whose connection it is."""
 
-    #: Of the requests: what HTTP/2 wants to know of the address.
-    authority: str
-    scheme: str
     limits: Limits
     #: What its messages are read as.
     reply_frame: type[ReplyFrame] | type[SealedReplyFrame]
-
-    @property
-    def hello(self) -> Hello:
-        """What to say first."""
-        ...
-
-    @property
-    def ping_after_s(self) -> float:
-        """Silence after which to ask whether the peer lives, seconds."""
-        ...
 
     @property
     def in_flight(self) -> int:
         """How many calls wait for the peer."""
         ...
 
-    def established(self, connection: ClientConnection, hello: Hello) -> None:
+    def established(self, connection: Connection, hello: Hello) -> None:
         """The hellos agree: calls may flow."""
         ...
 
@@ -57,12 +85,8 @@ class Caller(Protocol):
         """The peer wants nothing new; what is in flight is still answered."""
         ...
 
-    def disconnected(self, connection: ClientConnection, reason: str) -> None:
+    def disconnected(self, connection: Connection, reason: str) -> None:
         """The connection is of no use any more. May be said more than once."""
-        ...
-
-    def calm_down(self) -> None:
-        """The peer finds our PINGs too many."""
         ...
 
     def flush(self) -> None:
@@ -73,14 +97,14 @@ class Caller(Protocol):
 class ClientConnection(Http2Connection):
     """One connection of a FrameCalls."""
 
-    def __init__(self, calls: Caller, credential: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, calls: Caller, opening: Opening, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(calls.limits, loop)
         self._calls = calls
-        self._credential = credential
+        self._opening = opening
         self._answered = False  # response headers are in
         self.greeted = False
         self._handshake: asyncio.TimerHandle | None = None
-        self._ping_after_s = calls.ping_after_s
+        self._ping_after_s = opening.ping_after_s
 
     def send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send one message; only while `can_send`."""
@@ -102,17 +126,17 @@ class ClientConnection(Http2Connection):
         self._send_headers(
             [
                 (":method", "POST"),
-                (":scheme", self._calls.scheme),
+                (":scheme", self._opening.scheme),
                 (":path", PATH),
-                (":authority", self._calls.authority),
+                (":authority", self._opening.authority),
                 ("te", "trailers"),
                 ("content-type", "application/grpc"),
                 ("grpc-accept-encoding", "identity"),
                 ("user-agent", "headrace-frames/1"),
-                ("authorization", f"Bearer {self._credential}"),
+                ("authorization", f"Bearer {self._opening.credential}"),
             ]
         )
-        payload = RequestFrame(hello=self._calls.hello).SerializeToString()
+        payload = RequestFrame(hello=self._opening.hello).SerializeToString()
         self._send_message([payload], len(payload))
 
     def _on_headers(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
@@ -176,7 +200,7 @@ class ClientConnection(Http2Connection):
 
     def _on_goaway(self, last_stream_id: int, code: int, reason: str) -> None:
         if code == ErrorCode.ENHANCE_YOUR_CALM and "ping" in reason:
-            self._calls.calm_down()
+            self._opening.ping_after_s *= 2  # it finds our PINGs too many
         if last_stream_id < self._stream_id or code != ErrorCode.NO_ERROR:
             self._over(f"it goes away ({code} {reason})".rstrip())
         elif self.greeted:

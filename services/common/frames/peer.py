@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection, Sequence
 from typing import Final, Protocol
 
@@ -14,6 +15,8 @@ from services.common.frames.limits import Limits
 from services.common.frames.messages import ID_BEGINS, id_end, item_header, item_payloads
 from services.common.frames.turn import turn_of
 from services.common.frames.wire import ErrorCode, Violation
+
+log = logging.getLogger(__name__)
 
 _BUSY: Final = "more requests in flight than this stream may have"
 
@@ -186,6 +189,26 @@ class Peer:
             raise Violation(ErrorCode.PROTOCOL_ERROR, "an item id was used twice")
         return kept
 
+    def serve(
+        self, handler: FrameHandler, frame: RequestFrame, payload: bytes, detached: Detached | None
+    ) -> bool:
+        """Give the handler what of the frame it is to see; False where that is nothing. `payload` is the
+        frame as it came, `detached` the same in parts. Raises Violation."""
+        items = self.take(frame)
+        if not items and not frame.cancels:
+            return False
+        self.payload = payload
+        self.detached = detached
+        try:
+            handler.on_request_frame(frame)
+        except Exception:
+            log.exception("a frame handler failed")
+            self.abandon([item.id for item in items], "internal error")
+        finally:
+            self.payload = b""
+            self.detached = None
+        return True
+
     def abandon(self, ids: list[int], message: str) -> None:
         """Answer those of `ids` that are still open with INTERNAL."""
         for item_id in ids:
@@ -208,18 +231,19 @@ class Peer:
         outbox = self._outbox
         target = self._limits.frame_target_bytes
         while outbox and connection.can_send:
+            # Taken out first: where the client is in this process, what it makes of a reply may bring others.
             if self._outbox_bytes <= target:
-                connection.send_message(outbox, self._outbox_bytes)
-                self._outbox = outbox = []
-                self._outbox_bytes = 0
+                size, self._outbox, self._outbox_bytes = self._outbox_bytes, [], 0
+                connection.send_message(outbox, size)
                 break
             count = size = 0
             while count < len(outbox) and size < target:
                 size += len(outbox[count]) + len(outbox[count + 1])
                 count += 2
-            connection.send_message(outbox[:count], size)
+            message = outbox[:count]
             del outbox[:count]
             self._outbox_bytes -= size
+            connection.send_message(message, size)
         connection.on_flushed(self._outbox_bytes)
 
 

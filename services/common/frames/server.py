@@ -1,4 +1,5 @@
-"""The serving side: accepts frame connections on a port, on a path of this machine, or on both."""
+"""The serving side: accepts frame connections on a port, on a path of this machine, in this process, or on
+all of them."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from headrace.v1.dataplane_pb2 import Hello
 
-from services.common.frames.address import PathListener
+from services.common.frames import local
+from services.common.frames.address import Address, PathListener
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PROTOCOL
 from services.common.frames.peer import FrameHandler, Peer
-from services.common.frames.server_connection import ServerConnection
+from services.common.frames.server_connection import Accepted, ServerConnection
 
 
 class FrameServer:
@@ -46,7 +48,8 @@ class FrameServer:
         self._ssl = ssl
         self._servers: list[asyncio.Server] = []
         self._paths: list[PathListener] = []
-        self._connections: set[ServerConnection] = set()
+        self._names: list[tuple[asyncio.AbstractEventLoop, str]] = []
+        self._connections: set[Accepted] = set()
 
     @property
     def connections(self) -> int:
@@ -79,7 +82,21 @@ class FrameServer:
         )
         return f"unix:{path}"
 
+    def start_local(self, name: str) -> str:
+        """Serve clients on this event loop; returns the address for them. Raises ValueError where that is no
+        name, OSError where another server has it."""
+        address = f"local:{name}"
+        if Address.parse(address).name != name:
+            raise ValueError(f"{name!r} is no name: it begins with a letter")
+        loop = asyncio.get_running_loop()
+        local.offer(loop, name, self)
+        self._names.append((loop, name))
+        return address
+
     def _stop_listening(self) -> None:
+        for loop, name in self._names:
+            local.withdraw(loop, name, self)
+        self._names.clear()
         for path in self._paths:
             path.remove()
         self._paths.clear()
@@ -112,12 +129,12 @@ class FrameServer:
 
     # The connections' part.
 
-    def admit(self, connection: ServerConnection) -> bool:
+    def admit(self, connection: Accepted) -> bool:
         """Count a new connection; False where there are too many already."""
         self._connections.add(connection)
         return len(self._connections) <= self.limits.max_connections
 
-    def forget(self, connection: ServerConnection) -> None:
+    def forget(self, connection: Accepted) -> None:
         """A connection is gone."""
         self._connections.discard(connection)
 

@@ -27,6 +27,25 @@ log = logging.getLogger(__name__)
 _PARTING_S: Final = 0.1
 
 
+class Accepted(Protocol):
+    """What its server knows of a connection."""
+
+    #: Done, with the reason, when nothing of it is left.
+    lost: asyncio.Future[str]
+
+    def say_draining(self) -> None:
+        """Ask the client for nothing new; ends by itself when all is answered."""
+        ...
+
+    def shut(self) -> None:
+        """End now, whatever is open."""
+        ...
+
+    def abort(self) -> None:
+        """Wait for nobody."""
+        ...
+
+
 class Acceptor(Protocol):
     """The server a connection belongs to."""
 
@@ -37,11 +56,11 @@ class Acceptor(Protocol):
     detaches: bool
     handler_factory: Callable[[Peer], FrameHandler]
 
-    def admit(self, connection: ServerConnection) -> bool:
+    def admit(self, connection: Accepted) -> bool:
         """Count a new connection; False where there are too many already."""
         ...
 
-    def forget(self, connection: ServerConnection) -> None:
+    def forget(self, connection: Accepted) -> None:
         """A connection is gone."""
         ...
 
@@ -136,20 +155,8 @@ class ServerConnection(Http2Connection):
         peer, handler = self._peer, self._handler
         if peer is None or handler is None:
             return
-        items = peer.take(frame)
-        if not items and not frame.cancels:
-            return
-        self._watch()
-        peer.payload = payload
-        peer.detached = detached
-        try:
-            handler.on_request_frame(frame)
-        except Exception:
-            log.exception("a frame handler failed")
-            peer.abandon([item.id for item in items], "internal error")
-        finally:
-            peer.payload = b""
-            peer.detached = None
+        if peer.serve(handler, frame, payload, detached):
+            self._watch()
 
     def _greeted(self, frame: RequestFrame) -> bool:
         """Check the client's hello and answer it."""

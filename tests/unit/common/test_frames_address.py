@@ -32,6 +32,8 @@ def path() -> Iterator[Path]:
         ("[::1]:1", Address("::1", 1), "[::1]:1"),
         ("unix:/run/r.sock", Address("", 0, "/run/r.sock"), "localhost"),
         ("unix:///run/r.sock", Address("", 0, "/run/r.sock"), "localhost"),
+        ("local:router-0", Address("", 0, name="router-0"), "localhost"),
+        ("local:8010", Address("local", 8010), "local:8010"),
     ],
 )
 def test_is_read_as_grpc_writes_it(text: str, expected: Address, authority: str) -> None:

@@ -24,10 +24,12 @@ from tests.fixtures.frames import (
     QUICK,
     TOKEN,
     Echoes,
+    Serving,
     calling,
     message,
     run_on,
     serving,
+    serving_here,
 )
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
@@ -38,32 +40,39 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
+@pytest.fixture(params=[serving, serving_here], ids=["over-a-socket", "in-one-process"])
+def serves(request: pytest.FixtureRequest) -> Serving:
+    """How the two reach each other: what they may expect of each other is the same."""
+    way: Serving = request.param
+    return way
+
+
 class TestCoalescing:
-    async def test_one_loop_turn_is_one_frame_each_way(self) -> None:
+    async def test_one_loop_turn_is_one_frame_each_way(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             await asyncio.gather(*(calls.predict(PredictRequest(version=str(n)), None) for n in range(100)))
             assert [len(frame.items) for frame in echoes.made[0].frames if frame.items] == [100]
 
-    async def test_a_lone_request_does_not_wait_for_others(self) -> None:
+    async def test_a_lone_request_does_not_wait_for_others(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             for _ in range(3):
                 await calls.predict(PredictRequest(), None)
             assert [len(frame.items) for frame in echoes.made[0].frames if frame.items] == [1, 1, 1]
 
-    async def test_large_items_leave_in_frames_of_about_the_target(self) -> None:
+    async def test_large_items_leave_in_frames_of_about_the_target(self, serves: Serving) -> None:
         echoes = Echoes()
         limits = Limits(frame_target_bytes=100_000, linger_s=0.1)
-        async with serving(echoes, limits) as (_, address), calling(address, limits) as calls:
+        async with serves(echoes, limits) as (_, address), calling(address, limits) as calls:
             item = PredictRequest(inputs=[Tensor(data=b"x" * 25_000)])
             replies = await asyncio.gather(*(calls.predict(item, now() + 20) for _ in range(10)))
             assert all(reply.code == Code.CODE_OK for reply in replies)
             assert [len(frame.items) for frame in echoes.made[0].frames if frame.items] == [4, 4, 2]
 
-    async def test_items_that_are_not_copied_leave_alone(self) -> None:
+    async def test_items_that_are_not_copied_leave_alone(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             data = bytes(range(256)) * 400
             small = PredictRequest(model="small")
             large = PredictRequest(inputs=[Tensor(data=data)])
@@ -88,20 +97,20 @@ class TestRefusedHere:
             with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 cannot be reached"):
                 await calls.wait_connected(0.05)
 
-    async def test_deadline_already_over(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_deadline_already_over(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
             reply = await calls.predict(PredictRequest(), now() - 1)
             assert reply.code == Code.CODE_DEADLINE_EXCEEDED
 
-    async def test_too_large_an_item(self) -> None:
+    async def test_too_large_an_item(self, serves: Serving) -> None:
         small = Limits(max_message_bytes=100_000, linger_s=0.1)
-        async with serving(Echoes()) as (_, address), calling(address, small) as calls:
+        async with serves(Echoes()) as (_, address), calling(address, small) as calls:
             reply = await calls.predict(PredictRequest(unit="u" * 100_001), None)
             assert reply.code == Code.CODE_INVALID_ARGUMENT
 
-    async def test_a_full_buffer(self) -> None:
+    async def test_a_full_buffer(self, serves: Serving) -> None:
         small = Limits(max_message_bytes=1 << 20, max_buffer_bytes=1 << 20, linger_s=0.1)
-        async with serving(Echoes()) as (_, address), calling(address, small) as calls:
+        async with serves(Echoes()) as (_, address), calling(address, small) as calls:
             item = PredictRequest(unit="u" * 400_000)
             replies = await asyncio.gather(*(calls.predict(item, None) for _ in range(5)))
             codes = Counter(reply.code for reply in replies)
@@ -117,9 +126,9 @@ class TestRefusedHere:
 
 
 class TestDeadlinesAndCancels:
-    async def test_deadline_passes_and_the_peer_hears_of_it(self) -> None:
+    async def test_deadline_passes_and_the_peer_hears_of_it(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             reply = await calls.predict(PredictRequest(version="hold"), now() + 0.3)
             assert reply.code == Code.CODE_DEADLINE_EXCEEDED
             await eventually(lambda: echoes.made[0].cancelled)
@@ -127,14 +136,14 @@ class TestDeadlinesAndCancels:
             echoes.made[0].release()  # late answers go nowhere
             assert (await calls.predict(PredictRequest(version="x"), None)).version == "x"
 
-    async def test_the_timeout_travels(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_the_timeout_travels(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
             reply = await calls.predict(PredictRequest(), now() + 60)
             assert 30_000_000 < reply.queue_us <= 60_000_000
             assert (await calls.predict(PredictRequest(timeout_us=77), None)).queue_us == 0
 
-    async def test_an_earlier_deadline_is_not_missed_behind_a_later_one(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_an_earlier_deadline_is_not_missed_behind_a_later_one(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
             late = asyncio.create_task(calls.predict(PredictRequest(version="hold"), now() + 60))
             await asyncio.sleep(0.01)
             early = await calls.predict(PredictRequest(version="hold"), now() + 0.05)
@@ -142,9 +151,9 @@ class TestDeadlinesAndCancels:
             assert not late.done()
             late.cancel()
 
-    async def test_cancelled_items_never_disturb_their_frame(self) -> None:
+    async def test_cancelled_items_never_disturb_their_frame(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             tasks = [
                 asyncio.create_task(calls.predict(PredictRequest(version="hold"), None)) for _ in range(6)
             ]
@@ -157,28 +166,27 @@ class TestDeadlinesAndCancels:
             assert [reply.code for reply in replies] == [Code.CODE_OK] * 3
             assert calls.in_flight == 0
 
-    async def test_cancel_in_the_same_turn_sends_nothing(self) -> None:
+    async def test_cancel_in_the_same_turn_sends_nothing(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             got: list[PredictReply] = []
             calls.cancel(calls.submit(PredictRequest(), None, got.append))
             await calls.predict(PredictRequest(version="after"), None)
             assert [len(frame.items) for frame in echoes.made[0].frames if frame.items] == [1]
             assert got == []
 
-    async def test_an_idle_channel_holds_no_timer(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_an_idle_channel_holds_no_timer(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
             await calls.predict(PredictRequest(), now() + 0.02)
             await asyncio.sleep(0.05)
             assert calls._deadlines._timer is None
 
 
 class TestEnds:
-    async def test_a_lost_connection_answers_everything_and_comes_back(self) -> None:
+    async def test_a_lost_connection_answers_everything_and_comes_back(self, serves: Serving) -> None:
         echoes = Echoes()
         states: list[bool] = []
-        async with serving(echoes) as (server, address):
-            port = int(address.rpartition(":")[2])
+        async with serves(echoes) as (server, address):
             calls = FrameCalls(
                 address, credential=TOKEN, role="router", instance="r", limits=QUICK, on_state=states.append
             )
@@ -193,15 +201,17 @@ class TestEnds:
             await server.close()
             assert all(lost(reply) for reply in await asyncio.gather(*waiting))
             assert echoes.made[0].closed == 1
-        async with serving(Echoes(), port=port):
+        port = address.rpartition(":")[2]
+        again = serving(Echoes(), port=int(port)) if port.isdigit() else serving_here(Echoes(), name=port)
+        async with again:
             await calls.wait_connected(PATIENCE_S)
             assert (await calls.predict(PredictRequest(version="again"), None)).version == "again"
             await calls.close()
         assert states == [True, False, True, False]
 
-    async def test_drain_answers_what_is_open_and_takes_nothing_new(self) -> None:
+    async def test_drain_answers_what_is_open_and_takes_nothing_new(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (server, address), calling(address) as calls:
+        async with serves(echoes) as (server, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
             await eventually(lambda: echoes.made and echoes.made[0].held)
             drain = asyncio.create_task(server.drain(5))
@@ -214,30 +224,30 @@ class TestEnds:
             await drain
             assert server.connections == 0
 
-    async def test_drain_ends_after_its_grace(self) -> None:
+    async def test_drain_ends_after_its_grace(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (server, address), calling(address) as calls:
+        async with serves(echoes) as (server, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
             await eventually(lambda: echoes.made and echoes.made[0].held)
             await server.drain(0.05)
             assert lost(await waiting)
 
-    async def test_close_answers_what_is_pending(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_close_answers_what_is_pending(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
             await asyncio.sleep(0.01)
             await calls.close()
             assert lost(await waiting)
 
-    async def test_a_failing_handler_answers_internal_and_the_stream_goes_on(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_a_failing_handler_answers_internal_and_the_stream_goes_on(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
             reply = await calls.predict(PredictRequest(version="raise"), None)
             assert reply.code == Code.CODE_INTERNAL
             assert "fault" not in reply.message
             assert (await calls.predict(PredictRequest(version="x"), None)).version == "x"
 
-    async def test_a_failing_callback_harms_nobody_else(self) -> None:
-        async with serving(Echoes()) as (_, address), calling(address) as calls:
+    async def test_a_failing_callback_harms_nobody_else(self, serves: Serving) -> None:
+        async with serves(Echoes()) as (_, address), calling(address) as calls:
 
             def fail(_: PredictReply) -> None:
                 raise RuntimeError("a caller's fault")
@@ -245,9 +255,9 @@ class TestEnds:
             calls.submit(PredictRequest(), None, fail)
             assert (await calls.predict(PredictRequest(version="x"), None)).version == "x"
 
-    async def test_repeated_and_unknown_replies_are_dropped(self) -> None:
+    async def test_repeated_and_unknown_replies_are_dropped(self, serves: Serving) -> None:
         echoes = Echoes()
-        async with serving(echoes) as (_, address), calling(address) as calls:
+        async with serves(echoes) as (_, address), calling(address) as calls:
             waiting = asyncio.create_task(calls.predict(PredictRequest(version="hold"), None))
             await eventually(lambda: echoes.made and echoes.made[0].held)
             echo = echoes.made[0]
@@ -264,7 +274,7 @@ class TestEnds:
 
     async def test_addresses_are_checked(self) -> None:
         for address in ("", "host", "host:", ":80", "host:0", "host:70000", "host:x"):
-            with pytest.raises(ValueError, match="neither host:port nor"):
+            with pytest.raises(ValueError, match="none of host:port"):
                 FrameCalls(address, credential="t", role="r", instance="i")
 
 
@@ -272,7 +282,7 @@ class TestExactlyOnce:
     """Whatever happens to the connection: one reply for every submit, none for a cancelled one."""
 
     @staticmethod
-    async def storm(seed: int, steps: int) -> None:
+    async def storm(serves: Serving, seed: int, steps: int) -> None:
         rng = random.Random(seed)
         echoes = Echoes()
         limits = Limits(
@@ -285,7 +295,7 @@ class TestExactlyOnce:
         replies: Counter[int] = Counter()
         cancelled: set[int] = set()
         submitted: list[int] = []
-        async with serving(echoes, limits) as (_, address), calling(address, limits) as calls:
+        async with serves(echoes, limits) as (_, address), calling(address, limits) as calls:
             for _ in range(steps):
                 act = rng.random()
                 if act < 0.6:
@@ -315,8 +325,10 @@ class TestExactlyOnce:
 
     @hypothesis_settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(LOOPS), st.integers(0, 1 << 32), st.integers(5, 60))
-    def test_under_random_drops_cancels_and_deadlines(self, loop: Loop, seed: int, steps: int) -> None:
-        run_on(loop, self.storm(seed, steps))
+    def test_under_random_drops_cancels_and_deadlines(
+        self, serves: Serving, loop: Loop, seed: int, steps: int
+    ) -> None:
+        run_on(loop, self.storm(serves, seed, steps))
 
 
 class TestBadServers:

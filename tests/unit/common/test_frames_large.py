@@ -39,14 +39,22 @@ class Taker:
         pass
 
 
-@pytest.mark.parametrize("window", [65_535, 16 << 20])
-@pytest.mark.parametrize("frame", [16_384, 1 << 20])
+@pytest.mark.parametrize(
+    ("window", "frame", "here"),
+    [
+        (65_535, 16_384, False),
+        (65_535, 1 << 20, False),
+        (16 << 20, 16_384, False),
+        (16 << 20, 1 << 20, False),
+        (65_535, 16_384, True),
+    ],
+)
 async def test_parts_arrive_as_one_request_and_their_data_as_views(
-    tmp_path: Path, window: int, frame: int
+    tmp_path: Path, window: int, frame: int, here: bool
 ) -> None:
     limits = Limits(window_bytes=window, max_http2_frame_bytes=frame, linger_s=0.1)
     server = FrameServer(Taker, credential=TOKEN, instance="s", role="worker", limits=limits, detaches=True)
-    address = await server.start_unix(tmp_path / "socket")
+    address = server.start_local("s") if here else await server.start_unix(tmp_path / "socket")
     calls = FrameCalls(address, credential=TOKEN, role="router", instance="c", limits=limits)
     calls.start()
     await calls.wait_connected(30)
