@@ -112,7 +112,7 @@ async def worker_app(
         server = FrameServer(
             lambda peer: FrameConnection(servicer, peer),
             credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(),
-            ssl=server_tls_of(cfg),
+            ssl=server_tls_of(cfg), detaches=True,
         )  # fmt: skip
         stack.push_async_callback(server.close)
         frames_port, frames_address = await _listen(server, cfg)

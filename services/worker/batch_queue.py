@@ -93,6 +93,12 @@ class BatchQueue:
         """Rows that wait, by class."""
         return _with_normal(self.rows, self._rows_beside)
 
+    @property
+    def full(self) -> bool:
+        """Whether a whole batch waits: waiting longer would not make it larger."""
+        most = self._policy.max_rows
+        return self.rows >= most and any(lane.rows >= most for lane in self._lanes.values())
+
     def __len__(self) -> int:
         return sum(len(queue) for lane in self._lanes.values() for queue in lane.queues.values())
 
@@ -147,10 +153,12 @@ class BatchQueue:
             self._pace.interrupted()
         return True
 
-    def release(self, now: float, *, drain: bool = False) -> tuple[Batch | None, list[Item]]:
-        """The next batch that should run now, and the requests met on the way that cannot make their deadline
-        any more. With `drain`, nothing waits for company."""
-        batch, late = self._release(now, drain=drain)
+    def release(
+        self, now: float, *, ahead: float = 0.0, drain: bool = False
+    ) -> tuple[Batch | None, list[Item]]:
+        """The next batch that should run, `ahead` seconds from now, and the requests met on the way that
+        cannot make their deadline any more. With `drain`, nothing waits for company."""
+        batch, late = self._release(now + ahead, drain=drain)
         if batch is not None:
             backlog = self.rows >= self._policy.max_rows
             self._pace.left(batch.rows, now, self._expected_pace(), backlog=backlog)

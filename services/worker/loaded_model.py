@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from services.worker.batch_queue import BatchPolicy
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.execution import Execution, Runner
+from services.worker.handed import HandedOver
 from services.worker.item import Batch, Item
 from services.worker.outcome import Outcome, outcome_of
 from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords
@@ -59,6 +60,8 @@ class Serving:
     #: Batches with more bytes of input do so however fast they are: joining these bytes, and serialising them
     #: for the log, would hold up the event loop.
     inline_bytes: int = 256 << 10
+    #: Whole batches that run in less seconds are handed to their thread one ahead.
+    ahead_below: float = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,16 @@ class LoadedModel:
         self._serving = serving
         self._loop = asyncio.get_running_loop()
         self._beside = runner.backend.device == "cpu"
-        self._batcher = Batcher(LoopTurns(serving.clock), policy.batching, run_time, self._run, slots=slots)
+        self._handed = HandedOver(serving.pool, slots, self._execute, self._ran)
+        self._batcher = Batcher(
+            LoopTurns(serving.clock),
+            policy.batching,
+            run_time,
+            self._run,
+            slots=slots,
+            # A device that a turn has is not to be used beside it.
+            ahead_below=serving.ahead_below if self._beside else 0.0,
+        )
 
     @property
     def timeout(self) -> float:
@@ -174,27 +186,20 @@ class LoadedModel:
         if isinstance(turn := batch.items[0], Turn):
             self._give(turn)
             return
-        queued_at, queue_us = -1.0, 0
-        for item in batch.items:
-            if item.queued_at != queued_at:  # those that arrived together waited equally long
-                queued_at = item.queued_at
-                queue_us = min(int((started - queued_at) * 1e6), _US_MAX)
-            item.queue_us = queue_us
-        max_rows = self._policy.batching.max_rows
         # Where a dimension varies, rows say too little about the time that a run takes.
         inline = (
             self.layout.fixed
+            and not self._handed.busy
             and self.run_time.estimate(batch.rows) <= serving.inline_below
             and sum([item.nbytes for item in batch.items]) <= serving.inline_bytes
         )
         self.stats.batch(batch.rows, batch.reason.value, inline=inline)
-        if inline:
-            self._finish(batch, self._runner.execute(batch, max_rows), None, started)
+        if not inline:
+            self._handed.add(batch)
             return
-        future = serving.pool.submit(self._execute, batch, max_rows, started)
-        future.add_done_callback(
-            lambda done: self._loop.call_soon_threadsafe(self._ran, batch, done, started)
-        )
+        _begin(batch.items, started)
+        execution = self._runner.execute(batch, self._policy.batching.max_rows)
+        self._finish(batch, execution, None, started)
 
     def _give(self, turn: Turn) -> None:
         """Lend the slot to `turn` until it is over.
@@ -218,25 +223,28 @@ class LoadedModel:
             self._batcher.step_aside()
         turn.bulk.begin(self._runner, urgent, lambda: self._loop.call_soon_threadsafe(over))
 
-    def _execute(self, batch: Batch, max_rows: int, started: float) -> tuple[Execution, Outcome]:
+    def _execute(self, batch: Batch) -> tuple[Execution, Outcome, float]:
         """In a thread: run `batch`, and make of it all that needs no event loop."""
-        execution = self._runner.execute(batch, max_rows)
-        return execution, self._outcome(batch, execution, started)
+        started = self._serving.clock.monotonic()
+        _begin(batch.items, started)
+        execution = self._runner.execute(batch, self._policy.batching.max_rows)
+        return execution, self._outcome(batch, execution, started), started
 
     def _outcome(self, batch: Batch, execution: Execution, started: float) -> Outcome:
         payloads, clock = self._policy.payloads, self._serving.clock
         return outcome_of(batch, execution, started, self._records, payloads, clock)
 
-    def _ran(self, batch: Batch, done: Future[tuple[Execution, Outcome]], started: float) -> None:
-        outcome: Outcome | None = None
-        try:
-            execution, outcome = done.result()
-        except Exception as error:  # else the slot would stay taken and the version answer nothing more
-            log.exception("execution_failed", model=self._records.key.decode())
-            internal = Internal("the model could not be run")
-            failures: list[tuple[Item, HeadraceError]] = [(item, internal) for item in batch.items]
-            execution = Execution([], failures, 0.0, 0.0, 0.0, fault=error)
-        self._finish(batch, execution, outcome, started)
+    def _ran(self, batch: Batch, result: tuple[Execution, Outcome, float] | Exception) -> None:
+        if not isinstance(result, Exception):
+            execution, outcome, started = result
+            self._finish(batch, execution, outcome, started)
+            return
+        # Else the slot would stay taken and the version answer nothing more.
+        log.error("execution_failed", model=self._records.key.decode(), exc_info=result)
+        internal = Internal("the model could not be run")
+        failures: list[tuple[Item, HeadraceError]] = [(item, internal) for item in batch.items]
+        execution = Execution([], failures, 0.0, 0.0, 0.0, fault=result)
+        self._finish(batch, execution, None, self._serving.clock.monotonic())
 
     def _finish(self, batch: Batch, execution: Execution, outcome: Outcome | None, started: float) -> None:
         try:
@@ -346,3 +354,13 @@ class LoadedModel:
                 error="requests of the batch failed" if failed else None,
             )
         return kafka_headers(context)
+
+
+def _begin(items: Sequence[Item], started: float) -> None:
+    """Say how long each has waited."""
+    queued_at, queue_us = -1.0, 0
+    for item in items:
+        if item.queued_at != queued_at:  # those that arrived together waited equally long
+            queued_at = item.queued_at
+            queue_us = min(int((started - queued_at) * 1e6), _US_MAX)
+        item.queue_us = queue_us
