@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 
 _PERIOD_S = 2.0
 _TAKEN_AT_ONCE = 5_000
+#: How many times smaller the objects of the lower tier are.
+_TIER = 8
 #: How often in a row something is dropped that is dropped in pieces.
 _TIMES = 20
 #: What is seldom needed is done every so many periods.
@@ -61,6 +63,21 @@ class Sizes:
     segment_rows: int = 200_000
     join_segments: int = 8
     join_bytes: int = 256 << 20
+
+    def tiers(self) -> tuple[repository.Tier, ...]:
+        """Objects are joined with others of their tier only: what is nearly large enough is not written again
+        for every few small ones."""
+        middle = self._joined_below()
+        least = repository.Small(middle.rows // _TIER, middle.size // _TIER)
+        return repository.Tier(least), repository.Tier(middle, least)
+
+    def lasts(self, rows: int, size: int) -> bool:
+        """Whether an object like this is joined with no other."""
+        below = self._joined_below()
+        return rows >= below.rows or size >= below.size
+
+    def _joined_below(self) -> repository.Small:
+        return repository.Small(self.segment_rows // 2, self.join_bytes // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +135,11 @@ class SegmentWriter:
             for (model, version, kind), members in groups.items()
         ]
 
-    async def put_joined(self, rows: Sequence[SegmentRow], files: Sequence[str]) -> list[Segment]:
+    async def put_joined(
+        self, rows: Sequence[SegmentRow], files: Sequence[str], *, lasting: bool
+    ) -> list[Segment]:
         """Write one object instead of several of the same version and layout."""
-        return await self._write([await asyncio.to_thread(encode_joined, rows, files)])
+        return await self._write([await asyncio.to_thread(encode_joined, rows, files, lasting=lasting)])
 
     async def _write(self, encoded: Sequence[tuple[Segment, bytes]]) -> list[Segment]:
         segments = [segment for segment, _ in encoded]
@@ -246,19 +265,22 @@ class Flusher:
 
     async def join_small(self) -> int:
         """Join crowds of small objects; how many crowds."""
-        small = repository.Small(self._sizes.segment_rows // 2, self._sizes.join_bytes // 2)
-        async with transaction(self._engine) as session:
-            crowds = await repository.crowds(session, small, self._sizes.join_segments)
-        return sum([await _tried(partial(self._join, *crowd, small)) for crowd in crowds])
+        joined = 0
+        for tier in self._sizes.tiers():
+            async with transaction(self._engine) as session:
+                crowds = await repository.crowds(session, tier, self._sizes.join_segments)
+            joined += sum([await _tried(partial(self._join, *crowd, tier)) for crowd in crowds])
+        return joined
 
-    async def _join(self, model: str, version: str, layout: str, small: repository.Small) -> int:
+    async def _join(self, model: str, version: str, layout: str, tier: repository.Tier) -> int:
         async with transaction(self._engine) as session:
-            rows = await repository.small_segments(session, model, version, layout, small)
+            rows = await repository.small_segments(session, model, version, layout, tier)
         chosen = _up_to(rows, self._sizes.segment_rows, self._sizes.join_bytes)
         if len(chosen) < 2:
             return 0
         async with self._files.held([row.object for row in chosen]) as files:
-            written = await self._writer.put_joined(chosen, files)
+            lasting = self._sizes.lasts(sum(row.rows for row in chosen), sum(row.size for row in chosen))
+            written = await self._writer.put_joined(chosen, files, lasting=lasting)
         async with transaction(self._engine) as session:
             ids = [row.id for row in chosen]
             if await repository.drop_segments(session, ids, self._clock.now()) < len(chosen):
@@ -347,15 +369,19 @@ def _encode_records(
     records: Sequence[Logged], version: str, kind: str, output: str | None
 ) -> tuple[Segment, bytes]:
     table = to_table([logged.batch for logged in records], output, [logged.value for logged in records])
-    return encode(table, version, kind, [logged.batch_id for logged in records])
+    ids = [logged.batch_id for logged in records]
+    return encode(table, version, kind, ids, lasting=False)  # objects of what came lately are joined soon
 
 
-def encode_joined(rows: Sequence[SegmentRow], files: Sequence[str]) -> tuple[Segment, bytes]:
+def encode_joined(
+    rows: Sequence[SegmentRow], files: Sequence[str], *, lasting: bool = True
+) -> tuple[Segment, bytes]:
     """One object of what is in several of one version and layout; columns that some lack are null there."""
     # Each is sorted and ids grow with time, so one after another they are sorted well enough for look-ups,
     # which skip groups of rows by their bounds; sorting all again would be half of the work.
     in_order = sorted(zip(rows, files, strict=True), key=lambda pair: pair[0].first_id)
-    tables = [pq.read_table(file, partitioning=None) for _, file in in_order]
+    # One thread: a second one would only take the other processor from who answers requests.
+    tables = [pq.read_table(file, partitioning=None, use_threads=False) for _, file in in_order]
     joined = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
     core = [name for name in CORE.names if name in joined.column_names]
     rest = [name for name in joined.column_names if name not in core]
@@ -365,4 +391,5 @@ def encode_joined(rows: Sequence[SegmentRow], files: Sequence[str]) -> tuple[Seg
         rows[0].layout,
         [row.object.encode() for row in rows],
         (min(row.first_id for row in rows), max(row.last_id for row in rows)),
+        lasting=lasting,
     )

@@ -71,6 +71,14 @@ class Small:
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Objects that are small enough for `below`, and not for `least`."""
+
+    below: Small
+    least: Small | None = None
+
+
 async def hold(session: AsyncSession, name: str, holder: bytes, now: datetime, until: datetime) -> bool:
     """Whether `holder` is the one who does `name` until then: nobody else is, or its time is over."""
     lease = insert(LeaseRow).values(name=name, holder=holder, until=until)
@@ -217,21 +225,21 @@ async def newest_segments(session: AsyncSession, model: str, rows: int) -> list[
     return found
 
 
-async def crowds(session: AsyncSession, below: Small, at_least: int) -> list[tuple[str, str, str]]:
-    """Model, version and layout of which there are at least `at_least` small objects."""
+async def crowds(session: AsyncSession, tier: Tier, at_least: int) -> list[tuple[str, str, str]]:
+    """Model, version and layout of which there are at least `at_least` objects of the tier."""
     kind = (SegmentRow.model, SegmentRow.version, SegmentRow.layout)
-    statement = select(*kind).where(_is_small(below)).group_by(*kind).having(func.count() >= at_least)
+    statement = select(*kind).where(_is_of(tier)).group_by(*kind).having(func.count() >= at_least)
     return [(model, version, layout) for model, version, layout in await session.execute(statement)]
 
 
 async def small_segments(
-    session: AsyncSession, model: str, version: str, layout: str, below: Small
+    session: AsyncSession, model: str, version: str, layout: str, tier: Tier
 ) -> list[SegmentRow]:
-    """The small objects of one kind, oldest first."""
+    """The objects of the tier of one kind, oldest first."""
     statement = (
         select(SegmentRow)
         .where(
-            _is_small(below),
+            _is_of(tier),
             SegmentRow.model == model,
             SegmentRow.version == version,
             SegmentRow.layout == layout,
@@ -242,8 +250,12 @@ async def small_segments(
     return list((await session.scalars(statement)).all())
 
 
-def _is_small(below: Small) -> ColumnElement[bool]:
-    return and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below.rows, SegmentRow.size < below.size)
+def _is_of(tier: Tier) -> ColumnElement[bool]:
+    below, least = tier.below, tier.least
+    counts = and_(SegmentRow.dropped_at.is_(None), SegmentRow.rows < below.rows, SegmentRow.size < below.size)
+    if least is None:
+        return counts
+    return and_(counts, or_(SegmentRow.rows >= least.rows, SegmentRow.size >= least.size))
 
 
 async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime) -> int:

@@ -54,9 +54,12 @@ def encode(
     layout: str,
     members: Sequence[bytes],
     bounds: tuple[bytes, bytes] | None = None,
+    *,
+    lasting: bool = True,
 ) -> tuple[Segment, bytes]:
     """The object of a table of one model version, sorted by request id so that a look-up skips most of it;
-    with the first and last id given, the rows stay as they are. Blocks; run it in a thread."""
+    with the first and last id given, the rows stay as they are. One that is not `lasting`, since it will be
+    joined with others, is packed in less time and an eighth less tightly. Blocks; run it in a thread."""
     ordered = table if bounds is not None or _is_sorted(table["request_id"]) else table.sort_by("request_id")
     first_id, last_id = bounds or (ordered["request_id"][0].as_py(), ordered["request_id"][-1].as_py())
     times = pc.min_max(ordered["answered_at_us"]).as_py()
@@ -64,7 +67,7 @@ def encode(
     pq.write_table(
         ordered,
         sink,
-        compression="zstd",
+        compression="zstd" if lasting else "lz4",
         row_group_size=_ROWS_A_GROUP,
         use_dictionary=["source", "model", "version", "artifact_digest", "variant", "experiment"],
         store_schema=True,

@@ -10,6 +10,9 @@ from services.common.topics import Topic, dead_letters
 
 DeadLetter = Callable[[Record, str], Awaitable[None]]
 
+#: How many times as long as handling a reader rests, and how many times as long as asked for at most.
+_RESTS, _MOST_COLLECTING = 8.0, 4.0
+
 
 async def deliver(records: Sequence[Record], handler: Handler, bury: DeadLetter) -> None:
     """Return when `handler` has accepted every record of `records` that it did not call malformed.
@@ -44,6 +47,18 @@ def dead_letter(record: Record, topic: Topic, group: str, reason: str) -> Record
             ("dlq-reason", reason.encode()[:1000]),
         ),
     )
+
+
+def pause_s(collect_s: float, took_s: float, *, taken: int, left: int) -> float:
+    """Seconds to collect records before the next batch, after one of `taken` records took `took_s`.
+
+    At least `collect_s`; up to four times that where handling takes more than an eighth of the time, since
+    larger batches cost less a record, and whoever answers requests may need the processor. Never longer than
+    `collect_s` for a reader that is behind: more records were `left` than it has just taken.
+    """
+    if left > taken:
+        return collect_s
+    return max(collect_s, min(_MOST_COLLECTING * collect_s, _RESTS * took_s))
 
 
 class Backoff:

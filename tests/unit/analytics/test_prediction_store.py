@@ -13,8 +13,9 @@ from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 from services.analytics import arm_queries, queries
 from services.analytics.columns import CORE, drop_payload, layout, parse, to_table
 from services.analytics.comparison import compare_quantiles
-from services.analytics.flushing import encode_joined
+from services.analytics.flushing import Sizes, encode_joined
 from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
+from services.analytics.repository import Small
 from services.analytics.schemas import unmapped_warnings
 from services.analytics.segments import encode, object_name
 from services.analytics.tables import SegmentRow
@@ -450,3 +451,20 @@ def test_latency_quantiles_come_with_intervals_that_know_who_sent_the_requests()
     assert 0 < low < 0.3 < high
     assert median.difference.p_value < 0.01
     assert compare_quantiles(a, []) == []
+
+
+def test_objects_are_joined_within_their_tier_until_they_last() -> None:
+    sizes = Sizes(segment_rows=1_600, join_bytes=16_000)
+    lower, upper = sizes.tiers()
+    assert (lower.below, lower.least) == (Small(100, 1_000), None)
+    assert (upper.below, upper.least) == (Small(800, 8_000), Small(100, 1_000))
+    assert [sizes.lasts(799, 7_999), sizes.lasts(800, 0), sizes.lasts(0, 8_000)] == [False, True, True]
+
+
+@pytest.mark.parametrize(("lasting", "packed"), [(True, "ZSTD"), (False, "LZ4")])
+def test_what_will_be_joined_is_packed_in_less_time(lasting: bool, packed: str) -> None:
+    table = to_table([prediction_batch([1, 2])])
+    _, data = encode(table, "1", "", [b"one"], lasting=lasting)
+    group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
+    assert {group.column(place).compression for place in range(group.num_columns)} == {packed}
+    assert pq.read_table(pa.BufferReader(data)).sort_by("request_id") == table.sort_by("request_id")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from services.common.bus import Malformed, Record
-from services.common.bus.delivery import Backoff, dead_letter, deliver
+from services.common.bus.delivery import Backoff, dead_letter, deliver, pause_s
 from services.common.topics import Topic
 
 TOPIC = Topic("test.events.v1")
@@ -95,3 +95,17 @@ def test_backoff_doubles_up_to_its_cap_and_starts_over() -> None:
     assert len(set(waits)) > 100  # two clients that fail together do not come back together
     backoff.reset()
     assert backoff.next() <= 0.15
+
+
+def test_a_reader_rests_longer_the_longer_a_batch_takes_it() -> None:
+    rests = [pause_s(0.5, took, taken=10, left=0) for took in (0.0, 0.01, 0.1, 0.2, 0.4, 30.0)]
+    assert rests == pytest.approx([0.5, 0.5, 0.8, 1.6, 2.0, 2.0])
+
+
+def test_a_reader_that_is_behind_rests_no_longer_than_asked_for() -> None:
+    assert pause_s(0.5, 1.0, taken=10, left=10) == 2.0  # what came meanwhile is no backlog
+    assert pause_s(0.5, 1.0, taken=10, left=11) == 0.5
+
+
+def test_a_reader_that_collects_nothing_never_rests() -> None:
+    assert pause_s(0.0, 1.0, taken=1, left=0) == 0.0
