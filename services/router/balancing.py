@@ -20,12 +20,17 @@ from headrace.v1.control_pb2 import Balancing
 _TAU_S: Final = 10.0
 #: What a failure makes of an estimate that knows better: fast failures must not attract requests.
 _PENALTY_S: Final = 0.05
+_PENALTY_CAP_S: Final = 1.0
 #: No answer is believed to be faster, so that weights stay finite.
 _FASTEST_S: Final = 1e-6
 #: Points of one endpoint on the hash ring.
 _POINTS: Final = 100
 #: An endpoint may hold this much more than the mean before the ring goes on to the next.
 _BOUND: Final = 1.25
+#: One that holds requests and has answered none for so long, and for so many times as long as it usually
+#: takes, may have stopped: while there are others, they are asked.
+_SILENT_S: Final = 0.5
+_SILENT_TIMES: Final = 4.0
 
 
 class PeakEwma:
@@ -46,6 +51,11 @@ class PeakEwma:
         """Seconds as of the last observation, not faded; 0 where there was none."""
         return self._value
 
+    @property
+    def heard_at(self) -> float:
+        """When that was."""
+        return self._at
+
     def observe(self, seconds: float, now: float) -> None:
         """An answer came after `seconds`."""
         if seconds >= self._value:
@@ -56,8 +66,9 @@ class PeakEwma:
         self._at = now
 
     def penalise(self, now: float) -> None:
-        """A failure came, however fast."""
-        self._value = max(self.value(now) * 2, _PENALTY_S)
+        """A failure came, however fast. Many at once say no more than a few."""
+        value = self.value(now)
+        self._value = max(value, min(value * 2, _PENALTY_CAP_S), _PENALTY_S)
         self._at = now
 
 
@@ -67,6 +78,8 @@ class Candidate(Protocol):
     worker_id: str
     in_flight: int
     latency: PeakEwma
+    #: Since when it holds requests without a break.
+    busy_since: float
 
 
 C = TypeVar("C", bound=Candidate)
@@ -108,7 +121,19 @@ def score(candidate: Candidate, now: float) -> float:
         # Nothing known, or nothing heard for long: worth a try.
         return candidate.latency.value(now) or _FASTEST_S
     # While it holds requests, silence makes no endpoint faster, and an unknown one gets one try at a time.
-    return (candidate.latency.last or _PENALTY_S) * (waiting + 1)
+    # What it holds takes at least as long as it has been silent.
+    return max(candidate.latency.last or _PENALTY_S, silence(candidate, now)) * (waiting + 1)
+
+
+def silence(candidate: Candidate, now: float) -> float:
+    """For how many seconds it has held requests and answered none."""
+    return now - max(candidate.latency.heard_at, candidate.busy_since) if candidate.in_flight else 0.0
+
+
+def silent(candidate: Candidate, now: float) -> bool:
+    """Whether it may have stopped. Its connection finds out for sure, but later."""
+    for_s = silence(candidate, now)
+    return for_s > _SILENT_S and for_s > _SILENT_TIMES * candidate.latency.last
 
 
 class RoundRobin:
@@ -118,18 +143,28 @@ class RoundRobin:
         self._next = 0
 
     def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
-        self._next = (self._next + 1) % len(candidates)
+        count = len(candidates)
+        first = self._next + 1
+        for turn in range(first, first + count):
+            if not silent(candidates[turn % count], now):
+                first = turn
+                break
+        self._next = first % count
         return candidates[self._next]
 
 
 class Weighted:
-    """At random, in proportion to the rate at which each has been answering."""
+    """At random, in proportion to the rate at which each has been answering. What is silent is as slow as
+    that."""
 
     def __init__(self, rng: random.Random) -> None:
         self._random = rng
 
     def pick(self, candidates: Sequence[C], unit_hash: int, now: float) -> C:
-        seconds = [candidate.latency.value(now) for candidate in candidates]
+        seconds = [
+            silence(candidate, now) if silent(candidate, now) else candidate.latency.value(now)
+            for candidate in candidates
+        ]
         known = [value for value in seconds if value]
         typical = sum(known) / len(known) if known else 1.0
         weights = [1 / max(value or typical, _FASTEST_S) for value in seconds]
@@ -137,7 +172,8 @@ class Weighted:
 
 
 class ConsistentHash:
-    """The same endpoint for a unit while the set of endpoints stays, and while it is not overloaded.
+    """The same endpoint for a unit while the set of endpoints stays, and while it is neither overloaded nor
+    silent.
 
     Bounded loads (Mirrokni, Thorup, Zadimoghaddam 2016): an endpoint that holds more than 1.25 times the mean
     is passed over for the next on the ring, so a hot unit cannot bury one worker.
@@ -156,7 +192,7 @@ class ConsistentHash:
         start = bisect_left(self._points, unit_hash)
         for step in range(len(self._owners)):
             candidate = candidates[self._owners[(start + step) % len(self._owners)]]
-            if candidate.in_flight < limit:
+            if candidate.in_flight < limit and not silent(candidate, now):
                 return candidate
         return candidates[unit_hash % len(candidates)]
 

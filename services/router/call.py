@@ -85,7 +85,7 @@ class Call(Routed):
             return
         self.endpoint = endpoint
         self.sent_at = now
-        endpoint.in_flight += 1
+        endpoint.take(now)
         stamp = self.stamp
         if now != self.began_at:
             stamp += timeout_override(int((self.deadline - now) * 1e6))
@@ -111,7 +111,7 @@ class Call(Routed):
             return
         self._send_as(self.attempt + 1)
         hedge = self._hedge = Attempt(endpoint, now)
-        endpoint.in_flight += 1
+        endpoint.take(now)
         self._dispatcher.stats.hedged(target.key, "sent")
         stamp = self.stamp + timeout_override(int((self.deadline - now) * 1e6))
         hedge.local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_hedge_reply)

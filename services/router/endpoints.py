@@ -74,6 +74,7 @@ class Endpoint:
 
     __slots__ = (
         "address",
+        "busy_since",
         "calls",
         "expires_at",
         "in_flight",
@@ -90,6 +91,7 @@ class Endpoint:
         self.address: str = status.frames_address
         self.calls: Calls
         self.in_flight = 0
+        self.busy_since = 0.0
         self.latency = PeakEwma()
         self.incarnation: str = status.incarnation
         self.sequence: int = status.sequence
@@ -105,6 +107,12 @@ class Endpoint:
         self.sequence = status.sequence
         self.leaving = status.state in _GONE
         self.versions = _versions(status)
+
+    def take(self, now: float) -> None:
+        """One more request is sent to it."""
+        if not self.in_flight:
+            self.busy_since = now
+        self.in_flight += 1
 
     @property
     def reachable(self) -> bool:
@@ -304,6 +312,10 @@ class Endpoints:
 
     def _on_connection(self, endpoint: Endpoint, *, usable: bool) -> None:
         log.info("worker_connection", worker=endpoint.worker_id, usable=usable)
+        if usable:
+            endpoint.latency = (
+                PeakEwma()
+            )  # what was lost with the last connection says nothing about this one
         self._changed(endpoint.versions)
 
     def _changed(self, keys: Iterable[VersionKey]) -> None:

@@ -151,7 +151,7 @@ class Mirror:
         request.origin, request.priority = Origin.ORIGIN_SHADOW, Priority.PRIORITY_LOW
         request.attempt, request.propensity, request.trace = 0, 1.0, b""
         copy.sent_at = now
-        endpoint.in_flight += 1
+        endpoint.take(now)
         endpoint.calls.submit(
             request,
             now + min(copy.route.timeout_s, _PATIENCE_S),

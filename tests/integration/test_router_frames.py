@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -20,7 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from services.common.bus import MemoryBus, Record
-from services.common.frames import Peer
+from services.common.frames import FrameCalls, Limits, Peer
 from services.common.telemetry import from_trace_bytes, setup_tracing, trace_bytes
 from services.common.topics import WORKERS
 from services.router import app as app_module
@@ -38,7 +39,7 @@ from tests.fixtures.router import (
     status,
 )
 from tests.fixtures.router_platform import BOTH, LOADING, READY, Platform, platform, refuse, soon
-from tests.fixtures.waiting import PATIENCE_S, eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 
 class TestRouting:
@@ -130,6 +131,24 @@ class TestWorkersLeave:
             stats = p.router.dispatcher.stats.versions["cancer", "1"]
             assert stats.retries["lost"] > 0
             assert p.router.dispatcher.budget.active == 0
+
+    async def test_a_frozen_worker_is_given_up_and_its_requests_are_answered_elsewhere(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        quick = Limits(ping_after_s=0.2, ping_timeout_s=0.5, backoff_first_s=0.01)
+        monkeypatch.setattr(app_module, "FrameCalls", partial(FrameCalls, limits=quick))
+        async with platform(tmp_path) as p:
+            frozen, second = await p.worker("w1"), await p.worker("w2")
+            frozen.freeze()
+            replies = await asyncio.gather(*(p.ask(n) for n in range(100)))
+            assert {reply.code for reply in replies} == {Code.CODE_OK}
+            stats = p.router.dispatcher.stats.versions["cancer", "1"]
+            assert stats.retries["lost"] > 0
+            assert len(second.seen) >= 50
+            # It is there again as soon as it says something.
+            frozen.seen.clear()
+            await eventually(lambda: len(p.router.dispatcher.endpoints.group(("cancer", "1")).members) == 2)
+            await eventually_of(p.ask, lambda _: frozen.seen)
 
     async def test_a_draining_worker_gets_nothing_new_and_answers_what_it_has(self, tmp_path: Path) -> None:
         async with platform(tmp_path) as p:

@@ -33,9 +33,16 @@ class Limits:
     #: TCP, TLS, HTTP/2 and hello together.
     handshake_s: float = 10.0
     #: Silence, while something is in flight, after which a PING asks whether the peer lives, and the
-    #: silence after that which says it does not. Idle connections are left to TCP keepalive.
-    ping_after_s: float = 10.0
-    ping_timeout_s: float = 10.0
+    #: silence after that which says it does not. A peer's event loop answers it whatever its model does; a
+    #: frozen process costs its requests the sum, which on a machine with more to do than it can must be more
+    #: than such a loop is ever kept from running.
+    ping_after_s: float = 2.0
+    ping_timeout_s: float = 5.0
+    #: Idle connections are left to TCP keepalive: after how much silence the kernel asks, and how much more
+    #: ends it.
+    idle_s: float = 10.0
+    #: How long the socket may stay full because the peer does not read.
+    unread_s: float = 20.0
     #: How long a closing connection waits for the peer to read the reason.
     linger_s: float = 1.0
     #: Reconnect: full jitter over an exponentially growing span.

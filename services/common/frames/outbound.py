@@ -30,6 +30,8 @@ Headers = list[tuple[str, str]]
 _MOST_PARTS: Final = 16
 #: What a local socket takes at once, so that an image does not go over in many steps.
 _SOCKET_BYTES: Final = 1 << 20
+#: A timer that comes later than this was held up by our own loop, seconds.
+_STALLED_S: Final = 0.5
 
 
 class Outbound(asyncio.Protocol):
@@ -64,6 +66,8 @@ class Outbound(asyncio.Protocol):
         self._ping_sent_at: float | None = None
         self._ping_after_s = limits.ping_after_s
         self._keepalive: asyncio.TimerHandle | None = None
+        self._look_at = 0.0  # when that timer is due
+        self._left_unread = 0  # bytes that the socket had not taken when it was looked at last
         self._linger: asyncio.TimerHandle | None = None
 
     # What subclasses fill in.
@@ -90,7 +94,7 @@ class Outbound(asyncio.Protocol):
             self._end("connection refused: TLS did not settle on h2")
             return
         take_large_writes(transport.get_extra_info("socket"))
-        keep_alive(transport.get_extra_info("socket"), self._limits.ping_after_s, self._limits.ping_timeout_s)
+        keep_alive(transport.get_extra_info("socket"), self._limits.idle_s, self._limits.idle_s)
         self._on_open()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -269,15 +273,19 @@ class Outbound(asyncio.Protocol):
         """Start asking whether the peer lives; called when something becomes owed."""
         if self._keepalive is None and not self._ending:
             self._heard_at = max(self._heard_at, self._loop.time())
-            self._keepalive = self._loop.call_later(self._ping_after_s, self._check_alive)
+            self._look_again(self._loop.time() + self._ping_after_s)
+
+    def _look_again(self, when: float) -> None:
+        self._look_at = when
+        self._keepalive = self._loop.call_at(when, self._check_alive)
 
     def _check_alive(self) -> None:
         self._keepalive = None
         if self._ending or not (self._busy() or self._paused_at is not None):
             return
         now = self._loop.time()
-        patience = self._limits.ping_after_s + self._limits.ping_timeout_s
-        if self._paused_at is not None and now >= self._paused_at + patience:
+        self._forgive(now)
+        if self._paused_at is not None and now >= self._paused_at + self._limits.unread_s:
             self._end("connection lost: the peer does not read")
             self.abort()
             return
@@ -296,7 +304,24 @@ class Outbound(asyncio.Protocol):
                 self._ping_sent_at = now
                 self._write(wire.frame(wire.PING, 0, 0, b"headrace"))
                 silent_until = now + self._limits.ping_timeout_s
-        self._keepalive = self._loop.call_at(silent_until, self._check_alive)
+        self._look_again(silent_until)
+
+    def _forgive(self, now: float) -> None:
+        """Take no silence for the peer's that is ours, or the way's."""
+        if now > self._look_at + _STALLED_S:
+            # Our own loop stood still, and timers may come before what has arrived meanwhile.
+            self._heard_at = now
+            self._ping_sent_at = None
+            if self._paused_at is not None:
+                self._paused_at = now
+        if self._paused_at is None or self._transport is None:
+            self._left_unread = 0
+            return
+        left = self._transport.get_write_buffer_size()
+        if left < self._left_unread:  # it reads; our question waits behind what it has not come to yet
+            self._heard_at = now
+            self._ping_sent_at = None
+        self._left_unread = left
 
 
 def take_large_writes(sock: socket.socket | None) -> None:

@@ -43,6 +43,7 @@ SMALL = Limits(
     max_connections=8,
     ping_after_s=0.1,
     ping_timeout_s=0.1,
+    unread_s=0.2,
     backoff_first_s=0.01,
     backoff_max_s=0.02,
 )
@@ -374,6 +375,7 @@ class TestAllowed:
             linger_s=0.1,
             ping_after_s=0.2,
             ping_timeout_s=0.2,
+            unread_s=0.4,
         )
         async with serving(echoes, limits) as (server, address):
             raw = await Wire.connect(address)

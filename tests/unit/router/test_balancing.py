@@ -27,6 +27,7 @@ class Worker:
     worker_id: str
     in_flight: int = 0
     latency: PeakEwma = field(default_factory=PeakEwma)
+    busy_since: float = 0.0
 
 
 def workers(count: int) -> list[Worker]:
@@ -58,6 +59,15 @@ class TestPeakEwma:
         assert latency.value(0.0) >= 0.05
         latency.penalise(0.0)
         assert latency.value(0.0) == pytest.approx(0.1)
+
+    def test_a_burst_of_failures_is_forgotten_within_two_minutes(self) -> None:
+        latency = PeakEwma()
+        for _ in range(2000):
+            latency.penalise(0.0)
+        assert latency.value(120.0) < 1e-4
+        latency.observe(30.0, 130.0)
+        latency.penalise(130.0)
+        assert latency.value(130.0) == pytest.approx(30.0)  # a penalty never makes it look faster
 
 
 class TestLeastLatency:
@@ -125,6 +135,53 @@ class TestConsistentHash:
         for _ in range(400):
             ring.pick(crowd, 42, 0.0).in_flight += 1
         assert max(worker.in_flight for worker in crowd) <= 1.25 * 401 / 4 + 1
+
+
+class TestSilence:
+    """A worker that was frozen holds what it was given, and answers nothing."""
+
+    @staticmethod
+    def frozen(at: float = 100.0) -> list[Worker]:
+        """The first of three, with one request, since `at`; all of them had been answering in 10 ms."""
+        crowd = workers(3)
+        for worker in crowd:
+            worker.latency.observe(0.01, at)
+        crowd[0].in_flight, crowd[0].busy_since = 1, at
+        return crowd
+
+    @pytest.mark.parametrize("balancing", Balancing.values())
+    def test_others_are_asked_meanwhile(self, balancing: Balancing) -> None:
+        crowd, chooser, rng = self.frozen(), picker(balancing, random.Random(3)), random.Random(4)
+        before = Counter(chooser.pick(crowd, rng.getrandbits(64), 100.0).worker_id for _ in range(300))
+        assert before["w0"] > 50 or balancing != Balancing.BALANCING_ROUND_ROBIN
+        drawn = Counter(chooser.pick(crowd, rng.getrandbits(64), 102.0).worker_id for _ in range(300))
+        assert drawn["w0"] <= 10  # weights leave it a little
+        assert drawn["w1"] > 50
+        assert drawn["w2"] > 50
+
+    @pytest.mark.parametrize("balancing", Balancing.values())
+    def test_where_all_are_silent_they_are_asked_all_the_same(self, balancing: Balancing) -> None:
+        crowd, chooser, rng = self.frozen(), picker(balancing, random.Random(3)), random.Random(4)
+        for worker in crowd:
+            worker.in_flight, worker.busy_since = 1, 100.0
+        drawn = Counter(chooser.pick(crowd, rng.getrandbits(64), 110.0).worker_id for _ in range(300))
+        assert min(drawn[worker.worker_id] for worker in crowd) > 50
+
+    def test_a_slow_model_is_not_silent(self) -> None:
+        slow, other = workers(2)
+        slow.latency.observe(3.0, 100.0)
+        slow.in_flight, slow.busy_since = 1, 100.0
+        pick = RoundRobin().pick
+        drawn = Counter(pick([slow, other], 0, 109.0).worker_id for _ in range(10))
+        assert drawn == {"w0": 5, "w1": 5}
+
+    def test_what_was_idle_is_not_silent(self) -> None:
+        idle, other = workers(2)
+        idle.latency.observe(0.01, 100.0)
+        idle.in_flight, idle.busy_since = 1, 500.0
+        pick = RoundRobin().pick
+        assert {pick([other, idle], 0, 500.1).worker_id for _ in range(2)} == {"w0", "w1"}
+        assert score(idle, 500.001) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
