@@ -66,11 +66,12 @@ GROUPS: Final = {
     "gateway": tuple(
         f"services/gateway/{name}.py"
         for name in (
-            "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/tensors", "datatypes",
+            "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/numbers", "codecs/tensors",
+            "codecs/v2_answers", "codecs/v2_forms", "datatypes",
             "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/pipeline",
             "hot/protocol", "infer_plans", "keys", "limiter", "plans", "predict", "reading", "router_client",
             "rpc/connection", "rpc/control", "rpc/exchange", "rpc/heads", "rpc/sending", "rpc/statuses",
-            "rpc/streams", "rpc/tasks", "signature", "targets",
+            "rpc/streams", "rpc/tasks", "signature", "targets", "v2_plans",
         )
     ),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Protocol
 from headrace.v1.dataplane_pb2 import SealedReply
 
 from services.gateway.catalogue import ServedModel
+from services.gateway.codecs.v2 import V2State
 
 
 class Asked(Protocol):
@@ -16,6 +17,7 @@ class Asked(Protocol):
 
     single: bool
     asked_id: bytes
+    v2: V2State | None
 
 
 class Answers(Protocol):
@@ -25,6 +27,8 @@ class Answers(Protocol):
     #: Takes the seconds of every answer; set by who counts them.
     answered: Callable[[float], None] | None
 
-    def answer(self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float) -> bytes | None:
-        """The body; None where it takes the ordinary way."""
+    def answer(
+        self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float
+    ) -> tuple[bytes, bytes] | None:
+        """Headers, whole lines, and the body; None where they take the ordinary way."""
         ...

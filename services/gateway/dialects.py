@@ -13,6 +13,7 @@ from services.common.problems import HTTP_STATUS, problem_headers
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, oip, openai, v2
+from services.gateway.codecs.compiled import JSON
 from services.gateway.codecs.infer_forms import named, names_of, request_form
 from services.gateway.codecs.rows_body import decode_rows, with_context
 from services.gateway.codecs.trailers import trailers
@@ -21,9 +22,9 @@ from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.infer_plans import InferPlan
 from services.gateway.keys import Key
 from services.gateway.plans import plan_of
-from services.gateway.targets import Dialect
+from services.gateway.targets import Dialect, Target
+from services.gateway.v2_plans import V2Plan
 
-JSON = b"content-type: application/json\r\n"
 _FALLBACK = b"x-headrace-fallback: true\r\n"
 #: After so many bodies in a row of another form than the most common one, a client's are not tried for it.
 _ODD_BODIES = 8
@@ -34,7 +35,6 @@ _LEARNED_BYTES = 2 << 20
 _LIGHT_JSON_BYTES, _LENGTH_DIGITS = 4096, 12
 #: The backend whose models say how many tokens a text has.
 _COUNTS_TOKENS = "embedding"
-_BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
 
 
 def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:
@@ -180,22 +180,50 @@ class V2Speaker(_Speaker):
             spec.datatype is not BYTES for spec in model.default.signature.inputs
         )
 
+    def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        head, body = call.head, call.body
+        target = head.target
+        plan = key.plans.get(_v2_names(target))
+        if plan is None or type(body) is not bytes or plan.model is not self._catalogue.find(target.model):
+            return None
+        found = plan.request(body, v2.json_end(body, head.json_length), call.request_id, received_at_us)
+        if found is None:
+            return None
+        (request, call.tensors, call.v2), form = found
+        call.model = plan.model
+        call.plan = plan
+        call.priority = form.priority
+        call.asked_timeout_s = form.timeout_s
+        return request  # type: ignore[no-any-return]  # plans of other dialects are kept there too
+
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         target = call.target
         version = self._version(call, key, request, target.model, target.version)
         asked, binary = v2.decode_request(call.body, call.head.json_length)
-        call.asked_timeout_s = v2.timeout_of(asked.parameters)
+        timeout_s = call.asked_timeout_s = v2.timeout_of(asked.parameters)
         apart: list[Buffer] = []
-        call.v2 = v2.fill_request(request, version.signature, asked, binary, apart)
+        state = call.v2 = v2.fill_request(request, version.signature, asked, binary, apart)
         if apart:
             call.tensors = tuple(apart)
+        body, model = call.body, call.model
+        if model is None or len(body) > _LEARNED_BYTES:
+            return
+        names = _v2_names(target)
+        plan = key.plans.get(names)
+        if plan is None or plan.model is not model:
+            plan = key.plans[names] = V2Plan(model)
+        call.plan = plan
+        end = len(body) - len(binary)
+        plan.learn(bytes(body), end, asked, request, version.signature, state, timeout_s)
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
         state = call.v2
         if state is None:
             raise ValueError("a reply to a request that was not read")
         body, json_length = v2.encode_answer(_name(call), state, call.request_id.hex(), reply)
-        headers = JSON if json_length is None else _BINARY % json_length
+        if isinstance(call.plan, V2Plan):
+            call.plan.learn_answer(state, reply)
+        headers = v2.answer_head(json_length)
         return (headers + _FALLBACK if reply.fallback else headers), body
 
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
@@ -318,6 +346,11 @@ class GrpcSpeaker(_Speaker):
 def _shorter(one: float, other: float) -> float:
     """The shorter of two times of which 0 is none."""
     return min(one, other) if one and other else one or other
+
+
+def _v2_names(target: Target) -> str:
+    """What plans for a path are kept by; no model has such a name."""
+    return f"{target.model}/{target.version}"
 
 
 def _name(call: Call) -> str:

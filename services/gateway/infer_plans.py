@@ -83,14 +83,17 @@ class InferPlan:
             self._wasted = 0 if forms.pop(0).used else self._wasted + 1
         forms.append(form)
 
-    def answer(self, reply: SealedReply, asked: Asked, request_id: bytes, _latency_ms: float) -> bytes | None:
-        """The ModelInferResponse; None where it takes the ordinary way."""
+    def answer(
+        self, reply: SealedReply, asked: Asked, request_id: bytes, _latency_ms: float
+    ) -> tuple[bytes, bytes] | None:
+        """No headers and the ModelInferResponse; None where it takes the ordinary way."""
         sealed = reply.outputs[:]
         size = len(sealed[0]) if sealed else 0
         form = self._answers.get((reply.version, reply.variant, reply.experiment, size))
         if form is None or reply.cached or reply.fallback or reply.parameters:
             return None
-        return form.message(sealed, asked.asked_id or request_id)
+        message = form.message(sealed, asked.asked_id or request_id)
+        return (b"", message) if message is not None else None
 
     def learn_answer(self, reply: PredictReply) -> None:
         """Know the form of `reply`, where it has one."""

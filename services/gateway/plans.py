@@ -9,7 +9,7 @@ from headrace.v1.dataplane_pb2 import SealedReply
 
 from services.gateway.asked import Asked
 from services.gateway.catalogue import ServedModel
-from services.gateway.codecs.compiled import RowAnswer, RowsRequest, compile_answer, compile_request
+from services.gateway.codecs.compiled import JSON, RowAnswer, RowsRequest, compile_answer, compile_request
 from services.gateway.keys import Key
 
 #: Versions, variants and experiments come from routers: few, and bounded all the same.
@@ -30,14 +30,19 @@ class Plan:
         self.answered: Callable[[float], None] | None = None
         self._answers: dict[tuple[str, str, str], RowAnswer | None] = {}
 
-    def answer(self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float) -> bytes | None:
-        """The body of a native answer; None where it takes the ordinary way."""
+    def answer(
+        self, reply: SealedReply, asked: Asked, request_id: bytes, latency_ms: float
+    ) -> tuple[bytes, bytes] | None:
+        """Headers and body of a native answer; None where they take the ordinary way."""
         told_apart = (reply.version, reply.variant, reply.experiment)
         try:
             found = self._answers[told_apart]
         except KeyError:
             found = self._answer_of(*told_apart)
-        return found.text(reply, request_id, latency_ms, single=asked.single) if found is not None else None
+        if found is None:
+            return None
+        text = found.text(reply, request_id, latency_ms, single=asked.single)
+        return (JSON, text) if text is not None else None
 
     def _answer_of(self, version: str, variant: str, experiment: str) -> RowAnswer | None:
         model = self.model

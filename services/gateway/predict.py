@@ -27,7 +27,7 @@ from services.gateway.catalogue import Catalogue
 from services.gateway.channel import Cancellable
 from services.gateway.codecs.priority import PRIORITIES, priority_of
 from services.gateway.compression import decompressed
-from services.gateway.dialects import JSON, speakers
+from services.gateway.dialects import speakers
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget, BodyReaders
@@ -148,7 +148,8 @@ class PredictService:
             json_only = head.json_length is None and call.target.dialect is not Dialect.GRPC
             limit = limits.max_unpacked_json_bytes if json_only else limits.max_body_bytes
             call.body = decompressed(call.body, head.content_encoding, min(limit, limits.max_body_bytes))
-        call.payload = self._as_message(call, key, received_at_us)
+        request = call.speaker.quick(call, key, received_at_us)
+        call.payload = self._as_message(call, key, received_at_us) if request is None else request
 
     def _was_read(self, call: Call, failure: BaseException | None) -> None:
         call.channel = None
@@ -218,14 +219,14 @@ class PredictService:
         self._router.answered(reply, took, now)
         request_id = call.request_id.hex()
         try:
-            body = None
+            said = None
             if call.plan is not None:
-                headers = JSON
-                body = call.plan.answer(reply, call, request_id.encode(), took * 1000)
-            if body is None:
+                said = call.plan.answer(reply, call, request_id.encode(), took * 1000)
+            if said is None:
                 # Opened only here: the quick way needs no tensor as a message.
                 opened = PredictReply.FromString(reply.SerializeToString())
-                headers, body = call.speaker.write(call, opened, took * 1000)
+                said = call.speaker.write(call, opened, took * 1000)
+            headers, body = said
         except HeadraceError as error:
             self.refuse(call, error)
             return

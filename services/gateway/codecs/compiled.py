@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from services.gateway.signature import InputSpec, ModelSignature, OutputSpec
 
+#: The line that says what JSON is.
+JSON = b"content-type: application/json\r\n"
 #: Tags of PredictRequest: inputs (4), request_id (5, with its length), unit (6), received_at_us (12).
 _INPUTS, _REQUEST_ID, _RECEIVED_AT = b"\x22", b"\x2a\x10", b"\x61"
 UNITS = tuple(bytes((0x32, size)) for size in range(128))

@@ -17,6 +17,7 @@ from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument, MalformedBody
 from services.gateway.codecs.explain import explain, explain_flat, right_types
+from services.gateway.codecs.numbers import LONG_BYTES, packed_numbers
 from services.gateway.datatypes import BF16, BYTES, Datatype
 from services.gateway.signature import InputSpec
 
@@ -116,20 +117,23 @@ def tensor_from_flat(spec: InputSpec, raw: bytes | msgspec.Raw, shape: tuple[int
 
 def _from_flat(spec: InputSpec, raw: bytes | msgspec.Raw, shape: tuple[int, ...] | None, path: str) -> Tensor:
     try:
-        flat = spec.flat_decoder.decode(raw)
+        count, data = _counted(spec, raw)
         if shape is None:
-            shape = (len(flat), 1)
-            if spec.shape[0] not in (-1, len(flat)):
+            shape = (count, 1)
+            if spec.shape[0] not in (-1, count):
                 raise InvalidArgument(
-                    f"{path} has {len(flat)} elements where {spec.shape[0]} are expected.", field=path
+                    f"{path} has {count} elements where {spec.shape[0]} are expected.", field=path
                 )
-        elif len(flat) != prod(shape):
+        elif count != prod(shape):
             raise InvalidArgument(
-                f"{path} has {len(flat)} elements where shape {list(shape)} asks for {prod(shape)}.",
+                f"{path} has {count} elements where shape {list(shape)} asks for {prod(shape)}.",
                 field=path,
             )
         return Tensor(
-            name=spec.name, datatype=spec.datatype.number, shape=shape, data=pack_flat(spec.datatype, flat)
+            name=spec.name,
+            datatype=spec.datatype.number,
+            shape=shape,
+            data=data if isinstance(data, bytes) else pack_flat(spec.datatype, data),
         )
     except msgspec.ValidationError:
         pass
@@ -139,6 +143,17 @@ def _from_flat(spec: InputSpec, raw: bytes | msgspec.Raw, shape: tuple[int, ...]
         pass
     explain_flat(spec, parse_any(raw, path), path)
     raise InvalidArgument(f"{path} is not a list of {spec.datatype.name}.", field=path)
+
+
+def _counted(spec: InputSpec, raw: bytes | msgspec.Raw) -> tuple[int, bytes | list[Any]]:
+    """How many elements the flat list `raw` has; and these, packed already where there are many numbers."""
+    text = memoryview(raw)
+    if len(text) >= LONG_BYTES:
+        data = packed_numbers(spec.datatype, bytes(text), 0, len(text))
+        if data is not None:
+            return len(data) // spec.datatype.itemsize, data
+    flat = spec.flat_decoder.decode(raw)
+    return len(flat), flat
 
 
 def pack_flat(datatype: Datatype, flat: list[Any]) -> bytes:

@@ -13,7 +13,7 @@ from headrace.v1.tensor_pb2 import Tensor
 from services.common.errors import InvalidArgument, Unimplemented
 from services.common.frames.detached import Buffer
 from services.gateway.codecs.attributes import parameter, session_of
-from services.gateway.codecs.compiled import varint
+from services.gateway.codecs.compiled import JSON, varint
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, bytes_elements
@@ -69,23 +69,34 @@ LARGE_BYTES = 32 << 10
 #: Tags of PredictRequest's inputs (4) and of Tensor's data (4).
 _INPUTS, _DATA = b"\x22", b"\x22"
 _SHARED_MEMORY = "shared_memory_region"
+_LENGTH_DIGITS = 12
+_BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
 
 
 def decode_request(body: bytes | bytearray, json_length: bytes | None) -> tuple[V2Request, memoryview]:
     """The JSON part, and the raw tensors behind it (empty for a body that is JSON as a whole). `json_length`
     is the header Inference-Header-Content-Length."""
     view = memoryview(body)
-    if json_length is not None:
-        length = int(json_length) if json_length.isdigit() and len(json_length) < 12 else -1
-        if not 0 <= length <= len(body):
-            raise InvalidArgument(
-                "Inference-Header-Content-Length does not fit the body.",
-                field="Inference-Header-Content-Length",
-            )
-    else:
-        length = len(body)
+    length = json_end(body, json_length)
+    if length < 0:
+        raise InvalidArgument(
+            "Inference-Header-Content-Length does not fit the body.", field="Inference-Header-Content-Length"
+        )
+    return parse_request(view[:length]), view[length:]
+
+
+def json_end(body: bytes | bytearray, json_length: bytes | None) -> int:
+    """Where the JSON part of `body` ends; -1 where the header that says it does not fit."""
+    if json_length is None:
+        return len(body)
+    length = int(json_length) if json_length.isdigit() and len(json_length) < _LENGTH_DIGITS else -1
+    return length if length <= len(body) else -1
+
+
+def parse_request(text: bytes | memoryview) -> V2Request:
+    """The JSON part. Raises InvalidArgument or MalformedBody."""
     try:
-        return _request.decode(view[:length]), view[length:]
+        return _request.decode(text)
     except msgspec.ValidationError as error:
         raise wrong_field(error) from None
     except PARSE_ERRORS as error:
@@ -234,7 +245,7 @@ def encode_answer(
             "datatype": datatype.name,
             "shape": list(tensor.shape),
         }
-        if datatype is BF16 or state.binary is None or tensor.name in state.binary:
+        if is_binary(state, tensor):
             entry["parameters"] = {"binary_data_size": len(tensor.data)}
             blobs.append(tensor.data)
         else:
@@ -254,6 +265,17 @@ def encode_answer(
     if not blobs:
         return head, None
     return b"".join([head, *blobs]), len(head)
+
+
+def answer_head(json_length: int | None) -> bytes:
+    """The headers of an answer, by the length of its JSON part where binary tensors follow it."""
+    return JSON if json_length is None else _BINARY % json_length
+
+
+def is_binary(state: V2State, tensor: Tensor) -> bool:
+    """Whether the answer has the bytes of `tensor` behind its JSON part."""
+    binary = state.binary
+    return binary is None or tensor.name in binary or tensor.datatype == BF16.number
 
 
 def answer_parameters(reply: PredictReply) -> dict[str, Scalar]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.dataplane_pb2 import PredictReply
 from prometheus_client import CollectorRegistry
 from uvicorn.server import ServerState
 
@@ -380,13 +380,13 @@ async def test_a_large_body_is_read_beside_the_loop_and_keeps_its_place(
 ) -> None:
     connection = Connection(inline_bytes=200)
     speaker = connection.front.service.speakers[Dialect.NATIVE]
-    read, threads = speaker.read, []
+    quick, threads = speaker.quick, {}
 
-    def noting(_self: Speaker, call: Call, key: Key, request: PredictRequest) -> None:
-        threads.append(threading.current_thread())
-        read(call, key, request)
+    def noting(_self: Speaker, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        threads[len(call.body)] = threading.current_thread()
+        return quick(call, key, received_at_us)
 
-    monkeypatch.setattr(type(speaker), "read", noting)
+    monkeypatch.setattr(type(speaker), "quick", noting)
     connection.feed(post(LARGE) + post(BODY))
     assert connection.channel.waiting == {}
     await eventually(lambda: bool(connection.channel.waiting))
@@ -394,8 +394,8 @@ async def test_a_large_body_is_read_beside_the_loop_and_keeps_its_place(
     connection.channel.answer()
     connection.channel.answer()
     assert connection.statuses() == [b"200", b"200"]
-    assert len(threads) == 1, "the small body was not of the most common form"
-    assert threads[0] is not threading.main_thread()
+    assert threads[len(LARGE)] is not threading.main_thread()
+    assert threads[len(BODY)] is threading.main_thread()
 
 
 async def test_a_wrong_large_body_is_explained() -> None:

@@ -1,0 +1,93 @@
+"""Long lists of numbers, packed piece by piece, are what the parser of short ones says, or left to it."""
+
+from __future__ import annotations
+
+import struct
+from unittest.mock import patch
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.codecs import numbers
+from services.gateway.codecs.numbers import packed_numbers
+from services.gateway.datatypes import BY_NAME, Datatype
+
+FP32, FP64 = BY_NAME["FP32"], BY_NAME["FP64"]
+_decoder = msgspec.json.Decoder(list[float])
+
+
+def ordinary(datatype: Datatype, text: bytes) -> bytes | None:
+    try:
+        flat = _decoder.decode(text)
+        return struct.pack(f"<{len(flat)}{datatype.code}", *flat)
+    except (msgspec.DecodeError, UnicodeDecodeError, struct.error, OverflowError):
+        return None
+
+
+def in_pieces(datatype: Datatype, text: bytes, size: int = 16) -> bytes | None:
+    with patch.object(numbers, "_PIECE_BYTES", size):
+        return packed_numbers(datatype, b"%%" + text + b"%", 2, 2 + len(text))
+
+
+digits = st.text("0123456789", min_size=1, max_size=25)
+written = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.floats(width=32, allow_nan=False, allow_infinity=False).map(repr),
+    st.integers(-(1 << 70), 1 << 70).map(str),
+    st.sampled_from(
+        [
+            "0", "-0", "-0.0", "1e39", "-1e39", "3.4028235e38", "3.4028235677973366e38", "3.40282357e38",
+            "1e-46", "-1e-400", "1e400", "9007199254740993", "18446744073709551616", "1E+05", "1.0e-5",
+            "0.1000000000000000055511151231257827021181583404541015625", "2.2250738585072011e-308", "1e99999",
+            "0.00000000000000000000000000000000000000000000117549435", "16777217", "16777217.0000000001",
+        ]
+    ),
+    st.tuples(digits, digits, st.sampled_from(["", "e5", "E-12", "e+30", "e-320"])).map(
+        lambda parts: f"{parts[0].lstrip('0') or '0'}.{parts[1]}{parts[2]}"
+    ),
+)  # fmt: skip
+spaces = st.text(" \t\r\n", max_size=2)
+listed = st.lists(st.tuples(spaces, written, spaces).map("".join), min_size=1, max_size=12)
+
+
+@given(listed, spaces, spaces, st.sampled_from([FP32, FP64]))
+def test_numbers_are_those_of_the_ordinary_parser(
+    items: list[str], before: str, after: str, datatype: Datatype
+) -> None:
+    text = f"{before}[{','.join(items)}]{after}".encode()
+    packed = in_pieces(datatype, text)
+    expected = ordinary(datatype, text)
+    assert packed in (expected, None)
+    if all(abs(float(item)) < 1e30 and len(item) < 18 for item in items):
+        assert packed is not None  # of what clients send nothing is left
+
+
+odd = st.sampled_from(
+    ["", "01", "1.", ".5", "+1", "NaN", "Infinity", "true", "null", '"1"', '","', "[1]", "{}", "1 2", "1]",
+     "]", "[", "\\u0031", "--1", "1e", "0x1", "\0", "é", "1,", "/**/1", "1}"]
+)  # fmt: skip
+
+
+@given(st.lists(written, max_size=6), odd, st.lists(written, max_size=6), st.integers(1, 40))
+def test_what_is_no_list_of_numbers_is_left(
+    before: list[str], wrong: str, after: list[str], size: int
+) -> None:
+    text = f"[{','.join([*before, wrong, *after])}]".encode()
+    packed = in_pieces(FP64, text, size)
+    expected = ordinary(FP64, text)
+    assert packed in (expected, None)
+    if expected is None:
+        assert packed is None
+
+
+@pytest.mark.parametrize("text", [b"", b"[", b"[]", b"{}", b"1", b"[[1,2]]", b"[1]]", b"[1][2]", b'["a"]'])
+def test_other_values_are_left(text: bytes) -> None:
+    assert in_pieces(FP32, text) is None
+
+
+def test_types_that_are_no_floats_are_left() -> None:
+    assert in_pieces(BY_NAME["INT64"], b"[1,2,3]") is None
+    assert in_pieces(BY_NAME["FP16"], b"[1,2,3]") is None
+    assert in_pieces(BY_NAME["BF16"], b"[1,2,3]") is None
