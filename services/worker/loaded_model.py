@@ -99,6 +99,7 @@ class LoadedModel:
         self.version = version
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()
+        self._closing = False
         self._runner = runner
         self._records = records
         self._replies = Replies(version, batched=runner.layout.batched)
@@ -174,8 +175,14 @@ class LoadedModel:
 
     def close(self) -> None:
         """Refuse what waits and what comes, and give the backend's memory back once nothing runs."""
+        self._closing = True
         self._batcher.close()
-        if self._batcher.idle:
+        self._close_backend()
+
+    def _close_backend(self) -> None:
+        """Free its memory once nothing runs any more, where that is wanted."""
+        if self._closing and self._batcher.idle:
+            self._closing = False
             self._runner.backend.close()
 
     def _run(self, batch: Batch) -> None:
@@ -215,6 +222,7 @@ class LoadedModel:
                 self._batcher.finished_aside()
             else:
                 self._batcher.finished()
+            self._close_backend()
 
         def urgent() -> bool:
             return not beside and self._batcher.queued_rows > 0
@@ -257,6 +265,8 @@ class LoadedModel:
         finally:
             self.running_rows -= batch.rows
             self._batcher.finished()
+            if self._closing:
+                self._close_backend()
 
     def _answer(self, batch: Batch, execution: Execution, outcome: Outcome) -> None:
         times = outcome.times

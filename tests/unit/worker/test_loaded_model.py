@@ -125,6 +125,32 @@ async def test_drain_waits_for_what_runs_and_close_refuses_what_comes(rig: Rig) 
     assert rig.codes()[3] == Code.CODE_UNAVAILABLE
 
 
+async def test_a_backend_closed_under_a_run_is_closed_when_the_run_ends(rig: Rig) -> None:
+    model = rig.start(max_rows=1)
+    rig.backend.gate.clear()
+    model.submit([rig.item(n) for n in range(1, 5)])
+    await eventually(lambda: model.running_rows)
+    model.close()
+    assert not rig.backend.closed
+    assert rig.codes()[4] == Code.CODE_UNAVAILABLE
+    rig.backend.gate.set()
+    await eventually(lambda: len(rig.answers) == 4)
+    assert rig.codes()[1] == Code.CODE_OK
+    assert rig.backend.closed
+    assert rig.backend.closings == 1
+
+
+async def test_a_backend_closed_under_a_turn_is_closed_when_the_turn_is_over(rig: Rig) -> None:
+    model, held = rig.start(), Held()
+    model.submit([Turn(held, 4)])
+    await eventually(held.begun.is_set)
+    model.close()
+    assert not rig.backend.closed
+    held.over()
+    await eventually(lambda: rig.backend.closed)
+    assert rig.backend.closings == 1
+
+
 class Held:
     """Work of one turn that lasts until it is let go."""
 
