@@ -50,6 +50,8 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 _IDLE_S = 1.0
+#: The same while what it needs is away, at the longest.
+_AWAY_S = 30.0
 _LOOK_S = 0.5
 _LEASE_S = 60.0
 _RENEW_S = 20.0
@@ -93,6 +95,7 @@ class OpenAISteps:
         self._keys = keys
         self._clock = clock
         self._news = asyncio.Event()
+        self._reason = ""
 
     def wake(self) -> None:
         """There is something to do now."""
@@ -100,20 +103,33 @@ class OpenAISteps:
 
     async def running(self) -> None:
         """Take one step after another until cancelled. Run several for several batches at once."""
+        idle_s = _IDLE_S
         while True:
             try:
                 worked = await self.step()
+                idle_s = _IDLE_S
+                self._wait_for("")
             except HeadraceError as error:
-                log.warning("openai_batches_wait", reason=error.message)
-                worked = False
+                self._wait_for(error.message)
+                worked, idle_s = False, min(2 * idle_s, _AWAY_S)
             except Exception:
                 log.exception("openai_batches_failed")
-                worked = False
+                worked, idle_s = False, min(2 * idle_s, _AWAY_S)
             if not worked:
                 self._news.clear()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_IDLE_S):
+                    async with asyncio.timeout(idle_s):
                         await self._news.wait()
+
+    def _wait_for(self, reason: str) -> None:
+        """Note why nothing can be done; the log is told when that changes."""
+        if reason == self._reason:
+            return
+        self._reason = reason
+        if reason:
+            log.warning("openai_batches_wait", reason=reason)
+        else:
+            log.info("openai_batches_go_on")
 
     async def step(self) -> bool:
         """Take the next step that is due; False where none is."""
