@@ -90,7 +90,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
             await enter(followed(events, DEPLOYMENTS, catalogue.apply, folder / "deployments.table")),
         )
-        await enter(leased(cfg.redis_url, clock, process, keys.buckets))
+        await enter(leased(cfg.redis_url, clock, process, keys.buckets, cfg.limit_sharers))
         waiting = WaitingRoom()
         admission = Admission(cfg.max_platform_delay_ms / 1e3)
         router = RouterClient(await _channels(stack, cfg, process, waiting), waiting, admission)

@@ -51,10 +51,12 @@ _SHARER_S = 2.0
 class Leases:
     """Settles the buckets that were used since the last time."""
 
-    def __init__(self, redis: Redis, clock: Clock, process: str) -> None:
+    def __init__(self, redis: Redis, clock: Clock, process: str, sharers: int = 1) -> None:
+        """`sharers`: processes among which limits are divided until Redis says how many use a key."""
         self._redis = redis
         self._clock = clock
         self._process = process
+        self._sharers = sharers
         self._script = sha1(_SETTLE.encode(), usedforsecurity=False).hexdigest()
         self.available = False
         # Where the next trip starts when one cannot take all.
@@ -113,20 +115,27 @@ class Leases:
         self._position = buckets.index(chosen[-1]) + 1
         return chosen
 
+    def _go_on_alone(self, buckets: Iterable[Bucket]) -> None:
+        self.available = False
+        for bucket in buckets:
+            bucket.alone(self._sharers)
+
     async def run(self, buckets: Callable[[], Iterable[Bucket]]) -> None:
         """Settle at intervals, for ever. Redis away: local shares."""
+        known: list[Bucket] = []
         while True:
             try:
-                await self.settle(buckets())
+                known = list(buckets())
+                await self.settle(known)
             except (RedisError, TimeoutError, OSError) as error:
                 if self.available:
                     log.warning("limits_local", reason=str(error) or type(error).__name__)
-                self.available = False
+                self._go_on_alone(known)
                 await asyncio.sleep(_RETRY_S)
             except Exception:
                 # A task that ended here would leave every limit to each gateway alone, for ever.
                 log.exception("limits_not_settled")
-                self.available = False
+                self._go_on_alone(known)
                 await asyncio.sleep(_RETRY_S)
             else:
                 self.available = True
@@ -135,11 +144,11 @@ class Leases:
 
 @asynccontextmanager
 async def leased(
-    redis_url: str, clock: Clock, process: str, buckets: Callable[[], Iterable[Bucket]]
+    redis_url: str, clock: Clock, process: str, buckets: Callable[[], Iterable[Bucket]], sharers: int = 1
 ) -> AsyncIterator[Leases]:
-    """Keep `buckets()` settled while the block runs."""
+    """Keep `buckets()` settled while the block runs; without Redis each grants its part of `sharers`."""
     redis = Redis.from_url(redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-    leases = Leases(redis, clock, process)
+    leases = Leases(redis, clock, process, sharers)
     task = asyncio.create_task(leases.run(buckets), name="limits")
     try:
         yield leases

@@ -3,7 +3,7 @@
 Each process admits from a local token bucket and keeps count. `leases.py` reports the counts to Redis in the
 background and learns what the key has left over all processes; between two reports the local bucket refills
 at this process's share. So the sum over all processes follows the key's rate, and a process that cannot reach
-Redis goes on with the share it had.
+Redis goes on with the share it had, or with what `alone` was told where it never had one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ class Bucket:
     """The local part of one key's limit: `rate` tokens per second, `burst` at most at once (0: one
     second's)."""
 
-    __slots__ = ("_burst", "_limit", "_rate", "_tokens", "_updated", "key_id", "spent")
+    __slots__ = ("_burst", "_cap", "_limit", "_rate", "_shared", "_tokens", "_updated", "key_id", "spent")
 
     def __init__(self, key_id: str, rate: float, burst: int) -> None:
         self.key_id = key_id
         self._limit = (rate, burst)
         self._burst = float(max(1.0, burst or math.ceil(rate)))
+        self._cap = self._burst  # what may be saved up here
         self._rate = rate
         self._tokens = self._burst
         self._updated = 0.0
+        #: Whether it has a share: as Redis said, or as was guessed without it.
+        self._shared = False
         #: Admitted since the last report.
         self.spent = 0
 
@@ -46,7 +49,7 @@ class Bucket:
     def admit(self, now: float) -> None:
         """Take one token. Raises ResourceExhausted with the time until there is one. `now` is monotonic."""
         tokens = self._tokens + (now - self._updated) * self._rate
-        tokens = min(tokens, self._burst)
+        tokens = min(tokens, self._cap)
         self._updated = now
         if tokens < 1.0:
             self._tokens = tokens
@@ -67,8 +70,19 @@ class Bucket:
         """Put `spent` back: the report did not arrive."""
         self.spent += spent
 
+    def alone(self, sharers: int) -> None:
+        """Redis cannot be asked, and `sharers` processes are known to grant this key: grant a part of it,
+        unless Redis has said before what this one's part is."""
+        if not self._shared:
+            self._shared = True
+            self._rate = self._limit[0] / sharers
+            self._cap = max(1.0, self._burst / sharers)
+            self._tokens = min(self._tokens, self._cap)
+
     def granted(self, left: float, sharers: int, now: float) -> None:
         """What the key has left over all processes (negative: overdrawn), and how many processes use it."""
+        self._shared = True
+        self._cap = self._burst
         self._rate = self._limit[0] / max(1, sharers)
         # Spent since the report was sent, which `left` does not know of.
         self._tokens = left / max(1, sharers) - self.spent

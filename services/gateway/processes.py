@@ -2,7 +2,7 @@
 own.
 
 What is per process stays so: connections and held bytes are bounded in each, limits are leased to each by
-Redis, metrics are told apart by the label `process`.
+Redis (and divided among them without it), metrics are told apart by the label `process`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ async def gateway_processes(cfg: Settings, count: int) -> AsyncIterator[ProcessG
             "HTTP_PORT": str(http.getsockname()[1]),
             "GRPC_PORT": str(grpc.getsockname()[1]),
             "OPS_HOST": _LOOPBACK,
+            "LIMIT_SHARERS": str(cfg.limit_sharers * count),
         }
         group = ProcessGroup(
             [sys.executable, "-m", "services.gateway"],

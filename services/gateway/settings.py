@@ -26,6 +26,9 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSetting
     ops_host: str = ""
     #: Processes that share the ports; `auto`: one for every four cores.
     gateway_processes: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
+    #: Gateways on all machines, each with all of its processes counted as one here, among which the limits of
+    #: keys are divided as long as Redis was never reached; it knows better.
+    limit_sharers: Annotated[int, Field(ge=1)] = 1
     #: Set by a parent process for its children: end when the parent is gone.
     supervised: bool = False
 

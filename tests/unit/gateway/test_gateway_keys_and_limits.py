@@ -14,6 +14,7 @@ from headrace.v1.control_pb2 import ApiKey, ServingConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from services.common.bus import MemoryBus, Record, followed
@@ -26,7 +27,7 @@ from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
-from tests.fixtures.waiting import PATIENCE_S
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
 @pytest.fixture
@@ -300,6 +301,55 @@ class _Redis:
     def pipeline(self, *, transaction: bool) -> _Pipeline:
         assert not transaction
         return self.one
+
+
+def spent_in(bucket: Bucket, seconds: float, began: float = 1000.0) -> int:
+    """Requests admitted where one comes every millisecond."""
+    admitted = 0
+    for step in range(int(seconds * 1000)):
+        with suppress(ResourceExhausted):
+            bucket.admit(began + step / 1000)
+            admitted += 1
+    return admitted
+
+
+def test_without_redis_the_processes_together_grant_a_keys_limit_once() -> None:
+    parts = [Bucket("k", 40.0, 8) for _ in range(4)]
+    for part in parts:
+        part.alone(4)
+        part.alone(4)  # it is said again with every attempt
+    assert sum(spent_in(part, 10.0) for part in parts) == pytest.approx(8 + 40 * 10, abs=8)
+    assert spent_in(parts[0], 0.01, began=2000.0) == 2  # its part of what was saved up
+    small = Bucket("small", 1.0, 1)
+    small.alone(64)
+    small.admit(1000.0)
+
+
+def test_what_redis_said_counts_more_than_a_guess() -> None:
+    bucket = Bucket("k", 100.0, 10)
+    bucket.alone(10)
+    bucket.granted(10.0, 1, 1000.0)
+    bucket.alone(10)
+    assert spent_in(bucket, 1.0) == pytest.approx(110, abs=2)
+
+
+async def test_limits_are_divided_where_redis_was_never_reached(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.gateway.leases._RETRY_S", 0.0)
+
+    class Nowhere(_Redis):
+        def pipeline(self, *, transaction: bool) -> _Pipeline:
+            raise RedisConnectionError("refused")
+
+    leases, bucket = Leases(cast("Redis", Nowhere()), clock, "gateway", sharers=4), Bucket("k", 40.0, 8)
+    bucket.admit(clock.monotonic())
+    task = asyncio.create_task(leases.run(lambda: [bucket]))
+    await eventually(lambda: bucket._shared)
+    task.cancel()
+    await asyncio.wait({task})
+    assert not leases.available
+    assert spent_in(bucket, 1.0, began=clock.monotonic() + 100) == pytest.approx(12, abs=2)
 
 
 async def test_more_keys_than_a_trip_takes_are_settled_in_turn(clock: ManualClock) -> None:
