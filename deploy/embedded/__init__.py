@@ -7,6 +7,7 @@ watch, start again, let another take over), `guard` (ends everything when the su
 anything: `configuration` (environment), `blueprint` (the parts), `preflight` (what must hold before).
 
 The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,
-`valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service` (with `native`: compiled modules). Beside
-them: `status`, `lock`, `log_files`, `secret_files`, `view`.
+`valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service` (with `native`: compiled modules), of which
+`front` is what runs where gateway and router share a process. Beside them: `status`, `lock`, `log_files`,
+`secret_files`, `view`.
 """

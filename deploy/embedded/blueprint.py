@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ from deploy.embedded.valkey import ValkeyServer
 
 #: What the path of a socket may have on every system.
 _SOCKET_PATH_BYTES = 104
-#: Groups of the drain order that every request runs through: gateway, router, workers.
-_DATA_PLANE = 3
+#: Groups of the drain order behind those that requests run through (gateway, router, workers).
+_BEHIND = 1
+#: Gateway and router as one process.
+_FRONT = "deploy.embedded.front"
 
 NOT_DURABLE = (
     "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "
@@ -91,7 +94,7 @@ def draw(configuration: Configuration, secrets: Secrets) -> Blueprint:
         bootstrap_servers=bootstrap,
         external=external,
         warnings=warnings,
-        renewed=_DATA_PLANE,
+        renewed=len(groups) - _BEHIND,
     )
 
 
@@ -139,15 +142,23 @@ def _services(
     router_frames, router_address = frames(f"router{mark}", ports["ROUTER_FRAMES_PORT"])
 
     def service(
-        name: str, own: Mapping[str, object], *, health: str, module: str | None = None
+        name: str,
+        own: Mapping[str, object],
+        *,
+        health: str,
+        module: str | None = None,
+        inner: Mapping[str, object] | None = None,
     ) -> ServiceProcess:
-        listening = {key: int(str(value)) for key, value in own.items() if key.endswith("_PORT")}
+        """`inner` is what a second service in the process reads otherwise."""
+        listening = [_listening(variables) for variables in (own, inner) if variables is not None]
+        if inner is not None:
+            own = {**own, "ROUTER": json.dumps(inner, default=str)}
         return ServiceProcess(
             name,
             configuration.home / "state",
-            module=f"services.{module or name}",
-            ports=tuple(listening.values()),
-            health_port=listening[health],
+            module=module or f"services.{name}",
+            ports=tuple(port for ports in listening for port in ports.values()),
+            health_ports=tuple(ports[health] for ports in listening),
             environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
             yields=name in {"analytics", "drift"},
             compiled=configuration.native,
@@ -188,11 +199,18 @@ def _services(
         }
         for index in range(configuration.workers)
     ]
-    return [
+    front: list[list[Server]] = [
         [service("gateway", gateway, health="OPS_PORT")],
         [service("router", router, health="OPS_PORT")],
+    ]
+    if configuration.joint:
+        gateway["ROUTER_ADDRESSES"] = f"local:{router_id}"
+        router["FRAMES_NAME"] = router_id
+        front = [[service("gateway", gateway, health="OPS_PORT", module=_FRONT, inner=router)]]
+    return [
+        *front,
         [
-            service(f"worker-{index}", own, health="OPS_PORT", module="worker")
+            service(f"worker-{index}", own, health="OPS_PORT", module="services.worker")
             for index, own in enumerate(workers)
         ],
         [
@@ -201,6 +219,10 @@ def _services(
             service("drift", {"HTTP_PORT": ports["DRIFT_HTTP_PORT"]}, health="HTTP_PORT"),
         ],
     ]
+
+
+def _listening(variables: Mapping[str, object]) -> dict[str, int]:
+    return {name: int(str(value)) for name, value in variables.items() if name.endswith("_PORT")}
 
 
 def read_turn(home: Path) -> int:

@@ -95,7 +95,10 @@ def status(environment: Mapping[str, str]) -> int:
 def logs(environment: Mapping[str, str], part: str | None, *, follow: bool) -> int:
     """The last lines, then, with `follow`, the new ones until interrupted."""
     console = Console()
-    folder = Configuration.read(environment).logs
+    configuration = Configuration.read(environment)
+    folder = configuration.logs
+    if part == "router" and configuration.joint:
+        part = "gateway"  # which it shares a process with
     chosen = log_files.choose(folder, part)
     if not chosen:
         known = ", ".join(log.stem for log in log_files.choose(folder, None)) or "none"

@@ -9,11 +9,15 @@ from pathlib import Path
 
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.server import LOOPBACK, free_port
+from services.common.lifecycle import usable_cores
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLATFORM_ENV = REPOSITORY / "deploy" / "platform.env"
 MAX_WORKERS = 64
 WORKER_STRIDE = 3
+#: So many, and gateway, router, a worker and who calls them cannot all run at the same time: each change of
+#: process costs a request more than a second loop would give.
+FEW_CORES = 3
 #: Variables that replace a part of the stack by an address.
 REPLACEABLE = ("DATABASE_URL", "REDIS_URL", "KAFKA_BOOTSTRAP_SERVERS", "ARTIFACT_STORE_URL")
 
@@ -40,6 +44,8 @@ class Configuration:
     artifact_store_url: str
     #: Whether services run compiled modules, where these are there.
     native: bool
+    #: Whether the router runs in the gateway's process.
+    joint: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Configuration:
@@ -47,21 +53,23 @@ class Configuration:
         platform = read_platform_env()
         home = Path(environment.get("HEADRACE_HOME") or REPOSITORY / ".headrace").absolute()
         kafka_home = environment.get("KAFKA_HOME")
+        shared = {
+            name: environment.get(name) or value
+            for name, value in platform.items()
+            if not name.endswith("_PORT")
+        }
         configuration = cls(
             home=home,
             workers=_workers(environment.get("HEADRACE_WORKERS") or "2"),
             ports=_ports(platform, environment),
-            shared={
-                name: environment.get(name) or value
-                for name, value in platform.items()
-                if not name.endswith("_PORT")
-            },
+            shared=shared,
             kafka_home=Path(kafka_home).absolute() if kafka_home else None,
             database_url=environment.get("DATABASE_URL") or None,
             redis_url=environment.get("REDIS_URL") or None,
             kafka_bootstrap_servers=environment.get("KAFKA_BOOTSTRAP_SERVERS") or None,
             artifact_store_url=environment.get("ARTIFACT_STORE_URL") or (home / "artifacts").as_uri(),
             native=environment.get("HEADRACE_NATIVE") != "0",
+            joint=_joint(environment.get("HEADRACE_ROUTER") or "auto", shared["GATEWAY_PROCESSES"]),
         )
         configuration.check_ports()
         return configuration
@@ -131,6 +139,22 @@ def _workers(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= MAX_WORKERS:
         raise EmbeddedError(f"HEADRACE_WORKERS is {text!r}; it must be a number from 1 to {MAX_WORKERS}.")
     return int(text)
+
+
+def _joint(asked: str, processes: str) -> bool:
+    """What HEADRACE_ROUTER means beside GATEWAY_PROCESSES."""
+    alone = processes == "1" or (processes == "auto" and usable_cores() < 8)
+    match asked:
+        case "apart":
+            return False
+        case "inside" if alone:
+            return True
+        case "inside":
+            raise EmbeddedError("HEADRACE_ROUTER=inside needs GATEWAY_PROCESSES=1: each would have a router.")
+        case "auto":
+            return alone and usable_cores() <= FEW_CORES
+        case _:
+            raise EmbeddedError(f"HEADRACE_ROUTER is {asked!r}; it must be auto, inside or apart.")
 
 
 def _ports(platform: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""One of the six services as a process: `python -m services.<name>` with its environment."""
+"""One of the six services as a process, `python -m services.<name>` with its environment, or two as one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _ASKED = 16
 
 
 class ServiceProcess(Server):
-    """`health_port` answers /health/ready. `environment` is asked at each start: addresses and passwords of
-    the embedded servers exist only once those are prepared. With `yields` it takes the processor only when
-    nobody else wants it, with `compiled` it runs compiled modules where these are of the present sources."""
+    """Each of `health_ports` answers /health/ready. `environment` is asked at each start: addresses and
+    passwords of the embedded servers exist only once those are prepared. With `yields` it takes the processor
+    only when nobody else wants it, with `compiled` it runs compiled modules where these are of the present
+    sources."""
 
     def __init__(
         self,
@@ -34,7 +35,7 @@ class ServiceProcess(Server):
         *,
         module: str,
         ports: tuple[int, ...],
-        health_port: int,
+        health_ports: tuple[int, ...],
         environment: Callable[[], Mapping[str, str]],
         yields: bool = False,
         compiled: bool = False,
@@ -43,7 +44,7 @@ class ServiceProcess(Server):
         super().__init__(directory, ports[0])
         self._module = module
         self._ports = ports
-        self._health_port = health_port
+        self._health_ports = health_ports
         self._environment = environment
         self._compiled = compiled
         # On one machine the readers of events must not slow down those that answer.
@@ -71,22 +72,25 @@ class ServiceProcess(Server):
         )
 
     def ready(self) -> bool:
+        return all(self._ready(port) for port in self._health_ports)
+
+    def _ready(self, port: int) -> bool:
         for _ in range(_ASKED):
-            said = self._asked()
+            said = self._asked(port)
             if said is not None:
                 return said
-        self.detail = f"another process answers on port {self._health_port}"
+        self.detail = f"another process answers on port {port}"
         return False
 
-    def _asked(self) -> bool | None:
+    def _asked(self, port: int) -> bool | None:
         """Whether it says that it is ready; None where another process answered."""
-        connection = http.client.HTTPConnection(LOOPBACK, self._health_port, timeout=1.0)
+        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=1.0)
         try:
             connection.request("GET", "/health/ready")
             response = connection.getresponse()
             body = response.read(4096)
         except (OSError, http.client.HTTPException) as error:
-            self.detail = f"no answer on port {self._health_port} ({type(error).__name__})"
+            self.detail = f"no answer on port {port} ({type(error).__name__})"
             return False
         finally:
             connection.close()

@@ -4,8 +4,9 @@ the parts it uses: `class Settings(ServiceSettings, DatabaseSettings): ...`. Onl
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -129,12 +130,14 @@ class ArtifactSettings(_Environment):
 S = TypeVar("S", bound=BaseSettings)
 
 
-def load(kind: type[S]) -> S:
+def load(kind: type[S], other: Mapping[str, str] | None = None) -> S:
     """Read `kind` from the environment, and from SECRETS_DIR where that is set: a folder of files named like
-    the variables, in lower case, as container platforms mount secrets. A variable wins over a file. Raises
+    the variables, in lower case, as container platforms mount secrets. A variable wins over a file, and
+    `other` over both: variables as they are for this service, where another one shares its process. Raises
     ConfigurationError, which names every variable that is missing or wrong and never shows a value."""
+    given: dict[str, Any] = {name.lower(): value for name, value in (other or {}).items() if value}
     try:
-        return kind(_secrets_dir=os.environ.get("SECRETS_DIR") or None)
+        return kind(_secrets_dir=os.environ.get("SECRETS_DIR") or None, **given)
     except ValidationError as error:
         raise ConfigurationError(_sentence(error)) from None
 

@@ -204,6 +204,11 @@ async def _listen(server: FrameServer, cfg: Settings) -> int:
         except OSError as error:
             reason = error.strerror or error
             raise Fatal(f"Cannot listen at {cfg.frames_socket} (FRAMES_SOCKET): {reason}.") from error
+    if cfg.frames_name:
+        try:
+            server.start_local(cfg.frames_name)
+        except (OSError, ValueError) as error:
+            raise Fatal(f"Cannot listen as {cfg.frames_name} (FRAMES_NAME): {error}.") from error
     return port
 
 

@@ -19,6 +19,8 @@ class Settings(ServiceSettings, FrameTlsSettings):
     frames_port: Port = 8010
     #: Where gateways of this machine find the frame stream as well (their `unix:/path`); empty: nowhere.
     frames_socket: Path | None = None
+    #: By which name a gateway on the same event loop finds it as well (its `local:name`); empty: none does.
+    frames_name: str = ""
     grpc_port: Port = 8011
     ops_port: Port = 8012
     #: Another process of ours may listen on the same ports: one that takes over from this one, or did.

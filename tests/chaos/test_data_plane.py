@@ -8,6 +8,7 @@ import itertools
 import json
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from deploy.embedded.stack import Stack
 from examples import cancer
 from tests.e2e.rest import caller, settled, total
 from tests.fixtures.asking import until
+from tests.fixtures.platform import register_examples
 from tests.fixtures.waiting import eventually, eventually_of
 
 RATE = 500.0
@@ -37,14 +39,20 @@ PATIENCE_S = 15.0
 
 @pytest.fixture
 def stack(platform: Stack) -> Stack:
-    """Two workers, the examples deployed. Every test leaves all parts running."""
+    """Two workers, the examples deployed, the router inside the gateway. Every test leaves all parts
+    running."""
     return platform
 
 
 @pytest.fixture
 def requests_file(tmp_path: Path, stack: Stack) -> Path:
+    """Requests for `stack`."""
+    return requests_of_users(tmp_path, stack)
+
+
+def requests_of_users(folder: Path, stack: Stack) -> Path:
     """Requests of different users, as the generator reads them."""
-    path = tmp_path / "requests"
+    path = folder / "requests"
     with path.open("wb") as file:
         for number, row in enumerate(cancer.load().held_out_rows[:100]):
             said = {"model": MODEL, "inputs": [row.tolist()], "user_id": f"user-{number}"}
@@ -100,25 +108,6 @@ async def test_a_worker_that_dies_or_drains_costs_no_request(
         await asyncio.to_thread(stack.wait_ready, "worker-0", not_pid=pid)
 
 
-async def test_a_killed_router_loses_and_doubles_nothing(stack: Stack, requests_file: Path) -> None:
-    async with caller(stack) as client:
-        before = await settled(stack, client, MODEL)
-        running = await load(stack, requests_file)
-        await asyncio.sleep(SECONDS / 3)
-        pid = await asyncio.to_thread(stack.kill, "router")
-        said = await running
-        # Where it is back within two seconds everything waits for it; on a slow machine some are refused.
-        assert said["answered"] + said["late"] + said["refused"] == sent(said) == RATE * SECONDS, json.dumps(
-            said
-        )
-        assert said["refused_without_retry_after"] == 0
-        served = said["answered"] + said["late"]
-        counted = await counted_since(stack, client, before, served)
-        # What was served as its gateway gave up was answered with a refusal, and is counted all the same.
-        assert served <= counted <= served + said["refused"]
-        await asyncio.to_thread(stack.wait_ready, "router", not_pid=pid)
-
-
 async def test_a_killed_gateway_loses_only_what_was_on_its_connections(
     stack: Stack, requests_file: Path
 ) -> None:
@@ -129,6 +118,7 @@ async def test_a_killed_gateway_loses_only_what_was_on_its_connections(
     pid = await asyncio.to_thread(stack.kill, "gateway")
     said = await running
     assert sent(said) == RATE * SECONDS, json.dumps(said)
+    assert said["refused_without_retry_after"] == 0, json.dumps(said)
     # Nothing else than lost connections: no wrong answer, and none that was begun and never came.
     assert set(said["other"]) <= {"connection lost"}, json.dumps(said)
     assert said["unanswered"] == 0, json.dumps(said)
@@ -169,9 +159,9 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
 
 
 async def test_new_processes_take_over_without_losing_a_request(stack: Stack) -> None:
-    """As after the hot path was compiled behind a first start."""
+    """As after the hot path was compiled behind a first start: the router goes with its gateway."""
     row = cancer.load().held_out_rows[0].tolist()
-    old = {name: stack.pids()[name] for name in ("gateway", "router", "worker-0", "worker-1")}
+    old = {name: stack.pids()[name] for name in ("gateway", "worker-0", "worker-1")}
     renewed = asyncio.Event()
     said: Counter[str] = Counter()
 
@@ -209,3 +199,27 @@ async def test_new_processes_take_over_without_losing_a_request(stack: Stack) ->
         now = stack.pids()
         assert not any(now[name] == pid or psutil.pid_exists(pid) for name, pid in old.items())
         assert await counted_since(stack, client, before, said.total()) == said.total()
+
+
+async def test_a_killed_router_loses_and_doubles_nothing(
+    new_platform: Callable[..., Stack], tmp_path: Path
+) -> None:
+    stack = await asyncio.to_thread(new_platform, workers=1, environment={"HEADRACE_ROUTER": "apart"})
+    await asyncio.to_thread(register_examples, stack)
+    requests_file = requests_of_users(tmp_path, stack)
+    async with caller(stack) as client:
+        before = await settled(stack, client, MODEL)
+        running = await load(stack, requests_file)
+        await asyncio.sleep(SECONDS / 3)
+        pid = await asyncio.to_thread(stack.kill, "router")
+        said = await running
+        # Where it is back within two seconds everything waits for it; on a slow machine some are refused.
+        assert said["answered"] + said["late"] + said["refused"] == sent(said) == RATE * SECONDS, json.dumps(
+            said
+        )
+        assert said["refused_without_retry_after"] == 0
+        served = said["answered"] + said["late"]
+        counted = await counted_since(stack, client, before, served)
+        # What was served as its gateway gave up was answered with a refusal, and is counted all the same.
+        assert served <= counted <= served + said["refused"]
+        await asyncio.to_thread(stack.wait_ready, "router", not_pid=pid)

@@ -166,10 +166,12 @@ def _standing_facts(service: str) -> Processor:
     def add(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
         event = stamp(logger, method, event)
         event["level"] = "error" if method == "exception" else "warning" if method == "warn" else method
-        event["service"] = service
         source = event.get("_record") or logger
-        if getattr(source, "name", None):
-            event["logger"] = source.name
+        name = getattr(source, "name", None) or ""
+        if name:
+            event["logger"] = name
+        # Two services may share a process; what they have in common speaks for whom its context says.
+        event["service"] = _service_of(name) or event.get("service") or service
         context = trace.get_current_span().get_span_context()
         if context.is_valid:
             event.setdefault("trace_id", f"{context.trace_id:032x}")
@@ -177,6 +179,13 @@ def _standing_facts(service: str) -> Processor:
         return event
 
     return add
+
+
+def _service_of(logger: str) -> str:
+    """Which service a logger belongs to by its module; empty where that is no service's."""
+    package, _, rest = logger.partition(".")
+    name = rest.partition(".")[0]
+    return name if package == "services" and name != "common" else ""
 
 
 _FIRST = ("ts", "level", "service", "event", "trace_id", "span_id", "logger")

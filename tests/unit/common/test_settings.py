@@ -45,6 +45,16 @@ def test_the_environment_is_read_by_the_common_names(monkeypatch: pytest.MonkeyP
     assert settings.database_url == _REQUIRED["DATABASE_URL"]
 
 
+def test_what_is_given_for_one_of_two_services_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PORT", "9000")
+    monkeypatch.setenv("ROUTER_ADDRESSES", "a:1")
+    settings = load(Settings, {"HTTP_PORT": "9001", "ROUTER_ADDRESSES": "", "SOMETHING_ELSE": "x"})
+    assert settings.http_port == 9001
+    assert settings.router_addresses == ("a:1",)  # empty is absent
+    with pytest.raises(ConfigurationError, match="HTTP_PORT is wrong"):
+        load(Settings, {"HTTP_PORT": "none"})
+
+
 def test_empty_means_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "")
     monkeypatch.setenv("LOG_LEVEL", "")

@@ -254,6 +254,21 @@ def test_every_log_line_is_json_with_the_same_head() -> None:
     assert "ZeroDivisionError" in failed["exception"]
 
 
+def test_two_services_of_one_process_are_told_apart() -> None:
+    lines = _logged(
+        """
+        setup_logging("gateway")
+        structlog.get_logger("services.router.call").info("its own")
+        logging.getLogger("services.router.call").warning("its own")
+        log.info("of the process")
+        with structlog.contextvars.bound_contextvars(service="router"):
+            logging.getLogger("services.common.bus").warning("of its context")
+            structlog.get_logger("services.gateway.app").info("of the other one")
+        """
+    )
+    assert [line["service"] for line in lines] == ["router", "router", "gateway", "router", "gateway"]
+
+
 def test_what_a_full_queue_drops_is_counted() -> None:
     lines = _logged(
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from deploy.embedded.configuration import Configuration, free_ports, inherited_e
 from deploy.embedded.process import EmbeddedError
 from deploy.embedded.secret_files import Secrets, load_or_create
 from deploy.embedded.service import ServiceProcess
+from services.common.settings import load
+from services.gateway.settings import Settings as GatewaySettings
+from services.router.settings import Settings as RouterSettings
 
 SECRETS = Secrets("t" * 32, "hr_key")
 
@@ -36,6 +41,8 @@ def test_an_offset_moves_every_port_and_a_variable_wins(tmp_path: Path) -> None:
         ({"HEADRACE_WORKERS": "9"}, "would be both .* and .* of worker-3: change one, or HEADRACE_WORKERS"),
         ({"HEADRACE_PORT_OFFSET": "ten"}, "HEADRACE_PORT_OFFSET is 'ten'; it must be a number"),
         ({"HEADRACE_PORT_OFFSET": "60000"}, "GATEWAY_HTTP_PORT would be 68000, which is no TCP port"),
+        ({"HEADRACE_ROUTER": "in"}, "HEADRACE_ROUTER is 'in'; it must be auto, inside or apart"),
+        ({"HEADRACE_ROUTER": "inside", "GATEWAY_PROCESSES": "2"}, "inside needs GATEWAY_PROCESSES=1"),
         ({"VALKEY_PORT": "8000"}, "Port 8000 would be both GATEWAY_HTTP_PORT and VALKEY_PORT"),
     ],
 )
@@ -53,7 +60,9 @@ def test_every_service_gets_the_addresses_it_needs(tmp_path: Path, monkeypatch: 
         "KAFKA_BOOTSTRAP_SERVERS": "kafka:9092",
         "ARTIFACT_STORE_URL": "s3://bucket/prefix",
     }
+    given["HEADRACE_ROUTER"] = "apart"
     configuration = read(tmp_path, HEADRACE_WORKERS="3", LOG_LEVEL="warning", **given)
+    del given["HEADRACE_ROUTER"]
     blueprint = draw(configuration, SECRETS)
     assert blueprint.servers == []
     assert blueprint.warnings == []
@@ -73,6 +82,55 @@ def test_every_service_gets_the_addresses_it_needs(tmp_path: Path, monkeypatch: 
     order = [[service.name for service in group] for group in blueprint.drain_order]
     assert order[:2] == [["gateway"], ["router"]]
     assert order[2] == ["worker-0", "worker-1", "worker-2"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "environment", "joint"),
+    [
+        (2, {}, True),
+        (3, {"HEADRACE_ROUTER": "auto", "GATEWAY_PROCESSES": "auto"}, True),
+        (2, {"GATEWAY_PROCESSES": "2"}, False),
+        (2, {"HEADRACE_ROUTER": "apart"}, False),
+        (4, {}, False),
+        (64, {"HEADRACE_ROUTER": "inside"}, True),
+    ],
+)
+def test_the_router_is_inside_where_cores_are_few_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, environment: dict[str, str], joint: bool
+) -> None:
+    monkeypatch.setattr("deploy.embedded.configuration.usable_cores", lambda: cores)
+    assert read(tmp_path, **environment).joint == joint
+
+
+def test_a_joint_process_has_the_ports_and_the_settings_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"DATABASE_URL": "postgresql://u:p@db/x", "REDIS_URL": "redis://cache/0", "DRAIN_S": "7"}
+    blueprint = draw(read(tmp_path, HEADRACE_ROUTER="inside", **given), SECRETS)
+    apart = draw(read(tmp_path, HEADRACE_ROUTER="apart", **given), SECRETS)
+    assert [[service.name for service in group] for group in blueprint.drain_order[: blueprint.renewed]] == [
+        ["gateway"], ["worker-0", "worker-1"],
+    ]  # fmt: skip
+    assert apart.renewed == 3
+    ports = {service.name: service.ports for service in apart.services}
+    joint = blueprint.services[0]
+    assert joint.ports == (*ports["gateway"], *ports["router"])
+
+    for name, value in joint.command().env.items():
+        monkeypatch.setenv(name, value)
+    gateway, router = load(GatewaySettings), load(RouterSettings, json.loads(os.environ["ROUTER"]))
+    assert gateway.routers == (f"local:{router.frames_name}",)
+    assert (gateway.http_port, gateway.grpc_port, gateway.ops_port) == ports["gateway"]
+    assert (router.frames_port, router.grpc_port, router.ops_port) == ports["router"]
+    assert gateway.drain_s == router.drain_s == 7
+    for service in apart.services[:2]:
+        for name, value in service.command().env.items():
+            monkeypatch.setenv(name, value)
+        # Nothing else is different from what each has in a process of its own.
+        alone = load(GatewaySettings if service.name == "gateway" else RouterSettings)
+        other = gateway if service.name == "gateway" else router
+        changed = {"router_addresses", "frames_name"}
+        assert alone.model_dump(exclude=changed) == other.model_dump(exclude=changed)
 
 
 def test_the_memory_only_broker_is_announced(tmp_path: Path) -> None:

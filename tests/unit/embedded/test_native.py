@@ -43,7 +43,7 @@ def test_a_copy_counts_only_for_the_sources_that_it_was_made_of(repository: Path
 def test_a_service_runs_the_copy_only_where_it_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def service(*, compiled: bool) -> ServiceProcess:
         return ServiceProcess(
-            "router", tmp_path, module="services.router", ports=(1,), health_port=1,
+            "router", tmp_path, module="services.router", ports=(1,), health_ports=(1,),
             environment=lambda: {"PYTHONPATH": "sources"}, compiled=compiled,
         )  # fmt: skip
 
