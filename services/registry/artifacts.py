@@ -39,6 +39,8 @@ class StoredVersion:
     backend: str
     signature: Signature
     files: tuple[ReceivedFile, ...]
+    #: Equal inputs have unequal answers.
+    random: bool = False
 
 
 class Artifacts:
@@ -58,13 +60,13 @@ class Artifacts:
         files = arranged(received)
         async with self._parsing:
             by_path = {file.path: file.at for file in files}
-            chosen, signature = await asyncio.to_thread(describe, by_path, backend, overrides)
+            described = await asyncio.to_thread(describe, by_path, backend, overrides)
         for file in files:
             stored = await self._store.put_blob(file.at)
             if stored != file.digest:
                 raise RuntimeError(f"{file.at} changed while it was stored")
         digest = await self._store.put_blob(manifest(files))
-        return StoredVersion(digest, chosen, signature, files)
+        return StoredVersion(digest, described.backend, described.signature, files, described.random)
 
 
 def arranged(received: Sequence[ReceivedFile]) -> tuple[ReceivedFile, ...]:

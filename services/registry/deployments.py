@@ -41,9 +41,9 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
     """Make `wanted` the state of `model`'s serving. An alias may name a version; it is resolved now.
 
     Asking for what is there already changes nothing and makes no revision. Experiments and holdout stay as
-    they are. Raises NotFound for an unknown model, InvalidArgument naming `versions…`, Aborted where
-    `expected_revision` is not the current one, FailedPrecondition where something that runs needs a version
-    that would go.
+    they are. Raises NotFound for an unknown model, InvalidArgument naming `versions…` or `cache`, Aborted
+    where `expected_revision` is not the current one, FailedPrecondition where something that runs needs a
+    version that would go.
     """
     owner = await tx.model(model, lock=True)
     if owner is None:
@@ -109,13 +109,16 @@ async def held_versions(
     tx: Repository, model: str, config: ServingConfig, names: Sequence[str]
 ) -> list[ServedVersion]:
     """Those of the versions `names` that `config` lacks, ready to be added to it: loaded, without traffic,
-    gone when `release` finds that nothing needs them. Raises NotFound for one that is not there."""
+    gone when `release` finds that nothing needs them. Raises NotFound for one that is not there,
+    InvalidArgument for one whose answers cannot be kept where answers are."""
     served = {version.version for version in config.versions}
     missing = [name for name in dict.fromkeys(names) if name not in served]
     rows = {row.version: row for row in await tx.versions(model, missing)} if missing else {}
     for name in missing:
         if name not in rows:
             raise NotFound(f"{model} has no version {name!r}", field="version")
+    if config.HasField("cache"):
+        serving_config.check_kept(rows.values(), "version")
     added = [serving_config.served_version(rows[name], 0, name) for name in missing]
     for version in added:
         version.held = True
@@ -199,6 +202,8 @@ async def _served(
 ) -> list[ServedVersion]:
     names = [aliases.get(share.version, share.version) for share in wanted.versions]
     rows = {row.version: row for row in await tx.versions(model, names)}
+    if wanted.cache is not None:
+        serving_config.check_kept(rows.values(), "cache")
     return serving_config.chosen(model, wanted.versions, aliases, rows)
 
 

@@ -51,15 +51,21 @@ TASKS = {
 _ELEMENTS = {number: name for name, number in onnx.TensorProto.DataType.items()}
 _CLASSIFIERS = {"LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"}
 _REGRESSORS = {"LinearRegressor", "SVMRegressor", "TreeEnsembleRegressor"}
+_RANDOM = {
+    *("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+    "Sampling",
+}
 _FLOATS = {DataType.DATA_TYPE_FP16, DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_FP64}
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxFile:
-    """What was read: the signature, and the files beside it that hold weights (paths relative to it)."""
+    """What was read: the signature, the files beside it that hold weights (paths relative to it), and whether
+    the graph draws random numbers, so that equal inputs have unequal answers."""
 
     signature: Signature
     external_data: frozenset[str]
+    random: bool
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -85,7 +91,7 @@ def _read(model: onnx.ModelProto) -> OnnxFile:
     signature.batched = _batched(signature, inputs)
     _infer_task(signature, model)
     _apply_metadata(signature, {_text(prop.key): _text(prop.value) for prop in model.metadata_props})
-    return OnnxFile(signature, frozenset(_external_data(model)))
+    return OnnxFile(signature, frozenset(_external_data(model)), _random(model))
 
 
 def _unusable(message: str) -> InvalidArgument:
@@ -233,6 +239,20 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("a text is not UTF-8")  # noqa: TRY004 - wrong in the file, not in the code
     return value
+
+
+def _random(model: onnx.ModelProto) -> bool:
+    """Whether there is a random operator anywhere. A seed makes the runs of a session repeatable from its
+    start on, not one run like the next."""
+    return _draws(model.graph.node) or any(_draws(function.node) for function in model.functions)
+
+
+def _draws(nodes: Iterable[onnx.NodeProto]) -> bool:
+    return any(
+        node.op_type in _RANDOM
+        or any(_draws(inner.node) for item in node.attribute for inner in (item.g, *item.graphs))
+        for node in nodes
+    )
 
 
 def _external_data(model: onnx.ModelProto) -> Iterator[str]:

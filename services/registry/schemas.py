@@ -177,7 +177,8 @@ class FallbackIn(Input):
 
 
 class CacheIn(Input):
-    """Answers are kept for equal inputs. The owner states with it that they depend on nothing else."""
+    """Answers are kept for equal inputs. The owner states with it that they depend on nothing else; a version
+    whose tag `deterministic` is `false` (set where its file has random operators) is refused."""
 
     ttl_s: Annotated[FiniteFloat, Field(ge=0.001, le=30 * 86_400)]
     max_entry_bytes: Annotated[int, Field(ge=1, le=1 << 24)] = 1 << 16

@@ -16,6 +16,7 @@ from services.registry.artifacts import StoredVersion
 from services.registry.deployments import no_model
 from services.registry.repository import Repository
 from services.registry.schemas import ModelIn, ModelPatch, VersionIn, utc_us
+from services.registry.serving_config import DETERMINISTIC
 from services.registry.tables import AliasRow, ModelRow, VersionRow
 from services.registry.trials import end_trial
 
@@ -93,7 +94,7 @@ async def create_version(
         files=[{"path": f.path, "digest": f.digest, "size": f.size} for f in stored.files],
         metrics=dict(wanted.metrics),
         lineage=wanted.lineage.model_dump(),
-        tags=dict(wanted.tags),
+        tags=({DETERMINISTIC: "false"} if stored.random else {}) | wanted.tags,
         created_at=clock.now(),
         deleted_at=None,
     )

@@ -3,7 +3,7 @@ edited in place. No database; revisions are those of `deployments`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import cast
 
 from headrace.v1.control_pb2 import (
@@ -23,6 +23,10 @@ from services.common.errors import InvalidArgument
 from services.registry.buckets import BUCKETS, Range, allocate
 from services.registry.schemas import CacheIn, DeployIn, FallbackIn, ShadowIn, Share
 from services.registry.tables import DeploymentRow, VersionRow
+
+#: A tag of versions: "false" where the inputs alone do not make the answer. Set where a file has random
+#: operators and its owner says nothing else.
+DETERMINISTIC = "deterministic"
 
 
 def composed(
@@ -80,6 +84,18 @@ def chosen(
             raise InvalidArgument(f"variant {variant!r} stands twice", field=f"versions[{index}].variant")
         served.append(served_version(row, share.ten_thousandths, variant))
     return served
+
+
+def check_kept(rows: Iterable[VersionRow], field: str) -> None:
+    """Raises InvalidArgument, field `field`, where answers of one of `rows` must not be kept for equal
+    inputs."""
+    for row in rows:
+        if row.tags.get(DETERMINISTIC) == "false":
+            raise InvalidArgument(
+                f"answers of version {row.version!r} cannot be cached: its tag {DETERMINISTIC} is false, for"
+                " it gives equal inputs unequal answers",
+                field=field,
+            )
 
 
 def release(config: ServingConfig, needed: Collection[str]) -> None:

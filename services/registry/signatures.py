@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from headrace.v1.tensor_pb2 import DataType, Signature, Task, TensorSpec
 
@@ -21,8 +22,16 @@ _TOKENIZER_LIMIT = 256 << 20
 _ENCODER_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 
 
-def describe(files: Mapping[str, Path], backend: str, overrides: SignatureOverrides) -> tuple[str, Signature]:
-    """Backend and signature of the version made of `files` (path inside the version → file on disk).
+class Described(NamedTuple):
+    """What files come to. `random`: equal inputs have unequal answers."""
+
+    backend: str
+    signature: Signature
+    random: bool
+
+
+def describe(files: Mapping[str, Path], backend: str, overrides: SignatureOverrides) -> Described:
+    """Backend, signature and more of the version made of `files` (path inside the version → file on disk).
 
     An empty `backend` is chosen by what is there. Raises InvalidArgument: field `backend` for an unknown
     one, `files` for files that are missing, unknown or corrupt, `signature.…` for an override that
@@ -45,7 +54,7 @@ def describe(files: Mapping[str, Path], backend: str, overrides: SignatureOverri
     if backend == EMBEDDING:
         _check_tokenizer(files)
         signature = _embedding_signature(read.signature)
-    return backend, complete(signature, overrides)
+    return Described(backend, complete(signature, overrides), read.random)
 
 
 def complete(signature: Signature, overrides: SignatureOverrides) -> Signature:

@@ -16,7 +16,7 @@ from headrace.v1.control_pb2 import ApiKey, ServingConfig
 from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
 from services.common.topics import DEPLOYMENTS, KEYS
-from tests.fixtures.onnx_files import classifier, encoder, linear
+from tests.fixtures.onnx_files import classifier, encoder, linear, noisy
 from tests.fixtures.registry import Running, following, registry_settings, running_registry
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
@@ -195,6 +195,17 @@ async def test_a_cache_is_published_and_shown(running: Running) -> None:
     answer = await running.deploy("churn", {"1": 100}, cache={"ttl_s": 1.5})
     assert answer.json()["cache"] == {"ttl_s": 1.5, "max_entry_bytes": 65_536}
     assert (await running.deploy("churn", {"1": 100})).json()["cache"] is None
+
+
+async def test_answers_that_inputs_alone_do_not_make_are_not_cached(running: Running) -> None:
+    await running.make("churn", linear(weight=1), noisy())
+    shown = await running.rest.get("/v1/models/churn/versions/2")
+    assert shown.json()["tags"] == {"deterministic": "false"}
+    refused = await running.deploy("churn", {"1": 50, "2": 50}, cache={"ttl_s": 1.5})
+    assert (refused.status_code, refused.json()["field"]) == (422, "cache")
+    assert "'2'" in refused.json()["detail"]
+    assert (await running.deploy("churn", {"1": 50, "2": 50})).status_code == 200
+    assert (await running.deploy("churn", {"1": 100}, cache={"ttl_s": 1.5})).status_code == 200
 
 
 async def test_of_concurrent_deploys_from_one_revision_one_wins(running: Running) -> None:

@@ -34,7 +34,7 @@ def test_damage_is_refused_naming_the_files_or_harmless(cuts: list[tuple[int, in
 def outcome_of(path: Path) -> Signature | str | None:
     """The signature, whole enough to be stored and read again, or the field of the refusal."""
     try:
-        _backend, signature = describe({"model.onnx": path}, "", SignatureOverrides())
+        signature = describe({"model.onnx": path}, "", SignatureOverrides()).signature
     except InvalidArgument as refused:
         return refused.field
     assert signature.outputs

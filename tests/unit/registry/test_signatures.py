@@ -15,7 +15,7 @@ from services.common.errors import InvalidArgument
 from services.registry.onnx_file import read_onnx
 from services.registry.schemas import SignatureOverrides
 from services.registry.signatures import describe
-from tests.fixtures.onnx_files import classifier, encoder, linear, model_bytes, value
+from tests.fixtures.onnx_files import classifier, encoder, linear, model_bytes, noisy, value
 
 NOTHING = SignatureOverrides()
 
@@ -33,7 +33,8 @@ def described(
     for number, (name, content) in enumerate(files.items()):
         paths[name] = tmp_path / str(number)
         paths[name].write_bytes(content)
-    return describe(paths, backend, SignatureOverrides.model_validate(overrides))
+    made = describe(paths, backend, SignatureOverrides.model_validate(overrides))
+    return made.backend, made.signature
 
 
 def refused_field(tmp_path: Path, files: dict[str, bytes], backend: str = "", **overrides: Any) -> str | None:
@@ -49,6 +50,22 @@ def test_names_types_and_variable_dimensions(tmp_path: Path) -> None:
     assert (y.name, y.datatype, list(y.shape)) == ("y", DataType.DATA_TYPE_FP32, [-1, 1])
     assert signature.batched
     assert signature.task == Task.TASK_UNSPECIFIED
+
+
+def test_random_operators_are_found_wherever_they_are(tmp_path: Path) -> None:
+    def draws(content: bytes) -> bool:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(content)
+        return read_onnx(path).random
+
+    assert not draws(linear())
+    assert draws(noisy())
+    condition = value("c", TensorProto.BOOL, 1)
+    branch = onnx.load_model_from_string(noisy()).graph
+    del branch.input[:]
+    choice = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    x = value("x", TensorProto.FLOAT, "batch", 3)
+    assert draws(model_bytes([condition, x], [value("y", TensorProto.FLOAT, "batch", 3)], [choice]))
 
 
 @pytest.mark.parametrize(
