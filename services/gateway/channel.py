@@ -28,6 +28,9 @@ class Channel(Protocol):
     def usable(self) -> bool: ...
 
     @property
+    def silent(self) -> bool: ...
+
+    @property
     def in_flight(self) -> int: ...
 
     def submit_raw(

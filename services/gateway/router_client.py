@@ -82,14 +82,15 @@ class RouterClient:
         self._only = self._channels[0] if len(self._channels) == 1 else None
 
     def pick(self, tried: Cancellable | None = None) -> Channel:
-        """The usable channel with the least in flight, other than `tried`. Raises Unavailable."""
+        """The usable channel with the least in flight, other than `tried`; a silent one only where all
+        are. Raises Unavailable."""
         only = self._only
         if only is not None and tried is None and only.usable:
             return only
         usable = [channel for channel in self._channels if channel.usable and channel is not tried]
         if not usable:
             raise Unavailable("No router can be reached.", retry_after_ms=1000)
-        return min(usable, key=_in_flight)
+        return min(usable, key=_load)
 
     @property
     def usable(self) -> bool:
@@ -169,5 +170,5 @@ def failure(reply: SealedReply) -> HeadraceError:
     return error_of(reply.code, message, field=reply.field, retry_after_ms=retry_ms)
 
 
-def _in_flight(channel: Channel) -> int:
-    return channel.in_flight
+def _load(channel: Channel) -> tuple[bool, int]:
+    return channel.silent, channel.in_flight

@@ -120,6 +120,12 @@ class FrameCalls:
         return self._keeper.last_error
 
     @property
+    def silent(self) -> bool:
+        """Whether the peer was asked if it lives, and has said nothing since: better ask another."""
+        connection = self._connection
+        return connection is not None and connection.silent
+
+    @property
     def in_flight(self) -> int:
         """Submitted and not yet answered, refused or cancelled."""
         return len(self._pending)

@@ -48,6 +48,11 @@ class Connection(Protocol):
         """Whether a message would not only be queued behind another."""
         ...
 
+    @property
+    def silent(self) -> bool:
+        """Whether the peer was asked if it lives, and has said nothing since."""
+        ...
+
     def send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
         ...

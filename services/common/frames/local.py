@@ -75,6 +75,11 @@ class LocalConnection:
         """Whether the server is still there."""
         return not self._stream.closed
 
+    @property
+    def silent(self) -> bool:
+        """Where it stands still, so do we."""
+        return False
+
     def send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Hand one message over; only while `can_send`, and at the end of a turn."""
         self._stream.take(parts, size)

@@ -176,6 +176,11 @@ class Outbound(asyncio.Protocol):
             and self._stream_window > 0
         )
 
+    @property
+    def silent(self) -> bool:
+        """Whether the peer was asked if it lives, and has said nothing since."""
+        return self._ping_sent_at is not None
+
     def _send_message(self, parts: Collection[Buffer], size: int) -> None:
         """Send the message made of `parts`, `size` bytes in all. Only while `can_send`."""
         total = size + PREFIX_BYTES

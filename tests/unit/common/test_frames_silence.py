@@ -103,8 +103,10 @@ async def test_a_frozen_peer_is_given_up_after_seven_seconds(silence: Silence) -
     silence.ask()
     silence.hands.turn(1.9)
     assert silence.pings == 0
+    assert not silence.connection.silent
     silence.hands.turn(0.2)
     assert silence.pings == 1
+    assert silence.connection.silent
     silence.hands.turn(4.8)
     assert not silence.cable.aborted
     silence.hands.turn(0.2)

@@ -32,6 +32,7 @@ class Channel:
     def __init__(self, in_flight: int = 0, *, usable: bool = True) -> None:
         self.in_flight = in_flight
         self.usable = usable
+        self.silent = False
         self.callbacks: dict[int, OnReply] = {}
         self.requests: list[PredictRequest] = []
 
@@ -90,6 +91,16 @@ def begun(
     call.body = b'{"model": "cancer", "inputs": [[1, 2, 3]]}'
     service.begin(call)
     return call
+
+
+def test_a_silent_router_is_picked_only_where_all_are() -> None:
+    frozen, busy = Channel(0), Channel(100)
+    client = RouterClient([frozen, busy])
+    frozen.silent = True
+    assert client.pick() is busy
+    assert client.pick(tried=busy) is frozen
+    busy.silent = True
+    assert client.pick() is frozen
 
 
 def test_the_least_loaded_usable_router_is_picked() -> None:

@@ -79,7 +79,7 @@ async def test_it_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) 
         slept.append(delay)
         return timeout(0.0)
 
-    monkeypatch.setattr(openai_steps.asyncio, "timeout", noting)
+    monkeypatch.setattr("services.gateway.jobs.openai_steps.asyncio.timeout", noting)
     task = asyncio.create_task(steps(Away()).running())
     for _ in range(200):
         await asyncio.sleep(0)
