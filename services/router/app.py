@@ -19,9 +19,10 @@ from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.tasks import ended
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
+from services.common.unary import serve_unary
 from services.router.dispatch import Dispatcher, GatewayConnection
 from services.router.endpoints import Endpoints
-from services.router.grpc_server import serve_grpc
+from services.router.grpc_server import RoutedUnary
 from services.router.metrics import RouterMetrics
 from services.router.prediction_log import HitLog, RefusalLog
 from services.router.result_cache import ResultCache
@@ -149,9 +150,8 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         stack.push_async_callback(server.close)
         frames_port = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
-            serve_grpc(
-                dispatcher,
-                clock,
+            serve_unary(
+                RoutedUnary(dispatcher, clock),
                 cfg.host,
                 cfg.grpc_port,
                 cfg.internal_token,

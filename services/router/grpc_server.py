@@ -1,21 +1,16 @@
-"""Unary `Predict`, health and reflection by grpcio, for callers that have one request at a time."""
+"""Unary `Predict`, for callers that have one request at a time."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager
 
-import grpc
-from headrace.v1 import dataplane_pb2, dataplane_pb2_grpc
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
-from services.common import grpc_serving
 from services.common.clock import Clock
 from services.common.ids import new_id
+from services.common.unary import UnaryDataPlane
 from services.router.call import Call
 from services.router.dispatch import Dispatcher
-
-_SERVICE = dataplane_pb2.DESCRIPTOR.services_by_name["DataPlane"].full_name
 
 
 class _Waiter:
@@ -36,21 +31,15 @@ class _Waiter:
         self.answer(call, answer)
 
 
-class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
-    """`Predict` answers with a reply that carries its code, as a frame's item would; the stream is served on
-    an address of its own."""
+class RoutedUnary(UnaryDataPlane):
+    """Routes what it is asked as it does what comes in frames."""
 
     def __init__(self, dispatcher: Dispatcher, clock: Clock) -> None:
         self._dispatcher = dispatcher
         self._clock = clock
 
-    async def Predict(  # noqa: N802 - the name in the contract
-        self, request: PredictRequest, context: grpc.aio.ServicerContext[PredictRequest, PredictReply]
-    ) -> PredictReply:
-        """Raises nothing. The call's own deadline holds where the request carries none."""
-        remaining = context.time_remaining()
-        if remaining is not None and not request.timeout_us:
-            request.timeout_us = max(1, int(remaining * 1e6))
+    async def answer(self, request: PredictRequest) -> PredictReply:
+        """Part of UnaryDataPlane."""
         if len(request.request_id) != 16:
             request.request_id = new_id()
         if not request.received_at_us:
@@ -64,22 +53,3 @@ class UnaryDataPlane(dataplane_pb2_grpc.DataPlaneServicer):
         except asyncio.CancelledError:
             call.cancel()
             raise
-
-
-def serve_grpc(
-    dispatcher: Dispatcher,
-    clock: Clock,
-    host: str,
-    port: int,
-    token: str,
-    *,
-    drain_s: float,
-    reuse_port: bool = False,
-) -> AbstractAsyncContextManager[int]:
-    """Serve while the block runs; gives the bound port. Raises Fatal where the port is taken."""
-
-    def add(server: grpc.aio.Server) -> None:
-        add_dataplane = dataplane_pb2_grpc.add_DataPlaneServicer_to_server
-        add_dataplane(UnaryDataPlane(dispatcher, clock), server)  # type: ignore[no-untyped-call]  # generated
-
-    return grpc_serving.serve_grpc(_SERVICE, add, (host, port), token, drain_s=drain_s, reuse_port=reuse_port)

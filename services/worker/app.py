@@ -22,6 +22,7 @@ from services.common.objects import ArtifactStore
 from services.common.tasks import ended
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS
+from services.common.unary import serve_unary
 from services.worker.artifacts import ArtifactCache
 from services.worker.backends.port import BackendOptions
 from services.worker.batch.app import BatchOptions, BatchWorker, OpenChunks, kafka_chunks
@@ -29,7 +30,7 @@ from services.worker.batch.metrics import BatchMetrics
 from services.worker.batch.work import WorkOptions
 from services.worker.batch_queue import BatchPolicy
 from services.worker.desired import Defaults, Deployments
-from services.worker.grpc_server import serve_grpc
+from services.worker.grpc_server import BatchedUnary
 from services.worker.heartbeat import Heartbeat
 from services.worker.loaded_model import Serving
 from services.worker.loading import LoadOptions, VersionLoader
@@ -117,8 +118,13 @@ async def worker_app(
         stack.push_async_callback(server.close)
         frames_port, frames_address = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
-            serve_grpc(
-                servicer, cfg.host, cfg.grpc_port, cfg.internal_token, drain_s=1.0, reuse_port=cfg.reuse_port
+            serve_unary(
+                BatchedUnary(servicer),
+                cfg.host,
+                cfg.grpc_port,
+                cfg.internal_token,
+                drain_s=1.0,
+                reuse_port=cfg.reuse_port,
             )
         )
         registry = CollectorRegistry()
