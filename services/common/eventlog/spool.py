@@ -126,6 +126,25 @@ class Spool:
         """
         if len(buffers) > _MAX_BUFFERS:
             buffers = [b"".join(buffers)]
+        try:
+            segment = self._write(buffers, size)
+        except ResourceExhausted:
+            if not self._make_room():
+                raise
+            segment = self._write(buffers, size)
+        segment.size += size
+        self.pending_bytes += size
+        self.pending_events += len(events)
+        if self._keeping:
+            self._kept.extend(events)
+            self._kept_bytes += size
+            if self._kept_bytes > KEPT_BYTES:
+                self._kept.clear()
+                self._kept_bytes = 0
+                self._keeping = False
+
+    def _write(self, buffers: Sequence[bytes], size: int) -> Segment:
+        """The segment at whose end `buffers` are now. Raises as `append`."""
         segment = self._segments[-1]
         try:
             if segment.size >= self._segment_bytes:
@@ -143,16 +162,20 @@ class Spool:
         if written != size:
             self._cut(segment)
             raise ResourceExhausted("the disk of the event log is full", retry_after_ms=1000)
-        segment.size += size
-        self.pending_bytes += size
-        self.pending_events += len(events)
-        if self._keeping:
-            self._kept.extend(events)
-            self._kept_bytes += size
-            if self._kept_bytes > KEPT_BYTES:
-                self._kept.clear()
-                self._kept_bytes = 0
-                self._keeping = False
+        return segment
+
+    def _make_room(self) -> bool:
+        """Whether there may be room now: a segment of which all was published makes way for an empty one."""
+        last = self._segments[-1]
+        if self.pending_events or not last.size:
+            return False
+        try:
+            self._begin(last.number + 1)
+        except OSError:
+            return False
+        self._skip_read_segments()
+        self._cursor.write(self._segments[0].number, self._offset)
+        return True
 
     def set_aside(self, record: Record) -> None:
         """Keep `record` in the file `refused`, framed as an event, for a person to look at. Blocking."""

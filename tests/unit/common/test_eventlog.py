@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 import sys
@@ -313,6 +314,39 @@ async def test_a_write_cut_short_by_a_full_disk_is_taken_back(
         assert os.writev is whole
         log.append(b"k", b"second")
     assert arrived(bus) == [b"first", b"second"]
+
+
+async def test_what_was_published_makes_room_on_a_full_disk(
+    tmp_path: Path, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.writev
+
+    def within_3000_bytes(fd: int, buffers: Sequence[bytes]) -> int:
+        if sum(path.stat().st_size for path in segments(tmp_path)) + sum(map(len, buffers)) > 3000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(fd, buffers)
+
+    monkeypatch.setattr(os, "writev", within_3000_bytes)
+    values = [b"%d" % n * 2000 for n in range(5)]
+    async with opened(tmp_path, bus) as log:
+        log.append(b"k", values[0])
+        with pytest.raises(ResourceExhausted):
+            log.append(b"k", values[1])  # nothing was published yet
+        for count, value in enumerate(values[1:], 1):
+            await eventually(lambda: log.pending_records == 0)
+            log.append(b"k", value)
+            assert len(segments(tmp_path)) == 1, count
+    assert arrived(bus) == values
+    # What a crash leaves in such a moment is read on as ever.
+    bus.away = True
+    last = new_log(tmp_path, bus)
+    await last.start()
+    last.append(b"k", b"kept")
+    await last.close(CLOCK.monotonic())
+    bus.away = False
+    async with opened(tmp_path, bus):
+        pass
+    assert arrived(bus) == [*values, b"kept"]
 
 
 async def test_an_unreadable_cursor_repeats_rather_than_loses(tmp_path: Path, bus: MemoryBus) -> None:
