@@ -15,13 +15,13 @@ from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, oip, openai, v2
 from services.gateway.codecs.compiled import JSON
 from services.gateway.codecs.infer_forms import named, names_of, request_form
-from services.gateway.codecs.rows_body import decode_rows, with_context
+from services.gateway.codecs.rows_body import LONG_BODY_BYTES, decode_long, decode_rows, with_context
 from services.gateway.codecs.trailers import trailers
 from services.gateway.datatypes import BYTES
 from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.infer_plans import InferPlan
 from services.gateway.keys import Key
-from services.gateway.plans import plan_of
+from services.gateway.plans import Plan, plan_of
 from services.gateway.targets import Dialect, Target
 from services.gateway.v2_plans import V2Plan
 
@@ -83,6 +83,10 @@ class NativeSpeaker(_Speaker):
     """`/v1/predict` and `/v1/models/{model}/predict`."""
 
     def quick(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        if len(call.body) >= LONG_BODY_BYTES:
+            long = self._long(call, key, received_at_us)
+            if long is not None:
+                return long
         head = call.head
         if head.odd >= _ODD_BODIES:
             return None
@@ -91,17 +95,9 @@ class NativeSpeaker(_Speaker):
             head.odd += 1
             return None
         head.odd = 0
-        name, named = body.model, head.target.model
-        if named and (name and name != named):
+        plan = self._plan(call, key, body.model)
+        if plan is None:
             return None
-        name = named or name
-        plan = key.plans.get(name)
-        model = self._catalogue.find(name)
-        if plan is None or plan.model is not model:
-            plan = plan_of(key, model) if model is not None else None
-            if plan is None:
-                return None
-            key.plans[name] = plan
         rows, row = body.inputs, body.input
         if row is not None:
             if rows is not None or not plan.takes_single_rows:
@@ -114,11 +110,51 @@ class NativeSpeaker(_Speaker):
             request = with_context(request, body)
         if request is None:
             return None
-        call.model = model
+        call.model = plan.model
         call.single = row is not None
         if len(rows) == 1:
             call.plan = plan
         return request
+
+    def _long(self, call: Call, key: Key, received_at_us: int) -> bytes | None:
+        """The same of a body with many numbers."""
+        raw = bytes(call.body)
+        found = decode_long(raw)
+        if found is None:
+            return None
+        body, start, end = found
+        plan = self._plan(call, key, body.model)
+        if plan is None:
+            return None
+        made = plan.rows.packed(raw, start, end, call.request_id, received_at_us, body.user_id)
+        if made is None:
+            return None
+        packed, tensors, rows = made
+        request: bytes | None = packed
+        if body.session_id is not None or body.attributes is not None:
+            request = with_context(request, body)
+        if request is None:
+            return None
+        call.model = plan.model
+        call.tensors = tensors
+        if rows == 1:
+            call.plan = plan
+        return request
+
+    def _plan(self, call: Call, key: Key, name: str) -> Plan | None:
+        """The plan for the model that body and path name; None where they disagree, or there is none."""
+        named = call.head.target.model
+        if named and (name and name != named):
+            return None
+        name = named or name
+        plan = key.plans.get(name)
+        model = self._catalogue.find(name)
+        if plan is None or plan.model is not model:
+            plan = plan_of(key, model) if model is not None else None
+            if plan is None:
+                return None
+            key.plans[name] = plan
+        return plan
 
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         body = native.decode_body(call.body)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from unittest.mock import patch
 
 import msgspec
 import pytest
+from headrace.v1.tensor_pb2 import Signature, TensorSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.codecs import numbers
-from services.gateway.codecs.numbers import packed_numbers
+from services.common.errors import HeadraceError
+from services.gateway.codecs import numbers, tensors
+from services.gateway.codecs.numbers import packed_numbers, packed_rows
 from services.gateway.datatypes import BY_NAME, Datatype
+from services.gateway.signature import compile_signature
 
 FP32, FP64 = BY_NAME["FP32"], BY_NAME["FP64"]
 _decoder = msgspec.json.Decoder(list[float])
@@ -91,3 +95,48 @@ def test_types_that_are_no_floats_are_left() -> None:
     assert in_pieces(BY_NAME["INT64"], b"[1,2,3]") is None
     assert in_pieces(BY_NAME["FP16"], b"[1,2,3]") is None
     assert in_pieces(BY_NAME["BF16"], b"[1,2,3]") is None
+
+
+def nested(shape: tuple[int, ...], items: list[str]) -> str:
+    if not shape:
+        return items[0]
+    size = len(items) // shape[0]
+    return f"[{','.join(nested(shape[1:], items[at : at + size]) for at in range(0, len(items), size))}]"
+
+
+@given(
+    st.lists(st.integers(1, 3), min_size=2, max_size=4),
+    st.lists(st.sampled_from(["1", " -2.5", "1e3 ", "\n0.25\t"]), min_size=1, max_size=5),
+    st.none()
+    | st.tuples(st.integers(0, 400), st.sampled_from([*"[],1 ", "], [", "null", ""]), st.integers(0, 3)),
+)
+def test_rows_of_lists_are_those_of_the_ordinary_parser(
+    sizes: list[int], items: list[str], wrong: tuple[int, str, int] | None
+) -> None:
+    shape = tuple(sizes)
+    text = nested(shape, (items * 81)[: math.prod(shape)])
+    if wrong is not None:
+        at = wrong[0] % (len(text) + 1)
+        text = text[:at] + wrong[1] + text[at + wrong[2] :]
+    raw = text.encode()
+    packed = packed_rows(FP32, (-1, *shape[1:]), b" " + raw + b" ", 1, 1 + len(raw))
+    spec = compile_signature(
+        Signature(
+            inputs=[TensorSpec(name="x", datatype=FP32.number, shape=(-1, *shape[1:]))],
+            outputs=[TensorSpec(name="y", datatype=FP32.number, shape=[-1])],
+            batched=True,
+        )
+    ).inputs[0]
+    with patch.object(tensors, "LONG_BYTES", 1 << 30):
+        try:
+            expected = tensors.tensor_from_json(spec, raw, "inputs")
+        except HeadraceError:
+            assert packed is None
+            return
+    assert packed == (expected.shape[0], expected.data)
+    assert packed_rows(FP32, (expected.shape[0] + 1, *shape[1:]), raw, 0, len(raw)) is None
+
+
+@pytest.mark.parametrize("shape", [(-1,), (3,), (-1, -1), (-1, 0)])
+def test_rows_of_no_fixed_size_are_left(shape: tuple[int, ...]) -> None:
+    assert packed_rows(FP32, shape, b"[[1,2,3]]", 0, 9) is None

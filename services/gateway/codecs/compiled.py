@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from headrace.v1.dataplane_pb2 import PredictRequest, SealedReply
 from headrace.v1.tensor_pb2 import Tensor
 from numpy.typing import NDArray
 
+from services.common.frames.detached import LARGE_BYTES, Buffer
+from services.gateway.codecs.numbers import packed_rows
 from services.gateway.signature import InputSpec, ModelSignature, OutputSpec
 
 #: The line that says what JSON is.
@@ -36,41 +39,78 @@ _frombuffer, _dumps, _NUMPY = np.frombuffer, orjson.dumps, orjson.OPT_SERIALIZE_
 
 
 class RowsRequest:
-    """Requests of one key to one model."""
+    """Requests of one key to one model. `spec` takes rows of a fixed number of floats; `row` packs one where
+    it is a list of them."""
 
-    __slots__ = ("_constant", "_heads", "_one", "_one_head", "_row", "_rows_allowed", "_spec")
+    __slots__ = (
+        "_constant",
+        "_heads",
+        "_one",
+        "_one_head",
+        "_row",
+        "_row_bytes",
+        "_rows_allowed",
+        "_spec",
+    )
 
-    def __init__(self, spec: InputSpec, row: struct.Struct, model: str, key_id: str) -> None:
+    def __init__(self, spec: InputSpec, row: struct.Struct | None, model: str, key_id: str) -> None:
         self._spec = spec
         self._row = row
+        self._row_bytes = prod(spec.shape[1:]) * spec.datatype.itemsize
         self._rows_allowed = spec.shape[0]
         self._constant = PredictRequest(model=model, key_id=key_id).SerializeToString()
         self._heads: dict[int, bytes] = {}
-        self._one = struct.Struct(row.format + "2s16scQ")
-        self._one_head = self._head(1) if spec.shape[0] in (-1, 1) else b""
+        self._one = struct.Struct((row.format if row is not None else "<") + "2s16scQ")
+        self._one_head = (
+            self._constant + self._head(1) if row is not None and spec.shape[0] in (-1, 1) else b""
+        )
 
     def serialized(
         self, rows: list[list[float]], request_id: bytes, received_at_us: int, user_id: str | int | None
     ) -> bytes | None:
         """The request, without what its frame adds; None where rows or user do not fit."""
+        row = self._row
         try:
             if len(rows) == 1 and self._one_head:
                 # The row and what follows it, in one go.
                 packed = self._one.pack(*rows[0], _REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
                 request = self._one_head + packed
-            elif rows and self._rows_allowed in (-1, len(rows)):
-                pack = self._row.pack
-                parts = [pack(*row) for row in rows]
+            elif row is not None and rows and self._rows_allowed in (-1, len(rows)):
+                pack = row.pack
+                parts = [pack(*one) for one in rows]
                 tail = _TAIL.pack(_REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
-                request = b"".join((self._head_of(len(rows)), *parts, tail))
+                request = b"".join((self._constant, self._head_of(len(rows)), *parts, tail))
             else:
                 return None
         except (struct.error, OverflowError):
             return None
-        if user_id is None:
-            return request
-        unit = str(user_id).encode()
-        return request + UNITS[len(unit)] + unit if len(unit) < 128 else None
+        return _with_unit(request, user_id)
+
+    def packed(
+        self,
+        text: bytes,
+        start: int,
+        end: int,
+        request_id: bytes,
+        received_at_us: int,
+        user_id: str | int | None,
+    ) -> tuple[bytes, tuple[Buffer, ...] | None, int] | None:
+        """The same of the rows that `text[start:end]` lists, what of them stands apart before it, and how
+        many they are."""
+        spec = self._spec
+        found = packed_rows(spec.datatype, spec.shape, text, start, end)
+        if found is None:
+            return None
+        rows, data = found
+        tail = _TAIL.pack(_REQUEST_ID, request_id, _RECEIVED_AT, received_at_us)
+        head = self._head_of(rows)
+        large = len(data) >= LARGE_BYTES
+        request = _with_unit(
+            b"".join((self._constant, tail) if large else (self._constant, head, data, tail)), user_id
+        )
+        if request is None:
+            return None
+        return request, (head, data) if large else None, rows
 
     def _head_of(self, rows: int) -> bytes:
         head = self._heads.get(rows)
@@ -81,16 +121,26 @@ class RowsRequest:
         return head
 
     def _head(self, rows: int) -> bytes:
-        """Everything before the numbers of `rows` rows."""
-        spec = self._spec
-        head = tensor_head(spec.name, spec.datatype.number, (rows, spec.width), rows * self._row.size)
-        return self._constant + _INPUTS + varint(len(head) + rows * self._row.size) + head
+        """What stands before the numbers of `rows` rows."""
+        spec, size = self._spec, rows * self._row_bytes
+        head = tensor_head(spec.name, spec.datatype.number, (rows, *spec.shape[1:]), size)
+        return _INPUTS + varint(len(head) + size) + head
+
+
+def _with_unit(request: bytes, user_id: str | int | None) -> bytes | None:
+    """`request` for its user; None where the name is long."""
+    if user_id is None:
+        return request
+    unit = str(user_id).encode()
+    return request + UNITS[len(unit)] + unit if len(unit) < len(UNITS) else None
 
 
 def compile_request(signature: ModelSignature, model: str, key_id: str) -> RowsRequest | None:
     """For models of one input that takes rows of a fixed number of floats; None for others."""
     spec = signature.inputs[0]
-    if len(signature.inputs) != 1 or spec.row is None or spec.datatype.python is not float:
+    if len(signature.inputs) != 1 or spec.datatype.python is not float or not spec.datatype.code:
+        return None
+    if len(spec.shape) < 2 or min(spec.shape[1:]) < 1:
         return None
     return RowsRequest(spec, spec.row, model, key_id)
 

@@ -1,13 +1,16 @@
-"""Long flat lists of numbers in JSON, packed without a Python object for each.
+"""Long lists of numbers in JSON, packed without a Python object for each.
 
 What makes objects takes 45 ns a number and holds the interpreter for the whole list. simdjson takes 14, and
-is given a piece at a time, so that an image of 150,528 numbers keeps other threads waiting for 0.1 ms, not 8.
-It only ever says what the numbers are: where it finds anything else, or a number that it does not read, the
-ordinary parser reads the list and finds the words for what is wrong.
+is given a flat list a piece at a time, so that an image of 150,528 numbers keeps other threads waiting for
+0.1 ms, not 8; lists in lists it reads in one piece, in 2 ms. It only ever says what the numbers are: where it
+finds anything else, or a number that it does not read, the ordinary parser reads the list and finds the words
+for what is wrong.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from math import prod
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +24,8 @@ LONG_BYTES: Final = 1024
 _PIECE_BYTES: Final = 32 << 10
 _OPEN, _CLOSE = b"["[0], b"]"[0]
 _SPACE = b" \t\r\n"
+#: What numbers and the space around them are written with.
+_WRITTEN = b"0123456789.-+eE" + _SPACE
 _DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "FP64": np.dtype("<f8")}
 _PARSED: np.dtype[Any] = _DTYPES["FP64"]
 
@@ -45,7 +50,7 @@ def packed_numbers(datatype: Datatype, text: bytes, start: int, end: int) -> byt
     pieces: list[bytes] = []
     while True:
         cut = text.find(b",", at + _PIECE_BYTES, last)
-        piece = _packed_piece(parser, text[at : last if cut < 0 else cut], dtype)
+        piece = _packed_piece(parser, b"[%b]" % text[at : last if cut < 0 else cut], dtype)
         if piece is None:
             return None
         pieces.append(piece)
@@ -54,10 +59,41 @@ def packed_numbers(datatype: Datatype, text: bytes, start: int, end: int) -> byt
         at = cut + 1
 
 
+def packed_rows(
+    datatype: Datatype, shape: tuple[int, ...], text: bytes, start: int, end: int
+) -> tuple[int, bytes] | None:
+    """The lists in lists `text[start:end]` as rows of `shape`, of which only the first size may be -1: how
+    many rows there are, and their numbers as `packed_numbers` packs them. None as there, and for another
+    shape."""
+    dtype = _DTYPES.get(datatype.name)
+    elements = prod(shape[1:])
+    if dtype is None or len(shape) < 2 or min(shape[1:]) < 1:
+        return None
+    lists = text[start:end]
+    data = _packed_piece(simdjson.Parser(), lists, dtype)
+    if data is None:
+        return None
+    rows, rest = divmod(len(data), elements * datatype.itemsize)
+    if rest or shape[0] not in (-1, rows):
+        return None
+    # simdjson says what the numbers are and that this is JSON, this that they stand where they should.
+    row = _brackets(shape[1:])
+    if lists.translate(None, _WRITTEN) != b"[%b%b]" % (row, (b"," + row) * (rows - 1)):
+        return None
+    return rows, data
+
+
+@lru_cache(maxsize=16)
+def _brackets(shape: tuple[int, ...]) -> bytes:
+    """Brackets and commas of lists of `shape`."""
+    inner = _brackets(shape[1:]) if len(shape) > 1 else b""
+    return b"[" + b",".join([inner] * shape[0]) + b"]"
+
+
 def _packed_piece(parser: simdjson.Parser, text: bytes, dtype: np.dtype[Any]) -> bytes | None:
-    """The numbers `text`, with commas between them."""
+    """All numbers of the list `text`, and of the lists in it."""
     try:
-        found = parser.parse(b"[%b]" % text)
+        found = parser.parse(text)
         if not isinstance(found, simdjson.Array):
             return None
         numbers: NDArray[Any] = np.frombuffer(found.as_buffer(of_type="d"), dtype=_PARSED)

@@ -24,7 +24,23 @@ class RowsBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     attributes: dict[str, Any] | None = None
 
 
+class LongBody(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """The same with many rows, `inputs` still JSON."""
+
+    inputs: msgspec.Raw
+    model: str = ""
+    user_id: str | int | None = None
+    session_id: str | int | None = None
+    attributes: dict[str, Any] | None = None
+
+
 _body = msgspec.json.Decoder(RowsBody)
+_long_body = msgspec.json.Decoder(LongBody)
+#: From so many bytes on a body is long. What of it are no rows is short.
+LONG_BODY_BYTES = 4096
+_MAX_REST = 4096
+#: Stands for rows while the rest is parsed.
+_STAND_IN = b'["rows"]'
 
 
 def decode_rows(raw: bytes | bytearray) -> RowsBody | None:
@@ -35,7 +51,28 @@ def decode_rows(raw: bytes | bytearray) -> RowsBody | None:
         return None
 
 
-def with_context(request: bytes | None, body: RowsBody) -> bytes | None:
+def decode_long(raw: bytes) -> tuple[LongBody, int, int] | None:
+    """The rest of a long body, and where the list of its rows begins and ends, if what stands there is a list
+    at all; None where it is something else.
+
+    A JSON value may be exchanged for another without a say in how the rest is read. So the rest is parsed
+    with another list in the place of the rows, and that must be what `inputs` is then."""
+    start = raw.find(b"[", raw.find(b'"inputs"'))
+    quote = raw.find(b'"', start)
+    end = raw.rfind(b"]", start, quote if quote >= 0 else len(raw)) + 1
+    if start < 0 or end <= start or len(raw) - (end - start) > _MAX_REST:
+        return None
+    rest = raw[:start] + _STAND_IN + raw[end:]
+    if rest.count(_STAND_IN) != 1:
+        return None
+    try:
+        body = _long_body.decode(rest)
+    except _MISFITS:
+        return None
+    return (body, start, end) if bytes(body.inputs) == _STAND_IN else None
+
+
+def with_context(request: bytes | None, body: RowsBody | LongBody) -> bytes | None:
     """`request` with the session and the attributes of its body; None where they do not fit."""
     if request is None:
         return None

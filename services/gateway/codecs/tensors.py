@@ -17,7 +17,7 @@ from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument, MalformedBody
 from services.gateway.codecs.explain import explain, explain_flat, right_types
-from services.gateway.codecs.numbers import LONG_BYTES, packed_numbers
+from services.gateway.codecs.numbers import LONG_BYTES, packed_numbers, packed_rows
 from services.gateway.datatypes import BF16, BYTES, Datatype
 from services.gateway.signature import InputSpec
 
@@ -52,6 +52,12 @@ def tensor_from_json(spec: InputSpec, raw: bytes | msgspec.Raw, path: str) -> Te
     """The nested lists `raw` as the tensor `spec`. Raises InvalidArgument naming the element under `path`
     (`inputs[3][7]`), MalformedBody for what is not JSON."""
     row = spec.row
+    text = memoryview(raw)
+    if len(text) >= LONG_BYTES:
+        packed = packed_rows(spec.datatype, spec.shape, bytes(text), 0, len(text))
+        if packed is not None:
+            shape = (packed[0], *spec.shape[1:])
+            return Tensor(name=spec.name, datatype=spec.datatype.number, shape=shape, data=packed[1])
     try:
         value = spec.decoder.decode(raw)
         if row is not None and value and spec.shape[0] in (-1, len(value)):

@@ -18,7 +18,7 @@ from services.common.errors import InvalidArgument
 from services.gateway.catalogue import served_model
 from services.gateway.codecs import native
 from services.gateway.codecs.compiled import compile_answer, compile_request
-from services.gateway.codecs.rows_body import decode_rows, with_context
+from services.gateway.codecs.rows_body import decode_long, decode_rows, with_context
 from services.gateway.signature import ModelSignature, compile_signature
 
 FP32, FP64, INT64 = DataType.DATA_TYPE_FP32, DataType.DATA_TYPE_FP64, DataType.DATA_TYPE_INT64
@@ -194,3 +194,78 @@ def test_models_of_another_form_have_no_plan() -> None:
     shape = served_model(config).default.signature
     assert compile_request(shape, "m", "k") is None
     assert compile_answer("m", "1", "", shape) is None
+
+
+def long_body(rows: list[Any], **more: Any) -> bytes:
+    return orjson.dumps({"model": "m", "inputs": rows, **more})
+
+
+@pytest.mark.parametrize(
+    ("more", "other"),
+    [({"user_id": "u"}, b""), ({"session_id": 3, "attributes": {"a": 1}}, b""), ({}, b'"user_id":"[1]",')],
+)
+def test_long_bodies_are_what_the_ordinary_way_reads(more: dict[str, Any], other: bytes) -> None:
+    shape = SIGNATURES["label and probabilities"]
+    compiled = compile_request(shape, "m", "k")
+    assert compiled is not None
+    for rows in (1, 400, 3000):
+        raw = long_body([[row, 0.5, -1e-3] for row in range(rows)], **more).replace(b"{", b"{" + other, 1)
+        found = decode_long(raw)
+        assert found is not None
+        body, start, end = found
+        made = compiled.packed(raw, start, end, ID, 5, body.user_id)
+        assert made is not None
+        request, apart, count = made
+        assert count == rows
+        assert (apart is not None) == (rows == 3000)
+        full = with_context(request, body)
+        assert full is not None
+        quick = PredictRequest.FromString(b"".join((*(apart or ()), full)))
+        ordinary = PredictRequest(model="m", key_id="k", request_id=ID, received_at_us=5)
+        native.fill_request(ordinary, shape, native.decode_body(raw))
+        assert quick == ordinary
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b'{"inputs"',
+        b'{"inputs":[[1,2,3]',
+        b'{"inputs":[[1,2,3]],"inputs":[[4,5,6]]}',
+        b'{"inputs":[[1,2,3]],"input":[1,2,3]}',
+        b'{"inputs":[[1,2,3]],"note":1}',
+        b'{"inputs":{"x":[[1,2,3]]}}',
+        b'{"inputs":[{"a":1}]}',
+        b'{"inputs":["rows"],"user_id":"1"}',
+        b'{"user_id":"inputs","attributes":{"inputs":[[4,5,6]]}}',
+        b'{"user_id":"inputs","inputs":3}',
+        b'{"inputs":[[1,2,3]],"user_id":"' + b"u" * 5000 + b'"}',
+    ],
+)
+def test_long_bodies_of_another_form_are_left(raw: bytes) -> None:
+    found = decode_long(raw)
+    if found is not None:  # what is no list of rows is left by who packs them
+        compiled = compile_request(SIGNATURES["a value"], "m", "k")
+        assert compiled is not None
+        assert compiled.packed(raw, found[1], found[2], ID, 5, None) is None
+
+
+def test_long_users_and_rows_of_images() -> None:
+    shape = compile_signature(
+        Signature(
+            inputs=[TensorSpec(name="x", datatype=FP32, shape=[-1, 2, 2])],
+            outputs=[TensorSpec(name="y", datatype=FP32, shape=[-1])],
+            batched=True,
+        )
+    )
+    compiled = compile_request(shape, "m", "k")
+    assert compiled is not None
+    text = b"[[[1,2],[3,4]],[[5,6],[7,8]]]"
+    made = compiled.packed(text, 0, len(text), ID, 5, "u" * 127)
+    assert made is not None
+    request = PredictRequest.FromString(made[0])
+    assert (list(request.inputs[0].shape), request.unit) == ([2, 2, 2], "u" * 127)
+    assert struct.unpack("<8f", request.inputs[0].data) == (1, 2, 3, 4, 5, 6, 7, 8)
+    assert compiled.packed(text, 0, len(text), ID, 5, "u" * 128) is None
+    assert compiled.serialized([[1.0, 2.0]], ID, 5, None) is None
