@@ -177,6 +177,17 @@ def test_transfer_codings_that_nobody_here_undoes(
     assert len(gateway.running.router.requests) == before
 
 
+@pytest.mark.parametrize("more", [(), (b"Connection: keep-alive",)])
+def test_chunks_in_http_1_0_are_the_last_of_their_connection(
+    gateway: GatewayThread, more: tuple[bytes, ...]
+) -> None:
+    """Whoever passed them on may have known nothing of chunks (RFC 9112, 6.1)."""
+    raw = message(CHUNKED, *more, body=CHUNKS, start=b"POST /v1/predict HTTP/1.0")
+    received = gateway.raw(raw + CANARY)
+    assert statuses(received) == [b"200"]
+    assert not received.endswith(b"<open>")
+
+
 def test_a_refused_body_is_not_the_next_request(gateway: GatewayThread) -> None:
     smuggled = message(LENGTH)
     raw = message(b"Content-Length: %d" % len(smuggled), body=smuggled).replace(KEY, b"X-API-Key: no")
