@@ -1,11 +1,15 @@
 """Batching efficiency: rows/s that the worker serves over what the model gives offline at its best batch.
 
-    python -m benchmarks.batching [--seconds 6] [--only resnet50,digits] [--rows 1]
+    python -m benchmarks.batching [--seconds 6] [--only resnet50,digits] [--rows 1] [--way sockets]
 
-Offline is `session.run` in a loop with the worker's own session options, for every batch size, on one thread.
-Served is one worker process (frames in, frames out, predictions logged) under a closed loop of requests of
-`--rows` rows, enough of them for several batches, from a second process. ResNet-50 has the real one's layers
-with random weights: 25.5 M parameters, 4.1 G multiply-adds a row.
+Offline is `session.run` in a loop with the worker's own session options, for every batch size, on one
+thread. Served is one worker process (frames in, frames out, predictions logged) under a closed loop of
+requests of `--rows` rows, enough of them for several batches, from a second process over a socket of the
+machine. Without `--rows` and `--way`: requests of one row for ResNet-50; for digits, whose run is shorter
+than what a request of few rows costs anybody, requests of 64 rows, and requests as large as the best batch,
+over the socket and with their inputs in shared memory, where the client writes each anew. What is served is
+divided by what the best batch gave offline just before. ResNet-50 has the real one's layers with random
+weights: 25.5 M parameters, 4.1 G multiply-adds a row.
 """
 
 from __future__ import annotations
@@ -13,11 +17,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import mmap
 import multiprocessing
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,14 +34,16 @@ import onnx
 import psutil
 import uvloop
 from headrace.v1.control_pb2 import LoadedVersion, WorkerStatus
-from headrace.v1.dataplane_pb2 import PredictRequest
-from headrace.v1.tensor_pb2 import DataType, Signature, Tensor, TensorSpec
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.tensor_pb2 import DataType, SharedMemory, Signature, Tensor, TensorSpec
 from onnx import TensorProto, helper, numpy_helper
 
 from services.common.bus import MemoryBus, Record
 from services.common.clock import SystemClock
 from services.common.frames import FrameCalls
 from services.common.ids import new_id
+from services.common.lifecycle import keep_freed_memory
+from services.common.shared_memory import DIRECTORY
 from services.common.topics import PREDICTIONS, WORKERS
 from services.worker.app import worker_app
 from services.worker.backends.onnx import load
@@ -43,6 +53,9 @@ from tests.fixtures.deployments import config, put_artifact, record, served
 
 TOKEN = "token-of-the-benchmark"
 FP32 = DataType.DATA_TYPE_FP32
+SOCKETS, SHARED_MEMORY = "sockets", "shared memory"
+# As services.common.lifecycle sets it for every service.
+_SWITCH_S = 0.0005
 # (blocks, width) of ResNet-50's four stages.
 _STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 
@@ -158,6 +171,9 @@ class Forgetful(MemoryBus):
 def worker(pipe: Connection, model: Model, max_rows: int, log_payloads: bool) -> None:
     """Serve `model` until told to stop; says the port and what was measured at warm-up."""
 
+    keep_freed_memory()
+    sys.setswitchinterval(_SWITCH_S)
+
     async def serve() -> None:
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder, "store")
@@ -172,7 +188,7 @@ def worker(pipe: Connection, model: Model, max_rows: int, log_payloads: bool) ->
                     "kafka_bootstrap_servers": "unused:1", "internal_token": TOKEN,
                     "artifact_store_url": f"file://{store}", "state_dir": Path(folder, "state"),
                     "frames_port": 0, "grpc_port": 0, "ops_port": 0, "max_queue_ms": 60_000,
-                    "max_queue_rows": 1 << 20,
+                    "max_queue_rows": 1 << 20, "frames_socket": Path(folder, "frames"), "shared_memory": True,
                 }
             )  # fmt: skip
             async with worker_app(cfg, SystemClock(), bus) as running:
@@ -182,7 +198,7 @@ def worker(pipe: Connection, model: Model, max_rows: int, log_payloads: bool) ->
                     if ready:
                         break
                     await asyncio.sleep(0.1)
-                pipe.send((running.frames_port, ready[0].best_rows, ready[0].best_rows_per_s))
+                pipe.send((f"unix:{cfg.frames_socket}", ready[0].best_rows, ready[0].best_rows_per_s))
                 await asyncio.to_thread(pipe.recv)
                 ((_, loaded),) = running.host.serving()
                 stats = loaded.stats
@@ -192,49 +208,98 @@ def worker(pipe: Connection, model: Model, max_rows: int, log_payloads: bool) ->
     uvloop.run(serve())
 
 
-async def drive(port: int, model: Model, rows: int, in_flight: int, seconds: float) -> float:
+@contextmanager
+def shared(nbytes: int) -> Iterator[tuple[str, mmap.mmap]]:
+    """An object of so many bytes in shared memory: its name, and itself."""
+    name = f"headrace-batching-{os.getpid()}"
+    path = DIRECTORY / name
+    path.write_bytes(bytes(nbytes))
+    try:
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), nbytes) as whole:
+            yield name, whole
+    finally:
+        path.unlink()
+
+
+@contextmanager
+def requests(model: Model, rows: int, in_flight: int, way: str) -> Iterator[Callable[[int], bytes]]:
+    """Makes the request of each place among those in flight, serialized."""
+    values = np.zeros((rows, *model.row), np.float32).tobytes()
+    tensor = Tensor(name=model.signature.inputs[0].name, datatype=FP32, shape=[rows, *model.row])
+    given = PredictRequest(model="m", version="1", request_id=new_id(), variant="1", propensity=1.0)
+
+    def with_input(**data: object) -> bytes:
+        one = PredictRequest()
+        one.CopyFrom(given)
+        one.inputs.append(tensor)
+        one.inputs[0].MergeFrom(Tensor(**data))  # type: ignore[arg-type]  # one field of it
+        return one.SerializeToString()
+
+    if way == SOCKETS:
+        whole = with_input(data=values)
+        yield lambda _place: whole
+        return
+    size = len(values)
+    with shared(in_flight * size) as (name, region):
+        each = [
+            with_input(shared_memory=SharedMemory(key=name, offset=place * size, byte_size=size))
+            for place in range(in_flight)
+        ]
+
+        def write(place: int) -> bytes:
+            region[place * size : (place + 1) * size] = values
+            return each[place]
+
+        yield write
+
+
+async def drive(
+    address: str, request_of: Callable[[int], bytes], rows: int, in_flight: int, seconds: float
+) -> float:
     """Rows/s answered in the second part of a closed loop."""
-    calls = FrameCalls(f"127.0.0.1:{port}", credential=TOKEN, role="router", instance="r")
+    calls = FrameCalls(address, credential=TOKEN, role="router", instance="r")
     calls.start()
     await calls.wait_connected(5)
-    tensor = Tensor(
-        name=model.signature.inputs[0].name, datatype=FP32, shape=[rows, *model.row],
-        data=np.zeros((rows, *model.row), np.float32).tobytes(),
-    )  # fmt: skip
-    request = PredictRequest(
-        model="m", version="1", inputs=[tensor], request_id=new_id(), variant="1", propensity=1.0
-    ).SerializeToString()
-    answered = 0
+    answered = failed = 0
 
-    def on_reply(_reply: object) -> None:
-        nonlocal answered
-        answered += 1
-        calls.submit_raw(request, None, on_reply)
+    def submit(place: int) -> None:
+        def on_reply(reply: PredictReply) -> None:
+            nonlocal answered, failed
+            answered += 1
+            failed += reply.code != 0
+            submit(place)
 
-    for _ in range(in_flight):
-        calls.submit_raw(request, None, on_reply)
+        calls.submit_raw(request_of(place), None, on_reply)
+
+    for place in range(in_flight):
+        submit(place)
     await asyncio.sleep(seconds / 3)
     before, started = answered, time.perf_counter()
     await asyncio.sleep(seconds)
     rate = (answered - before) * rows / (time.perf_counter() - started)
+    if failed:
+        raise SystemExit(f"{failed} of {answered} requests failed")
     await calls.close()
     return rate
 
 
-def measure(model: Model, rows: int, seconds: float, payloads: bool) -> dict[str, object]:
-    """One line of the report."""
-    rates = offline(model, seconds)
-    fastest = max(rates.values())
-    best = min(size for size, rate in rates.items() if rate >= 0.97 * fastest)
+def measure(
+    model: Model, rates: dict[int, float], rows: int, way: str, seconds: float, payloads: bool
+) -> dict[str, object]:
+    """One line of the report: requests of `rows` rows, 0 for the best batch's, brought by `way`."""
+    best = max(rates, key=lambda size: rates[size])
+    rows = rows or best
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=worker, args=(theirs, model, max(best, rows), payloads), daemon=True)
     process.start()
-    port, own_best, own_rate = ours.recv()
+    address, own_best, own_rate = ours.recv()
+    lately = offline(replace(model, sizes=(best,)), max(1.0, seconds / 3))[best]
     meter = psutil.Process(process.pid)
     before, own = sum(meter.cpu_times()[:2]), time.process_time()
     in_flight = max(2, 3 * -(-best // rows))
-    rate = uvloop.run(drive(port, model, rows, in_flight, seconds))
+    with requests(model, rows, in_flight, way) as request_of:
+        rate = uvloop.run(drive(address, request_of, rows, in_flight, seconds))
     cpu, own = sum(meter.cpu_times()[:2]) - before, time.process_time() - own
     ours.send("stop")
     mean_rows, inline, refused = ours.recv()
@@ -242,8 +307,8 @@ def measure(model: Model, rows: int, seconds: float, payloads: bool) -> dict[str
     if refused:
         raise SystemExit(f"{refused} requests were refused")
     line: dict[str, object] = {
-        "model": model.name, "offline_rows_per_s": rates, "best_rows": best, "request_rows": rows,
-        "in_flight": in_flight, "served_rows_per_s": rate, "efficiency": rate / rates[best],
+        "model": model.name, "way": way, "offline_rows_per_s": {**rates, best: lately}, "best_rows": best,
+        "request_rows": rows, "in_flight": in_flight, "served_rows_per_s": rate, "efficiency": rate / lately,
         "mean_batch_rows": mean_rows, "inline": inline,
         "worker_cpu_s": cpu, "client_cpu_s": own,
         "heartbeat_best_rows": own_best, "heartbeat_rows_per_s": own_rate,
@@ -251,21 +316,31 @@ def measure(model: Model, rows: int, seconds: float, payloads: bool) -> dict[str
     return line
 
 
+#: Rows of a request (0: the best batch's) and the way they come, by model.
+LINES = {"resnet50": ((1, SOCKETS),), "digits": ((64, SOCKETS), (0, SOCKETS), (0, SHARED_MEMORY))}
+
+
 def main() -> None:
-    """Print a line per model."""
+    """Print a line of JSON for each model, size and way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--only", default="digits,resnet50")
-    parser.add_argument(
-        "--rows", type=int, default=0, help="rows of a request; 0: 1 for resnet50, 64 for digits"
-    )
+    parser.add_argument("--rows", type=int, help="rows of a request; 0: those of the best batch")
+    parser.add_argument("--way", choices=(SOCKETS, SHARED_MEMORY))
     parser.add_argument("--no-payloads", action="store_true", help="log predictions without their tensors")
     given = parser.parse_args()
+    keep_freed_memory()
     for name in given.only.split(","):
         model = {"digits": digits, "resnet50": resnet50}[name]()
-        rows = given.rows or (64 if name == "digits" else 1)
-        line = measure(model, rows, given.seconds, not given.no_payloads)
-        print(json.dumps(line), flush=True)
+        rates = offline(model, given.seconds)
+        lines = [
+            (rows, way)
+            for rows, way in LINES[name]
+            if given.rows in {None, rows} and given.way in {None, way}
+        ] or [(given.rows or 0, given.way or SOCKETS)]
+        for rows, way in lines:
+            line = measure(model, rates, rows, way, given.seconds, not given.no_payloads)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

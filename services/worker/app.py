@@ -39,6 +39,7 @@ from services.worker.model_host import ModelHost
 from services.worker.prediction_log import PayloadPolicy
 from services.worker.servicer import FrameConnection, Servicer
 from services.worker.settings import Settings
+from services.worker.shared_inputs import SharedInputs
 from services.worker.status import StatusReport
 
 log = structlog.get_logger(__name__)
@@ -105,7 +106,7 @@ async def worker_app(
             long_idle=cfg.evict_idle_s,
         )
         stack.push_async_callback(host.close)
-        servicer = Servicer(host, events, clock)
+        servicer = Servicer(host, events, clock, SharedInputs(allowed=cfg.shared_memory))
         health = Health("deployments")
         health.add_check("versions", host.unready)
         health.add_check("prediction log", lambda: None if events.usable else "full")

@@ -9,11 +9,12 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
-from services.common.errors import HeadraceError, ResourceExhausted, Unavailable
+from services.common.errors import HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
 from services.worker.loaded_model import Log
 from services.worker.replies import error_reply
+from services.worker.shared_inputs import SharedInputs
 
 #: By a request's position, the data of its inputs where it came apart from them.
 Contents = dict[int, list[memoryview | None]]
@@ -50,7 +51,9 @@ class Versions(Protocol):
 class Servicer:
     """Hands requests to the versions that they name."""
 
-    def __init__(self, host: Versions, log: Log, clock: Clock) -> None:
+    def __init__(self, host: Versions, log: Log, clock: Clock, shared: SharedInputs | None = None) -> None:
+        """Without `shared`, nobody's shared memory is read."""
+        self._shared = shared or SharedInputs(allowed=False)
         self._host = host
         self._log = log
         self._clock = clock
@@ -88,7 +91,14 @@ class Servicer:
                     raise closed
                 if loaded is None:
                     raise self._not_here(request)
-                rows, key, data = loaded.layout.take(request, contents.get(position) if contents else None)
+                apart = contents.get(position) if contents else None
+                try:
+                    rows, key, data = loaded.layout.take(request, apart)
+                except InvalidArgument:
+                    # Asked only now: who sends data with the request pays nothing for those who do not.
+                    if not self._shared.given(request):
+                        raise
+                    rows, key, data = loaded.layout.take(request, self._shared.read(request, apart))
             except HeadraceError as error:
                 self._count(error)
                 settle(request, error)

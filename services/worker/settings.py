@@ -28,6 +28,8 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     frames_port: Port = 8020
     #: Where routers reach the frame stream instead, if all of them run on this machine; empty: by the port.
     frames_socket: Path | None = None
+    #: Read inputs from shared memory of this machine, where gateways say that callers may use it.
+    shared_memory: bool = False
     grpc_port: Port = 8021
     ops_port: Port = 8022
     #: Another process of ours may listen on the same ports: one that takes over from this one, or did.
