@@ -143,7 +143,7 @@ def _workers(text: str) -> int:
 
 def _joint(asked: str, processes: str) -> bool:
     """What HEADRACE_ROUTER means beside GATEWAY_PROCESSES."""
-    alone = processes == "1" or (processes == "auto" and usable_cores() < 8)
+    alone = processes == "1" or (processes == "auto" and usable_cores() // 4 <= 1)
     match asked:
         case "apart":
             return False

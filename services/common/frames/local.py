@@ -146,7 +146,11 @@ class LocalStream:
             self._finish(Code.CODE_UNAUTHENTICATED, "the credential is missing or wrong")
         else:
             self._peer = Peer(self, server.limits, opening.hello, _REMOTE)
-            self._handler = server.handler_factory(self._peer)
+            try:
+                self._handler = server.handler_factory(self._peer)
+            except Exception:
+                log.exception("a frame connection has no handler")
+                self.close("connection closed: internal error")
         return not self.closed
 
     def take(self, parts: Collection[Buffer], size: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
 from headrace.v1.tensor_pb2 import Code, Tensor
 
-from services.common.frames import FrameCalls, FrameServer, Limits, lost
+from services.common.frames import FrameCalls, FrameServer, Limits, Peer, lost
 from services.common.frames.turn import Turn, turn_of
 from tests.fixtures.frames import LOOPS, QUICK, TOKEN, Echo, Echoes, calling, run_on, serving_here
 from tests.fixtures.waiting import eventually
@@ -157,6 +157,17 @@ class TestWho:
         ):
             await eventually(lambda: "too many connections" in second.last_error)
             assert not second.connected
+
+    async def test_a_server_that_has_no_handler_for_it(self) -> None:
+        def fail(_: Peer) -> Echo:
+            raise RuntimeError("a server's fault")
+
+        failing = FrameServer(fail, credential=TOKEN, instance="s", role="worker", limits=QUICK)
+        async with calling(failing.start_local("failing"), connect=False) as calls:
+            await eventually(lambda: "internal error" in calls.last_error)
+            assert not calls.connected
+            assert failing.connections == 0
+        await failing.close()
 
     async def test_nobody_of_that_name(self) -> None:
         async with calling("local:nobody", connect=False) as calls:
