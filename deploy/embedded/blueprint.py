@@ -115,7 +115,7 @@ def _services(
     ports = configuration.ports
     # Beside those that they take over from, routers and workers need names of their own: what is on disk, a
     # socket's path and a worker's record belong to one process.
-    mark = "b" if turn % 2 else ""
+    mark, other = ("b", "") if turn % 2 else ("", "b")
     common = {
         **inherited_environment(configuration.home),
         **configuration.shared,
@@ -178,6 +178,7 @@ def _services(
     router = {
         **router_frames,
         "ROUTER_ID": router_id,
+        "PREDECESSOR_ID": f"router-0{other}",
         "GRPC_PORT": ports["ROUTER_GRPC_PORT"],
         "OPS_PORT": ports["ROUTER_OPS_PORT"],
     }
@@ -190,6 +191,7 @@ def _services(
     workers = [
         {
             "WORKER_ID": f"worker-{index}{mark}",
+            "PREDECESSOR_ID": f"worker-{index}{other}",
             "ADVERTISE_HOST": LOOPBACK,
             **frames(f"worker-{index}{mark}", configuration.worker_port(index, "FRAMES"))[0],
             "GRPC_PORT": configuration.worker_port(index, "GRPC"),

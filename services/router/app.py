@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
-from services.common.eventlog import EventLog, PredictionJoin
+from services.common.eventlog import EventLog, PredictionJoin, publishing_left
 from services.common.frames import FrameCalls, FrameServer, client_tls_of, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.tasks import ended
@@ -72,6 +72,11 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         )  # fmt: skip
         await events.start()
         stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
+        if cfg.predecessor is not None:
+            left = cfg.predecessor / "spool"
+            await stack.enter_async_context(
+                publishing_left(left, bus, PREDICTIONS.name, clock=clock, join=PredictionJoin())
+            )
 
         client_tls = client_tls_of(cfg)
 

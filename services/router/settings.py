@@ -16,6 +16,9 @@ class Settings(ServiceSettings, FrameTlsSettings):
 
     #: Stays the same over restarts: the routing table and the prediction log on disk are found by it.
     router_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "router-0"
+    #: The name that this router takes turns with where new processes take over from old ones: what is left in
+    #: the prediction log under that name is published, too.
+    predecessor_id: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$")] = ""
     frames_port: Port = 8010
     #: Where gateways of this machine find the frame stream as well (their `unix:/path`); empty: nowhere.
     frames_socket: Path | None = None
@@ -60,6 +63,11 @@ class Settings(ServiceSettings, FrameTlsSettings):
     def directory(self) -> Path:
         """This router's own part of the state directory."""
         return self.state_dir / f"router-{self.router_id}"
+
+    @property
+    def predecessor(self) -> Path | None:
+        """That of the name that this router takes turns with."""
+        return self.state_dir / f"router-{self.predecessor_id}" if self.predecessor_id else None
 
     @property
     def outliers(self) -> OutlierPolicy:

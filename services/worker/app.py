@@ -5,7 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 
 import structlog
@@ -15,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, KafkaBus, Table, followed
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
-from services.common.eventlog import EventLog, PredictionJoin
+from services.common.eventlog import EventLog, PredictionJoin, publishing_left
 from services.common.frames import FrameServer, Limits, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
@@ -187,11 +194,21 @@ async def _prediction_log(cfg: Settings, bus: Bus, clock: Clock) -> AsyncIterato
     )  # fmt: skip
     await events.start()
     try:
-        yield events
+        async with _left(cfg, bus, clock):
+            yield events
     finally:
         await events.close(clock.monotonic() + cfg.drain_s * _FLUSH_SHARE)
         if events.pending_records:
             log.warning("log_left", records=events.pending_records, reason="the next start publishes them")
+
+
+def _left(cfg: Settings, bus: Bus, clock: Clock) -> AbstractAsyncContextManager[None]:
+    """Publish what the worker that this one takes turns with has left, while the block runs."""
+    if cfg.predecessor is None:
+        return nullcontext()
+    return publishing_left(
+        cfg.predecessor / "spool", bus, PREDICTIONS.name, clock=clock, join=PredictionJoin()
+    )
 
 
 @contextmanager

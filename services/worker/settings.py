@@ -21,6 +21,9 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
 
     #: Stays the same over restarts: the prediction log that an earlier process left is found by it.
     worker_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")] = "worker-0"
+    #: The name that this worker takes turns with where new processes take over from old ones: what is left in
+    #: the prediction log under that name is published, too.
+    predecessor_id: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$")] = ""
     #: Serves the models that are deployed to this pool.
     pool: str = "default"
     #: Host name under which routers reach this worker; empty: `host`.
@@ -86,3 +89,8 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     def directory(self) -> Path:
         """This worker's own part of the state directory."""
         return self.state_dir / f"worker-{self.worker_id}"
+
+    @property
+    def predecessor(self) -> Path | None:
+        """That of the name that this worker takes turns with."""
+        return self.state_dir / f"worker-{self.predecessor_id}" if self.predecessor_id else None

@@ -21,9 +21,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, TraceFlags
 
 from services.common.bus import MemoryBus, Record
+from services.common.clock import SystemClock
+from services.common.eventlog import EventLog, publish_left
 from services.common.frames import FrameCalls, Limits, Peer
 from services.common.telemetry import from_trace_bytes, setup_tracing, trace_bytes
-from services.common.topics import WORKERS
+from services.common.topics import PREDICTIONS, WORKERS
 from services.router import app as app_module
 from tests.fixtures.router import (
     TOKEN,
@@ -449,6 +451,20 @@ class TestRestart:
                 reply = await calls.predict(request(7), soon())
                 assert reply.code == Code.CODE_OK
             await worker.server.close()
+
+    async def test_publishes_what_the_router_it_takes_turns_with_has_left(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(publish_left, "__kwdefaults__", {"join": None, "every_s": 0.01})
+        away, clock = MemoryBus(), SystemClock()
+        away.away = True
+        old = EventLog(tmp_path / "router-router-0" / "spool", away, PREDICTIONS.name, clock=clock)
+        await old.start()
+        old.append(b"cancer/1", PredictionBatch(source="router-0").SerializeToString())
+        await old.close(clock.monotonic())
+        async with platform(tmp_path, router_id="router-0b", predecessor_id="router-0") as p:
+            records = await eventually_of(p.records)
+            assert [record.source for record in records] == ["router-0"]
 
     async def test_drains_what_is_in_flight_when_it_stops(self, tmp_path: Path) -> None:
         bus = MemoryBus()
