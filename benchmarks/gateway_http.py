@@ -71,6 +71,7 @@ class InstantChannel:
 
     usable = True
     in_flight = 0
+    silent = False
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
