@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from headrace.v1.dataplane_pb2 import PredictRequest
+
 from services.common.errors import InvalidArgument
 
 #: Where the C library keeps the objects of `shm_open`.
@@ -21,6 +23,12 @@ DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 - its place is fixed
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 #: Semaphores of the C library, and what PostgreSQL keeps there: of no client, though of the same user.
 _OTHERS: Final = ("sem.", "PostgreSQL.")
+
+
+def in_shared_memory(request: PredictRequest) -> bool:
+    """Whether an input of `request` lies there: what it holds may be another thing at any time, so that such a
+    request can be sent again while its caller waits, and not be compared or remembered afterwards."""
+    return any(tensor.HasField("shared_memory") for tensor in request.inputs)
 
 
 def object_name(key: str, field: str) -> str:

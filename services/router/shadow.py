@@ -25,6 +25,7 @@ from services.common.errors import HeadraceError
 from services.common.frames import lost
 from services.common.frames.detached import Buffer
 from services.common.ids import new_id
+from services.common.shared_memory import in_shared_memory
 from services.common.targeting import Value, attribute
 from services.common.topics import SHADOWS
 from services.router.comparison import Comparison, Output, compare
@@ -96,8 +97,10 @@ class Mirror:
 
     @staticmethod
     def chosen(shadow: Shadow, request: PredictRequest) -> bool:
-        """Whether the request is of the share that is copied; by its id, so it can be told afterwards."""
-        return int.from_bytes(request.request_id[-4:], "big") % 10_000 < shadow.share
+        """Whether the request is of the share that is copied; by its id, so it can be told afterwards. None is
+        whose inputs its caller may change once it has its answer."""
+        chosen = int.from_bytes(request.request_id[-4:], "big") % 10_000 < shadow.share
+        return chosen and not in_shared_memory(request)
 
     def offer(
         self, sent: Sequence[Buffer], route: Route, target: Target, reply: PredictReply, latency_s: float

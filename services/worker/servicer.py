@@ -10,6 +10,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
+from services.common.shared_memory import in_shared_memory
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
 from services.worker.loaded_model import Log
@@ -96,7 +97,7 @@ class Servicer:
                     rows, key, data = loaded.layout.take(request, apart)
                 except InvalidArgument:
                     # Asked only now: who sends data with the request pays nothing for those who do not.
-                    if not self._shared.given(request):
+                    if not in_shared_memory(request):
                         raise
                     rows, key, data = loaded.layout.take(request, self._shared.read(request, apart))
             except HeadraceError as error:

@@ -19,10 +19,6 @@ class SharedInputs:
     def __init__(self, *, allowed: bool) -> None:
         self._allowed = allowed
 
-    def given(self, request: PredictRequest) -> bool:
-        """Whether an input of `request` lies there."""
-        return any(tensor.HasField("shared_memory") for tensor in request.inputs)
-
     def read(self, request: PredictRequest, apart: list[memoryview | None] | None) -> list[memoryview | None]:
         """`apart`, the data that came apart from the request, completed by a copy of what lies there now.
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.events_pb2 import OutputComparison, ShadowVerdict
-from headrace.v1.tensor_pb2 import Code, DataType, Tensor
+from headrace.v1.tensor_pb2 import Code, DataType, SharedMemory, Tensor
 
 from services.common.tensors import encode_bytes
 from services.router.comparison import MAX_BYTES, Comparison, compare
@@ -179,3 +179,6 @@ def test_the_share_goes_by_the_request_id() -> None:
     assert shadow is not None
     chosen = [Mirror.chosen(shadow, PredictRequest(request_id=n.to_bytes(16, "big"))) for n in range(20_000)]
     assert sum(chosen) == 5000
+    place = SharedMemory(key="region", byte_size=4)
+    elsewhere = PredictRequest(request_id=bytes(16), inputs=[Tensor(name="x", shared_memory=place)])
+    assert not Mirror.chosen(shadow, elsewhere)

@@ -207,6 +207,19 @@ class Scene:
         self.log.full = not self.log.full
 
 
+async def test_inputs_in_shared_memory_are_neither_looked_up_nor_kept() -> None:
+    store = FakeStore()
+    cache = ResultCache(store, FakeLog(), Stats())  # type: ignore[arg-type]  # a log that writes nothing
+    calls = [FakeCall(cache, 1), FakeCall(cache, 1)]
+    for call in calls:
+        call.request.inputs[0].ClearField("data")
+        call.request.inputs[0].shared_memory.key = "region"
+        cache.enter(call, POLICY)  # type: ignore[arg-type]
+        call.finish(own_answer(call))
+    assert [call.sent for call in calls] == [1, 1]
+    assert (store.asked, store.kept, len(cache)) == ([], {}, 0)
+
+
 async def test_followers_past_their_deadline_are_refused_and_the_first_goes_on() -> None:
     store = FakeStore()
     cache = ResultCache(store, FakeLog(), Stats())  # type: ignore[arg-type]  # a log that writes nothing
