@@ -26,8 +26,8 @@ _OTHERS: Final = ("sem.", "PostgreSQL.")
 
 
 def in_shared_memory(request: PredictRequest) -> bool:
-    """Whether an input of `request` lies there: what it holds may be another thing at any time, so that such a
-    request can be sent again while its caller waits, and not be compared or remembered afterwards."""
+    """Whether an input of `request` lies there: what it holds may be another thing at any time, so that such
+    a request can be sent again while its caller waits, and not be compared or remembered afterwards."""
     return any(tensor.HasField("shared_memory") for tensor in request.inputs)
 
 

@@ -97,8 +97,8 @@ class Mirror:
 
     @staticmethod
     def chosen(shadow: Shadow, request: PredictRequest) -> bool:
-        """Whether the request is of the share that is copied; by its id, so it can be told afterwards. None is
-        whose inputs its caller may change once it has its answer."""
+        """Whether the request is of the share that is copied; by its id, so it can be told afterwards. None
+        is whose inputs its caller may change once it has its answer."""
         chosen = int.from_bytes(request.request_id[-4:], "big") % 10_000 < shadow.share
         return chosen and not in_shared_memory(request)
 
