@@ -186,14 +186,15 @@ def test_a_container_is_told_what_the_embedded_stack_tells(
         "KAFKA_BOOTSTRAP_SERVERS": "h:1",
         "ARTIFACT_STORE_URL": "file:///a",
     }
-    configuration = Configuration.read({"HEADRACE_HOME": str(tmp_path), "HEADRACE_WORKERS": "1", **addresses})
+    asked = {"HEADRACE_HOME": str(tmp_path), "HEADRACE_WORKERS": "1", "HEADRACE_ROUTER": "apart"}
+    configuration = Configuration.read({**asked, **addresses})
     blueprint = draw(configuration, Secrets("token", "key"))
     name = "worker-0" if service == "worker" else service
     (process,) = (one for one in blueprint.services if one.name == name)
     settings = {field.upper() for field in settings_kind(service).model_fields}
     # Paths are for processes of one machine, where a router's name tells it from the one that it takes over
     # from; containers meet at ports.
-    told = (settings & process.command().env.keys()) - {"FRAMES_SOCKET", "ROUTER_ID"}
+    told = (settings & process.command().env.keys()) - {"FRAMES_SOCKET", "ROUTER_ID", "PREDECESSOR_ID"}
 
     composed = project["services"][service]
     in_container = {
