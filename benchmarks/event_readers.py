@@ -74,7 +74,7 @@ class Readers:
             folder / name,
             module=f"services.{name}",
             ports=(port,),
-            health_port=port,
+            health_ports=(port,),
             environment=lambda: {
                 **{key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ},
                 "PYTHONPATH": python_path(),
