@@ -187,10 +187,19 @@ def _batching(results: Results) -> list[Verdict]:
     wanted = f"batching efficiency at least {BATCHING_EFFICIENCY:.0%}"
     if not results.batching:
         return [Verdict(wanted, "–", None)]
-    return [
-        Verdict(f"{wanted}: {name}", f"{said['efficiency']:.1%}", said["efficiency"] >= BATCHING_EFFICIENCY)
-        for name, said in results.batching.items()
-    ]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, said in results.batching.items():
+        lines.setdefault(said.get("model", name), []).append(said)
+    return [_most_efficient(f"{wanted}: {model}", of_model) for model, of_model in lines.items()]
+
+
+def _most_efficient(wanted: str, lines: list[dict[str, Any]]) -> Verdict:
+    """Of the ways that requests may come, the best; how large they were and which way they came is said."""
+    best = max(lines, key=lambda said: float(said["efficiency"]))
+    got = f"{best['efficiency']:.1%}"
+    if "way" in best:
+        got += f" ({best['request_rows']:,} rows a request, {best['way']})"
+    return Verdict(wanted, got, best["efficiency"] >= BATCHING_EFFICIENCY)
 
 
 def _instructions(results: Results) -> Verdict:
