@@ -11,15 +11,14 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import structlog
 from headrace.v1.events_pb2 import PredictionBatch
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from services.analytics import repository
 from services.analytics.chunks import unpack
-from services.analytics.columns import CORE, Logged, drop_payload, layout, to_table
+from services.analytics.columns import Logged, drop_payload, layout, to_table
+from services.analytics.joining import encode_joined
 from services.analytics.metrics import Metrics
 from services.analytics.segments import Segment, SegmentFiles, encode
 from services.analytics.shadows import forget_old_shadows
@@ -371,25 +370,3 @@ def _encode_records(
     table = to_table([logged.batch for logged in records], output, [logged.value for logged in records])
     ids = [logged.batch_id for logged in records]
     return encode(table, version, kind, ids, lasting=False)  # objects of what came lately are joined soon
-
-
-def encode_joined(
-    rows: Sequence[SegmentRow], files: Sequence[str], *, lasting: bool = True
-) -> tuple[Segment, bytes]:
-    """One object of what is in several of one version and layout; columns that some lack are null there."""
-    # Each is sorted and ids grow with time, so one after another they are sorted well enough for look-ups,
-    # which skip groups of rows by their bounds; sorting all again would be half of the work.
-    in_order = sorted(zip(rows, files, strict=True), key=lambda pair: pair[0].first_id)
-    # One thread: a second one would only take the other processor from who answers requests.
-    tables = [pq.read_table(file, partitioning=None, use_threads=False) for _, file in in_order]
-    joined = pa.concat_tables(tables, promote_options="default").unify_dictionaries()
-    core = [name for name in CORE.names if name in joined.column_names]
-    rest = [name for name in joined.column_names if name not in core]
-    return encode(
-        joined.select(core + rest),
-        rows[0].version,
-        rows[0].layout,
-        [row.object.encode() for row in rows],
-        (min(row.first_id for row in rows), max(row.last_id for row in rows)),
-        lasting=lasting,
-    )

@@ -21,7 +21,8 @@ from services.common.errors import NotFound
 from services.common.objects import ArtifactStore
 
 _FOLDER = "predictions"
-_ROWS_A_GROUP = 32_768
+#: Rows of a group of a Parquet file, which readers skip or read together.
+ROWS_A_GROUP = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,42 +50,57 @@ def object_name(model: str, version: str, first_at_us: int, members: Iterable[by
 
 
 def encode(
-    table: pa.Table,
+    table: pa.Table, version: str, layout: str, members: Sequence[bytes], *, lasting: bool = True
+) -> tuple[Segment, bytes]:
+    """The object of a table of one model version, sorted by request id so that a look-up skips most of it.
+    See `encode_ordered`."""
+    ordered = table if _is_sorted(table["request_id"]) else table.sort_by("request_id")
+    bounds = ordered["request_id"][0].as_py(), ordered["request_id"][-1].as_py()
+    return encode_ordered([ordered], version, layout, members, bounds, lasting=lasting)
+
+
+def encode_ordered(
+    tables: Iterable[pa.Table],
     version: str,
     layout: str,
     members: Sequence[bytes],
-    bounds: tuple[bytes, bytes] | None = None,
+    bounds: tuple[bytes, bytes],
     *,
     lasting: bool = True,
 ) -> tuple[Segment, bytes]:
-    """The object of a table of one model version, sorted by request id so that a look-up skips most of it;
-    with the first and last id given, the rows stay as they are. One that is not `lasting`, since it will be
-    joined with others, is packed in less time and an eighth less tightly. Blocks; run it in a thread."""
-    ordered = table if bounds is not None or _is_sorted(table["request_id"]) else table.sort_by("request_id")
-    first_id, last_id = bounds or (ordered["request_id"][0].as_py(), ordered["request_id"][-1].as_py())
-    times = pc.min_max(ordered["answered_at_us"]).as_py()
+    """The object of at least one table, all of one schema, their rows as they are, with the first and last
+    request id. One that is not `lasting`, since it will be joined with others, is packed in less time and an
+    eighth less tightly. No more than one of the tables is asked for at a time. Blocks; run it in a thread."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        ordered,
-        sink,
-        compression="zstd" if lasting else "lz4",
-        row_group_size=_ROWS_A_GROUP,
-        use_dictionary=["source", "model", "version", "artifact_digest", "variant", "experiment"],
-        store_schema=True,
-    )
+    rows, times, model, writer = 0, [], "", None
+    for table in tables:
+        if writer is None:
+            model = table["model"][0].as_py()
+            writer = pq.ParquetWriter(
+                sink,
+                table.schema,
+                compression="zstd" if lasting else "lz4",
+                use_dictionary=["source", "model", "version", "artifact_digest", "variant", "experiment"],
+                store_schema=True,
+            )
+        writer.write_table(table, row_group_size=ROWS_A_GROUP)
+        rows += table.num_rows
+        times += pc.min_max(table["answered_at_us"]).as_py().values()
+    if writer is None:
+        raise ValueError("an object has at least one table")
+    writer.close()
     data = sink.getvalue().to_pybytes()
-    model = ordered["model"][0].as_py()
     segment = Segment(
-        object=object_name(model, version, times["min"], members),
+        object=object_name(model, version, min(times), members),
         model=model,
         version=version,
         layout=layout,
-        rows=ordered.num_rows,
+        rows=rows,
         size=len(data),
-        first_id=first_id,
-        last_id=last_id,
-        first_at_us=times["min"],
-        last_at_us=times["max"],
+        first_id=bounds[0],
+        last_id=bounds[1],
+        first_at_us=min(times),
+        last_at_us=max(times),
     )
     return segment, data
 

@@ -6,7 +6,7 @@ service on the same ports)."""
 from services.common.errors import Fatal
 from services.common.lifecycle.health import Health
 from services.common.lifecycle.joint_ops import JointOps
-from services.common.lifecycle.memory import keep_freed_memory
+from services.common.lifecycle.memory import give_freed_memory_back, keep_freed_memory
 from services.common.lifecycle.ops import OpsEndpoints, ops_app
 from services.common.lifecycle.processes import ProcessGroup, end_with_parent, held_port, usable_cores
 from services.common.lifecycle.run import run, until_stopped
@@ -20,6 +20,7 @@ __all__ = [
     "OpsEndpoints",
     "ProcessGroup",
     "end_with_parent",
+    "give_freed_memory_back",
     "held_port",
     "keep_freed_memory",
     "ops_app",

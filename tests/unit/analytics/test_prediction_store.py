@@ -10,10 +10,11 @@ import pytest
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
-from services.analytics import arm_queries, queries
+from services.analytics import arm_queries, joining, queries
 from services.analytics.columns import CORE, drop_payload, layout, parse, to_table
 from services.analytics.comparison import compare_quantiles
-from services.analytics.flushing import Sizes, encode_joined
+from services.analytics.flushing import Sizes
+from services.analytics.joining import encode_joined
 from services.analytics.queries import CLASSES, OUTCOMES, Snapshot
 from services.analytics.repository import Small
 from services.analytics.schemas import unmapped_warnings
@@ -468,3 +469,25 @@ def test_what_will_be_joined_is_packed_in_less_time(lasting: bool, packed: str) 
     group = pq.ParquetFile(pa.BufferReader(data)).metadata.row_group(0)
     assert {group.column(place).compression for place in range(group.num_columns)} == {packed}
     assert pq.read_table(pa.BufferReader(data)).sort_by("request_id") == table.sort_by("request_id")
+
+
+def test_objects_of_many_groups_are_joined_a_group_at_a_time(tmp_path: Path) -> None:
+    """Row for row, in the order of their first ids, columns that one lacks null."""
+    tables = [to_table([prediction_batch(range(start, start + 4), payload=start > 0)]) for start in (0, 4, 8)]
+    rows, files = [], []
+    for name, table in zip("abc", tables, strict=True):
+        segment, data = encode(table, "1", "", [name.encode()], lasting=False)
+        (tmp_path / name).write_bytes(data)
+        files.append(str(tmp_path / name))
+        first, last = segment.first_id, segment.last_id
+        rows.append(SegmentRow(object=name, version="1", layout="", first_id=first, last_id=last))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(joining, "ROWS_A_GROUP", 5)
+        segment, data = encode_joined(rows[::-1], files[::-1])
+    joined = pq.ParquetFile(pa.BufferReader(data))
+    assert [joined.metadata.row_group(n).num_rows for n in range(joined.num_row_groups)] == [8, 4]
+    whole = pa.concat_tables([table.sort_by("request_id") for table in tables], promote_options="default")
+    assert joined.read().to_pylist() == whole.select(joined.schema_arrow.names).to_pylist()
+    assert (segment.rows, segment.first_id, segment.last_id) == (12, request_id(0), request_id(11))
+    times = whole["answered_at_us"].to_pylist()
+    assert (segment.first_at_us, segment.last_at_us) == (min(times), max(times))
