@@ -36,7 +36,8 @@ _MODULE: Final = "deploy.embedded.native"
 
 #: What is compiled: each group becomes one extension, and those after `frames` use it. Left out is what is no
 #: part of a usual request, and what relies on annotations at run time, such as parsed bodies. Protocols that
-#: class attributes may be None of stand in modules left out: mypyc would forget that default.
+#: class attributes may be None of stand in modules left out: mypyc would forget that default. So does
+#: `codecs/numbers`: compiled, it gets no numbers out of simdjson.
 GROUPS: Final = {
     "frames": (
         "services/common/assignment.py",
@@ -66,7 +67,7 @@ GROUPS: Final = {
     "gateway": tuple(
         f"services/gateway/{name}.py"
         for name in (
-            "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/numbers", "codecs/tensors",
+            "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/tensors",
             "codecs/v2_answers", "codecs/v2_forms", "datatypes",
             "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/pipeline",
             "hot/protocol", "infer_plans", "keys", "limiter", "plans", "predict", "reading", "router_client",

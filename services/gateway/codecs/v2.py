@@ -54,7 +54,8 @@ class V2Request(msgspec.Struct):
 
 
 class V2State(msgspec.Struct):
-    """What the answer must know of its request. `binary` names the outputs wanted as bytes, None: all."""
+    """What the answer must know of its request. `binary` names the outputs wanted as bytes, None: all. Beside
+    the id, `V2Plan` tells answers apart by what stands here."""
 
     id: str
     binary: frozenset[str] | None
