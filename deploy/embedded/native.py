@@ -37,7 +37,7 @@ _MODULE: Final = "deploy.embedded.native"
 #: What is compiled: each group becomes one extension, and those after `frames` use it. Left out is what is no
 #: part of a usual request, and what relies on annotations at run time, such as parsed bodies. Protocols that
 #: class attributes may be None of stand in modules left out: mypyc would forget that default. So does
-#: `codecs/numbers`: compiled, it gets no numbers out of simdjson.
+#: `codecs/numbers`: simdjson's types say bytes of what is another buffer, and mypyc would insist on them.
 GROUPS: Final = {
     "frames": (
         "services/common/assignment.py",
