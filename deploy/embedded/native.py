@@ -45,7 +45,7 @@ GROUPS: Final = {
             f"services/common/frames/{name}.py"
             for name in (
                 "client", "client_connection", "connection", "deadlines", "header_blocks", "local",
-                "messages", "outbound", "outbox", "peer", "reconnecting", "server_connection", "turn", "wire",
+                "messages", "outbound", "outbox", "peer", "server_connection", "turn", "wire",
             )
         ),
     ),

@@ -1,5 +1,8 @@
 """Keeps one connection to an address: opens it, and opens another after its end, ever more rarely where that
-does not succeed."""
+does not succeed.
+
+Not compiled: mypyc loses a cancellation where a `finally` waits for something, and `close` would wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -72,15 +75,19 @@ class Reconnecting:
         connection = self._connect_here() if self._where.name else await self._connect()
         if connection is None:
             return False
+        cancelled: asyncio.CancelledError | None = None
         try:
             await asyncio.shield(connection.lost)
-        finally:
+        except asyncio.CancelledError as error:
+            cancelled = error
+        if cancelled is not None:  # compiled, an await in a handler of it would make it forgotten
             if not connection.lost.done():
                 if connection.greeted:
                     self._calls.disconnected(connection, "connection closed")
                     connection.shut()
                     await asyncio.wait([connection.lost], timeout=self._limits.linger_s)
                 connection.abort()
+            raise cancelled
         return connection.greeted
 
     def _connect_here(self) -> Connection | None:
