@@ -1,7 +1,7 @@
 """Keeps one connection to an address: opens it, and opens another after its end, ever more rarely where that
 does not succeed.
 
-Not compiled: mypyc loses a cancellation where a `finally` waits for something, and `close` would wait for ever.
+Not compiled: mypyc loses a cancellation where a `finally` waits for something, and `close` would never end.
 """
 
 from __future__ import annotations
