@@ -80,7 +80,7 @@ class Reconnecting:
             await asyncio.shield(connection.lost)
         except asyncio.CancelledError as error:
             cancelled = error
-        if cancelled is not None:  # compiled, an await in a handler of it would make it forgotten
+        if cancelled is not None:  # not in a `finally`: mypyc forgets it where that awaits
             if not connection.lost.done():
                 if connection.greeted:
                     self._calls.disconnected(connection, "connection closed")
