@@ -28,7 +28,7 @@ from benchmarks.load.drive import OpenLoop, open_loop
 from benchmarks.load.requests import Endpoint, write_requests
 from benchmarks.process_tree import ProcessTree, Unavailable
 from benchmarks.tables import table
-from benchmarks.targets.headrace import SERVING, HeadraceTarget
+from benchmarks.targets.headrace import HeadraceTarget
 from benchmarks.targets.port import ask
 from benchmarks.workload import Workload, mlp_workload
 from deploy.embedded.stack import Stack
@@ -36,6 +36,8 @@ from deploy.embedded.stack import Stack
 #: The numbers that a run is compared with, on whatever machine.
 KEPT = Path(__file__).with_name("instructions.json")
 CONNECTIONS = (1, 32)
+#: The processes on a request's way, each counted alone: gateway and router are apart for it, on any machine.
+PARTS = ("gateway", "router", "worker-0")
 IDLE_S = 4.0
 LOAD_S = 6.0
 START_TIMEOUT_S = 240.0
@@ -88,13 +90,13 @@ def count_instructions() -> dict[str, Any]:
     workload = mlp_workload()
     parts: dict[str, dict[str, float]] = {}
     try:
-        target = HeadraceTarget()
+        target = HeadraceTarget(environment={"HEADRACE_ROUTER": "apart"})
         with target.running(workload) as running, TemporaryDirectory(prefix="headrace-bench-") as name:
             folder = Path(name)
             endpoint = running.fronts[0].endpoint
             requests = write_requests(folder / "requests", endpoint, workload)
             stack = target.stack
-            for part in sorted(SERVING):
+            for part in PARTS:
                 print(f"counting instructions: {part}", flush=True)
                 with _under_callgrind(stack, part, endpoint, workload, folder / part) as callgrind:
                     parts[part] = _per_request(callgrind, endpoint, requests)
