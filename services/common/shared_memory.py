@@ -1,7 +1,7 @@
-"""Bytes in POSIX shared memory, read and written by who does not trust its owner.
+"""Bytes in POSIX shared memory, read by who does not trust its owner.
 
 Nothing is mapped: an owner may shorten its object at any time, and a process that touches a page beyond the
-end of what it has mapped is killed. `pread` and `pwrite` just come back short. What it costs is one copy, of
+end of what it has mapped is killed. `pread` just comes back short. What it costs is one copy, of
 the same size as the one out of a socket that it replaces."""
 
 from __future__ import annotations
@@ -41,17 +41,11 @@ def object_name(key: str, field: str) -> str:
     return name
 
 
-def size_of(name: str, field: str) -> int:
-    """Bytes of the object as it is now. Raises InvalidArgument naming `field`."""
-    with _opened(name, os.O_RDONLY, field) as file:
-        return os.fstat(file).st_size
-
-
 def read(name: str, offset: int, nbytes: int, field: str) -> bytes:
     """`nbytes` bytes of the object from `offset`, as they are now.
 
     Raises InvalidArgument naming `field` where the object is gone or ends before them."""
-    with _opened(name, os.O_RDONLY, field) as file:
+    with _opened(name, field) as file:
         # Before memory is taken for what may not be there.
         if os.fstat(file).st_size < offset + nbytes:
             raise _shorter(name, field)
@@ -61,23 +55,11 @@ def read(name: str, offset: int, nbytes: int, field: str) -> bytes:
     return data
 
 
-def write(name: str, offset: int, data: bytes | memoryview, field: str) -> None:
-    """Put `data` into the object at `offset`. It does not grow by that, unless its owner shortens it at this
-    very moment: then it is at most as long again as it was.
-
-    Raises InvalidArgument naming `field` where the object is gone or ends before them."""
-    with _opened(name, os.O_RDWR, field) as file:
-        if os.fstat(file).st_size < offset + len(data):
-            raise _shorter(name, field)
-        if os.pwrite(file, data, offset) != len(data):
-            raise _shorter(name, field)
-
-
 @contextmanager
-def _opened(name: str, flags: int, field: str) -> Iterator[int]:
+def _opened(name: str, field: str) -> Iterator[int]:
     try:
         # Whatever else a name may lead to, a link, a pipe without a writer, is not waited for or followed.
-        file = os.open(DIRECTORY / name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = os.open(DIRECTORY / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise InvalidArgument(f"shared memory {name} cannot be opened: {reason}", field=field) from None

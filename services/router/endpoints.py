@@ -313,9 +313,8 @@ class Endpoints:
     def _on_connection(self, endpoint: Endpoint, *, usable: bool) -> None:
         log.info("worker_connection", worker=endpoint.worker_id, usable=usable)
         if usable:
-            endpoint.latency = (
-                PeakEwma()
-            )  # what was lost with the last connection says nothing about this one
+            # What was lost with the last connection says nothing about this one.
+            endpoint.latency = PeakEwma()
         self._changed(endpoint.versions)
 
     def _changed(self, keys: Iterable[VersionKey]) -> None:

@@ -14,7 +14,7 @@ from services.worker.item import Batch
 
 _Ran = TypeVar("_Ran")
 
-# After this long a thread goes to the end of the pool's queue: other versions share it.
+#: After this long a thread goes to the end of the pool's queue: other versions share it.
 _CHAIN_S = 0.02
 
 

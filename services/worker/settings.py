@@ -31,7 +31,7 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     frames_port: Port = 8020
     #: Where routers reach the frame stream instead, if all of them run on this machine; empty: by the port.
     frames_socket: Path | None = None
-    #: Read inputs from shared memory of this machine, where gateways say that callers may use it.
+    #: Read inputs that are said to lie in shared memory of this machine. No gateway sends such requests yet.
     shared_memory: bool = False
     grpc_port: Port = 8021
     ops_port: Port = 8022

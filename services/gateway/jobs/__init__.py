@@ -11,5 +11,5 @@ OpenAI on top.
 
 Other ways in, built on service: async_requests (single predictions answered later), openai_lines, openai_rows
 (lines of a batch file to rows), openai_files, openai_tables, openai_batches (what callers see), openai_steps
-(what becomes of a batch), openai_answers (results back to lines), openai_runtime.
+(what becomes of a batch), openai_answers and openai_threads (results back to lines), openai_runtime.
 """

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import structlog
@@ -40,14 +40,13 @@ from services.gateway.jobs.openai_files import INTERNAL, OUTPUT, Files, Reader, 
 from services.gateway.jobs.openai_lines import EMBEDDINGS, Finding
 from services.gateway.jobs.openai_rows import LinePlan, Refused, compile_lines, first_line, plans
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
+from services.gateway.jobs.openai_threads import items_in_thread, no_items
 from services.gateway.jobs.service import JobService
 from services.gateway.jobs.specs import JobSpec
 from services.gateway.jobs.views import Job
 from services.gateway.keys import Key, KeyRing, Scope
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 _IDLE_S = 1.0
 #: The same while what it needs is away, at the longest.
@@ -59,7 +58,6 @@ _RETRY_S = 3.0
 #: Its file is read again each time.
 _NO_ROOM_S = 15.0
 _MAX_ATTEMPTS = 20
-_PIECE_S = 60.0
 _KEPT_S = 3 * 24 * 3600
 
 #: Stands for the platform itself where a job is looked at on behalf of nobody.
@@ -226,14 +224,14 @@ class OpenAISteps:
                 await self._files.get(_file_id(row, "plans"), _PLATFORM_READS), plans_at
             )
             loop = asyncio.get_running_loop()
-            results = _nothing() if job is None else self._jobs.result_batches(job, extra=True)
-            errors = _nothing() if job is None else self._row_errors(job)
+            results = no_items() if job is None else self._jobs.result_batches(job, extra=True)
+            errors = no_items() if job is None else self._row_errors(job)
             counts = await asyncio.to_thread(
                 _write,
                 rendering,
                 plans_at,
-                _on_loop(loop, results),
-                _on_loop(loop, errors),
+                items_in_thread(loop, results),
+                items_in_thread(loop, errors),
                 outputs_at,
                 errors_at,
             )
@@ -384,26 +382,6 @@ def _write(
 def _plans(lines: Iterable[bytes]) -> Iterator[LinePlan]:
     for line in lines:
         yield plans.decode(line)
-
-
-def _on_loop(loop: asyncio.AbstractEventLoop, items: AsyncIterator[T]) -> Iterator[T]:
-    """`items` for a thread; each is waited for `_PIECE_S` at most."""
-    ended: Any = object()
-
-    async def following() -> Any:
-        return await anext(items, ended)
-
-    while True:
-        item = asyncio.run_coroutine_threadsafe(following(), loop).result(_PIECE_S)
-        if item is ended:
-            return
-        yield item
-
-
-async def _nothing() -> AsyncIterator[Any]:
-    items: tuple[Any, ...] = ()
-    for item in items:
-        yield item
 
 
 def _file_id(row: OpenAIBatchRow, name: str) -> str:
