@@ -10,16 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from contextlib import AsyncExitStack, suppress
 
-import structlog
 from structlog.contextvars import bound_contextvars
 
 from services.common.clock import SystemClock
 from services.common.lifecycle import Health, keep_freed_memory, run, until_stopped
-from services.common.settings import ConfigurationError, load
-from services.common.telemetry import flush_logs, setup_logging
+from services.common.starting import configured
 from services.gateway.app import gateway_app
 from services.gateway.settings import Settings as GatewaySettings
 from services.router.app import router_app
@@ -32,15 +29,8 @@ _SLACK_S = 10.0
 
 def main() -> None:
     """Run both; ends the process."""
-    setup_logging("gateway")
-    try:
-        gateway = load(GatewaySettings)
-        router = load(RouterSettings, json.loads(os.environ["ROUTER"]))
-    except ConfigurationError as error:
-        structlog.get_logger(__name__).critical("fatal", reason=str(error))
-        flush_logs()
-        sys.exit(error.exit_code)
-    setup_logging("gateway", gateway.log_level, json=gateway.log_format == "json")
+    gateway = configured("gateway", GatewaySettings)
+    router = configured("gateway", RouterSettings, json.loads(os.environ["ROUTER"]))
     keep_freed_memory()
     clock = SystemClock()
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
-import structlog
-
 from services.common.clock import SystemClock
 from services.common.lifecycle import end_with_parent, keep_freed_memory, run, until_stopped, usable_cores
-from services.common.settings import ConfigurationError, load
-from services.common.telemetry import flush_logs, setup_logging
+from services.common.starting import configured
 from services.gateway.app import gateway_app
 from services.gateway.processes import gateway_processes
 from services.gateway.settings import Settings
@@ -20,15 +15,7 @@ _SLACK_S = 5.0
 
 def main() -> None:
     """Run the service; ends the process."""
-    setup_logging("gateway")
-    try:
-        cfg = load(Settings)
-    except ConfigurationError as error:
-        structlog.get_logger(__name__).critical("fatal", reason=str(error))
-        flush_logs()
-        sys.exit(error.exit_code)
-    setup_logging("gateway", cfg.log_level, json=cfg.log_format == "json")
-
+    cfg = configured("gateway", Settings)
     keep_freed_memory()
     count = max(1, usable_cores() // 4) if cfg.gateway_processes == "auto" else cfg.gateway_processes
 

@@ -6,8 +6,7 @@ import structlog
 
 from services.common.clock import SystemClock
 from services.common.lifecycle import run, until_stopped
-from services.common.settings import load
-from services.common.telemetry import setup_logging
+from services.common.starting import configured
 from services.registry.app import registry_app
 from services.registry.settings import Settings
 
@@ -22,7 +21,5 @@ async def main(cfg: Settings) -> None:
 
 
 if __name__ == "__main__":
-    setup_logging("registry")
-    settings = load(Settings)
-    setup_logging("registry", settings.log_level, settings.log_format == "json")
+    settings = configured("registry", Settings)
     run(lambda: main(settings), drain_s=settings.drain_s)

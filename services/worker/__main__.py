@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
-import structlog
-
 from services.common.clock import SystemClock
 from services.common.lifecycle import keep_freed_memory, run, until_stopped
-from services.common.settings import ConfigurationError, load
-from services.common.telemetry import flush_logs, setup_logging
+from services.common.starting import configured
 from services.worker.app import worker_app
 from services.worker.settings import Settings
 
 
 def main() -> None:
     """Run the service; ends the process."""
-    setup_logging("worker")
-    try:
-        cfg = load(Settings)
-    except ConfigurationError as error:
-        structlog.get_logger(__name__).critical("fatal", reason=str(error))
-        flush_logs()
-        sys.exit(error.exit_code)
-    setup_logging("worker", cfg.log_level, json=cfg.log_format == "json")
-
+    cfg = configured("worker", Settings)
     keep_freed_memory()
 
     async def service() -> None:
