@@ -162,7 +162,6 @@ def _services(
             environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
             yields=name in {"analytics", "drift"},
             compiled=configuration.native,
-            about="" if inner is None else "runs the router, too",
         )
 
     gateway = {

@@ -26,9 +26,9 @@ class ServiceProcess(Server):
     """Each of `health_ports` answers /health/ready. `environment` is asked at each start: addresses and
     passwords of the embedded servers exist only once those are prepared. With `yields` it takes the processor
     only when nobody else wants it, with `compiled` it runs compiled modules where these are of the present
-    sources. `about` is shown while it is ready."""
+    sources."""
 
-    def __init__(  # noqa: PLR0913 - what a process is made of, all named
+    def __init__(
         self,
         name: str,
         directory: Path,
@@ -39,7 +39,6 @@ class ServiceProcess(Server):
         environment: Callable[[], Mapping[str, str]],
         yields: bool = False,
         compiled: bool = False,
-        about: str = "",
     ) -> None:
         self.name = name
         super().__init__(directory, ports[0])
@@ -48,7 +47,6 @@ class ServiceProcess(Server):
         self._health_ports = health_ports
         self._environment = environment
         self._compiled = compiled
-        self._about = about
         # On one machine the readers of events must not slow down those that answer.
         self._yields = ("nice", "-n", _YIELDS) if yields and shutil.which("nice") else ()
 
@@ -98,7 +96,7 @@ class ServiceProcess(Server):
             connection.close()
         if response.headers.get("x-process", str(self.pid)) != str(self.pid):
             return None
-        self.detail = self._about if response.status == 200 else _reasons(body)
+        self.detail = "" if response.status == 200 else _reasons(body)
         return response.status == 200
 
 
