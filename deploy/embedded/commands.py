@@ -87,6 +87,8 @@ def status(environment: Mapping[str, str]) -> int:
         return 1
     console.print(f"Headrace is {told.phase.value}: {stack.rest_url}", highlight=False)
     console.print(view.table(told))
+    if stack.configuration.joint:
+        console.print("The router runs in the gateway's process (HEADRACE_ROUTER).", highlight=False)
     for warning in told.warnings:
         console.print(f"[yellow]Note:[/] {warning}", highlight=False)
     return 0 if told.healthy else 1
