@@ -38,7 +38,7 @@ def main() -> None:
         # The caller ends before the called: what the gateway still answers needs the router.
         async with AsyncExitStack() as stack:
             with bound_contextvars(service="router"):  # of its tasks, and so of their lines in the log
-                inner = await stack.enter_async_context(router_app(router, clock))
+                inner = await stack.enter_async_context(router_app(router, clock, guest=True))
             await _known(inner.health, 2 * router.table_wait_s)
             await stack.enter_async_context(gateway_app(gateway, clock))
             await until_stopped()

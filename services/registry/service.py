@@ -3,7 +3,7 @@ answers with the messages of `registry.proto`; `artifacts.py` has stored a versi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from headrace.v1.registry_pb2 import ArtifactFile, Lineage, Model, ModelVersion
@@ -94,13 +94,13 @@ async def create_version(
         files=[{"path": f.path, "digest": f.digest, "size": f.size} for f in stored.files],
         metrics=dict(wanted.metrics),
         lineage=wanted.lineage.model_dump(),
-        tags=({DETERMINISTIC: "false"} if stored.random else {}) | wanted.tags,
+        tags=_tags(stored, wanted.tags),
         created_at=clock.now(),
         deleted_at=None,
     )
     old = await tx.version(model, version)
     if old is not None:
-        _check_same(old, row)
+        _check_same(old, row, stored)
         return _version(old), False
     if await tx.alias(model, version) is not None:
         raise AlreadyExists(f"{version!r} is an alias of {model}", field="version")
@@ -188,11 +188,20 @@ def _given_before(version: str) -> AlreadyExists:
     return AlreadyExists(f"version {version!r} was deleted; its name is not given again", field="version")
 
 
-def _check_same(old: VersionRow, new: VersionRow) -> None:
+def _tags(stored: StoredVersion, wanted: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a version whose owner wants these: what its file says of it comes before."""
+    return ({DETERMINISTIC: "false"} if stored.random else {}) | dict(wanted)
+
+
+def _check_same(old: VersionRow, new: VersionRow, stored: StoredVersion) -> None:
+    """Raises AlreadyExists unless `new`, of `stored`, says the same as `old`."""
     if old.deleted_at is not None:
         raise _given_before(old.version)
-    fixed = ("artifact_digest", "backend", "signature", "metrics", "lineage", "tags")
+    fixed = ("artifact_digest", "backend", "signature", "metrics", "lineage")
     changed = [name for name in fixed if getattr(old, name) != getattr(new, name)]
+    # Rows from before files were read for random operators lack the tag that is set by itself.
+    if _tags(stored, old.tags) != new.tags:
+        changed.append("tags")
     if changed:
         raise AlreadyExists(
             f"version {old.version!r} exists with another {changed[0]}; a version never changes",

@@ -55,10 +55,11 @@ class Router:
 
 @asynccontextmanager
 async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
-    cfg: Settings, clock: Clock, bus: Bus | None = None
+    cfg: Settings, clock: Clock, bus: Bus | None = None, *, guest: bool = False
 ) -> AsyncIterator[Router]:
     """Serve while the block runs, then drain: gateways are told, what is in flight is answered, the log is
-    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests."""
+    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests. `guest`: the process is another
+    service's, which exports what it uses."""
     async with AsyncExitStack() as stack:
         if bus is None:
             bus = await stack.enter_async_context(
@@ -166,10 +167,9 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         )
         registry = CollectorRegistry()
         registry.register(RouterMetrics(dispatcher, server, events, store))
+        ops = ops_app(health, registry, guest=guest)
         ops_port = await stack.enter_async_context(
-            serve_asgi(
-                ops_app(health, registry), cfg.host, cfg.ops_port, drain_s=1.0, reuse_port=cfg.reuse_port
-            )
+            serve_asgi(ops, cfg.host, cfg.ops_port, drain_s=1.0, reuse_port=cfg.reuse_port)
         )
         log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, router=cfg.router_id)
         try:

@@ -28,15 +28,17 @@ class OpsEndpoints:
 
     `/health/live` is 200 while the loop turns. `/health/ready` is 200 or 503 with
     `{"ready": bool, "reasons": {part: reason}}`. `/metrics` speaks Prometheus text or OpenMetrics and adds
-    what the process uses (`process_cpu_seconds_total`, `process_resident_memory_bytes`, …) to `registry`.
-    Added last, it stands before any authentication.
+    what the process uses (`process_cpu_seconds_total`, `process_resident_memory_bytes`, …) to `registry`,
+    unless `guest`: the service lives in the process of another, which says so, and two targets that export
+    one process would count it twice in every sum. Added last, it stands before any authentication.
     """
 
-    def __init__(self, app: App, health: Health, registry: CollectorRegistry) -> None:
+    def __init__(self, app: App, health: Health, registry: CollectorRegistry, *, guest: bool = False) -> None:
         self._app = app
         self._health = health
         self._registry = registry
-        ProcessCollector(registry=registry)
+        if not guest:
+            ProcessCollector(registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self._answers(scope)
@@ -64,9 +66,9 @@ class OpsEndpoints:
         return 200, content_type, encode(self._registry)
 
 
-def ops_app(health: Health, registry: CollectorRegistry) -> App:
+def ops_app(health: Health, registry: CollectorRegistry, *, guest: bool = False) -> App:
     """An application that has the three paths and nothing else."""
-    return OpsEndpoints(_nothing, health, registry)
+    return OpsEndpoints(_nothing, health, registry, guest=guest)
 
 
 def _live(_scope: Scope) -> tuple[int, str, bytes]:

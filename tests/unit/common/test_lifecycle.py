@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -209,6 +210,25 @@ async def test_ops_endpoints_over_http() -> None:
         assert (await client.get("/other")).status_code == 404
         assert (await client.post("/metrics")).status_code == 405
         assert (await client.head("/health/live")).content == b""
+
+
+@pytest.mark.parametrize("guest", [False, True])
+async def test_of_two_services_in_one_process_one_says_what_it_uses(guest: bool) -> None:
+    registry = CollectorRegistry()
+    Counter("served", "Requests", registry=registry).inc()
+    said: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        said.append(message)
+
+    async def receive() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    asked = {"type": "http", "method": "GET", "path": "/metrics", "headers": []}
+    await ops_app(Health(), registry, guest=guest)(asked, receive, send)
+    body = said[1]["body"]
+    assert b"served_total 1.0" in body
+    assert (b"process_cpu_seconds_total" in body) is not guest
 
 
 async def test_a_taken_port_is_one_sentence() -> None:
