@@ -335,10 +335,15 @@ class Call(Routed):
             # Two endpoints died holding it. Perhaps it is what kills them.
             return False
         self._lost = self._lost or gone
+        # A worker says so of a version that it does not have, as a new process does whose last one had it and
+        # is all that we have heard of. It has done nothing, so this adds no load that a budget need bound.
+        absent = not gone and reply.code == Code.CODE_UNAVAILABLE
         others = any(member not in self.tried for member in dispatcher.endpoints.group(target.key).members)
-        if not others and not (gone and dispatcher.endpoints.coming(target.key)):
-            return False
-        if not gone and not self._retrying:
+        if not others:
+            waits = dispatcher.endpoints.coming(target.key) if gone else absent and self._fallback is None
+            if not waits:
+                return False
+        if not (gone or absent or self._retrying):
             if not dispatcher.budget.take():
                 return False
             self._retrying = True

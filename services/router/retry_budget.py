@@ -7,7 +7,8 @@ class RetryBudget:
     """Retries at once: a share of the requests in flight, with a floor for quiet hours (as in Envoy).
 
     A request whose worker died is not counted here: its work is done once more, not once too often, and what
-    one death can add is bounded by what that worker held.
+    one death can add is bounded by what that worker held. Nor is one whose worker does not have its version,
+    and so did nothing for it.
     """
 
     __slots__ = ("_floor", "_share", "active", "refused", "retrying")

@@ -27,6 +27,7 @@ from services.common.frames import FrameCalls, Limits, Peer
 from services.common.telemetry import from_trace_bytes, setup_tracing, trace_bytes
 from services.common.topics import PREDICTIONS, WORKERS
 from services.router import app as app_module
+from services.router import waiting as waiting_module
 from tests.fixtures.router import (
     TOKEN,
     AwayBus,
@@ -194,6 +195,10 @@ class TestWorkersLeave:
             await again.server.close()
 
 
+def _hold(held: list[tuple[Peer, PredictRequest]], _: FakeWorker, peer: Peer, item: PredictRequest) -> None:
+    held.append((peer, item))
+
+
 class TestRetries:
     async def test_a_full_worker_is_not_the_end(self, tmp_path: Path) -> None:
         async with platform(tmp_path) as p:
@@ -214,6 +219,37 @@ class TestRetries:
             seen = sum(len(worker.seen) for worker in workers)
             assert 200 < seen <= 200 + 2 * 40  # 20% of 200, each at most twice more
             assert p.router.dispatcher.budget.retrying == 0
+
+    async def test_a_new_process_that_has_nothing_yet_refuses_nobody(self, tmp_path: Path) -> None:
+        """What was heard of is what the process before it had."""
+        async with platform(tmp_path) as p:
+            new, old = await p.worker("new"), await p.worker("old")
+            held: dict[FakeWorker, list[tuple[Peer, PredictRequest]]] = {new: [], old: []}
+            for worker, its in held.items():
+                worker.behave = partial(_hold, its)
+            asked = [asyncio.create_task(p.ask(n)) for n in range(60)]
+            await eventually(lambda: len(held[new]) + len(held[old]) == 60)
+            old.behave = None
+            for peer, item in held[new]:  # a burst that comes back at once
+                refuse(Code.CODE_UNAVAILABLE)(new, peer, item)
+            for peer, item in held[old]:
+                old.echo(peer, item)
+            assert {reply.code for reply in await asyncio.gather(*asked)} == {Code.CODE_OK}
+            assert len(held[new]) > 12, "no more than the budget allows of 60"
+            assert p.router.dispatcher.budget.refused == 0
+
+    async def test_the_only_worker_is_waited_for_where_it_has_nothing_yet(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(waiting_module, "_GRACE_S", PATIENCE_S)
+        async with platform(tmp_path, endpoint_wait_s=PATIENCE_S) as p:
+            only = await p.worker("w1")
+            only.behave = refuse(Code.CODE_UNAVAILABLE)
+            asked = asyncio.create_task(p.ask())
+            await eventually(lambda: len(p.router.dispatcher.waiting))
+            only.behave = None
+            await beat(p.bus, status("w1", only.address, BOTH, incarnation="b"))
+            assert (await asked).code == Code.CODE_OK
 
     async def test_errors_of_the_request_are_not_retried(self, tmp_path: Path) -> None:
         async with platform(tmp_path) as p:
