@@ -41,6 +41,10 @@ class TimedProtocol(HttpToolsProtocol):
     def _start(self, exchange: HotExchange) -> None:
         """The turn of `exchange` has come, or what it is answered has changed."""
 
+    @abstractmethod
+    def _ask_if_there(self) -> None:
+        """Find out whether a client that sends nothing more waits for its answers or has left."""
+
     def tick(self) -> None:
         """A second has passed."""
         if self.transport.is_closing():
@@ -53,12 +57,11 @@ class TimedProtocol(HttpToolsProtocol):
         if self._lingering:
             if self._ticks > limits.linger_s:
                 self.transport.close()
-        elif self._half_closed:
-            if self._ticks > limits.half_closed_s:
-                self.transport.abort()
         elif self.flow.write_paused:
             if self._ticks > limits.unread_s:
                 self.transport.abort()
+        elif self._half_closed:
+            self._ask_if_there()
         else:
             self._tick_phase(self.phase(), limits)
 

@@ -31,8 +31,6 @@ class HttpLimits:
     #: While draining: silence after which a connection is closed. After a shorter one a request may be on its
     #: way, which closing would reset.
     drain_idle_s: int = 2
-    #: How long a client that sends nothing more is taken to wait for its answers: it may as well have left.
-    half_closed_s: int = 2
     max_head_bytes: int = 64 << 10
     max_headers: int = 128
     #: Connections beyond are answered 503 and closed; a tenth more, and they are closed unanswered.

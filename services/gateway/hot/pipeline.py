@@ -19,6 +19,7 @@ from services.gateway.hot.exchange import HotExchange
 from services.gateway.hot.front import HotFront
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_HTTP_1_0 = "1.0"
 
 
 class PipelinedProtocol(TimedProtocol):
@@ -75,6 +76,16 @@ class PipelinedProtocol(TimedProtocol):
         self._half_closed = True
         self._ticks = 0
         return True
+
+    def _ask_if_there(self) -> None:
+        # From here both look the same. What is sent to one that has left is answered by a reset, on which the
+        # next write fails; to one that waits an interim answer means nothing (RFC 9110, 15.2). Its answer's
+        # own bytes ask as well; HTTP/1.0 knows no interim answers, and waits as long as its request may.
+        running = self._running
+        if running is None or self.parser.get_http_version() == _HTTP_1_0:
+            return
+        if isinstance(running, HotExchange) or not running.response_started:
+            self.transport.write(_CONTINUE)
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -461,11 +461,51 @@ async def test_a_half_closed_client_gets_its_answers(connection: Connection) -> 
     assert connection.transport.closed
 
 
-async def test_a_half_closed_client_is_not_waited_on_for_long(connection: Connection) -> None:
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+async def test_a_half_closed_client_is_asked_whether_it_is_there_for_as_long_as_it_waits(
+    connection: Connection,
+) -> None:
+    connection.feed((HEAD + BODY) * 2)
+    assert connection.protocol.eof_received()
+    connection.ticks(60)
+    assert connection.transport.written == INTERIM * 60
+    connection.channel.answer()
+    connection.ticks(1)
+    connection.channel.answer()
+    assert connection.statuses() == [b"100"] * 60 + [b"200", b"100", b"200"]
+    assert connection.transport.closed
+
+
+async def test_a_half_closed_client_that_is_found_to_have_left_is_given_up(connection: Connection) -> None:
     connection.feed(HEAD + BODY)
     assert connection.protocol.eof_received()
     connection.ticks(2)
-    assert not connection.transport.closed
+    connection.protocol.connection_lost(BrokenPipeError())  # as of a write that its reset has answered
+    assert connection.channel.cancelled
+    assert not connection.channel.waiting
+
+
+async def test_a_half_closed_client_of_http_1_0_is_sent_nothing_but_its_answer(
+    connection: Connection,
+) -> None:
+    connection.feed((HEAD + BODY).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert connection.protocol.eof_received()
+    connection.ticks(60)
+    assert not connection.transport.written
+    connection.channel.answer()
+    assert connection.statuses() == [b"200"]
+
+
+async def test_a_half_closed_client_that_leaves_its_answers_unread_is_let_go() -> None:
+    connection = Connection(unread_s=3)
+    connection.feed((HEAD + BODY) * 2)
+    assert connection.protocol.eof_received()
+    connection.protocol.pause_writing()
+    connection.ticks(3)
+    assert not connection.transport.aborted
+    assert not connection.transport.written
     connection.ticks(1)
     assert connection.transport.aborted
 
