@@ -33,6 +33,7 @@ from services.gateway.leases import leased
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.oip_server import InferenceServicer, serve_oip
 from services.gateway.predict import PredictLimits, PredictService
+from services.gateway.regions import Regions
 from services.gateway.rest.app import Parts, rest_app
 from services.gateway.rest.management import management_client, upstreams
 from services.gateway.router_client import RouterClient, WaitingRoom
@@ -56,8 +57,11 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Gateway]:
-    """Serve while the block runs. `bus` replaces Kafka.
+async def gateway_app(
+    cfg: Settings, clock: Clock, bus: Bus | None = None, *, follower: Follower | None = None
+) -> AsyncIterator[Gateway]:
+    """Serve while the block runs. `bus` replaces Kafka; `follower` reads control topics where another service
+    of the process does, too.
 
     At the end: not ready at once, `drain_notice_s` of answers that close their connection, then no new
     connections, then the rest of `drain_s` for what runs.
@@ -84,7 +88,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             serve_asgi(ops, cfg.ops_host or cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port)
         )
 
-        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process))
+        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process, follower))
         folder = cfg.state_dir / "gateway"
         tables = (
             await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
@@ -127,6 +131,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             metrics=metrics,
             clock=clock,
             limits=limits,
+            regions=Regions(folder / "regions" if cfg.shared_memory else None, cfg.shared_memory_prefix),
         )
         stack.callback(service.close)
         parts = Parts(
@@ -154,7 +159,9 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             await _router_reached(router)
         oip = await enter(
             serve_oip(
-                InferenceServicer(catalogue=catalogue, keys=keys, health=health, clock=clock),
+                InferenceServicer(
+                    catalogue=catalogue, keys=keys, health=health, clock=clock, regions=service.regions
+                ),
                 service,
                 cfg.host,
                 cfg.grpc_port,
@@ -203,8 +210,10 @@ def _gauges(
     gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
 
 
-def _kafka(cfg: Settings, process: str) -> KafkaBus:
-    return KafkaBus(cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s)
+def _kafka(cfg: Settings, process: str, follower: Follower | None) -> KafkaBus:
+    return KafkaBus(
+        cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s, follower=follower
+    )
 
 
 def _job_settings(cfg: Settings, process: str) -> JobSettings:

@@ -14,6 +14,7 @@ from services.common.native import mypyc_attr
 from services.gateway.asked import Answers
 from services.gateway.catalogue import ServedModel
 from services.gateway.channel import Cancellable
+from services.gateway.codecs.places import OutputPlaces
 from services.gateway.codecs.v2 import V2State
 from services.gateway.keys import Key
 from services.gateway.targets import Target
@@ -143,6 +144,8 @@ class Call(ABC):
     asked_id = b""
     base64 = False
     v2: V2State | None = None
+    #: Where outputs are wanted that shall not come with the answer. Such a call has no plan.
+    places: OutputPlaces | None = None
     trace_parent: SpanContext | None = None
     trace_context: SpanContext | None = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from google.protobuf.message import DecodeError
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code
@@ -10,11 +12,13 @@ from open_inference.open_inference_pb2 import ModelInferRequest
 from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument, MalformedBody
 from services.common.frames.detached import Buffer
 from services.common.problems import HTTP_STATUS, problem_headers
+from services.common.shared_memory import in_shared_memory
 from services.gateway.call import Call, Speaker
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import native, oip, openai, v2
 from services.gateway.codecs.compiled import JSON
 from services.gateway.codecs.infer_forms import named, names_of, request_form
+from services.gateway.codecs.places import output_places
 from services.gateway.codecs.rows_body import LONG_BODY_BYTES, decode_long, decode_rows, with_context
 from services.gateway.codecs.trailers import trailers
 from services.gateway.datatypes import BYTES
@@ -22,6 +26,7 @@ from services.gateway.errors import as_oip, as_openai, as_problem
 from services.gateway.infer_plans import InferPlan
 from services.gateway.keys import Key
 from services.gateway.plans import Plan, plan_of
+from services.gateway.regions import Regions
 from services.gateway.targets import Dialect, Target
 from services.gateway.v2_plans import V2Plan
 
@@ -37,14 +42,14 @@ _LIGHT_JSON_BYTES, _LENGTH_DIGITS = 4096, 12
 _COUNTS_TOKENS = "embedding"
 
 
-def speakers(catalogue: Catalogue) -> dict[Dialect, Speaker]:
+def speakers(catalogue: Catalogue, regions: Regions) -> dict[Dialect, Speaker]:
     """A speaker for every dialect."""
     return {
         Dialect.NATIVE: NativeSpeaker(catalogue),
         Dialect.EMBED: EmbedSpeaker(catalogue),
-        Dialect.V2: V2Speaker(catalogue),
+        Dialect.V2: V2Speaker(catalogue, regions),
         Dialect.OPENAI_EMBEDDINGS: OpenAIEmbeddingsSpeaker(catalogue),
-        Dialect.GRPC: GrpcSpeaker(catalogue),
+        Dialect.GRPC: GrpcSpeaker(catalogue, regions),
     }
 
 
@@ -207,6 +212,10 @@ class EmbedSpeaker(NativeSpeaker):
 class V2Speaker(_Speaker):
     """`/v2/models/{model}[/versions/{version}]/infer`."""
 
+    def __init__(self, catalogue: Catalogue, regions: Regions) -> None:
+        super().__init__(catalogue)
+        self._regions = regions
+
     def light(self, call: Call, key: Key) -> bool:
         said = call.head.json_length
         if said is None or not said.isdigit() or int(said[:_LENGTH_DIGITS]) > _LIGHT_JSON_BYTES:
@@ -238,11 +247,13 @@ class V2Speaker(_Speaker):
         asked, binary = v2.decode_request(call.body, call.head.json_length)
         timeout_s = call.asked_timeout_s = v2.timeout_of(asked.parameters)
         apart: list[Buffer] = []
-        state = call.v2 = v2.fill_request(request, version.signature, asked, binary, apart)
+        find = partial(self._regions.find, key.key_id)
+        state = call.v2 = v2.fill_request(request, version.signature, asked, binary, apart, find)
+        call.places = output_places([(one.name, one.parameters) for one in asked.outputs or ()], find)
         if apart:
             call.tensors = tuple(apart)
         body, model = call.body, call.model
-        if model is None or len(body) > _LEARNED_BYTES:
+        if model is None or len(body) > _LEARNED_BYTES or _elsewhere(call, request):
             return
         names = _v2_names(target)
         plan = key.plans.get(names)
@@ -256,7 +267,7 @@ class V2Speaker(_Speaker):
         state = call.v2
         if state is None:
             raise ValueError("a reply to a request that was not read")
-        body, json_length = v2.encode_answer(_name(call), state, call.request_id.hex(), reply)
+        body, json_length = v2.encode_answer(_name(call), state, call.request_id.hex(), reply, call.places)
         if isinstance(call.plan, V2Plan):
             call.plan.learn_answer(state, reply)
         headers = v2.answer_head(json_length)
@@ -293,6 +304,10 @@ class OpenAIEmbeddingsSpeaker(_Speaker):
 class GrpcSpeaker(_Speaker):
     """`inference.GRPCInferenceService/ModelInfer`. Bodies are messages; an error's body is the trailers that
     say it, since gRPC has no body for errors."""
+
+    def __init__(self, catalogue: Catalogue, regions: Regions) -> None:
+        super().__init__(catalogue)
+        self._regions = regions
 
     def light(self, call: Call, key: Key) -> bool:
         if len(call.body) > _LEARNED_BYTES:
@@ -332,10 +347,16 @@ class GrpcSpeaker(_Speaker):
             raise MalformedBody("The message is no ModelInferRequest.") from None
         version = self._version(call, key, request, asked.model_name, asked.model_version)
         call.asked_id = asked.id.encode()
-        oip.fill_request(request, version.signature, asked)
+        find = partial(self._regions.find, key.key_id)
+        oip.fill_request(request, version.signature, asked, find)
+        call.places = output_places([(one.name, oip.scalars(one.parameters)) for one in asked.outputs], find)
         timeout_s = oip.timeout_of(asked)
         call.asked_timeout_s = _shorter(call.head.timeout_s, timeout_s)
-        if call.head.content_encoding is None and len(call.body) <= _LEARNED_BYTES:
+        if (
+            call.head.content_encoding is None
+            and len(call.body) <= _LEARNED_BYTES
+            and not _elsewhere(call, request)
+        ):
             self._learn(call, key, asked, request, version, timeout_s)
 
     def _learn(
@@ -365,7 +386,7 @@ class GrpcSpeaker(_Speaker):
         if isinstance(call.plan, InferPlan):
             call.plan.learn_answer(reply)
         request_id = call.asked_id.decode() or call.request_id.hex()
-        return b"", oip.to_response(_name(call), request_id, reply).SerializeToString()
+        return b"", oip.to_response(_name(call), request_id, reply, call.places).SerializeToString()
 
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
         if isinstance(error, BodyTooLarge):
@@ -387,6 +408,11 @@ def _shorter(one: float, other: float) -> float:
 def _v2_names(target: Target) -> str:
     """What plans for a path are kept by; no model has such a name."""
     return f"{target.model}/{target.version}"
+
+
+def _elsewhere(call: Call, request: PredictRequest) -> bool:
+    """Whether tensors lie in shared memory: what bodies have in common is not learned from such."""
+    return call.places is not None or in_shared_memory(request)
 
 
 def _name(call: Call) -> str:

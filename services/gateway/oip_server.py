@@ -5,6 +5,7 @@ being how."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,15 +19,17 @@ from open_inference import open_inference_pb2 as oip_pb2
 from open_inference import open_inference_pb2_grpc as oip_grpc
 
 from services.common.clock import Clock
-from services.common.errors import Fatal, HeadraceError, Internal
+from services.common.errors import Fatal, HeadraceError, Internal, NotFound, Unimplemented
 from services.common.frames.header_blocks import Field
 from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.predict import PredictService
+from services.gateway.regions import Regions
+from services.gateway.rest.shared_memory_routes import NO_CUDA
 from services.gateway.rest.v2_routes import (
-    EXTENSIONS,
     SERVER_NAME,
+    extensions,
     model_metadata,
     repository_index,
     server_version,
@@ -51,7 +54,10 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     """The protocol's methods but ModelInfer, which is a hot call. Errors become gRPC statuses with the same
     number as their code."""
 
-    def __init__(self, *, catalogue: Catalogue, keys: KeyRing, health: Health, clock: Clock) -> None:
+    def __init__(
+        self, *, catalogue: Catalogue, keys: KeyRing, health: Health, clock: Clock, regions: Regions
+    ) -> None:
+        self._regions = regions
         self._catalogue = catalogue
         self.keys = keys
         self._health = health
@@ -74,7 +80,7 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         async def answer() -> oip_pb2.ServerMetadataResponse:
             self._charge(self._caller(context, Scope.PREDICT, Scope.READ))
             return oip_pb2.ServerMetadataResponse(
-                name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS
+                name=SERVER_NAME, version=server_version(), extensions=extensions(self._regions)
             )
 
         return await self._answered(context, answer)
@@ -93,6 +99,76 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             return oip_pb2.RepositoryIndexResponse(models=repository_index(self._catalogue, key))
 
         return await self._answered(context, answer)
+
+    async def SystemSharedMemoryRegister(
+        self, request: oip_pb2.SystemSharedMemoryRegisterRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.SystemSharedMemoryRegisterResponse:
+            key_id = self._predicting(context)
+            await asyncio.to_thread(
+                self._regions.register, key_id, request.name, request.key, request.offset, request.byte_size
+            )
+            return oip_pb2.SystemSharedMemoryRegisterResponse()
+
+        return await self._answered(context, answer)
+
+    async def SystemSharedMemoryUnregister(
+        self, request: oip_pb2.SystemSharedMemoryUnregisterRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.SystemSharedMemoryUnregisterResponse:
+            await asyncio.to_thread(self._regions.unregister, self._predicting(context), request.name)
+            return oip_pb2.SystemSharedMemoryUnregisterResponse()
+
+        return await self._answered(context, answer)
+
+    async def SystemSharedMemoryStatus(
+        self, request: oip_pb2.SystemSharedMemoryStatusRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.SystemSharedMemoryStatusResponse:
+            found = await asyncio.to_thread(self._regions.listed, self._predicting(context), request.name)
+            status = oip_pb2.SystemSharedMemoryStatusResponse()
+            for name, region in found.items():
+                said = status.regions[name]
+                said.name, said.key = name, region.key
+                said.offset, said.byte_size = region.offset, region.byte_size
+            return status
+
+        return await self._answered(context, answer)
+
+    async def CudaSharedMemoryRegister(
+        self, request: oip_pb2.CudaSharedMemoryRegisterRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.CudaSharedMemoryRegisterResponse:
+            self._predicting(context)
+            raise Unimplemented(NO_CUDA)
+
+        return await self._answered(context, answer)
+
+    async def CudaSharedMemoryUnregister(
+        self, request: oip_pb2.CudaSharedMemoryUnregisterRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.CudaSharedMemoryUnregisterResponse:
+            self._predicting(context)  # there are none
+            return oip_pb2.CudaSharedMemoryUnregisterResponse()
+
+        return await self._answered(context, answer)
+
+    async def CudaSharedMemoryStatus(
+        self, request: oip_pb2.CudaSharedMemoryStatusRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.CudaSharedMemoryStatusResponse:
+            self._predicting(context)
+            if request.name:
+                raise NotFound(NO_CUDA, field="name")
+            return oip_pb2.CudaSharedMemoryStatusResponse()
+
+        return await self._answered(context, answer)
+
+    def _predicting(self, context: RpcContext) -> str:
+        """The id of the caller's key, which may predict and is charged for the call."""
+        key = self._caller(context, Scope.PREDICT)
+        self._charge(key)
+        return key.key_id
 
     async def _answered(self, context: RpcContext, answer: Callable[[], Awaitable[Answer]]) -> Answer:
         try:

@@ -31,6 +31,7 @@ from services.gateway.dialects import speakers
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget, BodyReaders
+from services.gateway.regions import Regions
 from services.gateway.router_client import RouterClient, failure
 from services.gateway.targets import Dialect
 
@@ -74,7 +75,10 @@ class PredictService:
         metrics: GatewayMetrics,
         clock: Clock,
         limits: PredictLimits,
+        regions: Regions | None = None,
     ) -> None:
+        """Without `regions`, no shared memory is served."""
+        self.regions = regions or Regions(None)
         self._keys = keys
         self._router = router
         self._tracing = tracing
@@ -84,7 +88,7 @@ class PredictService:
         self.bodies = BodyBudget(limits.max_held_bytes)
         self._monotonic = clock.monotonic
         self._unix_us = clock.unix_us
-        self.speakers = speakers(catalogue)
+        self.speakers = speakers(catalogue, self.regions)
         self.limits = limits
 
     def admit(self, call: Call) -> None:

@@ -54,6 +54,11 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSetting
     max_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     #: Hot routes before ASGI; off, the same answers come through ASGI.
     hot_routes: bool = True
+    #: Take tensors from, and put them into, shared memory of this machine, where workers run as well (and are
+    #: told the same). Any key that may predict can then name any object there whose name begins with the
+    #: prefix and that this process may open.
+    shared_memory: bool = False
+    shared_memory_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$")] = ""
     #: How long the gateway goes on answering, with `Connection: close`, after it said that it is not ready.
     drain_notice_s: Annotated[float, Field(ge=0)] = 1.0
     #: How long the first start waits for the control topics before it serves what it has.

@@ -31,7 +31,7 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     frames_port: Port = 8020
     #: Where routers reach the frame stream instead, if all of them run on this machine; empty: by the port.
     frames_socket: Path | None = None
-    #: Read inputs that are said to lie in shared memory of this machine. No gateway sends such requests yet.
+    #: Read inputs that lie in shared memory of this machine, where gateways and their clients run as well.
     shared_memory: bool = False
     grpc_port: Port = 8021
     ops_port: Port = 8022
@@ -60,10 +60,12 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
 
     #: The prediction log on disk, while Kafka is away; full: requests are refused.
     log_max_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
-    #: Of requests whose inputs are larger (images), only so many are logged with them as fit into the rate,
-    #: for each version. Outputs that are larger are not logged.
+    #: Of requests whose inputs are larger (images, many rows), only so many are logged with them as fit into
+    #: the rate, for each version; all of them with their outputs. Below it, inputs are always logged.
+    log_small_payload_bytes: Annotated[int, Field(ge=0)] = 1 << 12
+    log_large_payload_bytes_per_s: Annotated[int, Field(ge=0)] = 4 << 20
+    #: Outputs that are larger are not logged.
     log_payload_max_bytes: Annotated[int, Field(ge=0)] = 1 << 16
-    log_large_payload_bytes_per_s: Annotated[int, Field(ge=0)] = 1 << 20
 
     #: Prefixes of what batch jobs may read; the gateway's must be the same.
     batch_input_allow: CommaSeparated = ("store://files/",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
@@ -14,9 +15,10 @@ from open_inference.open_inference_pb2 import (
     ModelInferResponse,
 )
 
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 from services.gateway.codecs import v2
 from services.gateway.codecs.explain import explain
+from services.gateway.codecs.places import REGION, Find, OutputPlaces, Scalar, find_none, input_in, place_of
 from services.gateway.codecs.tensors import pack_flat
 from services.gateway.datatypes import BY_NUMBER
 from services.gateway.signature import InputSpec, ModelSignature
@@ -38,31 +40,37 @@ _CONTENTS = {
 }
 
 
-def fill_request(request: PredictRequest, signature: ModelSignature, asked: ModelInferRequest) -> None:
-    """Put inputs, outputs and parameters of `asked` into `request`. Raises InvalidArgument naming
-    `inputs.<name>`."""
+def fill_request(
+    request: PredictRequest, signature: ModelSignature, asked: ModelInferRequest, find: Find = find_none
+) -> None:
+    """Put inputs, outputs and parameters of `asked` into `request`; `find` gives regions of shared memory.
+    Raises InvalidArgument naming `inputs.<name>`."""
     raw = list(asked.raw_input_contents)
-    if raw and len(raw) != len(asked.inputs):
+    # Inputs in shared memory have no entry there.
+    sent = sum(REGION not in one.parameters for one in asked.inputs)
+    if raw and len(raw) != sent:
         raise InvalidArgument(
-            f"raw_input_contents has {len(raw)} entries for {len(asked.inputs)} inputs.",
-            field="raw_input_contents",
+            f"raw_input_contents has {len(raw)} entries for {sent} inputs.", field="raw_input_contents"
         )
+    data = iter(raw)
     given: dict[str, Tensor] = {}
-    for index, one in enumerate(asked.inputs):
+    for one in asked.inputs:
         where = f"inputs.{one.name}"
         spec = signature.by_name.get(one.name)
         if spec is None:
             raise InvalidArgument(f"{where} is no input of this model.", field=where)
         if one.name in given:
             raise InvalidArgument(f"{where} is given twice.", field=where)
-        if "shared_memory_region" in one.parameters:
-            raise Unimplemented(f"{where}: shared memory is not served.", field=where)
         shape = list(one.shape)
         v2.check_declared(spec, one.datatype, shape, where)
-        if raw:
+        if REGION in one.parameters:
+            if one.HasField("contents"):
+                raise InvalidArgument(f"{where} has contents beside its shared memory.", field=where)
+            given[one.name] = input_in(place_of(scalars(one.parameters), find, where), spec, shape, where)
+        elif raw:
             if one.HasField("contents"):
                 raise InvalidArgument(f"{where} has contents beside raw_input_contents.", field=where)
-            given[one.name] = v2.raw_tensor(spec, shape, raw[index], where)
+            given[one.name] = v2.raw_tensor(spec, shape, next(data), where)
         else:
             given[one.name] = _typed(spec, shape, one.contents, where)
     for spec in signature.inputs:
@@ -71,7 +79,7 @@ def fill_request(request: PredictRequest, signature: ModelSignature, asked: Mode
     tensors = [given[spec.name] for spec in signature.inputs]
     v2.check_rows(signature, tensors)
     request.inputs.extend(tensors)
-    v2.fill_parameters(request, {name: _scalar(value) for name, value in asked.parameters.items()})
+    v2.fill_parameters(request, scalars(asked.parameters))
     v2.fill_outputs(request, signature, [one.name for one in asked.outputs])
 
 
@@ -81,12 +89,25 @@ def timeout_of(asked: ModelInferRequest) -> float:
     return v2.timeout_of({name: _scalar(asked.parameters[name])} if name in asked.parameters else None)
 
 
-def to_response(model: str, request_id: str, reply: PredictReply) -> ModelInferResponse:
-    """The answer, tensors always raw."""
+def scalars(parameters: Mapping[str, InferParameter]) -> dict[str, Scalar]:
+    """Parameters as their values."""
+    return {name: _scalar(value) for name, value in parameters.items()}
+
+
+def to_response(
+    model: str, request_id: str, reply: PredictReply, places: OutputPlaces | None = None
+) -> ModelInferResponse:
+    """The answer, tensors always raw. What belongs into `places` is put there, and its raw contents are
+    empty. Raises InvalidArgument where that cannot be."""
+    elsewhere = places.put(reply.outputs) if places is not None else {}
     answer = ModelInferResponse(model_name=model, model_version=reply.version, id=request_id)
     for tensor in reply.outputs:
-        answer.outputs.add(name=tensor.name, datatype=BY_NUMBER[tensor.datatype].name, shape=tensor.shape)
-        answer.raw_output_contents.append(tensor.data)
+        said = answer.outputs.add(
+            name=tensor.name, datatype=BY_NUMBER[tensor.datatype].name, shape=tensor.shape
+        )
+        for name, value in elsewhere.get(tensor.name, {}).items():
+            said.parameters[name].CopyFrom(_infer_parameter(value))
+        answer.raw_output_contents.append(b"" if tensor.name in elsewhere else tensor.data)
     for name, value in v2.answer_parameters(reply).items():
         answer.parameters[name].CopyFrom(_infer_parameter(value))
     return answer
@@ -114,13 +135,13 @@ def _typed(spec: InputSpec, shape: list[int], contents: InferTensorContents, whe
     return Tensor(name=spec.name, datatype=spec.datatype.number, shape=shape, data=data)
 
 
-def _scalar(parameter: InferParameter) -> v2.Scalar:
+def _scalar(parameter: InferParameter) -> Scalar:
     kind = parameter.WhichOneof("parameter_choice")
-    value: v2.Scalar = getattr(parameter, kind) if kind else None
+    value: Scalar = getattr(parameter, kind) if kind else None
     return value
 
 
-def _infer_parameter(value: v2.Scalar) -> InferParameter:
+def _infer_parameter(value: Scalar) -> InferParameter:
     if isinstance(value, bool):
         return InferParameter(bool_param=value)
     if isinstance(value, int):

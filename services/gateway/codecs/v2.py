@@ -15,6 +15,7 @@ from services.common.frames.detached import Buffer
 from services.gateway.codecs.attributes import parameter, session_of
 from services.gateway.codecs.compiled import JSON, varint
 from services.gateway.codecs.native import wrong_field
+from services.gateway.codecs.places import REGION, Find, OutputPlaces, Scalar, find_none, input_in, place_of
 from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, bytes_elements
 from services.gateway.codecs.rows import check_shape, tensor_from_nested_or_flat
@@ -23,8 +24,6 @@ from services.gateway.datatypes import BF16, BY_NUMBER, BYTES
 from services.gateway.signature import InputSpec, ModelSignature
 
 _ABSENT = msgspec.Raw(b"")
-
-Scalar = str | int | float | bool | None
 
 
 class V2Input(msgspec.Struct):
@@ -69,7 +68,6 @@ _OURS = frozenset({"binary_data_output", "binary_data_size", "user_id", "timeout
 LARGE_BYTES = 32 << 10
 #: Tags of PredictRequest's inputs (4) and of Tensor's data (4).
 _INPUTS, _DATA = b"\x22", b"\x22"
-_SHARED_MEMORY = "shared_memory_region"
 _LENGTH_DIGITS = 12
 _BINARY = b"content-type: application/octet-stream\r\ninference-header-content-length: %d\r\n"
 
@@ -110,8 +108,10 @@ def fill_request(
     asked: V2Request,
     binary: memoryview,
     apart: list[Buffer] | None = None,
+    find: Find = find_none,
 ) -> V2State:
-    """Put inputs, outputs and parameters into `request`. Raises InvalidArgument naming `inputs.<name>`.
+    """Put inputs, outputs and parameters into `request`; `find` gives regions of shared memory. Raises
+    InvalidArgument naming `inputs.<name>`.
 
     Large binary inputs are put into `apart` instead, where it is given: fields of the request, with the data
     as a view of `binary`."""
@@ -125,6 +125,9 @@ def fill_request(
         if one.name in given:
             raise InvalidArgument(f"{where} is given twice.", field=where)
         check_declared(spec, one.datatype, one.shape, where)
+        if one.parameters and REGION in one.parameters:
+            given[one.name] = _elsewhere(one, one.parameters, spec, find, where)
+            continue
         size = _binary_size(one, binary, where)
         if size is None:
             given[one.name] = tensor_from_nested_or_flat(spec, one.data, one.shape, where)
@@ -152,9 +155,16 @@ def fill_request(
     for output in wanted:
         if (output.parameters or {}).get("classification"):
             raise Unimplemented(f"outputs.{output.name}: the classification extension is not served.")
-        if _SHARED_MEMORY in (output.parameters or {}):
-            raise Unimplemented(f"outputs.{output.name}: shared memory is not served.")
     return V2State(asked.id, _binary_outputs(signature, asked))
+
+
+def _elsewhere(
+    one: V2Input, parameters: dict[str, Scalar], spec: InputSpec, find: Find, where: str
+) -> Tensor:
+    """The input whose data lies in shared memory, by its `parameters`."""
+    if one.data is not _ABSENT or "binary_data_size" in parameters:
+        raise InvalidArgument(f"{where} has data beside its shared memory.", field=where)
+    return input_in(place_of(parameters, find, where), spec, one.shape, where)
 
 
 def check_rows(signature: ModelSignature, tensors: list[Tensor]) -> None:
@@ -234,9 +244,11 @@ def check_declared(spec: InputSpec, datatype: str, shape: list[int], where: str)
 
 
 def encode_answer(
-    model: str, state: V2State, request_id: str, reply: PredictReply
+    model: str, state: V2State, request_id: str, reply: PredictReply, places: OutputPlaces | None = None
 ) -> tuple[bytes, int | None]:
-    """The body, and the length of its JSON part where binary tensors follow it."""
+    """The body, and the length of its JSON part where binary tensors follow it. What belongs into `places` is
+    put there. Raises InvalidArgument where that cannot be."""
+    elsewhere = places.put(reply.outputs) if places is not None else {}
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes] = []
     for tensor in reply.outputs:
@@ -246,7 +258,9 @@ def encode_answer(
             "datatype": datatype.name,
             "shape": list(tensor.shape),
         }
-        if is_binary(state, tensor):
+        if tensor.name in elsewhere:
+            entry["parameters"] = elsewhere[tensor.name]
+        elif is_binary(state, tensor):
             entry["parameters"] = {"binary_data_size": len(tensor.data)}
             blobs.append(tensor.data)
         else:
@@ -300,8 +314,6 @@ def answer_parameters(reply: PredictReply) -> dict[str, Scalar]:
 def _binary_size(one: V2Input, binary: memoryview, where: str) -> int | None:
     """How many bytes behind the JSON part are those of `one`; None where its data is in the JSON."""
     parameters = one.parameters or {}
-    if _SHARED_MEMORY in parameters:
-        raise Unimplemented(f"{where}: shared memory is not served.", field=where)
     size = parameters.get("binary_data_size")
     if size is None:
         if one.data is _ABSENT:

@@ -32,6 +32,7 @@ from services.gateway.rest.hot_routes import hot_routes
 from services.gateway.rest.management import Upstream, management_routes
 from services.gateway.rest.openai_routes import openai_routes
 from services.gateway.rest.outcomes import parse_outcomes, publish_outcomes
+from services.gateway.rest.shared_memory_routes import shared_memory_routes
 from services.gateway.rest.v2_routes import server_version, v2_health_routes, v2_routes
 from services.gateway.targets import target_of
 
@@ -65,10 +66,19 @@ def rest_app(parts: Parts) -> ASGIApp:
     )
     app.include_router(hot_routes(parts.service))
     app.include_router(v2_health_routes(parts.health))
-    app.include_router(
-        v2_routes(parts.catalogue, parts.keys, parts.health, parts.metrics, parts.clock, parts.service.bodies)
-    )
     service = parts.service
+    app.include_router(
+        v2_routes(
+            parts.catalogue,
+            parts.keys,
+            parts.health,
+            parts.metrics,
+            parts.clock,
+            service.bodies,
+            service.regions,
+        )
+    )
+    app.include_router(shared_memory_routes(service.regions, parts.keys, parts.clock, service.bodies))
     jobs = JobRoutes(parts.jobs, parts.keys, parts.clock, service.limits, service.bodies)
     app.include_router(jobs.router())
     app.include_router(openai_routes(parts.openai, parts.keys, parts.clock, service.bodies))

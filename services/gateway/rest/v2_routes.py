@@ -16,9 +16,11 @@ from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.reading import BodyBudget
+from services.gateway.regions import Regions
 from services.gateway.rest.door import authenticated, bounded_body
 
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+_EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+_SHARED_MEMORY = "system_shared_memory"
 SERVER_NAME = "headrace"
 _MAX_INDEX_BODY = 4096
 
@@ -29,6 +31,11 @@ def server_version() -> str:
         return importlib.metadata.version("headrace-gateway")
     except importlib.metadata.PackageNotFoundError:
         return "0"
+
+
+def extensions(regions: Regions) -> tuple[str, ...]:
+    """The extensions of the protocol that are served."""
+    return (*_EXTENSIONS, _SHARED_MEMORY) if regions.served else _EXTENSIONS
 
 
 def model_metadata(model: ServedModel, version: ServedVersion) -> dict[str, Any]:
@@ -84,8 +91,9 @@ def v2_routes(
     metrics: GatewayMetrics,
     clock: Clock,
     bodies: BodyBudget,
+    regions: Regions,
 ) -> APIRouter:
-    """All other routes below /v2, infer aside."""
+    """All other routes below /v2, infer and shared memory aside."""
     router = APIRouter(tags=["open inference protocol"])
 
     def asked(request: Request, model: str, version: str) -> tuple[ServedModel, ServedVersion]:
@@ -96,7 +104,7 @@ def v2_routes(
 
     async def server(request: Request) -> Response:
         authenticated(request, keys, _reading(request, keys), clock.monotonic())
-        return _json({"name": SERVER_NAME, "version": server_version(), "extensions": list(EXTENSIONS)})
+        return _json({"name": SERVER_NAME, "version": server_version(), "extensions": extensions(regions)})
 
     async def metadata(request: Request, model: str, version: str = "") -> Response:
         return _json(model_metadata(*asked(request, model, version)))

@@ -11,7 +11,7 @@ import pytest
 
 from services.common import shared_memory
 from services.common.errors import InvalidArgument
-from services.common.shared_memory import object_name, read
+from services.common.shared_memory import inspect, object_name, read, write
 
 
 @pytest.fixture
@@ -48,6 +48,38 @@ def test_one_that_is_shortened_while_it_is_read_kills_nobody(
     monkeypatch.setattr(os, "pread", after_a_cut)
     with pytest.raises(InvalidArgument, match="ends before"):
         read(path.name, 0, 1 << 20, "f")
+
+
+def test_what_is_written_lies_there(path: Path) -> None:
+    path.write_bytes(bytes(10))
+    size, identity = inspect(path.name, "f")
+    assert size == 10
+    write(path.name, 4, b"abc", "f", identity)
+    assert path.read_bytes() == bytes(4) + b"abc" + bytes(3)
+
+
+@pytest.mark.parametrize("offset", [8, 11, 2**63, 2**64])
+def test_nothing_is_written_beyond_the_end(path: Path, offset: int) -> None:
+    path.write_bytes(bytes(10))
+    with pytest.raises(InvalidArgument, match="ends before") as error:
+        write(path.name, offset, b"abc", "outputs.x")
+    assert error.value.field == "outputs.x"
+    assert path.read_bytes() == bytes(10)
+
+
+def test_another_object_of_the_same_name_is_neither_read_nor_written(path: Path) -> None:
+    path.write_bytes(bytes(10))
+    _size, identity = inspect(path.name, "f")
+    assert read(path.name, 0, 1, "f", identity) == b"\0"
+    # Made before the other one is gone: its number would be given again.
+    other = path.with_name(f"{path.name}-new")
+    other.write_bytes(bytes(10))
+    other.rename(path)
+    with pytest.raises(InvalidArgument, match="another object"):
+        read(path.name, 0, 1, "f", identity)
+    with pytest.raises(InvalidArgument, match="another object"):
+        write(path.name, 0, b"a", "f", identity)
+    assert path.read_bytes() == bytes(10)
 
 
 def test_one_that_is_gone_is_refused(path: Path) -> None:

@@ -12,8 +12,8 @@ from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import DataType, SharedMemory, Signature, Tensor, TensorSpec
 
 from services.common.clock import SystemClock
-from services.common.errors import HeadraceError, InvalidArgument
-from services.common.shared_memory import DIRECTORY
+from services.common.errors import HeadraceError, InvalidArgument, Unimplemented
+from services.common.shared_memory import DIRECTORY, inspect
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
 from services.worker.servicer import Servicer, Version
@@ -115,8 +115,22 @@ def test_what_does_not_fit_is_refused_by_name(region: Path, offset: int, byte_si
 
 def test_nothing_is_read_where_that_is_not_allowed(region: Path) -> None:
     error = accepted(asked(region.name), allowed=False)
+    assert isinstance(error, Unimplemented)
+    assert "reads no shared memory" in error.message
+
+
+def test_another_object_of_the_name_is_refused(region: Path) -> None:
+    request = asked(region.name)
+    request.inputs[1].shared_memory.identity = inspect(region.name, "f")[1]
+    assert isinstance(accepted(request), Item)
+    # Made before the other one is gone: its number would be given again.
+    other = region.with_name(f"{region.name}-new")
+    other.write_bytes(bytes(64))
+    other.rename(region)
+    error = accepted(request)
     assert isinstance(error, InvalidArgument)
-    assert "not read here" in error.message
+    assert "another object" in error.message
+    assert error.field == "inputs.x"
 
 
 def test_a_key_cannot_lead_elsewhere() -> None:
