@@ -2,20 +2,17 @@
 
 from services.common.clock import SystemClock
 from services.common.lifecycle import run, until_stopped
-from services.common.settings import load
-from services.common.telemetry import setup_logging
+from services.common.starting import configured
 from services.drift.app import drift_app
 from services.drift.settings import Settings
 
 
-async def main() -> None:
+async def main(cfg: Settings) -> None:
     """Serve until told to stop."""
-    cfg = load(Settings)
-    setup_logging("drift", cfg.log_level, json=cfg.log_format == "json")
     async with drift_app(cfg, SystemClock()):
         await until_stopped()
 
 
 if __name__ == "__main__":
-    setup_logging("drift")
-    run(main)
+    settings = configured("drift", Settings)
+    run(lambda: main(settings), drain_s=settings.drain_s)
