@@ -57,11 +57,8 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway_app(
-    cfg: Settings, clock: Clock, bus: Bus | None = None, *, follower: Follower | None = None
-) -> AsyncIterator[Gateway]:
-    """Serve while the block runs. `bus` replaces Kafka; `follower` reads control topics where another service
-    of the process does, too.
+async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Gateway]:
+    """Serve while the block runs. `bus` replaces Kafka.
 
     At the end: not ready at once, `drain_notice_s` of answers that close their connection, then no new
     connections, then the rest of `drain_s` for what runs.
@@ -88,7 +85,7 @@ async def gateway_app(
             serve_asgi(ops, cfg.ops_host or cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port)
         )
 
-        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process, follower))
+        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process))
         folder = cfg.state_dir / "gateway"
         tables = (
             await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
@@ -210,10 +207,8 @@ def _gauges(
     gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
 
 
-def _kafka(cfg: Settings, process: str, follower: Follower | None) -> KafkaBus:
-    return KafkaBus(
-        cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s, follower=follower
-    )
+def _kafka(cfg: Settings, process: str) -> KafkaBus:
+    return KafkaBus(cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s)
 
 
 def _job_settings(cfg: Settings, process: str) -> JobSettings:
