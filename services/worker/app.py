@@ -293,6 +293,8 @@ def _defaults(cfg: Settings) -> Defaults:
         max_queue=cfg.max_queue_ms / 1e3,
     )
     payloads = PayloadPolicy(
-        request_bytes=cfg.log_payload_max_bytes, large_bytes_per_s=cfg.log_large_payload_bytes_per_s
+        small_bytes=cfg.log_small_payload_bytes,
+        request_bytes=cfg.log_payload_max_bytes,
+        large_bytes_per_s=cfg.log_large_payload_bytes_per_s,
     )
     return Defaults(batching, payloads, cfg.default_timeout_s)

@@ -129,7 +129,7 @@ def _batches(versions: Versions) -> Iterator[Metric]:
         "headrace_worker_reruns", "Requests run alone after their batch failed", labels=_VERSION
     )
     omitted = CounterMetricFamily(
-        "headrace_worker_payloads_omitted", "Requests with tensors too large to be logged", labels=_VERSION
+        "headrace_worker_payloads_omitted", "Requests logged without their large tensors", labels=_VERSION
     )
     rows = HistogramMetricFamily("headrace_worker_batch_rows", "Rows of a batch", labels=_VERSION)
     for key, model in versions:

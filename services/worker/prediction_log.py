@@ -50,14 +50,16 @@ _Said = tuple[str, float, int, int, int, int, str]
 
 @dataclass(frozen=True, slots=True)
 class PayloadPolicy:
-    """What of the tensors is logged, in bytes. Of requests with inputs larger than `request_bytes` (images)
-    some have them in the log, as many as fit into `large_bytes_per_s`, the others their outputs alone;
-    outputs that are larger are left out. No record is larger than about `record_bytes`."""
+    """What of the tensors is logged, in bytes. Of requests with inputs larger than `small_bytes` (images,
+    many rows) some have them in the log, as many as fit into `large_bytes_per_s`, the others their outputs
+    alone; which ones depends on the time only. Outputs larger than `request_bytes` are left out. No record is
+    larger than about `record_bytes`."""
 
     enabled: bool = True
+    small_bytes: int = 1 << 12
     request_bytes: int = 1 << 16
     record_bytes: int = 4 << 20
-    large_bytes_per_s: int = 1 << 20
+    large_bytes_per_s: int = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +128,20 @@ class PredictionRecords:
             or (nbytes > policy.request_bytes and _largest(part) > policy.request_bytes)
         ):
             return self.of_entries(list(entries_of(part)), times, policy)
+        inputs: Sequence[Buffer] = part.inputs
+        omitted = 0
+        if policy.enabled and nbytes > policy.small_bytes:
+            sizes = [item.nbytes for item in part.items]
+            if max(sizes) > policy.small_bytes:
+                if min(sizes) <= policy.small_bytes:
+                    return self.of_entries(list(entries_of(part)), times, policy)
+                # For all of them at once: one record either way.
+                if not self._with_inputs(sum(map(len, inputs)), times.finished, policy):
+                    inputs, omitted = (), len(sizes)
         pieces: list[Buffer] = [*self._columns(part.items, None, times)]
         if policy.enabled:
-            pieces += self._tensors(part, part.rows, part.inputs, outputs)
-        return Made([b"".join(pieces)])
+            pieces += self._tensors(part, part.rows, inputs, outputs)
+        return Made([b"".join(pieces)], omitted)
 
     def of_entries(self, entries: Sequence[Entry], times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members fared differently, or that is too large for one record."""
@@ -163,13 +175,14 @@ class PredictionRecords:
         return made
 
     def _with_inputs(self, nbytes: int, now: float, policy: PayloadPolicy) -> bool:
-        """Whether inputs of this size are logged now; threads that decide at once may log one more."""
-        if nbytes <= policy.request_bytes:
+        """Whether inputs of this size are logged now; threads that decide at once may log one more. What they
+        cost is owed afterwards: were it to be saved first, large ones would be logged more seldom."""
+        if nbytes <= policy.small_bytes:
             return True
-        earned = (now - self._large_at) * policy.large_bytes_per_s
+        earned = max(0.0, now - self._large_at) * policy.large_bytes_per_s
         self._large_at = now
         self._large_bytes = min(self._large_bytes + earned, policy.record_bytes)
-        if nbytes > self._large_bytes:
+        if self._large_bytes <= 0:
             return False
         self._large_bytes -= nbytes
         return True

@@ -139,7 +139,7 @@ def test_inputs_too_large_are_left_out_and_their_outputs_kept() -> None:
     made = RECORDS.of_part(
         part(item(1, 1), item(2, 50), item(3, 1)),
         TIMES,
-        PayloadPolicy(request_bytes=210, large_bytes_per_s=0),
+        PayloadPolicy(small_bytes=210, large_bytes_per_s=0),
     )
     without = [record for record in read(made) if not record.inputs]
     full = [record for record in read(made) if record.inputs]
@@ -150,18 +150,37 @@ def test_inputs_too_large_are_left_out_and_their_outputs_kept() -> None:
     assert made.omitted == 1
 
 
-def test_some_large_inputs_are_logged_within_their_rate() -> None:
+def logged_with_inputs(policy: PayloadPolicy, *at_s: float, rows: tuple[int, ...] = (25,)) -> list[bool]:
+    """Whether batches of requests of so many rows, 8 bytes each, are logged with inputs at these seconds."""
     records = PredictionRecords("worker-7", "net", "3", "sha256:abc", InputLayout(SIGNATURE))
-    policy = PayloadPolicy(request_bytes=100, large_bytes_per_s=100)
+    found = []
+    for at in at_s:
+        times = Answered(started=at, finished=at, unix_us=2_000_000, compute_us=1)
+        made = records.of_part(part(*[item(i, count) for i, count in enumerate(rows, 1)]), times, policy)
+        (record,) = read(made)
+        assert len(floats(record.outputs[0].data)) == sum(record.rows) == sum(rows)
+        assert made.omitted == (0 if record.inputs else len(rows))
+        found.append(bool(record.inputs))
+    return found
 
-    def with_inputs(at_s: float) -> bool:
-        times = Answered(started=at_s, finished=at_s, unix_us=2_000_000, compute_us=1)
-        (record,) = read(records.of_part(part(item(1, 25)), times, policy))
-        assert record.outputs
-        return bool(record.inputs)
 
-    # 200 bytes each: one every two seconds.
-    assert [with_inputs(at_s) for at_s in (2.0, 3.0, 4.0, 5.0, 6.5)] == [True, False, True, False, True]
+def test_some_large_inputs_are_logged_within_their_rate() -> None:
+    policy = PayloadPolicy(small_bytes=100, record_bytes=300, large_bytes_per_s=100)
+    # 200 bytes each of 300 at the beginning, 100 more a second: what is owed is paid before the next.
+    logged = logged_with_inputs(policy, 9.0, 9.0, 9.0, 9.5, 10.5, 12.0, 12.5)
+    assert logged == [True, True, False, False, True, False, True]
+
+
+def test_requests_of_a_batch_are_logged_with_their_inputs_all_or_none() -> None:
+    policy = PayloadPolicy(small_bytes=100, record_bytes=900, large_bytes_per_s=400)
+    assert logged_with_inputs(policy, 9.0, 9.0, 9.0, 10.0, rows=(25, 30, 20)) == [True, True, False, True]
+
+
+def test_small_inputs_are_logged_at_any_rate() -> None:
+    policy = PayloadPolicy(small_bytes=200, large_bytes_per_s=0)
+    assert all(logged_with_inputs(policy, 9.0, 9.0, 9.0, rows=(25, 1, 25)))
+    made = RECORDS.of_part(part(item(1, 25), item(2, 26)), TIMES, policy)
+    assert [(list(one.rows), len(one.inputs)) for one in read(made)] == [([25], 1), ([26], 0)]
 
 
 def test_outputs_too_large_are_left_out_too() -> None:
