@@ -29,6 +29,8 @@ MAX_JOINED = 1000
 
 #: No outcome is observed before its request was answered, but for clocks that differ.
 _EARLY_US = 600_000_000
+#: A lease that would last so many times as long as one does was given before the clock was set back.
+_LEASES_LAST = 4
 
 _ADD_OUTCOMES = text(
     """
@@ -80,12 +82,14 @@ class Tier:
 
 
 async def hold(session: AsyncSession, name: str, holder: bytes, now: datetime, until: datetime) -> bool:
-    """Whether `holder` is the one who does `name` until then: nobody else is, or its time is over."""
+    """Whether `holder` is the one who does `name` until then: nobody else is, or its time is over. So it is
+    where it would last far longer than leases do: then the clock was set back since it was given."""
     lease = insert(LeaseRow).values(name=name, holder=holder, until=until)
+    unbelievable = now + _LEASES_LAST * abs(until - now)
     taken = lease.on_conflict_do_update(
         index_elements=[LeaseRow.name],
         set_={"holder": holder, "until": until},
-        where=or_(LeaseRow.holder == holder, LeaseRow.until < now),
+        where=or_(LeaseRow.holder == holder, LeaseRow.until < now, LeaseRow.until > unbelievable),
     )
     return (await session.scalar(taken.returning(LeaseRow.name))) is not None
 

@@ -23,7 +23,8 @@ _RETRY_S = 1.0
 _BUCKETS_PER_TRIP = 1000
 
 #: KEYS[1]: hash of one key. ARGV: rate, burst, spent, process, seconds a process counts after its last
-#: report. Time is Redis's own, so that clocks of gateways do not matter. Overdraft is kept to one burst.
+#: report. Time is Redis's own, so that clocks of gateways do not matter; where it is set back, nothing is
+#: earned meanwhile, and what was reported later than now counts for nobody. Overdraft is kept to one burst.
 _SETTLE = """
 local t = redis.call('TIME')
 local now = t[1] + t[2] / 1e6
@@ -38,7 +39,7 @@ local sharers = 0
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   if string.sub(all[i], 1, 2) == 'p:' then
-    if now - tonumber(all[i + 1]) > tonumber(ARGV[5]) then redis.call('HDEL', KEYS[1], all[i])
+    if math.abs(now - tonumber(all[i + 1])) > tonumber(ARGV[5]) then redis.call('HDEL', KEYS[1], all[i])
     else sharers = sharers + 1 end
   end
 end

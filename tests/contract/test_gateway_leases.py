@@ -59,6 +59,19 @@ async def test_a_lone_gateway_gets_the_whole_rate(redis_url: str) -> None:
         assert admitted(bucket, clock.monotonic(), 99) in (5, 6)  # the server's clock moved a little too
 
 
+async def test_who_reported_before_the_clock_was_set_back_shares_no_limit(redis_url: str) -> None:
+    clock = ManualClock()
+    async with Redis.from_url(redis_url) as redis:
+        await redis.flushdb()
+        seconds, _ = await redis.time()
+        await redis.hset("headrace:limit:{set-back}", "p:dead", str(seconds + 3600))
+        bucket = Bucket("set-back", 50.0, 10)
+        bucket.admit(0.0)
+        await Leases(redis, clock, "gateway").settle([bucket])
+        assert bucket._rate == 50.0
+        assert not await redis.hexists("headrace:limit:{set-back}", "p:dead")
+
+
 async def test_redis_away_leaves_the_local_share(new_valkey: Callable[[], ValkeyServer]) -> None:
     server = new_valkey()
     bucket = Bucket("away", 1000.0, 5)

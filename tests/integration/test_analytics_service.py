@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -816,3 +816,18 @@ async def test_one_replica_at_a_time_keeps_house(database_url: str, tmp_path: Pa
         assert [await one._hold(lease), await other._hold(lease), await one._hold(lease)] == [1, 0, 1]
         assert await one._hold(-lease) == 1
         assert [await other._hold(lease), await one._hold(lease)] == [1, 0]
+
+
+async def test_a_lease_of_before_the_clock_was_set_back_is_over(database_url: str, tmp_path: Path) -> None:
+    async with wired(database_url, tmp_path) as (_, _, one, _, _):
+        now, lease = datetime(2026, 1, 1, tzinfo=UTC), timedelta(seconds=30)
+
+        async def held(holder: bytes, since: datetime, lasts: timedelta = lease) -> bool:
+            async with transaction(one._engine) as session:
+                return await repository.hold(session, "what", holder, since, since + lasts)
+
+        assert await held(b"dead", now)
+        assert not await held(b"other", now - timedelta(seconds=60))  # clocks of two replicas
+        assert not await held(b"other", now, -lease)
+        assert await held(b"other", now - timedelta(hours=1))
+        assert not await held(b"dead", now - timedelta(hours=1))

@@ -113,6 +113,16 @@ async def until_gone(database: AsyncEngine, name: str) -> None:
     await eventually_of(lambda: rows(database), lambda known: name not in known)
 
 
+async def test_a_clock_that_is_set_back_holds_up_no_callback(database: AsyncEngine) -> None:
+    clock = ManualClock()
+    async with Receiver([OK]).running() as receiver:
+        await due(database, clock, f"http://127.0.0.1:{receiver.port}/hook")
+        clock.advance(-3600)
+        async with sending(database, clock):
+            await until_gone(database, "d1")
+        assert len(receiver.got) == 1
+
+
 async def test_a_callback_is_tried_until_it_is_taken(database: AsyncEngine) -> None:
     clock = ManualClock()
     async with Receiver([FAILED, FAILED, OK]).running() as receiver:

@@ -144,6 +144,17 @@ async def test_jobs_that_only_wait_keep_nobody_out(here: Here) -> None:
     assert {job.job_id for job in here.controller.jobs} == {*waiting, "late"}
 
 
+async def test_a_lease_of_before_the_clock_was_set_back_is_over(here: Here) -> None:
+    await here.add("left")
+    async with transaction(here.backend.engine) as session:
+        await JobRepository(session).claim("dead", here.clock.now(), timedelta(seconds=15), 10)
+    await here.looks(2)
+    assert await here.state("left") == "validating"
+    here.clock.advance(-3600)
+    await here.looks(2)
+    assert await here.state("left") == "in_progress"
+
+
 async def test_an_input_that_is_away_is_asked_for_at_growing_distances(here: Here) -> None:
     uri = "store://files/f/x.jsonl"
     await here.add("away", input_uri=uri, inline_input=None, rows=0)

@@ -12,13 +12,13 @@ import hashlib
 import hmac
 import random
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Self
 
 import httpx
 import structlog
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.clock import Clock
@@ -40,6 +40,8 @@ _GIVE_UP = timedelta(hours=24)
 _FIRST_BACKOFF_S = 5.0
 _MAX_BACKOFF_S = 3600.0
 _CLOSE_S = 5.0
+#: What clocks of several gateways may be apart, and a lease of what is being posted.
+_LEEWAY_S = 120.0
 
 
 def signature(secret: str, unix_s: int, body: bytes) -> str:
@@ -51,6 +53,17 @@ def signature(secret: str, unix_s: int, body: bytes) -> str:
 def backoff_s(attempts: int) -> float:
     """Seconds to wait after so many tries, before jitter."""
     return min(_FIRST_BACKOFF_S * 2.0 ** min(attempts - 1, 16), _MAX_BACKOFF_S)
+
+
+def _due(now: datetime) -> ColumnElement[bool]:
+    """Whose time has come. One that would wait for far longer than it was put off was so before the clock was
+    set back."""
+    tries = func.least(DeliveryRow.attempts, 16)
+    put_off_s = func.least(_FIRST_BACKOFF_S * func.power(2, tries), _MAX_BACKOFF_S * 1.2) + _LEEWAY_S
+    return or_(
+        DeliveryRow.due_at <= now,
+        DeliveryRow.due_at > now + func.make_interval(0, 0, 0, 0, 0, 0, put_off_s),
+    )
 
 
 class CallbackSender:
@@ -109,7 +122,7 @@ class CallbackSender:
         busy = [host for host, count in Counter(self._posting.values()).items() if count >= _AT_ONCE_PER_HOST]
         now = self._clock.now()
         async with transaction(self._engine) as session:
-            found = select(DeliveryRow).where(DeliveryRow.due_at <= now, DeliveryRow.host.not_in(busy))
+            found = select(DeliveryRow).where(_due(now), DeliveryRow.host.not_in(busy))
             found = found.order_by(DeliveryRow.due_at).limit(room).with_for_update(skip_locked=True)
             taken: list[DeliveryRow] = []
             hosts = Counter(self._posting.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from headrace.v1.batch_pb2 import BatchChunkResult
 from headrace.v1.dataplane_pb2 import Priority
@@ -185,7 +185,11 @@ class Lost:
     given_up: list[Flying]
 
 
-def lost_chunks(flying: Collection[Flying], idle_since: datetime | None) -> Lost:
+#: Of two gateways. What was published later than this from now was so before the clock was set back.
+CLOCKS_APART: Final = timedelta(minutes=5)
+
+
+def lost_chunks(flying: Collection[Flying], idle_since: datetime | None, now: datetime) -> Lost:
     """What of `flying`, chunks of one pool, will not come back.
 
     `idle_since`: since then the group has committed everything that the topic holds, and every result was
@@ -194,7 +198,12 @@ def lost_chunks(flying: Collection[Flying], idle_since: datetime | None) -> Lost
     is: partitions go on at different paces, so a chunk may wait behind others for as long as it takes. What
     is lost keeps its place in the pool's window, so the more is lost, the sooner the rest is read.
     """
-    gone = [chunk for chunk in flying if idle_since is not None and chunk.published_at < idle_since]
+    ahead = now + CLOCKS_APART
+    gone = [
+        chunk
+        for chunk in flying
+        if idle_since is not None and (chunk.published_at < idle_since or chunk.published_at > ahead)
+    ]
     return Lost(
         [chunk for chunk in gone if chunk.attempt < MAX_ATTEMPTS],
         [chunk for chunk in gone if chunk.attempt >= MAX_ATTEMPTS],

@@ -85,7 +85,7 @@ class Losses:
         async with transaction(self._backend.engine) as session:
             found = await JobRepository(session).flying(pool)
         flying = [Flying(*one) for one in found if one[0] in jobs]
-        lost = lost_chunks(flying, gone_before)
+        lost = lost_chunks(flying, gone_before, self._clock.now())
         for chunk in lost.given_up:
             await self._give_up(chunk)
         if lost.again:

@@ -18,6 +18,8 @@ from services.common.db import enqueue
 from services.gateway.jobs.tables import ChunkRow, FileRow, IdempotencyKeyRow, JobRow, Outbox
 
 _UNDER_WAY = JobRow.ended_at.is_(None)
+#: A lease that would last so many times as long as one does was given before the clock was set back.
+_LEASES_LAST = 4
 
 #: Priority, age and id: the order in which jobs are looked at.
 Place = tuple[int, datetime, str]
@@ -91,9 +93,14 @@ class JobRepository:
     async def claim(self, owner: str, now: datetime, lease: timedelta, limit: int) -> None:
         """Lease up to `limit` more jobs that have not ended to `owner`, those that nobody leases, by priority
         and age; and renew up to as many of its own whose lease is half over. What another transaction holds
-        at this moment is left alone."""
+        at this moment is left alone. A lease that would last far longer than `lease` is none: the clock was
+        set back since it was given, and its owner may be gone."""
         is_own = JobRow.lease_owner == owner
-        free = or_(JobRow.lease_until.is_(None), JobRow.lease_until < now)
+        free = or_(
+            JobRow.lease_until.is_(None),
+            JobRow.lease_until < now,
+            JobRow.lease_until > now + _LEASES_LAST * lease,
+        )
         for wanted in (and_(is_own, JobRow.lease_until < now + lease / 2), free):
             chosen = (
                 select(JobRow.job_id)

@@ -3,7 +3,7 @@ says, and when."""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from services.common.bus import Standing
 
@@ -27,6 +27,7 @@ class PoolStanding:
 
     def __init__(self) -> None:
         self._end = 0
+        self._asked_at = datetime.min.replace(tzinfo=UTC)
         self._idle_since: datetime | None = None
         self._reached = (-1, -1)
         self._reached_at: datetime | None = None
@@ -38,6 +39,9 @@ class PoolStanding:
         """Whatever was published before this time and has no result is gone; None: nothing is known to be.
 
         `flying` chunks were on their way when the broker was asked at `asked_at`."""
+        if asked_at < self._asked_at:  # the clock was set back: what was timed by it is timed anew
+            self._begin(asked_at)
+        self._asked_at = asked_at
         lost_its_log = chunks.end < max(self._end, flying)
         self._end = chunks.end
         if lost_its_log:

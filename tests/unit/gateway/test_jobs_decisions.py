@@ -17,6 +17,7 @@ from services.common.bus import Record
 from services.common.errors import InvalidArgument, MalformedBody
 from services.gateway.jobs.consumers import spec_of
 from services.gateway.jobs.decisions import (
+    CLOCKS_APART,
     GRACE,
     MAX_ATTEMPTS,
     OF_THE_JOB,
@@ -152,13 +153,21 @@ def test_shares_follow_priorities() -> None:
 
 def test_only_what_an_idle_group_has_left_behind_is_lost() -> None:
     old, new = Flying("j", 0, 1, NOW), Flying("j", 1, 1, NOW + 2 * S)
-    assert lost_chunks([old, new], NOW + S).again == [old]
-    assert lost_chunks([old, new], NOW).again == []
+    assert lost_chunks([old, new], NOW + S, NOW + 2 * S).again == [old]
+    assert lost_chunks([old, new], NOW, NOW).again == []
     tired = replace(old, attempt=MAX_ATTEMPTS)
-    assert lost_chunks([tired], NOW + S).given_up == [tired]
+    assert lost_chunks([tired], NOW + S, NOW + S).given_up == [tired]
     # A group that reads on may have it yet: neither published once more nor given up, however old it is.
     for chunk in (old, tired, replace(old, published_at=NOW - timedelta(days=1))):
-        assert lost_chunks([chunk, new], None) == Lost([], [])
+        assert lost_chunks([chunk, new], None, NOW) == Lost([], [])
+
+
+def test_what_was_published_before_the_clock_was_set_back_is_lost_too() -> None:
+    before = Flying("j", 0, 1, NOW)
+    now = NOW - timedelta(hours=1)
+    assert lost_chunks([before], now, now + S).again == [before]
+    assert lost_chunks([before], None, now).again == []
+    assert lost_chunks([before], NOW - CLOCKS_APART, NOW - CLOCKS_APART).again == []  # of another gateway
 
 
 @dataclass

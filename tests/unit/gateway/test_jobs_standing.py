@@ -37,6 +37,18 @@ def test_an_idle_group_has_finished_what_it_was_given() -> None:
     assert pool.gone_before(NOW + 2 * IDLE, chunks, NOTHING_LEFT, flying=2) is None
 
 
+def test_a_clock_that_is_set_back_is_timed_by_anew() -> None:
+    pool = PoolStanding()
+    chunks, back = Standing(16, 0), NOW - timedelta(hours=1)
+    assert pool.gone_before(NOW, chunks, NOTHING_LEFT, flying=2) is None
+    assert pool.gone_before(back, chunks, NOTHING_LEFT, flying=2) is None
+    assert pool.gone_before(back + IDLE, chunks, NOTHING_LEFT, flying=2) == back
+    stuck, chunks = PoolStanding(), Standing(16, 2)
+    assert stuck.gone_before(NOW, chunks, NOTHING_LEFT, flying=2) is None
+    assert stuck.gone_before(back, chunks, NOTHING_LEFT, flying=2) is None
+    assert stuck.gone_before(back + STUCK, chunks, NOTHING_LEFT, flying=2) == back + STUCK
+
+
 def test_results_that_nobody_took_may_be_those_of_the_chunks() -> None:
     pool = PoolStanding()
     for second in range(9):
