@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from uuid import uuid4
 
 import numpy as np
 import pytest
 import tritonclient.grpc as over_grpc
 import tritonclient.http as over_http
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, shared_memory
 
 from examples import cancer, digits
 
@@ -78,6 +79,32 @@ def grpc_session(address: str, key: str) -> None:
         refused(lambda: client.infer("digits", [tensor]), "key")
 
 
+def shared_memory_session(address: str, other: str, key: str) -> None:
+    """Rows and labels in shared memory, by either front."""
+    headers = {"authorization": f"Bearer {key}"}
+    _, _, images, labels = digits.load()
+    rows, name = images[:50], f"headrace-test-{uuid4().hex}"
+    size = rows.nbytes + 8 * len(rows)
+    memory = shared_memory.create_shared_memory_region("digits", name, size)
+    try:
+        shared_memory.set_shared_memory_region(memory, [rows])
+        for triton, where in ((over_http, address), (over_grpc, other)):
+            with triton.InferenceServerClient(where) as client:
+                client.unregister_system_shared_memory(headers=headers)
+                client.register_system_shared_memory("digits", name, size, headers=headers)
+                tensor = triton.InferInput("image", list(rows.shape), "FP32")
+                tensor.set_shared_memory("digits", rows.nbytes)
+                digit = triton.InferRequestedOutput("digit")
+                digit.set_shared_memory("digits", 8 * len(rows), offset=rows.nbytes)
+                client.infer("digits", [tensor], outputs=[digit], headers=dict(headers))
+                found = shared_memory.get_contents_as_numpy(memory, np.int64, [len(rows)], rows.nbytes)
+                assert (found == labels[:50]).mean() > 0.9
+                found[:] = -1
+                client.unregister_system_shared_memory("digits", headers=headers)
+    finally:
+        shared_memory.destroy_shared_memory_region(memory)
+
+
 def refused(call: Callable[[], object], word: str) -> None:
     """`call` must fail with a message that names `word`."""
     with pytest.raises(InferenceServerException, match=word):
@@ -88,4 +115,5 @@ if __name__ == "__main__":
     secret = sys.stdin.read().strip()
     http_session(sys.argv[1].removeprefix("http://"), secret)
     grpc_session(sys.argv[2], secret)
+    shared_memory_session(sys.argv[1].removeprefix("http://"), sys.argv[2], secret)
     sys.stdout.write("every check passed\n")
