@@ -40,6 +40,11 @@ FORGOTTEN_AT_ONCE = 10_000
 
 MAX_LISTED = 500
 
+#: The longest that a delivery is put off after a failure, seconds; and what clocks of replicas may be apart,
+#: or a delivery that is being posted is put off.
+_LONGEST_S = 3600.0
+_LEEWAY_S = 120.0
+
 
 async def forget_old(session: AsyncSession, now: datetime) -> int:
     """Drop some claims that no redelivery can reach any more, deliveries long done and alerts long ended.
@@ -233,8 +238,14 @@ async def webhooks(session: AsyncSession, model: str | None = None) -> Sequence[
 
 
 async def due_deliveries(session: AsyncSession, now: datetime, limit: int) -> Sequence[DeliveryRow]:
-    """Deliveries whose time has come, locked; those that another replica is at are left to it."""
-    found = select(DeliveryRow).where(DeliveryRow.delivered_at.is_(None), DeliveryRow.next_at <= now)
+    """Deliveries whose time has come, locked; those that another replica is at are left to it. One that would
+    wait for far longer than it was put off was so before the clock was set back, and is due."""
+    put_off_s = func.least(func.power(2, func.least(DeliveryRow.attempts, 16)), _LONGEST_S) + _LEEWAY_S
+    due = or_(
+        DeliveryRow.next_at <= now,
+        DeliveryRow.next_at > now + func.make_interval(0, 0, 0, 0, 0, 0, put_off_s),
+    )
+    found = select(DeliveryRow).where(DeliveryRow.delivered_at.is_(None), due)
     found = found.order_by(DeliveryRow.next_at).limit(limit).with_for_update(skip_locked=True)
     return (await session.scalars(found)).all()
 
