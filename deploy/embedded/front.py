@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, suppress
 
 from structlog.contextvars import bound_contextvars
 
+from services.common.bus import Follower
 from services.common.clock import SystemClock
 from services.common.lifecycle import Health, keep_freed_memory, run, until_stopped
 from services.common.starting import configured
@@ -36,11 +37,14 @@ def main() -> None:
 
     async def service() -> None:
         # The caller ends before the called: what the gateway still answers needs the router.
+        follower = Follower(gateway.kafka_bootstrap_servers, "front")
         async with AsyncExitStack() as stack:
             with bound_contextvars(service="router"):  # of its tasks, and so of their lines in the log
-                inner = await stack.enter_async_context(router_app(router, clock, guest=True))
+                inner = await stack.enter_async_context(
+                    router_app(router, clock, follower=follower, guest=True)
+                )
             await _known(inner.health, 2 * router.table_wait_s)
-            await stack.enter_async_context(gateway_app(gateway, clock))
+            await stack.enter_async_context(gateway_app(gateway, clock, follower=follower))
             await until_stopped()
 
     # The gateway has drained before the router begins to, which has nothing to answer any more.

@@ -14,7 +14,7 @@ from datetime import timedelta
 import structlog
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import Bus, DeadLetters, KafkaBus, Table, followed
+from services.common.bus import Bus, DeadLetters, Follower, KafkaBus, Table, followed
 from services.common.bus.admin import ensure_topics
 from services.common.clock import Clock
 from services.common.errors import Unavailable
@@ -57,8 +57,11 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> AsyncIterator[Gateway]:
-    """Serve while the block runs. `bus` replaces Kafka.
+async def gateway_app(
+    cfg: Settings, clock: Clock, bus: Bus | None = None, *, follower: Follower | None = None
+) -> AsyncIterator[Gateway]:
+    """Serve while the block runs. `bus` replaces Kafka; `follower` reads control topics where another service
+    of the process does, too.
 
     At the end: not ready at once, `drain_notice_s` of answers that close their connection, then no new
     connections, then the rest of `drain_s` for what runs.
@@ -85,7 +88,7 @@ async def gateway_app(cfg: Settings, clock: Clock, bus: Bus | None = None) -> As
             serve_asgi(ops, cfg.ops_host or cfg.host, cfg.ops_port, reuse_port=cfg.reuse_port)
         )
 
-        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process))
+        events: Bus = bus if bus is not None else await enter(_kafka(cfg, process, follower))
         folder = cfg.state_dir / "gateway"
         tables = (
             await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
@@ -207,8 +210,10 @@ def _gauges(
     gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
 
 
-def _kafka(cfg: Settings, process: str) -> KafkaBus:
-    return KafkaBus(cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s)
+def _kafka(cfg: Settings, process: str, follower: Follower | None) -> KafkaBus:
+    return KafkaBus(
+        cfg.kafka_bootstrap_servers, process, session_timeout=cfg.kafka_session_timeout_s, follower=follower
+    )
 
 
 def _job_settings(cfg: Settings, process: str) -> JobSettings:

@@ -88,7 +88,6 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         edge = Edge(database, relay, store, Artifacts(store), uploads, Metrics(), clock)
         await _let_admin_in(edge, cfg.bootstrap_admin_key)
         republisher = await stack.enter_async_context(Republisher(edge, bus, cfg.republish_check_s))
-        await stack.enter_async_context(alerts_followed(edge, bus))
         workers = await stack.enter_async_context(workers_followed(bus, clock))
         actors: list[Actor] = [
             ExperimentActor(edge, workers.is_ready),
@@ -96,6 +95,8 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
             RetentionActor(timedelta(days=cfg.registry_keep_trials_days)),
         ]
         controller = await stack.enter_async_context(Controller(edge, actors))
+        # One after the other, with nothing between: the group is joined once for both.
+        await stack.enter_async_context(alerts_followed(edge, bus))
         await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))
         health = Health()
         await stack.enter_async_context(edge_watched(edge, health))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import Bus, KafkaBus, Table
+from services.common.bus import Bus, Follower, KafkaBus, Table
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
 from services.common.eventlog import EventLog, PredictionJoin, publishing_left
@@ -55,15 +55,21 @@ class Router:
 
 @asynccontextmanager
 async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
-    cfg: Settings, clock: Clock, bus: Bus | None = None, *, guest: bool = False
+    cfg: Settings,
+    clock: Clock,
+    bus: Bus | None = None,
+    *,
+    follower: Follower | None = None,
+    guest: bool = False,
 ) -> AsyncIterator[Router]:
     """Serve while the block runs, then drain: gateways are told, what is in flight is answered, the log is
-    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests. `guest`: the process is another
-    service's, which exports what it uses."""
+    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests. `follower` reads
+    control topics where another service of the process does, too. `guest`: the process is that service's,
+    which exports what it uses."""
     async with AsyncExitStack() as stack:
         if bus is None:
             bus = await stack.enter_async_context(
-                KafkaBus(cfg.kafka_bootstrap_servers, f"router-{cfg.router_id}")
+                KafkaBus(cfg.kafka_bootstrap_servers, f"router-{cfg.router_id}", follower=follower)
             )
         tracing = setup_tracing("router", cfg.otel_exporter_otlp_endpoint, cfg.otel_traces_sample_ratio)
         stack.push_async_callback(tracing.close)

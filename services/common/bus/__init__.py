@@ -1,8 +1,9 @@
-"""The event bus. Read in this order: port, delivery, memory, admin, kafka, consume, table,
-snapshot, followed, dead_letters."""
+"""The event bus. Read in this order: port, delivery, memory, admin, kafka, membership, consume, follower,
+topic_log, table, snapshot, followed, dead_letters."""
 
 from services.common.bus.dead_letters import DeadLetters, Letter, Queue
 from services.common.bus.followed import followed
+from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.memory import MemoryBus
 from services.common.bus.port import Bus, Handler, Malformed, Record, Standing, Table
@@ -10,6 +11,7 @@ from services.common.bus.port import Bus, Handler, Malformed, Record, Standing, 
 __all__ = [
     "Bus",
     "DeadLetters",
+    "Follower",
     "Handler",
     "KafkaBus",
     "Letter",

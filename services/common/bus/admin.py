@@ -81,6 +81,15 @@ async def standing(bootstrap: str, topic: Topic, group: str, *, timeout: float =
     return Standing(sum(ends.values()), left)
 
 
+async def partition_counts(bootstrap: str, *, timeout: float = 5.0) -> dict[str, int]:
+    """How many partitions each topic of the broker has. Raises Unavailable when the broker is away."""
+    try:
+        async with asyncio.timeout(timeout), _admin(bootstrap) as admin:
+            return await _partition_counts(admin)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise Unavailable(f"the event broker did not tell its topics: {error!r}") from error
+
+
 def next_offset(start: int, end: int, committed: int | None) -> int:
     """Where a group goes on in a partition that holds `start` to `end`. What was committed beyond the end is
     of a log that the broker has lost: such a group starts over, as it does behind what retention deleted."""

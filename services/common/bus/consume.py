@@ -1,62 +1,33 @@
-"""One consumer group's reading of one topic, carried by a FastStream batch subscriber.
-
-Acknowledgement is manual: FastStream's own NACK rewinds partition by partition and stops at the first
-one that a rebalance has taken away, which would leave the others past records nobody handled.
-"""
+"""One topic as a member of a group reads it: a batch at a time is handled, committed, and rested after."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
-from faststream import AckPolicy
-from faststream.kafka import KafkaBroker, KafkaMessage
-from faststream.message import StreamMessage
 
 from services.common.bus.delivery import Backoff, dead_letter, deliver, pause_s
-from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record
-from services.common.tasks import ended
+from services.common.bus.port import Handler, Record
 from services.common.topics import Topic
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[ConsumerRecord, ...]
-
-CHECK_INTERVAL = 2.0
 COMMIT_TIMEOUT = 5.0
 
 
-class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka carries no types
-    """Counts the changes of what a member was given: `epoch` differs before and after each of them."""
-
-    def __init__(self, on_change: Callable[[], None]) -> None:
-        self.epoch = 0
-        self._on_change = on_change
-
-    def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
-        self._changed()
-
-    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        log.info("reading %s", ", ".join(sorted(f"{part.topic}/{part.partition}" for part in assigned)))
-        self._changed()
-
-    def _changed(self) -> None:
-        self.epoch += 1
-        self._on_change()
-
-
 class Subscription:
-    """Context manager over one subscriber: started in the background, watched, stopped on leaving."""
+    """Hands the records of one topic to one handler. Whoever reads them gives them to `take`.
+
+    One batch is in work, and what comes meanwhile waits: then, and while the reader rests, its partitions are
+    paused, so that no more than two fetches' records are held and no fetch waits for what is not wanted yet.
+    """
 
     def __init__(
         self,
-        broker: KafkaBroker,
         topic: Topic,
         group: str,
         handler: Handler,
@@ -64,117 +35,121 @@ class Subscription:
         publish: Callable[[Sequence[Record]], Awaitable[None]],
         max_records: int,
         collect_s: float,
-        session_timeout: float,
     ) -> None:
-        self._topic = topic
+        self.topic = topic
+        self.collect_s = collect_s
         self._group = group
         self._handler = handler
         self._publish = publish
         self._max_records = max_records
-        self._collect_s = collect_s
         self._backoff = Backoff(0.1, 5.0)
         self._stopping = asyncio.Event()
-        self._busy = asyncio.Lock()
-        self._buried: dict[TopicPartition, set[int]] = {}
         self._task: asyncio.Task[None] | None = None
+        self._consumer: AIOKafkaConsumer | None = None
+        self._pending: list[ConsumerRecord] = []
+        self._paused: set[TopicPartition] = set()
         # What was buried may be in another member's hands, or in a log that a memory-only broker has lost.
-        self._assignment = _Assignment(self._on_change)
+        self._buried: dict[TopicPartition, set[int]] = {}
         self._committing: asyncio.Future[None] | None = None
-        self._subscriber = broker.subscriber(
-            topic.name,
-            batch=True,
-            group_id=group,
-            auto_offset_reset="earliest",
-            ack_policy=AckPolicy.MANUAL,
-            max_records=max_records,
-            # An idle FastStream loop waits this long twice, the second time deaf: this bounds the latency.
-            batch_timeout_ms=max(50, min(250, int(collect_s * 500))),
-            # One broker (Tansu) looks for news again and again while a fetch waits: idle followers are most
-            # of its work. With 250 ms a record arrives after 25 to 55 ms there (with 500 after 110), with 100
-            # after 20, at twice the work.
-            fetch_max_wait_ms=max(250, min(500, int(collect_s * 1000))),
-            max_partition_fetch_bytes=MAX_RECORD_BYTES,
-            session_timeout_ms=int(session_timeout * 1000),
-            heartbeat_interval_ms=int(session_timeout * 1000 / 4),
-            rebalance_timeout_ms=int(session_timeout * 1000),
-            listener=self._assignment,
-            parser=_parse,
-            decoder=_decode,
-            persistent=False,
-        )
-        self._subscriber(self._on_batch)
+        self._epoch = 0
 
-    async def __aenter__(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"consume {self._topic.name} as {self._group}")
+    @property
+    def is_busy(self) -> bool:
+        """True while records are in work or rested after."""
+        return self._task is not None
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stopping.set()
-        if self._task is not None:
-            await ended(self._task)
-        await self._subscriber.stop()
-
-    async def _run(self) -> None:
-        """Start once the broker answers, then look again and again whether it still has what was read."""
-        backoff = Backoff(0.2, 2.0)
-        while True:
-            try:
-                await self._subscriber.start()
-                break
-            except (KafkaError, OSError) as error:
-                log.warning("cannot consume %s yet: %r", self._topic.name, error)
-                await self._subscriber.stop()
-                await asyncio.sleep(backoff.next())
-        while True:
-            await asyncio.sleep(CHECK_INTERVAL)
-            consumer = self._subscriber.consumer
-            if consumer is None:
-                continue
-            try:
-                async with self._busy, asyncio.timeout(COMMIT_TIMEOUT):
-                    await self._rewind_if_lost(consumer)
-            except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
-                log.debug("positions in %s not checked: %r", self._topic.name, error)
-
-    async def _on_batch(self, batch: Batch) -> None:
-        consumer = self._subscriber.consumer
-        if consumer is None or self._stopping.is_set():
+    def take(self, consumer: AIOKafkaConsumer, records: Sequence[ConsumerRecord]) -> None:
+        """Handle `records`, which `consumer` has just read, behind those that are in work."""
+        if self._stopping.is_set():
             return
-        async with self._busy:
-            epoch = self._assignment.epoch
-            records = [_record(raw) for raw in batch if not self._is_buried(raw)]
+        self._consumer = consumer
+        self._pending += records
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name=f"handle {self.topic.name} as {self._group}")
+        else:
+            self._pause()
 
-            async def bury(record: Record, reason: str) -> None:
-                await self._publish([dead_letter(record, self._topic, self._group, reason)])
-                log.error("%s/%d@%d is malformed: %s", record.topic, record.partition, record.offset, reason)
-                if epoch == self._assignment.epoch:
-                    at = TopicPartition(record.topic, record.partition)
-                    self._buried.setdefault(at, set()).add(record.offset)
+    def reassigned(self) -> None:
+        """Partitions come or go. What was read waits no more: it comes again, to whoever has its partition. A
+        commit under way is given up: the client would try it again in the name of the group as it is then,
+        over a log that may be another one."""
+        self._epoch += 1
+        self._pending.clear()
+        self._paused.clear()
+        self._buried.clear()
+        if self._committing is not None:
+            self._committing.cancel()
 
-            began = asyncio.get_running_loop().time()
-            try:
-                await deliver(records, self._handler, bury)
-            except Exception as error:
-                wait = self._backoff.next()
-                log.warning("handler of %s as %s failed, again in %.1f s: %r",
-                            self._topic.name, self._group, wait, error)  # fmt: skip
-                if epoch == self._assignment.epoch:
-                    _rewind(consumer, batch)
-            else:
-                self._backoff.reset()
-                # Offsets from before the change may be those of a log that a memory-only broker has lost:
-                # in the next one they would hide records. What was handled comes again instead.
-                took = asyncio.get_running_loop().time() - began
-                if epoch == self._assignment.epoch:
-                    await self._commit(consumer, batch)
-                if not self._collect_s or len(batch) >= self._max_records:
-                    return
-                wait = pause_s(self._collect_s, took, taken=len(batch), left=_left(consumer, batch))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), wait)
+    async def rewind_if_lost(self, consumer: AIOKafkaConsumer) -> None:
+        """Start over where a position lies beyond the end: the broker came back without its records.
 
-    async def _commit(self, consumer: AIOKafkaConsumer, batch: Batch) -> None:
+        Kafka answers such a fetch with an error and the client resets; some brokers answer with nothing.
+        """
+        for partition in self._partitions(consumer):
+            end = consumer.highwater(partition)
+            if end is not None and await consumer.position(partition) > end and not self.is_busy:
+                log.warning("%s lost its records, reading from the beginning", partition)
+                self._buried.pop(partition, None)
+                await consumer.seek_to_beginning(partition)
+
+    async def stop(self, timeout: float) -> None:
+        """Take no more, and wait for what is in work, `timeout` seconds at most."""
+        self._stopping.set()
+        self._pending.clear()
+        task = self._task
+        if task is not None:
+            await asyncio.wait({task}, timeout=timeout)
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _work(self) -> None:
+        try:
+            while self._pending and not self._stopping.is_set():
+                batch = self._pending[: self._max_records]
+                del self._pending[: self._max_records]
+                rest_s = await self._handle(batch)
+                if rest_s:
+                    self._pause()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stopping.wait(), rest_s)
+        finally:
+            self._task = None
+            self._resume()
+
+    async def _handle(self, batch: Sequence[ConsumerRecord]) -> float:
+        """Deliver and commit one batch; how many seconds to rest after it."""
+        epoch, consumer = self._epoch, self._consumer
+        records = [_record(raw) for raw in batch if not self._is_buried(raw)]
+
+        async def bury(record: Record, reason: str) -> None:
+            await self._publish([dead_letter(record, self.topic, self._group, reason)])
+            log.error("%s/%d@%d is malformed: %s", record.topic, record.partition, record.offset, reason)
+            if epoch == self._epoch:
+                at = TopicPartition(record.topic, record.partition)
+                self._buried.setdefault(at, set()).add(record.offset)
+
+        began = asyncio.get_running_loop().time()
+        try:
+            await deliver(records, self._handler, bury)
+        except Exception as error:
+            wait = self._backoff.next()
+            log.warning("handler of %s as %s failed, again in %.1f s: %r",
+                        self.topic.name, self._group, wait, error)  # fmt: skip
+            if epoch == self._epoch:
+                _rewind(consumer, [*batch, *self._pending])
+                self._pending.clear()
+            return wait
+        self._backoff.reset()
+        took = asyncio.get_running_loop().time() - began
+        # Offsets from before the change may be those of a log that a memory-only broker has lost: in the next
+        # one they would hide records. What was handled comes again instead.
+        if epoch == self._epoch:
+            await self._commit(consumer, batch)
+        if not self.collect_s or len(batch) >= self._max_records:
+            return 0.0
+        return pause_s(self.collect_s, took, taken=len(batch), left=_left(consumer, batch))
+
+    async def _commit(self, consumer: AIOKafkaConsumer, batch: Sequence[ConsumerRecord]) -> None:
         """Commit behind the batch. A failure is no harm: the records come again, and handlers expect that."""
         offsets = {TopicPartition(raw.topic, raw.partition): raw.offset + 1 for raw in batch}
         commit = self._committing = asyncio.ensure_future(consumer.commit(offsets))
@@ -184,51 +159,48 @@ class Subscription:
             commit.cancel()
         await asyncio.wait({commit})
         if commit.cancelled():
-            log.warning("offsets of %s as %s not committed in time", self._topic.name, self._group)
+            log.warning("offsets of %s as %s not committed in time", self.topic.name, self._group)
             return
         try:
             commit.result()
         except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
-            log.warning("offsets of %s as %s not committed: %r", self._topic.name, self._group, error)
+            log.warning("offsets of %s as %s not committed: %r", self.topic.name, self._group, error)
         else:
             for partition in offsets:
                 self._buried.pop(partition, None)
-
-    def _on_change(self) -> None:
-        """Partitions come or go. A commit under way is given up: the client would try it again in the name of
-        the group as it is then, over a log that may be another one."""
-        self._buried.clear()
-        if self._committing is not None:
-            self._committing.cancel()
 
     def _is_buried(self, raw: ConsumerRecord) -> bool:
         """True for a record already in the dead-letter queue that comes again because its batch failed."""
         return raw.offset in self._buried.get(TopicPartition(raw.topic, raw.partition), ())
 
-    async def _rewind_if_lost(self, consumer: AIOKafkaConsumer) -> None:
-        """Start over where a position lies beyond the end: the broker came back without its records.
+    def _pause(self) -> None:
+        if self._consumer is not None:
+            partitions = self._partitions(self._consumer)
+            self._consumer.pause(*partitions)
+            self._paused.update(partitions)
 
-        Kafka answers such a fetch with an error and the client resets; some brokers answer with nothing.
-        """
-        for partition in consumer.assignment():
-            end = consumer.highwater(partition)
-            if end is not None and await consumer.position(partition) > end:
-                log.warning("%s lost its records, reading from the beginning", partition)
-                self._buried.pop(partition, None)
-                await consumer.seek_to_beginning(partition)
+    def _resume(self) -> None:
+        paused, self._paused = self._paused, set()
+        for partition in paused:
+            with suppress(IllegalStateError):  # it went to somebody else meanwhile
+                if self._consumer is not None:
+                    self._consumer.resume(partition)
+
+    def _partitions(self, consumer: AIOKafkaConsumer) -> list[TopicPartition]:
+        return [partition for partition in consumer.assignment() if partition.topic == self.topic.name]
 
 
-def _rewind(consumer: AIOKafkaConsumer, batch: Batch) -> None:
-    """Put every partition of `batch` back to its first record, whichever of them are still assigned."""
+def _rewind(consumer: AIOKafkaConsumer, records: Iterable[ConsumerRecord]) -> None:
+    """Put every partition of `records` back to its first one, whichever of them are still assigned."""
     first: dict[TopicPartition, int] = {}
-    for raw in batch:
+    for raw in records:
         first.setdefault(TopicPartition(raw.topic, raw.partition), raw.offset)
     for partition, offset in first.items():
         with suppress(IllegalStateError):  # its new owner starts at the committed offset
             consumer.seek(partition, offset)
 
 
-def _left(consumer: AIOKafkaConsumer, batch: Batch) -> int:
+def _left(consumer: AIOKafkaConsumer, batch: Sequence[ConsumerRecord]) -> int:
     """How many records of the partitions of `batch` are known to lie behind it."""
     left = 0
     for partition, last in {TopicPartition(raw.topic, raw.partition): raw.offset for raw in batch}.items():
@@ -247,13 +219,3 @@ def _record(raw: ConsumerRecord) -> Record:
         offset=raw.offset,
         timestamp_ms=raw.timestamp,
     )
-
-
-async def _parse(batch: Batch) -> StreamMessage[Any]:
-    """Wrap without looking inside: FastStream's parser wants text headers and guesses at JSON."""
-    return KafkaMessage(raw_message=batch, body=b"", consumer=None)  # type: ignore[arg-type]  # acknowledged by hand
-
-
-async def _decode(message: StreamMessage[Any]) -> Batch:
-    batch: Batch = message.raw_message
-    return batch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
@@ -16,8 +16,9 @@ from faststream.kafka import KafkaBroker
 from services.common.bus import admin
 from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
+from services.common.bus.follower import Follower
+from services.common.bus.membership import Membership
 from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record, Standing, Table, check_size
-from services.common.bus.table import KafkaTable
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
 
@@ -31,7 +32,8 @@ class KafkaBus:
 
     Entering opens nothing and never waits: a service starts while the broker is away. `publish_deadline`
     bounds each publish, seconds. `session_timeout` is after how many seconds of silence the partitions of a
-    dead consumer go to the others of its group; a join takes up to half of it on some brokers.
+    dead consumer go to the others of its group; a join takes up to half of it on some brokers. `follower`
+    reads for the tables of this bus; one that several buses of a process share reads once for all of them.
     """
 
     def __init__(
@@ -41,12 +43,15 @@ class KafkaBus:
         *,
         publish_deadline: float = 10.0,
         session_timeout: float = 6.0,
+        follower: Follower | None = None,
     ) -> None:
         self._bootstrap = bootstrap_servers
         self._client_id = client_id
+        self._follower = follower or Follower(bootstrap_servers, client_id)
         self._deadline = publish_deadline
         self._session_timeout = session_timeout
         self._producer: AIOKafkaProducer | None = None
+        self._memberships: list[Membership] = []
         self._starting = asyncio.Lock()
         self._broker = KafkaBroker(
             bootstrap_servers,
@@ -105,22 +110,21 @@ class KafkaBus:
         self, topic: Topic, group: str, handler: Handler, *, max_records: int = 500, collect_s: float = 0.0
     ) -> AbstractAsyncContextManager[None]:
         """See Bus."""
-        return Subscription(
-            self._broker,
+        subscription = Subscription(
             topic,
             group,
             handler,
             publish=self.publish,
             max_records=max_records,
             collect_s=collect_s,
-            session_timeout=self._session_timeout,
         )
+        return self._consuming(subscription, group)
 
     def table(
         self, topic: Topic, apply: Callable[[bytes, bytes | None], None]
     ) -> AbstractAsyncContextManager[Table]:
         """See Bus."""
-        return KafkaTable(self._bootstrap, self._client_id, topic, apply)
+        return self._follower.table(topic, apply)
 
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""
@@ -129,6 +133,23 @@ class KafkaBus:
     async def standing(self, topic: Topic, group: str) -> Standing:
         """See Bus."""
         return await admin.standing(self._bootstrap, topic, group)
+
+    @asynccontextmanager
+    async def _consuming(self, subscription: Subscription, group: str) -> AsyncIterator[None]:
+        """What a process reads as one group it reads as one member, over one connection. A topic that is read
+        twice needs a second member."""
+        for membership in self._memberships:
+            if membership.can_read(subscription.topic.name, group):
+                break
+        else:
+            membership = Membership(self._broker, group, session_timeout=self._session_timeout)
+            self._memberships.append(membership)
+        membership.join(subscription)
+        try:
+            yield
+        finally:
+            if await membership.leave(subscription):
+                self._memberships.remove(membership)
 
     async def _started_producer(self) -> AIOKafkaProducer:
         """The one producer, started. The caller's timeout bounds the wait for a broker that is away."""
