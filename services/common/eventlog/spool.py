@@ -165,16 +165,18 @@ class Spool:
         return segment
 
     def _make_room(self) -> bool:
-        """Whether there may be room now: a segment of which all was published makes way for an empty one."""
+        """Whether there may be room now, in an empty segment behind one that holds something: files may
+        be allowed to become no longer (RLIMIT_FSIZE), or all of it was published and it makes way."""
         last = self._segments[-1]
-        if self.pending_events or not last.size:
+        if not last.size:
             return False
         try:
             self._begin(last.number + 1)
         except OSError:
             return False
-        self._skip_read_segments()
-        self._cursor.write(self._segments[0].number, self._offset)
+        if not self.pending_events:
+            self._skip_read_segments()
+            self._cursor.write(self._segments[0].number, self._offset)
         return True
 
     def set_aside(self, record: Record) -> None:

@@ -349,6 +349,39 @@ async def test_what_was_published_makes_room_on_a_full_disk(
     assert arrived(bus) == [*values, b"kept"]
 
 
+async def test_files_that_may_not_become_as_long_as_a_segment_refuse_nothing(
+    tmp_path: Path, bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As RLIMIT_FSIZE has it: what fits is written, and where nothing does, nothing."""
+    whole, longest = os.writev, 1000
+
+    def limited(fd: int, buffers: Sequence[bytes]) -> int:
+        room = longest - os.fstat(fd).st_size
+        if room <= 0:
+            raise OSError(errno.EFBIG, "File too large")
+        return whole(fd, [b"".join(buffers)[:room]])
+
+    monkeypatch.setattr(os, "writev", limited)
+    values = [b"%d" % n * 100 for n in range(100, 150)]
+    bus.away = True
+    first = new_log(tmp_path, bus)
+    await first.start()
+    for value in values[:25]:
+        first.append(b"k", value)
+    with pytest.raises(ResourceExhausted):
+        first.append(b"k", b"longer than any file" * 100)
+    assert len(segments(tmp_path)) > 5
+    assert max(path.stat().st_size for path in segments(tmp_path)) <= longest
+    await first.close(CLOCK.monotonic())
+    bus.away = False
+    async with opened(tmp_path, bus) as log:
+        for value in values[25:]:
+            log.append(b"k", value)
+        await eventually(lambda: log.pending_records == 0)
+        assert len(segments(tmp_path)) == 1
+    assert arrived(bus) == values
+
+
 async def test_an_unreadable_cursor_repeats_rather_than_loses(tmp_path: Path, bus: MemoryBus) -> None:
     bus.away = True
     first = new_log(tmp_path, bus)
