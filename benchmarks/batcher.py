@@ -52,6 +52,8 @@ class Sink:
         self.replies = 0
         self.failed = 0
         self.nbytes = 0
+        #: No data of large inputs comes apart from them.
+        self.contents: dict[int, list[memoryview | None]] = {}
 
     def reply_raw(self, _id: int, payload: bytes) -> None:
         self.replies += 1
