@@ -113,7 +113,10 @@ def _decide(signal: Signal, finding: Finding, persistence: Persistence) -> Decis
 def sentence(finding: Finding, model: str, version: str, window: Window) -> str:
     """The finding in words, with the numbers that a person needs to judge it."""
     subject = f"{finding.feature} of {model}/{version} has shifted"
-    rows = f"over {window.rows} rows against {window.reference_rows} reference rows"
+    seen = f"{window.rows} rows"
+    if window.sampled_rows < window.rows:
+        seen = f"{window.sampled_rows} rows drawn from {window.rows}"
+    rows = f"over {seen} against {window.reference_rows} reference rows"
     if finding.detector == PSI:
         return (
             f"{subject}: PSI {finding.value:.3f} {rows}, threshold {finding.threshold:g}; chance alone stays "

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from services.common.tensors import Array, to_array
 
-Numbers = NDArray[np.float64]
+#: Double precision where they are read, single where they are held.
+Numbers = NDArray[np.float64] | NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 #: A wider row is watched by its mean, spread and range instead of element by element.
 MAX_COLUMNS = 128
 
-_WATCHED = (Origin.ORIGIN_UNSPECIFIED, Origin.ORIGIN_ONLINE, Origin.ORIGIN_BATCH)
+#: Where a row must have come from: shadow traffic shows users' rows a second time.
+WATCHED = (Origin.ORIGIN_UNSPECIFIED, Origin.ORIGIN_ONLINE, Origin.ORIGIN_BATCH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,13 @@ class Observations:
     numeric: dict[str, Numbers] = field(default_factory=dict)
     categorical: dict[str, list[str]] = field(default_factory=dict)
 
-    def part(self, first: int, rows: int) -> Observations:
-        """At most `rows` rows from `first`; all that are left where `rows` is not above zero."""
-        if first == 0 and not 0 < rows < self.rows:
-            return self
-        end = min(self.rows, first + rows) if rows > 0 else self.rows
+    def pick(self, places: NDArray[np.int64]) -> Observations:
+        """The rows at these places."""
+        chosen = places.tolist() if self.categorical else []
         return Observations(
-            end - first,
-            {name: values[first:end] for name, values in self.numeric.items()},
-            {name: labels[first:end] for name, labels in self.categorical.items()},
+            len(places),
+            {name: values[places] for name, values in self.numeric.items()},
+            {name: [labels[place] for place in chosen] for name, labels in self.categorical.items()},
         )
 
 
@@ -62,7 +62,7 @@ def observe(batch: PredictionBatch, signature: Signature) -> Observations:
         array = _rows(tensor, kept)
         numeric.update(_input_columns(tensor, array, specs.get(tensor.name, TensorSpec())))
     categorical: dict[str, list[str]] = {}
-    answer = signature.prediction_output or (signature.outputs[0].name if signature.outputs else "")
+    answer = answer_output(signature)
     for tensor in batch.outputs:
         if tensor.name == answer:
             array = _rows(tensor, kept)
@@ -76,12 +76,17 @@ def observe(batch: PredictionBatch, signature: Signature) -> Observations:
     return Observations(int(kept.sum()), numeric, categorical)
 
 
+def answer_output(signature: Signature) -> str:
+    """The output that is the model's answer; empty where it has none."""
+    return signature.prediction_output or (signature.outputs[0].name if signature.outputs else "")
+
+
 def _watched_rows(batch: PredictionBatch) -> Mask:
     """For every row of the record's tensors: whether it counts."""
     answered = np.array(batch.codes, dtype=np.int64) == Code.CODE_OK
     rows = np.array(batch.rows, dtype=np.int64)[answered]
     origins = np.array(batch.origins or [0] * len(batch.codes), dtype=np.int64)[answered]
-    return np.repeat(np.isin(origins, _WATCHED), rows)
+    return np.repeat(np.isin(origins, WATCHED), rows)
 
 
 def _rows(tensor: Tensor, kept: Mask) -> Array:

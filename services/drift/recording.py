@@ -39,6 +39,7 @@ async def record_window(
             start_us=window.start_us,
             end_us=window.end_us,
             rows=window.rows,
+            sampled_rows=window.sampled_rows,
             reference_rows=window.reference_rows,
             severity=int(severity),
             features=[feature_json(report) for report in window.reports],
@@ -87,7 +88,8 @@ def _fill(alert: AlertRow, finding: Finding, window: Window, now: datetime) -> N
     alert.value, alert.threshold = finding.value, finding.threshold
     alert.critical_value, alert.p_value = finding.critical_value, finding.p_value
     alert.window_start_us, alert.window_end_us = window.start_us, window.end_us
-    alert.window_rows, alert.reference_rows = window.rows, window.reference_rows
+    alert.window_rows, alert.window_sampled_rows = window.rows, window.sampled_rows
+    alert.reference_rows = window.reference_rows
     alert.message = sentence(finding, alert.model, alert.version, window)
     alert.updated_at = now
 
@@ -119,6 +121,7 @@ def _to_record(alert: AlertRow) -> Record:
         window_end_us=alert.window_end_us,
         reference_rows=alert.reference_rows,
         window_rows=alert.window_rows,
+        window_sampled_rows=alert.window_sampled_rows,
         message=alert.message,
         resolved_at_us=round(alert.resolved_at.timestamp() * 1e6) if alert.resolved_at else 0,
     )
@@ -155,6 +158,7 @@ def alert_json(alert: AlertRow) -> dict[str, Any]:
             "start_us": alert.window_start_us,
             "end_us": alert.window_end_us,
             "rows": alert.window_rows,
+            "sampled_rows": alert.window_sampled_rows,
         },
         "reference_rows": alert.reference_rows,
         "message": alert.message,

@@ -15,6 +15,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from services.common.db import forget_claims
 from services.common.errors import NotFound
+from services.drift.draw import Draw
 from services.drift.sample import Sample
 from services.drift.stream import Stream
 from services.drift.tables import (
@@ -92,13 +93,12 @@ async def lock_version(session: AsyncSession, model: str, version: str, now: dat
     found = found.with_for_update()
     at = await session.scalar(found)
     if at is None:
-        empty = Sample().to_bytes()
         fresh = insert(StreamRow).values(
             model=model,
             version=version,
             reference_source="stream",
-            learning=empty,
-            pane=empty,
+            learning=Sample().to_bytes(),
+            pane=Draw().to_bytes(),
             panes=[],
             updated_at=now,
         )
@@ -132,8 +132,8 @@ def to_stream(row: StreamRow) -> Stream:
     return Stream(
         reference=Sample.from_bytes(row.reference) if row.reference else None,
         learning=Sample.from_bytes(row.learning),
-        pane=Sample.from_bytes(row.pane),
-        panes=[Sample.from_bytes(data) for data in row.panes],
+        pane=Draw.from_bytes(row.pane),
+        panes=[Draw.from_bytes(data) for data in row.panes],
     )
 
 
@@ -143,7 +143,7 @@ class Written:
 
     reference: Sample | None
     learning: Sample
-    panes: Sequence[Sample]
+    panes: Sequence[Draw]
 
     @classmethod
     def of(cls, stream: Stream) -> Written:

@@ -26,7 +26,8 @@ class Tables(DeclarativeBase):
 
 
 class StreamRow(Tables):
-    """One model version: its reference and the open ends of its stream, as `Sample.to_bytes` writes them."""
+    """One model version: its reference and what it learns of it as `Sample.to_bytes` writes them, panes as
+    `Draw.to_bytes` does."""
 
     __tablename__ = "streams"
 
@@ -66,6 +67,8 @@ class WindowRow(Tables):
     start_us: Mapped[int]
     end_us: Mapped[int]
     rows: Mapped[int]
+    #: Those of them that the reports are about.
+    sampled_rows: Mapped[int]
     reference_rows: Mapped[int]
     severity: Mapped[int]
     features: Mapped[list[Any]]
@@ -105,6 +108,7 @@ class AlertRow(Tables):
     window_start_us: Mapped[int]
     window_end_us: Mapped[int]
     window_rows: Mapped[int]
+    window_sampled_rows: Mapped[int]
     reference_rows: Mapped[int]
     message: Mapped[str]
     opened_at: Mapped[datetime]

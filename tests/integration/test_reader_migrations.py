@@ -60,7 +60,8 @@ async def test_streams_in_text_become_binary(database_url: str, tmp_path: Path) 
     finally:
         await database.dispose()
     assert stream.reference is not None
-    for sample in (stream.reference, stream.learning, stream.pane, *stream.panes):
+    settled = [pane.settled for pane in (stream.pane, *stream.panes)]
+    for sample in (stream.reference, stream.learning, *settled):
         assert (sample.rows, sample.first_us, sample.last_us) == (300, 5, 9)
         assert sample.categorical["prediction"] == {"yes": 200, "no": 100}
         assert np.allclose(sample.numeric["a"].quantiles([0.5]), np.quantile(values, 0.5), atol=0.02)

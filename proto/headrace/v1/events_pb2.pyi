@@ -117,7 +117,7 @@ class OutcomeBatch(_message.Message):
     def __init__(self, outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
 
 class DriftAlert(_message.Message):
-    __slots__ = ("alert_id", "model", "version", "feature", "detector", "value", "threshold", "severity", "critical_value", "p_value", "window_start_us", "window_end_us", "reference_rows", "window_rows", "message", "resolved_at_us")
+    __slots__ = ("alert_id", "model", "version", "feature", "detector", "value", "threshold", "severity", "critical_value", "p_value", "window_start_us", "window_end_us", "reference_rows", "window_rows", "message", "resolved_at_us", "window_sampled_rows")
     class Severity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SEVERITY_UNSPECIFIED: _ClassVar[DriftAlert.Severity]
@@ -142,6 +142,7 @@ class DriftAlert(_message.Message):
     WINDOW_ROWS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RESOLVED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_SAMPLED_ROWS_FIELD_NUMBER: _ClassVar[int]
     alert_id: bytes
     model: str
     version: str
@@ -158,7 +159,8 @@ class DriftAlert(_message.Message):
     window_rows: int
     message: str
     resolved_at_us: int
-    def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ..., resolved_at_us: _Optional[int] = ...) -> None: ...
+    window_sampled_rows: int
+    def __init__(self, alert_id: _Optional[bytes] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., feature: _Optional[str] = ..., detector: _Optional[str] = ..., value: _Optional[float] = ..., threshold: _Optional[float] = ..., severity: _Optional[_Union[DriftAlert.Severity, str]] = ..., critical_value: _Optional[float] = ..., p_value: _Optional[float] = ..., window_start_us: _Optional[int] = ..., window_end_us: _Optional[int] = ..., reference_rows: _Optional[int] = ..., window_rows: _Optional[int] = ..., message: _Optional[str] = ..., resolved_at_us: _Optional[int] = ..., window_sampled_rows: _Optional[int] = ...) -> None: ...
 
 class ShadowComparison(_message.Message):
     __slots__ = ("batch_id", "source", "model", "version", "shadow_version", "artifact_digest", "shadow_artifact_digest", "compared_at_us", "tolerance", "request_ids", "unit_hashes", "revisions", "codes", "shadow_codes", "latency_us", "shadow_latency_us", "verdicts", "rows", "rows_equal", "outputs", "slices", "slice_names", "slice_by")

@@ -115,4 +115,4 @@ def test_rows_of_batch_jobs_count_unless_their_owner_wants_them_out() -> None:
     assert observe(kept_out, SIGNATURE).rows == 0
     # Read together, each keeps its own flag.
     both = [Numbered(index, one) for index, one in enumerate([counted, kept_out, kept_out, counted])]
-    assert [seen.rows for seen, _ in observe_all(both, SIGNATURE)] == [3, 0, 3]
+    assert [run.rows for run in observe_all(both, SIGNATURE)] == [3, 0, 3]

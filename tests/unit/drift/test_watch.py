@@ -12,6 +12,7 @@ from services.drift.evaluation import FeatureReport, Profile, Severity, Threshol
 from services.drift.observations import Observations
 from services.drift.sample import MAX_CATEGORIES, OTHER, Sample, merged
 from services.drift.stream import Cadence, Stream
+from tests.fixtures.drift_rows import given
 
 THRESHOLDS = Thresholds()
 
@@ -90,7 +91,7 @@ def test_the_first_rows_teach_then_panes_slide() -> None:
     rng = np.random.default_rng(4)
     stream = Stream()
     cadence = Cadence(reference_rows=200, pane_rows=100, window_panes=2)
-    windows = stream.feed([(rows(rng, 50), at) for at in range(1, 17)], cadence, THRESHOLDS)
+    windows = stream.feed(given([(rows(rng, 50), at) for at in range(1, 17)]), cadence, THRESHOLDS)
     assert stream.reference is not None
     assert stream.reference.rows == 200
     assert [w.rows for w in windows] == [100, 200, 200, 200, 200, 200]
@@ -105,7 +106,7 @@ def test_one_bad_pane_opens_no_alert() -> None:
     shifts = [0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
     seen = [(rows(rng, cadence.pane_rows, shift), at) for at, shift in enumerate(shifts, start=1)]
     loud = 0
-    for window in stream.feed(seen, cadence, THRESHOLDS):
+    for window in stream.feed(given(seen), cadence, THRESHOLDS):
         for decision in decide(signals, findings(window, THRESHOLDS), Persistence()):
             signals[decision.finding.feature, decision.finding.detector] = decision.signal
             loud += decision.finding.severity > Severity.NONE
@@ -134,7 +135,7 @@ def test_under_load_panes_grow_instead_of_following_faster() -> None:
     stream = Stream(reference=sample(rows(rng, 200)))
     cadence = Cadence(reference_rows=200, pane_rows=100, window_panes=1, pane_s=1.0)
     seen = [(rows(rng, 100), round(tenth * 1e5)) for tenth in range(1, 31)]  # 1,000 rows a second, for 3 s
-    windows = stream.feed(seen, cadence, THRESHOLDS)
+    windows = stream.feed(given(seen), cadence, THRESHOLDS)
     assert [window.rows for window in windows] == [1100, 1000]
 
 
@@ -163,7 +164,7 @@ def test_an_alert_opens_when_a_finding_persists_and_ends_when_it_is_gone() -> No
 def test_an_alert_says_what_a_person_needs() -> None:
     rng = np.random.default_rng(5)
     stream = Stream(reference=sample(rows(rng, 300)))
-    (window,) = stream.feed([(rows(rng, 300, 1.5), 1)], Cadence(300, 300, 1), THRESHOLDS)
+    (window,) = stream.feed(given([(rows(rng, 300, 1.5), 1)]), Cadence(300, 300, 1), THRESHOLDS)
     found = next(f for f in findings(window, THRESHOLDS) if f.feature == "b" and f.detector == "psi")
     words = sentence(found, "cancer", "2", window)
     for part in ("b of cancer/2", "300 rows", "300 reference rows", "95% of windows", f"{found.value:.3f}"):
@@ -181,8 +182,8 @@ def test_the_tail_of_ks_is_that_of_the_exact_law() -> None:
 def test_a_new_reference_is_compared_with_from_the_next_window_on() -> None:
     rng = np.random.default_rng(9)
     stream, cadence = Stream(), Cadence(200, 200, 1)
-    (calm,) = stream.feed([(rows(rng, 200), 1), (rows(rng, 200), 2)], cadence, THRESHOLDS)
+    (calm,) = stream.feed(given([(rows(rng, 200), 1), (rows(rng, 200), 2)]), cadence, THRESHOLDS)
     stream.replace_reference(sample(rows(rng, 200, 3.0)))
-    (shifted,) = stream.feed([(rows(rng, 200), 3)], cadence, THRESHOLDS)
+    (shifted,) = stream.feed(given([(rows(rng, 200), 3)]), cadence, THRESHOLDS)
     loud = [[r.feature for r in window.reports if r.psi_severity] for window in (calm, shifted)]
     assert loud == [[], ["b"]]
