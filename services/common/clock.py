@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 
@@ -35,6 +35,24 @@ class SystemClock:
         return datetime.now(UTC)
 
 
+class Leaps:
+    """Whether the wall clock was set forward while this process ran."""
+
+    def __init__(self, clock: Clock, slack_s: float) -> None:
+        """Differences below `slack_s` between two questions are what the two scales run apart."""
+        self._clock = clock
+        self._slack = timedelta(seconds=slack_s)
+        self._seen = clock.monotonic(), clock.now()
+
+    def forward(self) -> timedelta:
+        """By how much since it was last asked; a machine that was asleep looks the same. Zero where it was
+        not, or was set back."""
+        then, wall = self._seen
+        self._seen = monotonic, now = self._clock.monotonic(), self._clock.now()
+        leap = now - wall - timedelta(seconds=monotonic - then)
+        return leap if leap > self._slack else timedelta()
+
+
 class ManualClock:
     """A clock for tests that stands still until `advance` is called."""
 
@@ -54,4 +72,8 @@ class ManualClock:
     def advance(self, seconds: float) -> None:
         """Move both scales forward by `seconds`."""
         self._monotonic += seconds
+        self.set(seconds)
+
+    def set(self, seconds: float) -> None:
+        """Set the wall clock forward by `seconds`, or back where they are negative."""
         self._unix_us += round(seconds * 1e6)

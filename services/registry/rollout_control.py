@@ -9,11 +9,12 @@ from typing import Final
 import structlog
 from google.protobuf.message import DecodeError
 
+from services.common.clock import Leaps
 from services.registry.edge import Edge
 from services.registry.repository import Repository
 from services.registry.rollout_plan import Action
 from services.registry.rollout_state import rollout_of, trial_of
-from services.registry.rollout_steps import next_step
+from services.registry.rollout_steps import CLOCK_SLACK, next_step
 from services.registry.rollouts import carry_out, facts_of, is_news
 from services.registry.tables import RolloutRow
 from services.registry.trials import publish_trial
@@ -34,11 +35,19 @@ class RolloutActor:
     def __init__(self, edge: Edge, workers: Workers) -> None:
         self._edge = edge
         self._workers = workers
+        self._leaps = Leaps(edge.clock, CLOCK_SLACK.total_seconds())
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
-        """Rollouts that have something to do or to say now."""
+        """Rollouts that have something to do or to say now.
+
+        Where the clock was set forward, so is when their steps began: nobody saw that time pass. (One that
+        was set back shows by itself, see `next_step`.)"""
         found = []
+        leap = self._leaps.forward()
         for row in await tx.open_rollouts():
+            if leap and row.clock_at is not None and row.finished_at is None:
+                row.clock_at += leap
+                log.warning("clock_set_forward", trial=row.rollout_id, seconds=leap.total_seconds())
             try:
                 due = await self._is_due(tx, row, now)
             except (DecodeError, ValueError) as error:
