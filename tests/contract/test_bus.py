@@ -40,6 +40,10 @@ class BusContract:
     def state(self) -> Topic:
         return Topic(f"state.{uuid.uuid4().hex[:12]}.v1", partitions=1, compacted=True)
 
+    @pytest.fixture
+    def second(self) -> Topic:
+        return Topic(f"second.{uuid.uuid4().hex[:12]}.v1", partitions=2)
+
     async def test_delivers_what_was_published_as_it_was_published(self, bus: Bus, topic: Topic) -> None:
         seen: list[Record] = []
 
@@ -237,6 +241,85 @@ class BusContract:
                     await asyncio.sleep(0.1)
             await eventually(lambda: len({*values(seen[0]), *values(seen[1])}) == start)
 
+    async def test_a_handler_that_hangs_or_fails_holds_up_no_other_topic_of_its_group(
+        self, bus: Bus, topic: Topic, second: Topic
+    ) -> None:
+        released = asyncio.Event()
+        tried: list[int] = []
+        stuck: list[Record] = []
+        free: list[Record] = []
+
+        async def hanging(records: Sequence[Record]) -> None:
+            tried.append(len(records))
+            if len(tried) == 1:
+                raise ConnectionError("the database is away")
+            await released.wait()
+            stuck.extend(records)
+
+        async def working(records: Sequence[Record]) -> None:
+            free.extend(records)
+
+        async with (
+            bus.consume(topic, topic.name, hanging, max_records=5),
+            bus.consume(second, topic.name, working),
+        ):
+            for start in range(0, 60, 20):
+                await bus.publish([*numbered(topic, 20, start=start), *numbered(second, 20, start=start)])
+                await eventually(lambda upto=start + 20: len(free) == upto, on=free)
+            assert not stuck
+            await eventually(lambda: len(tried) > 1)
+            released.set()
+            await eventually(lambda: len(stuck) == 60, on=stuck)
+        assert max(tried) <= 5
+        for partition in {record.partition for record in stuck}:
+            offsets = [record.offset for record in stuck if record.partition == partition]
+            assert offsets == list(range(len(offsets)))
+        assert await bus.lag(topic, topic.name) == await bus.lag(second, topic.name) == 0
+
+    async def test_a_topic_that_a_group_leaves_is_taken_up_where_it_was_left(
+        self, bus: Bus, topic: Topic, second: Topic
+    ) -> None:
+        left: list[Record] = []
+        stayed: list[Record] = []
+        taken_up: list[Record] = []
+
+        def into(target: list[Record]) -> Handler:
+            async def handler(records: Sequence[Record]) -> None:
+                target.extend(records)
+
+            return handler
+
+        async with bus.consume(second, topic.name, into(stayed)):
+            async with bus.consume(topic, topic.name, into(left)):
+                await bus.publish([*numbered(topic, 10), *numbered(second, 10)])
+                await eventually(lambda: len(left) == len(stayed) == 10)
+            await bus.publish([*numbered(topic, 5, start=10), *numbered(second, 5, start=10)])
+            async with bus.consume(topic, topic.name, into(taken_up)):
+                await eventually(lambda: set(values(taken_up)) == {b"%d" % i for i in range(10, 15)})
+                await eventually(lambda: set(values(stayed)) == {b"%d" % i for i in range(15)})
+        assert len(left) == 10
+
+    async def test_a_table_that_comes_late_is_told_everything_and_the_first_only_what_is_new(
+        self, bus: Bus, state: Topic
+    ) -> None:
+        first: list[tuple[bytes, bytes | None]] = []
+        late: dict[bytes, bytes | None] = {}
+        await bus.publish([Record(state.name, b"a", b"1"), Record(state.name, b"b", b"2")])
+        async with bus.table(state, lambda key, value: first.append((key, value))) as table:
+            await table.ready(PATIENCE_S)
+            await bus.publish([Record(state.name, b"a", b"3")])
+            await eventually(lambda: len(first) == 3, on=first)
+            async with bus.table(state, late.__setitem__) as other:
+                await other.ready(PATIENCE_S)
+                assert late == {b"a": b"3", b"b": b"2"}
+                await bus.publish([Record(state.name, b"c", b"4")])
+                await eventually(lambda: b"c" in late and len(first) >= 4, on=first)
+            await bus.publish([Record(state.name, b"d", b"5")])
+            await eventually(lambda: len(first) >= 5, on=first)
+            assert table.readings == 1
+        assert first == [(b"a", b"1"), (b"b", b"2"), (b"a", b"3"), (b"c", b"4"), (b"d", b"5")]
+        assert b"d" not in late
+
     async def test_a_table_applies_the_last_value_of_each_key_then_every_change(
         self, bus: Bus, state: Topic
     ) -> None:
@@ -285,8 +368,8 @@ class BusContract:
 
 class TestMemoryBus(BusContract):
     @pytest.fixture
-    def bus(self, topic: Topic, state: Topic) -> Bus:
-        return MemoryBus([topic, state])
+    def bus(self, topic: Topic, second: Topic, state: Topic) -> Bus:
+        return MemoryBus([topic, second, state])
 
     async def test_publishing_fails_while_the_broker_is_away(self, topic: Topic) -> None:
         bus = MemoryBus([topic])
@@ -318,14 +401,30 @@ class OverKafka(BusContract):
     """The contract over a broker: `bootstrap` is provided by the subclass."""
 
     @pytest.fixture
-    async def bus(self, bootstrap: str, topic: Topic, state: Topic) -> AsyncIterator[Bus]:
-        await ensure_topics(bootstrap, [topic, state, dead_letters(topic, topic.name)])
+    async def bus(self, bootstrap: str, topic: Topic, second: Topic, state: Topic) -> AsyncIterator[Bus]:
+        await ensure_topics(bootstrap, [topic, second, state, dead_letters(topic, topic.name)])
         async with KafkaBus(bootstrap, "contract", session_timeout=2.0) as bus:
             yield bus
 
     async def test_topics_are_created_once_with_their_partitions(self, bootstrap: str, topic: Topic) -> None:
         assert await ensure_topics(bootstrap, [topic]) == [topic.name]
         assert await ensure_topics(bootstrap, [topic]) == []
+
+    async def test_a_topic_that_is_not_there_holds_up_no_other_table(
+        self, bootstrap: str, bus: Bus, state: Topic
+    ) -> None:
+        absent: dict[bytes, bytes | None] = {}
+        known: dict[bytes, bytes | None] = {}
+        later = replace(state, name=f"later.{uuid.uuid4().hex[:12]}.v1")
+        async with bus.table(later, absent.__setitem__) as late, bus.table(state, known.__setitem__) as table:
+            await table.ready(PATIENCE_S)
+            await bus.publish([Record(state.name, b"a", b"1")])
+            await eventually(lambda: b"a" in known)
+            assert not late.caught_up
+            await ensure_topics(bootstrap, [later])
+            await bus.publish([Record(later.name, b"b", b"2")])
+            await eventually(lambda: absent == {b"b": b"2"})
+        assert known == {b"a": b"1"}
 
     async def test_a_group_that_committed_beyond_the_end_starts_over(
         self, bootstrap: str, bus: Bus, topic: Topic
