@@ -1,4 +1,5 @@
-"""What acts by itself: one loop that looks at every trial twice a second and whenever a verdict came.
+"""What acts by itself: one loop that looks at every trial twice a second, once where none has anything to do,
+and whenever a verdict came.
 
 It keeps nothing: what is to be done follows from the database alone, so one that was killed goes on where it
 was, and several replicas do no harm, since whoever has a trial's model locked acts and the others pass on.
@@ -22,6 +23,8 @@ from services.registry.repository import Repository
 log = structlog.get_logger(__name__)
 
 INTERVAL_S: Final = 0.5
+#: How many times as long it waits while no trial has anything to do.
+_IDLE: Final = 2.0
 _ACT_S: Final = 30.0
 _FIRST_BACKOFF_S: Final = 0.5
 _MAX_BACKOFF_S: Final = 30.0
@@ -79,20 +82,22 @@ class Controller:
     async def _run(self) -> None:
         while True:
             self._woken.clear()
+            found = 0
             for actor in self._actors:
                 try:
-                    await self._round(actor)
+                    found += await self._round(actor)
                 except (HeadraceError, SQLAlchemyError, OSError) as error:
                     log.warning("trials_not_looked_at", kind=actor.kind, reason=str(error))
                 except Exception:
                     log.exception("trials_not_looked_at", kind=actor.kind)  # the next look must come
             try:
-                async with asyncio.timeout(self._interval_s):
+                async with asyncio.timeout(self._interval_s if found else _IDLE * self._interval_s):
                     await self._woken.wait()
             except TimeoutError:
                 pass
 
-    async def _round(self, actor: Actor) -> None:
+    async def _round(self, actor: Actor) -> int:
+        """Let `actor` act once; how many trials had something to do."""
         async with asyncio.timeout(_ACT_S), self._edge.transaction() as tx:
             candidates = await actor.candidates(tx, self._edge.clock.now())
         live = {(actor.kind, trial_id) for trial_id in candidates}
@@ -102,6 +107,7 @@ class Controller:
             tried = self._backoff.get((actor.kind, trial_id))
             if tried is None or tried[0] <= self._edge.clock.monotonic():
                 await self._act(actor, trial_id)
+        return len(candidates)
 
     async def _act(self, actor: Actor, trial_id: str) -> None:
         try:

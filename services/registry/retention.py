@@ -8,6 +8,8 @@ from datetime import datetime, timedelta
 from services.registry.repository import Repository
 from services.registry.trials import end_trial
 
+_LOOK_EVERY = timedelta(minutes=1)
+
 
 class RetentionActor:
     """Forgets what was closed long ago, with its history and its verdict, and tells analytics to."""
@@ -16,10 +18,16 @@ class RetentionActor:
 
     def __init__(self, keep: timedelta) -> None:
         self._keep = keep
+        self._found_none_at: datetime | None = None
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
-        """Trials that were closed so long ago; some of them where they are many."""
-        return await tx.trials_closed_before(now - self._keep)
+        """Trials that were closed so long ago; some of them where they are many. For a minute after
+        there were none, it is not looked."""
+        if self._found_none_at is not None and abs(now - self._found_none_at) < _LOOK_EVERY:
+            return ()
+        found = await tx.trials_closed_before(now - self._keep)
+        self._found_none_at = None if found else now
+        return found
 
     async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:
         """Forget one, unless somebody else does."""

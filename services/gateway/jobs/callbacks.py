@@ -31,7 +31,7 @@ from services.gateway.jobs.tables import DeliveryRow
 log = structlog.get_logger(__name__)
 
 _POST_S = 10.0
-_POLL_S = 1.0
+_POLL_S = 2.0
 _AT_ONCE = 32
 #: So one receiver that hangs leaves room for the others.
 _AT_ONCE_PER_HOST = 2

@@ -43,6 +43,8 @@ _CUTTING_PER_KEY = 2
 #: An input that cannot be reached now is asked for again after this time, doubled each time up to the most.
 _CUT_AGAIN_S, _MOST_CUT_AGAIN_S = 1.0, 30.0
 _TICK_S = 1.0
+#: Without a job of its own it is woken for the next; this finds what another gateway has left.
+_IDLE_S = 2.0
 #: The same where the jobs are more than one look takes.
 _TURN_S = 0.25
 #: Wake-ups closer together than this are one.
@@ -341,10 +343,15 @@ class Controller:
                 log.exception("jobs_wait")
             await asyncio.sleep(_PAUSE_S)
             try:
-                async with asyncio.timeout(_TICK_S if self._after is None else _TURN_S):
+                async with asyncio.timeout(self._pause_s()):
                     await self._wake.wait()
             except TimeoutError:
                 continue
+
+    def _pause_s(self) -> float:
+        if self._after is not None:
+            return _TURN_S
+        return _TICK_S if self._jobs else _IDLE_S
 
 
 def _format(job: JobRow) -> InputFormat:

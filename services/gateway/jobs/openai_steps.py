@@ -48,7 +48,8 @@ from services.gateway.keys import Key, KeyRing, Scope
 
 log = structlog.get_logger(__name__)
 
-_IDLE_S = 1.0
+#: Whoever makes a batch here wakes these; this finds what another gateway has left.
+_IDLE_S = 2.0
 #: The same while what it needs is away, at the longest.
 _AWAY_S = 30.0
 _LOOK_S = 0.5

@@ -85,4 +85,4 @@ async def test_it_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) 
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait({task})
-    assert slept[:7] == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert slept[:6] == [4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
