@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, inf
 
 from services.common.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ResourceExhausted
@@ -22,7 +22,8 @@ _NORMAL = Rank.NORMAL
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
     """How a model version is batched. Sizes are rows, not requests; times are seconds. `max_delay` 0: never
-    wait for company. `max_queue`: who would wait longer is refused at once, unless the next run has room."""
+    wait for company. `max_queue`: who would wait longer is refused at once, unless the next run has room.
+    `grows`: nobody asked for `max_rows`, and a version that runs more in no time may take more."""
 
     max_rows: int = 64
     max_delay: float = 0.0
@@ -30,12 +31,19 @@ class BatchPolicy:
     max_queue_rows: int = 8192
     max_queue_bytes: int = 256 << 20
     max_queue: float = inf
+    grows: bool = False
 
     def preferred(self, queued: int) -> int:
         """The largest preferred size that `queued` rows fill; 0 where there is none."""
         if not self.preferred_rows:
             return 0
         return max((rows for rows in self.preferred_rows if rows <= min(queued, self.max_rows)), default=0)
+
+    def grown(self, rows: int) -> BatchPolicy:
+        """The same for a version that runs so many rows in no time."""
+        if not self.grows or rows <= self.max_rows:
+            return self
+        return replace(self, max_rows=rows, max_queue_rows=max(self.max_queue_rows, rows))
 
 
 @dataclass(slots=True)

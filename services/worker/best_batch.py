@@ -18,14 +18,20 @@ _MOST_ROWS_OPEN = 32
 _RUNS = 4
 #: No further size once the measurement has taken this long.
 _MEASURE_S = 0.5
+#: What a run may keep requests waiting that it could have been spared.
+_QUICK_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class BestBatch:
-    """Rows of the batch, and rows per second with it; zeros where nothing was measured."""
+    """Rows of the batch, and rows per second with it; zeros where nothing was measured.
+
+    `quick_rows` is the largest batch that ran within a millisecond: who waits for it anyway loses nothing by
+    the company. 0 where there was none, or where rows may be larger than those that were measured."""
 
     rows: int = 0
     rows_per_s: float = 0.0
+    quick_rows: int = 0
 
     def rows_within(self, seconds: float) -> int:
         """The largest power of two that is no more than the batch and takes no longer than that, at least 1;
@@ -53,15 +59,15 @@ def measured(run: Callable[[int], float | None], *, fixed: bool) -> BestBatch:
         while len(took) < _RUNS and spent < _MEASURE_S and min(took, default=0.0) <= _LONGEST_S:
             seconds = run(rows)
             if seconds is None:
-                return best_of(fastest)
+                return best_of(fastest, fixed=fixed)
             took.append(seconds)
             spent += seconds
         fastest[rows] = min(took)
         rows *= 2
-    return best_of(fastest)
+    return best_of(fastest, fixed=fixed)
 
 
-def best_of(fastest: dict[int, float]) -> BestBatch:
+def best_of(fastest: dict[int, float], *, fixed: bool) -> BestBatch:
     """From the seconds that runs of so many rows took."""
     rates = {
         rows: rows / seconds
@@ -72,4 +78,5 @@ def best_of(fastest: dict[int, float]) -> BestBatch:
         return UNMEASURED
     wanted = _NEAR * max(rates.values())
     rows = min(rows for rows, rate in rates.items() if rate >= wanted)
-    return BestBatch(rows, rates[rows])
+    quick = max((rows for rows, seconds in fastest.items() if seconds <= _QUICK_S), default=0)
+    return BestBatch(rows, rates[rows], quick if fixed else 0)

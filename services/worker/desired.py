@@ -92,6 +92,7 @@ class Deployments:
             max_queue_rows=max(given.max_queue_rows or defaults.batching.max_queue_rows, max_rows),
             max_queue_bytes=defaults.batching.max_queue_bytes,
             max_queue=given.max_queue_ms / 1e3 if given.max_queue_ms else defaults.batching.max_queue,
+            grows=batched and not (given.max_rows or given.max_delay_us or given.preferred_rows),
         )
         timeout = config.default_timeout_ms / 1e3 if config.default_timeout_ms else defaults.timeout
         return ServingPolicy(batching, payloads, timeout)

@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -103,7 +103,7 @@ class LoadedModel:
         self._runner = runner
         self._records = records
         self._replies = Replies(version, batched=runner.layout.batched)
-        self._policy = policy
+        self._policy = policy = self._fitted(policy)
         self._serving = serving
         self._loop = asyncio.get_running_loop()
         self._beside = runner.backend.device == "cpu"
@@ -158,8 +158,11 @@ class LoadedModel:
 
     def configure(self, policy: ServingPolicy) -> None:
         """Serve by `policy` from the next batch on."""
-        self._policy = policy
+        self._policy = policy = self._fitted(policy)
         self._batcher.policy = policy.batching
+
+    def _fitted(self, policy: ServingPolicy) -> ServingPolicy:
+        return replace(policy, batching=policy.batching.grown(self.best.quick_rows))
 
     def submit(self, items: Sequence[Item]) -> None:
         """Queue requests that arrived together; each is settled exactly once, later."""

@@ -37,6 +37,15 @@ def test_a_fast_model_runs_in_batches_that_hide_its_fixed_cost() -> None:
     assert best.rows_within(1e-4) == 64
 
 
+def test_what_runs_in_no_time_may_be_a_larger_batch() -> None:
+    _sizes, run = model(20e-6, 0.4e-6)
+    best = measured(run, fixed=True)
+    assert (best.rows, best.quick_rows) == (1024, 2048)
+    assert measured(run, fixed=False).quick_rows == 0  # rows may be larger than those
+    assert measured(model(20e-6, 0.4e-6, most=100)[1], fixed=True).quick_rows == 64
+    assert measured(model(1.2e-3, 0.0)[1], fixed=True).quick_rows == 0
+
+
 def test_a_slow_model_runs_in_batches_that_online_requests_can_wait_for() -> None:
     _sizes, run = model(5e-3, 0.5e-3)
     assert measured(run, fixed=True).rows == 8  # 16 would take 13 ms

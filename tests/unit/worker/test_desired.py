@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from headrace.v1.control_pb2 import Batching, Experiment, ServedVersion, ServingConfig, Variant
 from headrace.v1.tensor_pb2 import Signature
@@ -57,6 +59,18 @@ def test_an_older_revision_is_ignored_and_a_deletion_forgets_it() -> None:
     assert gone.desired() == {}
     # Deployed anew, revisions may begin again.
     assert set(after(deployment(5, versions=[]), None, deployment(1)).desired()) == {KEY}
+
+
+def test_batches_grow_beyond_the_default_where_the_deployment_says_nothing_of_them() -> None:
+    def batching(**said: Any) -> BatchPolicy:
+        return after(deployment(batching=Batching(**said))).desired()[KEY].policy.batching
+
+    silent = batching(max_queue_rows=100, max_queue_ms=7)
+    assert silent.grows
+    assert (silent.grown(8).max_rows, silent.grown(8).max_queue_rows) == (64, 100)
+    assert (silent.grown(512).max_rows, silent.grown(512).max_queue_rows) == (512, 512)
+    for said in ({"max_rows": 64}, {"max_delay_us": 1}, {"preferred_rows": [8]}):
+        assert batching(**said).grown(512).max_rows == 64
 
 
 def test_the_deployment_decides_over_the_defaults() -> None:

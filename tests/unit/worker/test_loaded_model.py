@@ -16,7 +16,10 @@ from opentelemetry.trace import SpanContext, TraceFlags
 from services.common.clock import SystemClock
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
+from services.worker.batch_queue import BatchPolicy
 from services.worker.execution import Runner
+from services.worker.loaded_model import ServingPolicy
+from services.worker.prediction_log import PayloadPolicy
 from services.worker.turn import Turn
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import PATIENCE_S, eventually
@@ -70,6 +73,21 @@ async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(rig
     assert isinstance(answer, PredictReply)
     assert answer.outputs[0].data == np.full(500, 4, np.float32).tobytes()
     assert rig.log.records[1][1].inputs[0].data == np.full(500, 2, np.float32).tobytes()
+
+
+async def test_requests_of_many_rows_run_together_where_the_version_is_fast(rig: Rig) -> None:
+    model = rig.start(max_rows=8, quick_rows=32)
+    model.submit([rig.item(i, rows=10) for i in range(4)])
+    await eventually(lambda: len(rig.answers) == 4)
+    assert [sum(record.rows) for _, record, _ in rig.log.records] == [30, 10]
+    # Also after the deployment changed, unless it says how many.
+    model.configure(ServingPolicy(BatchPolicy(max_rows=8, grows=True), PayloadPolicy(), 1.0))
+    model.submit([rig.item(i, rows=16) for i in (4, 5)])
+    await eventually(lambda: len(rig.answers) == 6)
+    model.configure(ServingPolicy(BatchPolicy(max_rows=8), PayloadPolicy(), 1.0))
+    model.submit([rig.item(i, rows=16) for i in (6, 7)])
+    await eventually(lambda: len(rig.answers) == 8)
+    assert [sum(record.rows) for _, record, _ in rig.log.records] == [30, 10, 32, 16, 16]
 
 
 async def test_a_full_log_refuses_instead_of_serving_unlogged(rig: Rig) -> None:
