@@ -13,6 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from services.analytics.columns import CORE
+from services.common.lifecycle import usable_cores
+
+#: Of one question: half of the processors belong to those who answer requests.
+_THREADS = max(1, usable_cores() // 2)
 
 OUTCOMES = pa.schema(
     [
@@ -131,7 +135,7 @@ def open_snapshot(snapshot: Snapshot, spill: str = "") -> duckdb.DuckDBPyConnect
     (per request, row and metric the value observed last). Close it. What does not fit into 1 GB goes to the
     folder `spill`; without one the query fails."""
     config: dict[str, str | bool | int | float | list[str]] = {
-        "threads": 2,
+        "threads": _THREADS,
         "memory_limit": "1GB",
         "temp_directory": spill,
     }

@@ -13,7 +13,7 @@ _KEPT_BYTES: Final = 64 << 20
 _HEAP_BLOCK_BYTES: Final = 16 << 20
 #: How many heaps threads share, at most.
 _ARENA_MAX = -8
-_BLOCKS_GIVEN_BACK: Final = 1 << 20
+_BLOCKS_GIVEN_BACK: Final = 8 << 20
 
 
 def keep_freed_memory() -> None:
@@ -29,11 +29,13 @@ def keep_freed_memory() -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Have glibc share two heaps among all threads and take blocks of a megabyte and more from the system, to
+    """Have glibc share two heaps among all threads and take blocks of 8 MiB and more from the system, to
     which they go back when freed; does nothing elsewhere. Call it before any thread begins.
 
     Left to itself it keeps a heap for every thread that ever worked, each as large as the most that this
-    thread once held, and after freeing one large block takes the next ones from those heaps, too.
+    thread once held, and after freeing one large block takes the next ones from those heaps, too. What a
+    delivery under ordinary load takes is smaller, and kept: to fetch it anew, page by page, was a seventh of
+    the process's time.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
