@@ -18,7 +18,7 @@ from services.common.bus import Bus, DeadLetters, Follower, KafkaBus, Table, fol
 from services.common.bus.admin import ensure_topics
 from services.common.clock import Clock
 from services.common.errors import Unavailable
-from services.common.frames import FrameCalls, client_tls_of
+from services.common.frames import FrameCalls, Limits, client_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, KEYS, Topic
@@ -43,6 +43,9 @@ log = structlog.get_logger(__name__)
 
 _ROUTER_WAIT_S = 2.0
 _TOPICS_S = 10.0
+#: Requests of one turn of the loop that go on to a router without waiting for its end. Fewer make every frame
+#: dearer, and more leave router and worker idle meanwhile (benchmarks/PROFILE.md).
+_TURN_ITEMS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +252,7 @@ async def _channels(
             credential=cfg.internal_token,
             role="gateway",
             instance=process,
+            limits=Limits(turn_items=_TURN_ITEMS),
             on_state=waiting.changed,
             sealed=True,
             ssl=ssl,

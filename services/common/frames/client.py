@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import ssl as tls
+import sys
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -93,6 +94,8 @@ class FrameCalls:
         self._deadlines = Deadlines(self._loop, self._pending, self._late)
         self._outbox = Outbox(self.limits, self._deadlines.of)
         self._scheduled = False
+        self._in_turn = 0  # submitted since the last flush
+        self._turn_items = self.limits.turn_items or sys.maxsize
         self._max_in_flight = self.limits.max_in_flight
         self._max_message_bytes = self.limits.max_message_bytes
         self._turn = turn_of(self._loop)
@@ -194,6 +197,8 @@ class FrameCalls:
     ) -> int:
         """The same for a serialized request that is passed on with `more` fields, of which the last value
         counts. What the two say of `timeout_us` must be right now. `deadline` may be infinite."""
+        if self._in_turn >= self._turn_items and not self._turn.reading:
+            self._turn.end()
         if not self._usable:
             message = "connection is draining" if self._draining else "connection is not established"
             return self._refuse(on_reply, Code.CODE_UNAVAILABLE, message)
@@ -215,6 +220,7 @@ class FrameCalls:
             taken = self._outbox.add_large(local_id, (*(tensors or ()), request, end), size)
         if not taken:
             return self._refuse(on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent")
+        self._in_turn += 1
         pending[local_id] = (on_reply, deadline)
         if deadline < self._deadlines.next_look:
             self._deadlines.look_at(deadline)
@@ -278,6 +284,7 @@ class FrameCalls:
 
     def _flush(self) -> None:
         self._scheduled = False
+        self._in_turn = 0
         self.flush()
 
     def flush(self) -> None:

@@ -13,6 +13,9 @@ class Limits:
     max_message_bytes: int = 64 << 20
     #: Items are coalesced into messages of about this size; one larger item makes a message of its own.
     frame_target_bytes: int = 1 << 20
+    #: So many submitted in one turn of the loop leave without waiting for its end: where a turn brings
+    #: hundreds, the peer works on the first while the others are read. 0: all of a turn leave together.
+    turn_items: int = 0
     #: Items waiting for the peer's window or the socket. Beyond it, submit is refused and a server whose
     #: client does not read its replies hangs up.
     max_buffer_bytes: int = 96 << 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, SealedReply
@@ -37,6 +38,34 @@ class TestWhen:
                 await asyncio.sleep(0)  # the end of this turn, and no other
                 assert len(got) == 5
                 assert len(echoes.made[0].frames) == handled + 1
+
+        run_on(loop, play())
+
+    def test_of_a_turn_that_brings_many_the_first_do_not_wait_for_the_last(self, loop: Loop) -> None:
+        async def play() -> None:
+            echoes, limits = Echoes(), replace(QUICK, turn_items=3)
+            async with serving_here(echoes) as (_, address), calling(address, limits=limits) as calls:
+                got: list[PredictReply] = []
+                handled = len(echoes.made[0].frames)
+                seen = []
+                for _ in range(8):
+                    calls.submit(PredictRequest(), None, got.append)
+                    seen.append((len(echoes.made[0].frames) - handled, len(got)))
+                # Those before it leave, and may be answered, as the fourth comes; never itself.
+                assert seen == [(0, 0)] * 3 + [(1, 3)] * 3 + [(2, 6)] * 2
+                await asyncio.sleep(0)
+                assert [reply.id for reply in got] == [reply.id for reply in sorted(got, key=lambda r: r.id)]
+                assert len(got) == 8
+                assert len(echoes.made[0].frames) == handled + 3
+                # While bytes are read, whoever reads them ends the turn.
+                turn = turn_of(asyncio.get_running_loop())
+                turn.reading = True
+                for _ in range(8):
+                    calls.submit(PredictRequest(), None, got.append)
+                assert len(echoes.made[0].frames) == handled + 3
+                turn.reading = False
+                turn.end()
+                assert len(got) == 16
 
         run_on(loop, play())
 
