@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from services.common.errors import NotFound
 from services.common.objects import ArtifactStore
@@ -52,11 +53,13 @@ def object_name(model: str, version: str, first_at_us: int, members: Iterable[by
 def encode(
     table: pa.Table, version: str, layout: str, members: Sequence[bytes], *, lasting: bool = True
 ) -> tuple[Segment, bytes]:
-    """The object of a table of one model version, sorted by request id so that a look-up skips most of it.
-    See `encode_ordered`."""
-    ordered = table if _is_sorted(table["request_id"]) else table.sort_by("request_id")
-    bounds = ordered["request_id"][0].as_py(), ordered["request_id"][-1].as_py()
-    return encode_ordered([ordered], version, layout, members, bounds, lasting=lasting)
+    """The object of a table of one model version. A table of more than one group of rows is sorted by request
+    id, so that a look-up skips most groups; within one group the order tells it nothing. See
+    `encode_ordered`."""
+    ids = table["request_id"].combine_chunks()
+    if table.num_rows > ROWS_A_GROUP and not _is_sorted(_halves(ids)):
+        table = table.sort_by("request_id")
+    return encode_ordered([table], version, layout, members, _bounds(ids), lasting=lasting)
 
 
 def encode_ordered(
@@ -105,14 +108,26 @@ def encode_ordered(
     return segment, data
 
 
-def _is_sorted(ids: pa.ChunkedArray) -> bool:
-    """Whether these 16 bytes each ascend, as those of a job do: to look costs a thirtieth of sorting."""
-    if ids.num_chunks != 1 or ids.null_count:
-        return False
-    chunk = ids.chunk(0)
-    halves = np.frombuffer(chunk.buffers()[1], ">u8").reshape(-1, 2)[chunk.offset : chunk.offset + len(chunk)]
+def _halves(ids: pa.Array) -> NDArray[np.uint64]:
+    """Ids of 16 bytes, none of them null, as two numbers each: (ids, 2)."""
+    return np.frombuffer(ids.buffers()[1], ">u8").reshape(-1, 2)[ids.offset : ids.offset + len(ids)]
+
+
+def _is_sorted(halves: NDArray[np.uint64]) -> bool:
+    """Whether these ids ascend, as those of a job do: to look costs a thirtieth of sorting."""
     high, low = halves[:, 0], halves[:, 1]
     return bool(np.all((high[:-1] < high[1:]) | ((high[:-1] == high[1:]) & (low[:-1] <= low[1:]))))
+
+
+def _bounds(ids: pa.Array) -> tuple[bytes, bytes]:
+    """The first and the last id in their order."""
+    halves = _halves(ids)
+    high = halves[:, 0]
+    ends = []
+    for least, pick in ((high.min(), np.argmin), (high.max(), np.argmax)):
+        places = np.flatnonzero(high == least)
+        ends.append(ids[int(places[pick(halves[places, 1])])].as_py())
+    return ends[0], ends[1]
 
 
 class SegmentFiles:
