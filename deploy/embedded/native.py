@@ -49,6 +49,7 @@ GROUPS: Final = {
             )
         ),
     ),
+    "eventlog": tuple(f"services/common/eventlog/{name}.py" for name in ("cursor", "framing", "spool")),
     "router": tuple(
         f"services/router/{name}.py"
         for name in (
@@ -60,8 +61,8 @@ GROUPS: Final = {
         f"services/worker/{name}.py"
         for name in (
             "batch_queue", "batcher", "execution", "input_layout", "item", "loaded_model", "outcome",
-            "padding", "prediction_log", "priorities", "replies", "servicer", "stats", "tensors", "turn",
-            "wire",
+            "padding", "prediction_log", "priorities", "replies", "run_time", "servicer", "stats", "tensors",
+            "turn", "wire",
         )
     ),
     "gateway": tuple(

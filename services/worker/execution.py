@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from headrace.v1.tensor_pb2 import Signature
@@ -17,31 +16,53 @@ from services.worker.item import Batch, Item
 from services.worker.tensors import Array, Buffer, OutputColumn, to_array, to_column
 
 
-@dataclass(slots=True)
 class Part:
     """Members of a batch whose run succeeded together. `inputs` is per input the joined bytes. `key` stands
     in for the members' own where that leaves the length of their rows open."""
 
-    items: tuple[Item, ...]
-    rows: int
-    inputs: list[Buffer]
-    columns: list[OutputColumn]
-    key: MergeKey | None = None
+    # No dataclass, as nothing is that every batch makes: compiled, theirs would be the one constructor that
+    # is not, and take ten times as long.
+    __slots__ = ("columns", "inputs", "items", "key", "rows")
+
+    def __init__(
+        self,
+        items: tuple[Item, ...],
+        rows: int,
+        inputs: list[Buffer],
+        columns: list[OutputColumn],
+        key: MergeKey | None = None,
+    ) -> None:
+        self.items = items
+        self.rows = rows
+        self.inputs = inputs
+        self.columns = columns
+        self.key = key
 
 
-@dataclass(slots=True)
 class Execution:
     """What became of a batch: its members in `parts` or in `failures`, each in exactly one. Durations are
-    seconds; `infer` is the backend's share of the three. `reruns` counts runs beyond the first."""
+    seconds; `infer` is the backend's share of the three. `reruns` counts runs beyond the first, `fault` is
+    what was raised where a failure is not the caller's."""
 
-    parts: list[Part]
-    failures: list[tuple[Item, HeadraceError]]
-    prepare: float
-    infer: float
-    cut: float
-    reruns: int = 0
-    # What was raised where a failure is not the caller's fault.
-    fault: Exception | None = None
+    __slots__ = ("cut", "failures", "fault", "infer", "parts", "prepare", "reruns")
+
+    def __init__(
+        self,
+        parts: list[Part],
+        failures: list[tuple[Item, HeadraceError]],
+        prepare: float,
+        infer: float,
+        cut: float,
+        reruns: int = 0,
+        fault: Exception | None = None,
+    ) -> None:
+        self.parts = parts
+        self.failures = failures
+        self.prepare = prepare
+        self.infer = infer
+        self.cut = cut
+        self.reruns = reruns
+        self.fault = fault
 
 
 class Runner:

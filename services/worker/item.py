@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 from headrace.v1.dataplane_pb2 import Origin, PredictRequest
@@ -84,10 +83,12 @@ class Item:
         self.done = True
 
 
-@dataclass(slots=True)
 class Batch:
     """Requests that run together: one merge key, those of one priority class in order of arrival."""
 
-    items: list[Item]
-    rows: int
-    reason: Release
+    __slots__ = ("items", "reason", "rows")
+
+    def __init__(self, items: list[Item], rows: int, reason: Release) -> None:
+        self.items = items
+        self.rows = rows
+        self.reason = reason

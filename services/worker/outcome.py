@@ -3,8 +3,6 @@ the event loop: what ran in a thread is decided and serialised there, so that la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
@@ -16,15 +14,19 @@ from services.worker.prediction_log import Answered, Entry, PayloadPolicy, Predi
 _OK = Code.CODE_OK
 
 
-@dataclass(slots=True)
 class Outcome:
     """`codes` is by the id() of the members that ran to their end; None: all are answered OK. `records` are
     those of the log, serialised; `omitted` counts requests answered OK whose tensors are not in them."""
 
-    times: Answered
-    codes: dict[int, Code] | None
-    records: list[bytes]
-    omitted: int
+    __slots__ = ("codes", "omitted", "records", "times")
+
+    def __init__(
+        self, times: Answered, codes: dict[int, Code] | None, records: list[bytes], omitted: int
+    ) -> None:
+        self.times = times
+        self.codes = codes
+        self.records = records
+        self.omitted = omitted
 
 
 def outcome_of(

@@ -78,22 +78,26 @@ class Entry:
         return [column.rows(self.first_row, self.item.rows) for column in columns]
 
 
-@dataclass(slots=True)
 class Answered:
     """When a batch started to run and was answered: on the event loop's scale, and in Unix microseconds."""
 
-    started: float
-    finished: float
-    unix_us: int
-    compute_us: int
+    __slots__ = ("compute_us", "finished", "started", "unix_us")
+
+    def __init__(self, started: float, finished: float, unix_us: int, compute_us: int) -> None:
+        self.started = started
+        self.finished = finished
+        self.unix_us = unix_us
+        self.compute_us = compute_us
 
 
-@dataclass(slots=True)
 class Made:
     """`records` of a batch; `omitted` counts requests answered OK whose inputs or outputs are not there."""
 
-    records: list[bytes]
-    omitted: int = 0
+    __slots__ = ("omitted", "records")
+
+    def __init__(self, records: list[bytes], omitted: int = 0) -> None:
+        self.records = records
+        self.omitted = omitted
 
 
 class PredictionRecords:

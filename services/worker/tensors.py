@@ -5,7 +5,6 @@ slicing them; an array is only ever a view on such bytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -40,19 +39,29 @@ def datatype_name(datatype: int) -> str:
         return str(datatype)
 
 
-@dataclass(slots=True)
 class OutputColumn:
     """One output of a whole batch: `data` in row order and where each row begins.
 
     `shape` is one row's shape; for a model that is not batched the whole tensor's, and there is one row.
     `starts` is None where every row takes `stride` bytes, else row i lies in starts[i] … starts[i + 1]."""
 
-    name: str
-    datatype: DataType
-    shape: tuple[int, ...]
-    data: bytes
-    stride: int
-    starts: tuple[int, ...] | None = None
+    __slots__ = ("data", "datatype", "name", "shape", "starts", "stride")
+
+    def __init__(
+        self,
+        name: str,
+        datatype: DataType,
+        shape: tuple[int, ...],
+        data: bytes,
+        stride: int,
+        starts: tuple[int, ...] | None = None,
+    ) -> None:
+        self.name = name
+        self.datatype = datatype
+        self.shape = shape
+        self.data = data
+        self.stride = stride
+        self.starts = starts
 
     def rows(self, first: int, count: int) -> bytes:
         """The bytes of `count` rows from `first`."""
