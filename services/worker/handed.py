@@ -50,13 +50,20 @@ class HandedOver(Generic[_Ran]):
 
     def _start(self) -> None:
         if self._waiting and self._threads < self._slots:
-            batch = self._waiting.popleft()
             self._threads += 1
-            future = self._pool.submit(self._run, batch)
-            future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._over, batch, done))
+            self._queue(self._waiting.popleft())
 
-    def _run(self, first: Batch) -> tuple[Batch, _Ran | Exception]:
-        """In a thread; returns the last batch that it ran."""
+    def _queue(self, batch: Batch) -> None:
+        """Have a thread of the pool go on with `batch`; from any thread."""
+        try:
+            future = self._pool.submit(self._run, batch)
+        except RuntimeError as error:  # the pool is closed
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._over, batch, done))
+
+    def _run(self, first: Batch) -> tuple[Batch, _Ran | Exception] | None:
+        """In a thread; returns the last batch that it ran, None where another goes on in its place."""
         until = time.monotonic() + _CHAIN_S
         batch = first
         while True:
@@ -65,21 +72,26 @@ class HandedOver(Generic[_Ran]):
                 result = self._execute(batch)
             except Exception as error:  # whoever waits for the batch is told
                 result = error
-            if not self._waiting or time.monotonic() >= until:
+            if not self._waiting:
                 return batch, result
             try:
                 following = self._waiting.popleft()
             except IndexError:  # another thread took it
                 return batch, result
             self._loop.call_soon_threadsafe(self._ran, batch, result)
+            if time.monotonic() >= until:
+                # From here: the event loop would hear of it, and queue it, while the model stands still.
+                self._queue(following)
+                return None
             batch = following
 
-    def _over(self, first: Batch, done: Future[tuple[Batch, _Ran | Exception]]) -> None:
-        self._threads -= 1
-        self._start()
+    def _over(self, first: Batch, done: Future[tuple[Batch, _Ran | Exception] | None]) -> None:
+        last: tuple[Batch, _Ran | Exception] | None
         try:
-            batch, result = done.result()
+            last = done.result()
         except Exception as error:  # it was never begun: the pool is closed
-            self._ran(first, error)
-        else:
-            self._ran(batch, result)
+            last = first, error
+        if last is not None:
+            self._threads -= 1
+            self._start()
+            self._ran(*last)

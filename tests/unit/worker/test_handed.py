@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from services.worker import handed
 from services.worker.batch_queue import BatchPolicy
 from services.worker.handed import HandedOver
 from services.worker.item import Batch, Release
 from tests.fixtures.batching import World
-from tests.fixtures.waiting import PATIENCE_S, eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, until
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ class Threads:
         self.gate = threading.Event()
         self.heard: list[tuple[int, int | Exception]] = []
         self.most = 0
+        self.ran = 0
         self._running = 0
         self._lock = threading.Lock()
         self.handed = HandedOver(pool, slots, self._execute, self._ran)
@@ -39,6 +41,7 @@ class Threads:
         assert self.gate.wait(PATIENCE_S)
         with self._lock:
             self._running -= 1
+            self.ran += 1
         if batch.rows == 13:
             raise ValueError("unlucky")
         return 2 * batch.rows
@@ -64,6 +67,50 @@ async def test_each_is_reported_once_and_no_more_run_than_slots(pool: ThreadPool
     await eventually(lambda: not threads.handed.busy)
     threads.add(20)
     await eventually(lambda: threads.heard[-1] == (20, 40))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+async def test_a_thread_whose_time_is_over_is_followed_without_the_event_loop(
+    pool: ThreadPoolExecutor, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handed, "_CHAIN_S", 0.0)
+    threads = Threads(pool, slots)
+    threads.add(*range(1, 11))
+    threads.gate.set()
+    until(lambda: threads.ran == 10)  # the event loop stands still meanwhile
+    assert threads.heard == []
+    await eventually(lambda: len(threads.heard) == 10)
+    found = threads.heard if slots == 1 else sorted(threads.heard, key=lambda one: one[0])
+    assert found == [(rows, 2 * rows) for rows in range(1, 11)]
+    assert threads.most <= slots
+    await eventually(lambda: not threads.handed.busy)
+    threads.add(20)
+    await eventually(lambda: threads.heard[-1] == (20, 40))
+
+
+async def test_other_versions_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handed, "_CHAIN_S", 0.0)
+    order: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        threads = Threads(pool, 1)
+        threads.add(1, 2, 3)
+        pool.submit(lambda: order.append(f"after {threads.ran}"))
+        threads.gate.set()
+        await eventually(lambda: len(threads.heard) == 3)
+    assert order == ["after 1"]
+
+
+async def test_what_follows_in_a_closed_pool_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handed, "_CHAIN_S", 0.0)
+    with ThreadPoolExecutor(1) as pool:
+        threads = Threads(pool, 1)
+        threads.add(1, 2, 3)
+        pool.shutdown(wait=False)
+        threads.gate.set()
+    await eventually(lambda: len(threads.heard) == 3)
+    assert threads.heard[0] == (1, 2)
+    assert all(isinstance(result, RuntimeError) for _, result in threads.heard[1:])
+    assert not threads.handed.busy
 
 
 async def test_one_that_fails_does_not_keep_the_next(pool: ThreadPoolExecutor) -> None:
