@@ -1,11 +1,11 @@
 """Analytics: what the predictions say about the versions that made them.
 
-Read in this order: `app.py` (wiring), `consumers.py` (records come in), `columns.py`, `payload.py` and
-`arrays.py` (records as columns), `chunks.py` and `repository.py` (inbox, segments, outcomes), `flushing.py`,
-`segments.py` and `joining.py` (inbox to Parquet, and what is kept how long), `reading.py` and `queries.py`
-(one row per request, asked by DuckDB), `arm_queries.py`, `comparison.py` and `statistics/` (two versions),
-`shadows.py`, `shadow_totals.py`, `shadow_units.py` and `shadow_report.py` (a version and its shadow),
-`endpoints.py` (who asks).
+Read in this order: `app.py` (wiring), `consumers.py` (records come in), `columns.py`, `packed.py`,
+`payload.py` and `arrays.py` (records as columns), `chunks.py` and `repository.py` (inbox, segments,
+outcomes), `flushing.py`, `segments.py` and `joining.py` (inbox to Parquet, and what is kept how long),
+`reading.py` and `queries.py` (one row per request, asked by DuckDB), `arm_queries.py`, `comparison.py` and
+`statistics/` (two versions), `shadows.py`, `shadow_totals.py`, `shadow_units.py` and `shadow_report.py` (a
+version and its shadow), `endpoints.py` (who asks).
 
 Experiments and rollouts, decided: `trials.py` (what there is to judge), `looking.py` and `pace.py` (who is
 looked at when), `late_firsts.py` (what came too late), `trial_strata.py`, `trial_queries.py` and

@@ -14,6 +14,7 @@ from headrace.v1.tensor_pb2 import Code
 from numpy.typing import NDArray
 
 from services.analytics.arrays import numbers_array, texts_array
+from services.analytics.packed import Packed
 from services.analytics.payload import Answered, predictions, tensors_by_name
 from services.common.errors import InvalidArgument
 
@@ -189,6 +190,8 @@ def to_table(
     left out, never its requests. `values` are the serialized records, where they are at hand.
     """
     whole = _whole(values)
+    # A record's bytes are walked field by field; those of many small ones are fewer fields together.
+    packed = Packed(values if whole is None else [whole.SerializeToString()]) if values else None
     counts = np.array([len(batch.request_ids) // 16 for batch in batches], dtype=np.int64)
     total = int(counts.sum())
     columns: dict[str, pa.Array] = {
@@ -198,13 +201,13 @@ def to_table(
             (np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)).astype("u4")
         ),
         "writer": numbers_array(np.repeat([batch.writer for batch in batches], counts).astype("u1")),
-        "answered_at_us": numbers_array(_answered_at(batches, counts, whole)),
+        "answered_at_us": numbers_array(_answered_at(batches, counts, packed)),
         "variant": _variants(batches, counts, whole),
         "experiment": _experiments(batches, counts, whole),
     }
     for name in ("source", "model", "version", "artifact_digest"):
         columns[name] = _repeated([getattr(batch, name) for batch in batches], counts)
-    numbers = {column: _numbers(batches, counts, whole, field, kind) for field, column, kind in _NUMBERS}
+    numbers = {column: _numbers(batches, counts, packed, field, kind) for field, column, kind in _NUMBERS}
     numbers["origin"] = np.maximum(numbers["origin"], 1)  # unspecified is online
     for column, figures in numbers.items():
         columns[column] = numbers_array(figures)
@@ -237,31 +240,28 @@ def _whole(values: Sequence[bytes] | None) -> PredictionBatch | None:
 def _numbers(
     batches: Sequence[PredictionBatch],
     counts: NDArray[np.int64],
-    whole: PredictionBatch | None,
+    packed: Packed | None,
     field: str,
     kind: str,
 ) -> NDArray[np.generic]:
-    if whole is not None:
-        values = getattr(whole, field)[:]
-        # A record has an entry for each of its requests, or none: as many as requests are all of them.
-        if len(values) == counts.sum():
-            return np.array(values, dtype=kind)
-        if not values:
-            return np.zeros(counts.sum(), dtype=kind)
+    # A record has an entry for each of its requests, or none: as many as requests are all of them.
+    found = packed.numbers(field, int(counts.sum())) if packed is not None else None
+    if found is not None:
+        return found.astype(kind)
     given = [getattr(batch, field)[:] for batch in batches]
     if not any(given):
         return np.zeros(counts.sum(), dtype=kind)
-    values = []
+    values: list[float] = []
     for entries, n in zip(given, counts.tolist(), strict=True):
         values += entries or [0] * n
     return np.array(values, dtype=kind)
 
 
 def _answered_at(
-    batches: Sequence[PredictionBatch], counts: NDArray[np.int64], whole: PredictionBatch | None
+    batches: Sequence[PredictionBatch], counts: NDArray[np.int64], packed: Packed | None
 ) -> NDArray[np.int64]:
     at = np.repeat(np.array([batch.answered_at_us for batch in batches], dtype=np.int64), counts)
-    before = _numbers(batches, counts, whole, "answered_before_us", "i8")
+    before = _numbers(batches, counts, packed, "answered_before_us", "i8")
     return at - before.astype(np.int64)
 
 
