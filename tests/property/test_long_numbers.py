@@ -56,6 +56,18 @@ spaces = st.text(" \t\r\n", max_size=2)
 listed = st.lists(st.tuples(spaces, written, spaces).map("".join), min_size=1, max_size=12)
 
 
+@given(st.lists(listed, min_size=1, max_size=3))
+def test_a_parser_that_was_used_before_reads_the_same_as_a_new_one(lists: list[list[str]]) -> None:
+    for one in lists:
+        text = f"[{','.join(one)}]".encode()
+        with patch.object(numbers, "_KEPT_BYTES", 0):
+            new = packed_numbers(FP64, text, 0, len(text))
+        assert packed_numbers(FP64, text, 0, len(text)) == new
+        assert (
+            packed_numbers(FP64, text + b"]", 0, len(text) + 1) is None
+        )  # what comes next is read all the same
+
+
 @given(listed, spaces, spaces, st.sampled_from([FP32, FP64]))
 def test_numbers_are_those_of_the_ordinary_parser(
     items: list[str], before: str, after: str, datatype: Datatype

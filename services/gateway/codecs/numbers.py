@@ -9,6 +9,7 @@ for what is wrong.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from math import prod
 from typing import Any, Final
@@ -22,6 +23,8 @@ from services.gateway.datatypes import Datatype
 #: Shorter lists cost less the ordinary way.
 LONG_BYTES: Final = 1024
 _PIECE_BYTES: Final = 32 << 10
+#: What is no longer is read by a parser that is kept: a new one asks for twenty times as much memory.
+_KEPT_BYTES: Final = 64 << 10
 _OPEN, _CLOSE = b"["[0], b"]"[0]
 _SPACE = b" \t\r\n"
 #: What numbers and the space around them are written with.
@@ -46,11 +49,10 @@ def packed_numbers(datatype: Datatype, text: bytes, start: int, end: int) -> byt
     if text.find(b"[", start + 1, end) >= 0:
         return None  # simdjson would flatten it
     at, last = start + 1, end - 1
-    parser = simdjson.Parser()
     pieces: list[bytes] = []
     while True:
         cut = text.find(b",", at + _PIECE_BYTES, last)
-        piece = _packed_piece(parser, b"[%b]" % text[at : last if cut < 0 else cut], dtype)
+        piece = _packed_piece(b"[%b]" % text[at : last if cut < 0 else cut], dtype)
         if piece is None:
             return None
         pieces.append(piece)
@@ -70,7 +72,7 @@ def packed_rows(
     if dtype is None or len(shape) < 2 or min(shape[1:]) < 1:
         return None
     lists = text[start:end]
-    data = _packed_piece(simdjson.Parser(), lists, dtype)
+    data = _packed_piece(lists, dtype)
     if data is None:
         return None
     rows, rest = divmod(len(data), elements * datatype.itemsize)
@@ -90,8 +92,19 @@ def _brackets(shape: tuple[int, ...]) -> bytes:
     return b"[" + b",".join([inner] * shape[0]) + b"]"
 
 
-def _packed_piece(parser: simdjson.Parser, text: bytes, dtype: np.dtype[Any]) -> bytes | None:
+class _Kept(threading.local):
+    """A parser for each thread that reads: what one has read is gone once it reads again."""
+
+    def __init__(self) -> None:
+        self.parser = simdjson.Parser()
+
+
+_kept = _Kept()
+
+
+def _packed_piece(text: bytes, dtype: np.dtype[Any]) -> bytes | None:
     """All numbers of the list `text`, and of the lists in it."""
+    parser = _kept.parser if len(text) <= _KEPT_BYTES else simdjson.Parser()
     try:
         found = parser.parse(text)
         if not isinstance(found, simdjson.Array):

@@ -135,3 +135,16 @@ def test_the_answer_says_how_it_came_about() -> None:
         "fallback": True,
         "latency_ms": 1.235,
     }
+
+
+def test_rows_of_numbers_stand_in_the_answer_as_prediction_and_as_output() -> None:
+    signature = model({"y": "FP32", "z": "FP32"}, task=Task.TASK_REGRESSION, prediction_output="z")
+    rows = [[0.1, float("nan")], [-2.5, 1e-7], [3.0, float("inf")]]
+    reply = PredictReply(
+        version="1", outputs=[tensor("y", "FP32", [1, 2, 3], "<f4"), tensor("z", "FP32", rows, "<f4")]
+    )
+    said = json.loads(encode_answer("i", "m", signature, reply, single=False, latency_ms=1.0))
+    printed = [[0.1, None], [-2.5, 1e-7], [3.0, None]]
+    assert said["prediction"] == printed
+    assert said["outputs"] == {"y": [1, 2, 3], "z": printed}
+    assert list(said["outputs"]) == ["y", "z"]
