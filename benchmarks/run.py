@@ -36,7 +36,7 @@ FAILURES = (
 )
 WARM_UP_CONNECTIONS = 32
 #: What driving one server beyond its capacity takes, start and stop included; the same with the slow model.
-BEYOND_S = 105.0
+BEYOND_S = 120.0
 OVERLOAD_S = 200.0
 #: The same for a round of a further payload, and of the main fronts, per server.
 PAYLOAD_S = 25.0
