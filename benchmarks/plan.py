@@ -45,8 +45,8 @@ class Plan:
     direct_s: float = 1.5
     main: str = "mlp"
     overload: str = "busy"
-    #: Offered beyond the capacity that was found. The two that are compared come twice in each round, each once
-    #: before the other: windows differ by more than what is asked.
+    #: Offered beyond the capacity that was found. The two that are compared come twice in each round, each
+    #: once before the other: windows differ by more than what is asked.
     beyond: tuple[float, ...] = (1.0, 2.0, 2.0, 1.0)
     overload_fractions: tuple[float, ...] = (0.9, 1.0, 1.5, 2.0, 4.0)
     #: How often each of these is offered, in turns: goodput of one window of two seconds varies by a tenth.
