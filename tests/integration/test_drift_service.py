@@ -138,6 +138,10 @@ async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_l
             assert {alert.feature for alert in heard} == {"age"}
             windows = (await client.get(path)).json()["windows"]
             assert len(windows) == 4  # the redelivered records made no window of their own
+            # So few that every row was looked at, which each of the three says.
+            assert all(window["sampled_rows"] == window["rows"] > 0 for window in windows)
+            assert psi["window"]["sampled_rows"] == psi["window"]["rows"] > 0
+            assert all(alert.window_sampled_rows == alert.window_rows > 0 for alert in heard)
 
             await bus.publish([prediction(rng, 100) for _ in range(2)])
             await until(client, "/v1/drift/alerts?state=resolved", lambda b: len(b["alerts"]) == 2)
