@@ -6,7 +6,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[3]
 
-# Twenty blocks of a megabyte, twice: the second time asks how many pages had to be fetched again.
+# Four blocks of ten megabytes, twice: the second time asks how many pages had to be fetched again.
 MEASURE = """
 import resource, sys
 from services.common.lifecycle import give_freed_memory_back, keep_freed_memory
@@ -17,7 +17,7 @@ if sys.argv[1] == "give":
 if "large" in sys.argv:
     bytes(24 << 20)  # having freed a large block, the C library keeps twice as much of smaller ones
 def fill():
-    blocks = [bytes([one + 1]) * (1 << 20) for one in range(20)]
+    blocks = [bytes([one + 1]) * (10 << 20) for one in range(4)]
     del blocks
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
