@@ -234,18 +234,30 @@ class LoadedModel:
             self._batcher.step_aside()
         turn.bulk.begin(self._runner, urgent, lambda: self._loop.call_soon_threadsafe(over))
 
-    def _execute(self, batch: Batch) -> tuple[Execution, Outcome, float]:
-        """In a thread: run `batch`, and make of it all that needs no event loop."""
+    def _execute(self, batch: Batch) -> tuple[Execution, Outcome | None, float]:
+        """In a thread: run `batch`, and make of it all that would hold up the event loop; the rest is made
+        there, while the thread has the next batch."""
         started = self._serving.clock.monotonic()
         _begin(batch.items, started)
         execution = self._runner.execute(batch, self._policy.batching.max_rows)
+        if self._is_brief(batch, execution):
+            return execution, None, started
         return execution, self._outcome(batch, execution, started), started
+
+    def _is_brief(self, batch: Batch, execution: Execution) -> bool:
+        """Whether a single request was run of which no tensors are logged, so that its outcome is made in no
+        time."""
+        if len(batch.items) > 1 or execution.failures:
+            return False
+        payloads = self._policy.payloads
+        nbytes = sum([len(column.data) for column in execution.parts[0].columns])
+        return not payloads.enabled or nbytes > payloads.request_bytes
 
     def _outcome(self, batch: Batch, execution: Execution, started: float) -> Outcome:
         payloads, clock = self._policy.payloads, self._serving.clock
         return outcome_of(batch, execution, started, self._records, payloads, clock)
 
-    def _ran(self, batch: Batch, result: tuple[Execution, Outcome, float] | Exception) -> None:
+    def _ran(self, batch: Batch, result: tuple[Execution, Outcome | None, float] | Exception) -> None:
         if not isinstance(result, Exception):
             execution, outcome, started = result
             self._finish(batch, execution, outcome, started)

@@ -75,6 +75,28 @@ async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(rig
     assert rig.log.records[1][1].inputs[0].data == np.full(500, 2, np.float32).tobytes()
 
 
+async def test_what_is_not_logged_with_tensors_keeps_no_thread(rig: Rig) -> None:
+    on_loop: list[bool] = []
+
+    class Noting(SystemClock):
+        def unix_us(self) -> int:
+            on_loop.append(threading.current_thread() is threading.main_thread())
+            return super().unix_us()
+
+    rig.clock = Noting()
+    model = rig.start()
+    model.configure(ServingPolicy(BatchPolicy(max_rows=500), PayloadPolicy(request_bytes=1 << 10), 1.0))
+    model.submit([rig.item(1, rows=500)])
+    await eventually(lambda: len(rig.answers) == 1)
+    assert on_loop == [True]
+    assert rig.logged_before == {1: 1}
+    assert not rig.log.records[0][1].outputs
+    assert model.stats.payloads_omitted == 1
+    answer = rig.answers[1]
+    assert isinstance(answer, PredictReply)
+    assert answer.outputs[0].data == np.full(500, 2, np.float32).tobytes()
+
+
 async def test_requests_of_many_rows_run_together_where_the_version_is_fast(rig: Rig) -> None:
     model = rig.start(max_rows=8, quick_rows=32)
     model.submit([rig.item(i, rows=10) for i in range(4)])
