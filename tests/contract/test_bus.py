@@ -7,6 +7,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -27,6 +28,10 @@ def values(records: Sequence[Record]) -> list[bytes | None]:
 
 def numbered(topic: Topic, count: int, keys: int = 5, start: int = 0) -> list[Record]:
     return [Record(topic.name, b"key-%d" % (i % keys), b"%d" % i) for i in range(start, start + count)]
+
+
+def all_of(records: Sequence[Record], count: int) -> bool:
+    return len(records) == count
 
 
 class BusContract:
@@ -265,7 +270,7 @@ class BusContract:
         ):
             for start in range(0, 60, 20):
                 await bus.publish([*numbered(topic, 20, start=start), *numbered(second, 20, start=start)])
-                await eventually(lambda upto=start + 20: len(free) == upto, on=free)
+                await eventually(partial(all_of, free, start + 20), on=free)
             assert not stuck
             await eventually(lambda: len(tried) > 1)
             released.set()

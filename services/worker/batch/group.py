@@ -94,8 +94,8 @@ class KafkaChunks:
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
             "auto.offset.reset": "earliest",
-            # One broker (Tansu) looks for news again and again while a fetch waits: 50 ms were a third of what
-            # it did while nothing happened, and small jobs were no sooner done.
+            # One broker (Tansu) looks for news again and again while a fetch waits: 50 ms were a third of
+            # what it did while nothing happened, and small jobs were no sooner done.
             "fetch.wait.max.ms": 250,
             "fetch.message.max.bytes": MAX_RECORD_BYTES,
             # What lies in the client's own queue is dropped by a pause and fetched again; with little in it a
