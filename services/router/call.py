@@ -313,11 +313,10 @@ class Call(Routed):
     def _judge(self, endpoint: Endpoint, reply: PredictReply, sent_at: float, now: float) -> None:
         """Tell the version's endpoints how this one did."""
         group, code = self.group, reply.code
-        held = now - sent_at
         said = verdict(
             code,
             lost=code == Code.CODE_UNAVAILABLE and lost(reply),
-            held_s=held,
+            held_s=now - sent_at,
             expected_s=endpoint.latency.value(now),
         )
         group.judge(endpoint, said, sent_at, now)
@@ -339,10 +338,9 @@ class Call(Routed):
         # is all that we have heard of. It has done nothing, so this adds no load that a budget need bound.
         absent = not gone and reply.code == Code.CODE_UNAVAILABLE
         others = any(member not in self.tried for member in dispatcher.endpoints.group(target.key).members)
-        if not others:
-            waits = dispatcher.endpoints.coming(target.key) if gone else absent and self._fallback is None
-            if not waits:
-                return False
+        waits = dispatcher.endpoints.coming(target.key) if gone else absent and self._fallback is None
+        if not (others or waits):
+            return False
         if not (gone or absent or self._retrying):
             if not dispatcher.budget.take():
                 return False
@@ -374,8 +372,8 @@ class Call(Routed):
         """Leave the request as it was sent, and its reply, to the mirror; nobody changes them any more."""
         mirror, route, target = self._dispatcher.mirror, self.route, self.target
         if mirror is not None and route is not None and target is not None:
-            sent = (self.payload, self.stamp)
-            mirror.offer(sent, route, target, reply, _monotonic() - self.sent_at)
+            took = _monotonic() - self.sent_at
+            mirror.offer((self.payload, self.stamp), route, target, reply, took)
 
     def _explain(self, reply: PredictReply) -> None:
         """Complete a reply that no worker made: its words are about our connection, not the caller's."""
@@ -395,10 +393,8 @@ class Call(Routed):
             self._drop_hedge(self._hedge, now)
         if self._retrying:
             dispatcher.budget.give_back()
-        if self.way is not None:
-            totals = self.way.totals
-        else:
-            totals = dispatcher.stats.of(target.key if target is not None else NOWHERE)
+        way = self.way
+        totals = way.totals if way else dispatcher.stats.of(target.key if target is not None else NOWHERE)
         totals.answered(code, now - self.began_at)
         if self._span is not None:
             self._span.end(self, code)
