@@ -257,7 +257,9 @@ def test_every_service_has_its_metrics_and_what_the_process_uses(stack: Stack, c
         families = scrape(stack, part)
         service = part.removesuffix("-0")
         assert any(name.startswith(f"headrace_{service}_") for name in families), part
-        assert {"process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds"} <= families.keys()
+        used = {"process_cpu_seconds", "process_resident_memory_bytes", "process_open_fds"} & families.keys()
+        # Of two services in one process the gateway says it, or sums over services would count it twice.
+        assert len(used) == (0 if part == "router" and stack.configuration.joint else 3), part
 
 
 def test_names_that_triton_dashboards_ask_for(stack: Stack, client: httpx.Client) -> None:
