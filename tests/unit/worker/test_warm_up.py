@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 
 from services.worker.execution import Runner
@@ -16,12 +18,12 @@ def test_two_sizes_are_measured_so_that_larger_ones_can_be_judged(max_rows: int)
     sizes: list[int] = []
     layout = InputLayout(SIGNATURE)
 
-    class Noting(RunTime):
+    class Noting:  # no subclass: what is compiled takes none
         def observe(self, rows: int, seconds: float, now: float) -> None:
+            assert seconds > 0
             sizes.append(rows)
-            super().observe(rows, 0.01 * rows, now)
 
-    run_time = Noting()
+    run_time = cast("RunTime", Noting())
     warm = warm_up(Runner(Gated(), SIGNATURE, layout), layout, max_rows, run_time)
     assert warm.ran
     assert set(sizes) == {1, max(2, max_rows)}
