@@ -12,6 +12,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from services.common.bus.port import MAX_RECORD_BYTES, Standing
+from services.common.bus.stopping import stop_consumer
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.topics import Topic
 
@@ -75,7 +76,7 @@ async def standing(bootstrap: str, topic: Topic, group: str, *, timeout: float =
     except (KafkaError, OSError, TimeoutError) as error:
         raise Unavailable(f"the event broker did not tell the lag of {group}: {error!r}") from error
     finally:
-        await consumer.stop()
+        await stop_consumer(consumer)
     done = {part: committed[part].offset if part in committed else -1 for part in partitions}
     left = sum(ends[part] - next_offset(starts[part], ends[part], done[part]) for part in partitions)
     return Standing(sum(ends.values()), left)

@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 
 from services.common.bus.admin import REQUEST_TIMEOUT_MS, high_watermarks, next_offset
 from services.common.bus.port import Record
+from services.common.bus.stopping import stop_consumer
 from services.common.errors import NotFound, Unavailable
 from services.common.topics import REPLAY
 
@@ -138,7 +139,7 @@ class DeadLetters:
             await consumer.start()
             yield consumer
         finally:
-            await consumer.stop()
+            await stop_consumer(consumer)
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 from services.common.bus.admin import partition_counts
 from services.common.bus.delivery import Backoff
 from services.common.bus.port import MAX_RECORD_BYTES, Table
+from services.common.bus.stopping import stop_consumer
 from services.common.bus.table import KafkaTable
 from services.common.bus.topic_log import Lost, TopicLog
 from services.common.errors import Unavailable
@@ -96,8 +97,7 @@ class Follower:
                     following.begin_again()
                 await asyncio.sleep(backoff.next())
             finally:
-                with suppress(KafkaError, OSError):
-                    await consumer.stop()
+                await stop_consumer(consumer)
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         """What one fetch brings, for every topic."""

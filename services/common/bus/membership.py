@@ -23,6 +23,7 @@ from faststream.message import StreamMessage
 from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
 from services.common.bus.port import MAX_RECORD_BYTES
+from services.common.bus.stopping import stop_consumer
 from services.common.tasks import ended
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,10 @@ class Membership:
 
     async def _stopped(self) -> None:
         subscriber, self._subscriber = self._subscriber, None
-        if subscriber is not None:
+        if subscriber is not None and subscriber.consumer is None:
             await subscriber.stop()
+        elif subscriber is not None:
+            await stop_consumer(subscriber.consumer, subscriber.stop)
         self._on_change()
 
     async def _check(self) -> None:
