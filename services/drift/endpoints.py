@@ -190,7 +190,7 @@ def _window_json(row: WindowRow) -> Json:
         "start_us": row.start_us,
         "end_us": row.end_us,
         "rows": row.rows,
-        "sampled_rows": row.sampled_rows,
+        "sampled_rows": row.rows_seen,
         "reference_rows": row.reference_rows,
         "severity": Severity(row.severity).name.lower(),
         "features": row.features,

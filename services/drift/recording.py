@@ -121,7 +121,7 @@ def _to_record(alert: AlertRow) -> Record:
         window_end_us=alert.window_end_us,
         reference_rows=alert.reference_rows,
         window_rows=alert.window_rows,
-        window_sampled_rows=alert.window_sampled_rows,
+        window_sampled_rows=alert.rows_seen,
         message=alert.message,
         resolved_at_us=round(alert.resolved_at.timestamp() * 1e6) if alert.resolved_at else 0,
     )
@@ -158,7 +158,7 @@ def alert_json(alert: AlertRow) -> dict[str, Any]:
             "start_us": alert.window_start_us,
             "end_us": alert.window_end_us,
             "rows": alert.window_rows,
-            "sampled_rows": alert.window_sampled_rows,
+            "sampled_rows": alert.rows_seen,
         },
         "reference_rows": alert.reference_rows,
         "message": alert.message,

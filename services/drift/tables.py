@@ -67,12 +67,17 @@ class WindowRow(Tables):
     start_us: Mapped[int]
     end_us: Mapped[int]
     rows: Mapped[int]
-    #: Those of them that the reports are about.
-    sampled_rows: Mapped[int]
+    #: Those of them that the reports are about; None: all (an older release beside this one wrote it).
+    sampled_rows: Mapped[int | None]
     reference_rows: Mapped[int]
     severity: Mapped[int]
     features: Mapped[list[Any]]
     created_at: Mapped[datetime]
+
+    @property
+    def rows_seen(self) -> int:
+        """How many rows the reports are about."""
+        return self.rows if self.sampled_rows is None else self.sampled_rows
 
 
 class SignalRow(Tables):
@@ -108,13 +113,19 @@ class AlertRow(Tables):
     window_start_us: Mapped[int]
     window_end_us: Mapped[int]
     window_rows: Mapped[int]
-    window_sampled_rows: Mapped[int]
+    #: As in the window.
+    window_sampled_rows: Mapped[int | None]
     reference_rows: Mapped[int]
     message: Mapped[str]
     opened_at: Mapped[datetime]
     updated_at: Mapped[datetime]
     acknowledged_at: Mapped[datetime | None]
     resolved_at: Mapped[datetime | None]
+
+    @property
+    def rows_seen(self) -> int:
+        """How many rows of its window it is about."""
+        return self.window_rows if self.window_sampled_rows is None else self.window_sampled_rows
 
 
 class Claims(ClaimRow, Tables):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from pathlib import Path
 
 import asyncpg
@@ -16,22 +15,13 @@ from services.analytics.chunks import unpack
 from services.common.db import engine, migrate, transaction
 from services.drift import repository as drift_repository
 from services.drift.detectors.sketches import QuantileSketch
+from tests.fixtures.older_schemas import migrated_to
 from tests.fixtures.prediction_log import prediction_batch
-
-
-async def migrated_to(database_url: str, schema: str, package: str, folder: Path, newest: str) -> None:
-    """The schema as it was with revision `newest`."""
-    versions = folder / schema / "versions"
-    versions.mkdir(parents=True)
-    for file in sorted((Path(package) / "migrations" / "versions").glob("0*.py")):
-        if file.name[:4] <= newest:
-            shutil.copy(file, versions)
-    await migrate(database_url, schema, versions.parent)
 
 
 async def test_streams_in_text_become_binary(database_url: str, tmp_path: Path) -> None:
     package = drift.__path__[0]
-    await migrated_to(database_url, "drift", package, tmp_path, "0002")
+    await migrated_to(database_url, "drift", tmp_path, "0002")
     values = np.random.default_rng(1).normal(size=300)
     old = json.dumps(
         {
@@ -70,7 +60,7 @@ async def test_streams_in_text_become_binary(database_url: str, tmp_path: Path) 
 
 async def test_records_of_the_inbox_become_chunks(database_url: str, tmp_path: Path) -> None:
     package = analytics.__path__[0]
-    await migrated_to(database_url, "analytics", package, tmp_path, "0003")
+    await migrated_to(database_url, "analytics", tmp_path, "0003")
     batches = [prediction_batch([1, 2]), prediction_batch([3], version="2")]
     connection = await asyncpg.connect(database_url)
     try:

@@ -13,8 +13,12 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    op.add_column("files", sa.Column("stored_at", sa.DateTime(timezone=True), nullable=True))
-    # So far a row was written once its object was there.
+    # So far a row was written once its object was there, and so it is by gateways of the release before,
+    # which go on while the first new one starts: what they do not name they mean to be now.
+    op.add_column(
+        "files",
+        sa.Column("stored_at", sa.DateTime(timezone=True), nullable=True, server_default=sa.func.now()),
+    )
     op.execute("UPDATE files SET stored_at = created_at")
     op.create_index("openai_batches_by_end", "openai_batches", ["ended_at"])
 
