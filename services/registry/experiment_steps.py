@@ -21,6 +21,8 @@ from services.registry.layers import bounded_weights
 #: Outcomes that come later than this after the stop count no more.
 CLOSE_AFTER: Final = timedelta(days=1)
 _ERRORS: Final = "error_rate"
+#: What clocks of two registries may be apart.
+_CLOCKS_APART: Final = timedelta(seconds=5)
 
 
 class Action(StrEnum):
@@ -133,7 +135,8 @@ def proven(verdict: Verdict, variants: Sequence[str]) -> str:
 def _reweighted(experiment: Standing, bandit: BanditBounds, verdict: Verdict, now: datetime) -> Step | None:
     """Weights follow a verdict on the present ones only: one on weights of before would be acted on twice."""
     since = experiment.weighted_at or experiment.started_at
-    if since is None or now < since + bandit.update_every:
+    # What lies ahead of now was so before the clock was set back; the revision holds it to one per verdict.
+    if since is None or -_CLOCKS_APART <= now - since < bandit.update_every:
         return None
     if verdict.trial_revision != experiment.revision or verdict.sample_ratio_mismatch:
         return None

@@ -15,7 +15,7 @@ from services.registry.repository import Repository
 from services.registry.rollout_plan import Action
 from services.registry.rollout_state import rollout_of, trial_of
 from services.registry.rollout_steps import CLOCK_SLACK, next_step
-from services.registry.rollouts import carry_out, facts_of, is_news
+from services.registry.rollouts import carry_out, facts_of, is_news, waits_for_workers
 from services.registry.tables import RolloutRow
 from services.registry.trials import publish_trial
 from services.registry.workers import Workers
@@ -40,14 +40,13 @@ class RolloutActor:
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
         """Rollouts that have something to do or to say now.
 
-        Where the clock was set forward, so is when their steps began: nobody saw that time pass. (One that
-        was set back shows by itself, see `next_step`.)"""
+        Where the clock was set forward, so is when their steps and waiting began: nobody saw that time pass.
+        (Of a step one that was set back shows by itself, see `next_step`.)"""
         found = []
         leap = self._leaps.forward()
         for row in await tx.open_rollouts():
-            if leap and row.clock_at is not None and row.finished_at is None:
-                row.clock_at += leap
-                log.warning("clock_set_forward", trial=row.rollout_id, seconds=leap.total_seconds())
+            if row.finished_at is None:
+                _allow_for_clock(row, leap, now)
             try:
                 due = await self._is_due(tx, row, now)
             except (DecodeError, ValueError) as error:
@@ -91,3 +90,16 @@ class RolloutActor:
         row.closed_at, row.revision = now, row.revision + 1
         publish_trial(tx, trial_of(row))
         return "close"
+
+
+def _allow_for_clock(row: RolloutRow, leap: timedelta, now: datetime) -> None:
+    """Let what `row` is timed by be what somebody saw pass."""
+    if leap:
+        log.warning("clock_set_forward", trial=row.rollout_id, seconds=leap.total_seconds())
+        if row.clock_at is not None:
+            row.clock_at += leap
+        if row.waiting_since is not None:
+            row.waiting_since += leap
+    # Lacking where an older release decided; ahead where the clock was set back since.
+    if waits_for_workers(row) and (row.waiting_since is None or row.waiting_since > now + CLOCK_SLACK):
+        row.waiting_since = now

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -58,15 +57,6 @@ class RolloutQueries:
         )
         statement = statement.order_by(RolloutEventRow.id.desc()).limit(limit)
         return (await self._session.scalars(statement)).all()
-
-    async def rollout_waits_since(self, rollout_id: str, causes: Sequence[str]) -> datetime | None:
-        """Since when all decisions have had one of `causes`; None where the last has another."""
-        mine = RolloutEventRow.rollout_id == rollout_id
-        other = select(func.max(RolloutEventRow.id)).where(mine, RolloutEventRow.cause.not_in(causes))
-        statement = select(func.min(RolloutEventRow.at)).where(
-            mine, RolloutEventRow.id > func.coalesce(other.scalar_subquery(), 0)
-        )
-        return await self._session.scalar(statement)
 
     async def prune_rollout_events(self, rollout_id: str, keep: int) -> None:
         """Delete all but the newest `keep` events."""

@@ -281,10 +281,12 @@ def _harm(rollout: Rollout, verdict: Verdict | None) -> Evidence | None:
 
 def _alerts(rollout: Rollout, facts: Facts) -> list[Alert]:
     """Open alerts that count: warnings raised since this step began, critical ones since the rollout did,
-    since one may have been a mere warning in an earlier step."""
+    since one may have been a mere warning in an earlier step. A step whose time is counted from before that
+    saw the clock set back: then what came since counts, though it seems older."""
     if not rollout.drift_guardrail or rollout.entered_at is None:
         return []
-    since = {True: rollout.started_at, False: rollout.entered_at}
+    clock_at = rollout.clock_at or rollout.entered_at
+    since = {True: min(rollout.started_at, clock_at), False: min(rollout.entered_at, clock_at)}
     return [alert for alert in facts.alerts if alert.raised_at >= since[alert.critical]]
 
 

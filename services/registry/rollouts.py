@@ -87,6 +87,7 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
         step=0,
         entered_at=None,
         clock_at=None,
+        waiting_since=None,
         paused_at=None if wanted.start else now,
         promoted=False,
         revision=revised.config.revision,
@@ -195,7 +196,7 @@ async def facts_of(tx: Repository, row: RolloutRow, workers: Workers) -> Facts:
         verdict=None if verdict is None else Verdict.FromString(verdict.verdict),
         verdict_at=None if verdict is None else verdict.received_at,
         alerts=await _open_alerts(tx, row.model, row.version),
-        waiting_since=await _waiting_since(tx, row),
+        waiting_since=row.waiting_since,
     )
 
 
@@ -226,6 +227,11 @@ async def carry_out(
 def decision_key(row: RolloutRow, step: Step) -> str:
     """The same for decisions that say the same thing again, whatever their numbers."""
     return f"{row.status}/{step.step}/{step.action}/{step.cause}/{step.about}"
+
+
+def waits_for_workers(row: RolloutRow) -> bool:
+    """Whether that was the last decision."""
+    return any(f"/{cause}/" in row.decided for cause in _OF_WORKERS)
 
 
 def is_news(row: RolloutRow, step: Step) -> bool:
@@ -300,6 +306,8 @@ async def _finish(tx: Repository, row: RolloutRow, step: Step, verdict: Verdict 
 
 async def _note(tx: Repository, row: RolloutRow, step: Step, verdict: Verdict | None, now: datetime) -> None:
     """Keep a decision once."""
+    waited_since = row.waiting_since if waits_for_workers(row) else None
+    row.waiting_since = (waited_since or now) if step.cause in _OF_WORKERS else None
     row.decided, row.reason = decision_key(row, step), step.reason
     going = row.status in {Status.RUNNING, Status.BAKING, Status.COMPLETED}
     tx.add(
@@ -332,12 +340,6 @@ async def _unfinished(tx: Repository, rollout_id: str) -> RolloutRow:
         ended = row.status.replace("_", " ")
         raise FailedPrecondition(f"rollout {rollout_id} is {ended} and stays so", field="rollout_id")
     return fresh
-
-
-async def _waiting_since(tx: Repository, row: RolloutRow) -> datetime | None:
-    if not any(f"/{cause}/" in row.decided for cause in _OF_WORKERS):
-        return None
-    return await tx.rollout_waits_since(row.rollout_id, _OF_WORKERS)
 
 
 async def _open_alerts(tx: Repository, model: str, version: str) -> Sequence[Alert]:

@@ -207,6 +207,8 @@ class RolloutRow(Tables):
     entered_at: Mapped[datetime | None]
     #: What the step's durations count from.
     clock_at: Mapped[datetime | None]
+    #: Since when all decisions were to wait for workers.
+    waiting_since: Mapped[datetime | None]
     paused_at: Mapped[datetime | None]
     #: A person said that this step has taken long enough.
     promoted: Mapped[bool]

@@ -112,6 +112,8 @@ def test_a_bandit_moves_within_its_bounds_and_once_per_verdict_on_the_present_we
     assert step.reason == "the bandit follows the evidence: old 50% to 35%, new 50% to 65%"
     assert action(replace(bandit, revision=8), verdict) is None
     assert action(replace(bandit, weighted_at=NOW - timedelta(seconds=59)), verdict) is None
+    ahead = replace(bandit, weighted_at=NOW + timedelta(hours=1))
+    assert action(ahead, verdict) == action(bandit, verdict) is not None, "the clock was set back since"
     for refused in (
         Verdict(trial_revision=7, weights=[5000, 5000]),
         Verdict(trial_revision=7, weights=[500, 9000]),

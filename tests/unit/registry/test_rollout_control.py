@@ -12,8 +12,14 @@ from services.registry.edge import Edge
 from services.registry.metrics import Metrics
 from services.registry.repository import Repository
 from services.registry.rollout_control import RolloutActor
+from services.registry.rollout_plan import Action, Cause, Status, Step
+from services.registry.rollout_schemas import RolloutIn
+from services.registry.rollouts import carry_out
 from services.registry.tables import RolloutRow
 from services.registry.workers import Workers
+
+IN_ITS_STEP = "running/0/wait/duration/"
+LOADING = "running/0/wait/loading/"
 
 
 class Open:
@@ -41,9 +47,9 @@ async def test_a_clock_that_is_set_forward_shortens_no_step() -> None:
     edge = cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics()))
     actor = Looking(edge, Workers(clock))
     began = clock.now()
-    running = RolloutRow(rollout_id="running", clock_at=began, finished_at=None)
-    waiting = RolloutRow(rollout_id="waiting", clock_at=None, finished_at=None)
-    ended = RolloutRow(rollout_id="ended", clock_at=began, finished_at=began)
+    running = RolloutRow(rollout_id="running", clock_at=began, finished_at=None, decided=IN_ITS_STEP)
+    waiting = RolloutRow(rollout_id="waiting", clock_at=None, finished_at=None, decided="")
+    ended = RolloutRow(rollout_id="ended", clock_at=began, finished_at=began, decided="")
     tx = cast("Repository", Open(running, waiting, ended))
     for seconds, shifted in ((600, 0), (0, 3600), (60, 0), (0, 3), (0, -3600), (0, 7200)):
         before = running.clock_at
@@ -56,4 +62,54 @@ async def test_a_clock_that_is_set_forward_shortens_no_step() -> None:
         leap = shifted if shifted > 5 else 0
         assert running.clock_at == before + timedelta(seconds=leap), (seconds, shifted)
     assert waiting.clock_at is None
+    assert waiting.waiting_since is None
     assert ended.clock_at == began
+
+
+async def test_only_time_that_passed_is_given_a_version_to_load() -> None:
+    clock = ManualClock()
+    edge = cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics()))
+    actor = Looking(edge, Workers(clock))
+    row = RolloutRow(rollout_id="r", clock_at=None, finished_at=None, decided=LOADING)
+    tx = cast("Repository", Open(row))
+    await actor.candidates(tx, clock.now())
+    assert row.waiting_since == clock.now(), "an older release did not say since when"
+    waited = 0.0
+    for passed, was_set in ((60, 0), (1, 3600), (60, 0), (1, 86400)):
+        clock.advance(passed)
+        waited += passed
+        clock.set(was_set)
+        await actor.candidates(tx, clock.now())
+        assert clock.now() - row.waiting_since == timedelta(seconds=waited), (passed, was_set)
+    clock.set(-86400)
+    await actor.candidates(tx, clock.now())
+    assert row.waiting_since == clock.now(), "how long it had waited nobody can tell: it waits anew"
+
+
+class Noting:
+    """The part of a transaction that keeps a decision."""
+
+    def add(self, _row: object) -> None:
+        return
+
+    async def flush(self) -> None:
+        return
+
+    async def prune_rollout_events(self, _rollout_id: str, _keep: int) -> None:
+        return
+
+
+async def test_waiting_is_timed_from_the_first_decision_to_wait_for_workers() -> None:
+    clock, tx = ManualClock(), cast("Repository", Noting())
+    spec = RolloutIn(model="m", version="2")
+    row = RolloutRow(
+        rollout_id="r", model="m", version="2", previous_version="1", status=Status.RUNNING, step=0,
+        spec=spec.model_dump(mode="json"), entered_at=None, clock_at=None, paused_at=None, promoted=False,
+        revision=1, started_at=clock.now(), decided="",
+    )  # fmt: skip
+    seen = []
+    for cause in (Cause.LOADING, Cause.LOADING, Cause.PAUSED, Cause.LOADING, Cause.WORKERS, Cause.DURATION):
+        clock.advance(10)
+        await carry_out(tx, row, Step(Action.WAIT, cause, "why", 0), None, clock)
+        seen.append(None if row.waiting_since is None else (clock.now() - row.waiting_since).total_seconds())
+    assert seen == [0, 10, None, 0, 10, None]

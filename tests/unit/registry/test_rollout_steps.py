@@ -345,6 +345,15 @@ def test_a_clock_that_goes_back_restarts_the_step() -> None:
     assert next_step(rollout, ahead, after(60)).cause is Cause.VERDICT
 
 
+def test_drift_counts_that_was_found_after_the_clock_went_back() -> None:
+    rollout = a_rollout(entered_at=after(3600), started_at=after(3500), clock_at=after(10))
+    for critical, action in ((True, Action.ROLL_BACK), (False, Action.HOLD)):
+        alert = Alert("age", critical, after(20), "PSI 0.9")
+        assert next_step(rollout, facts(rollout, alerts=[alert]), after(30)).action is action
+        old = replace(alert, raised_at=after(5))
+        assert next_step(rollout, facts(rollout, alerts=[old]), after(30)).action is Action.WAIT
+
+
 @pytest.mark.parametrize("status", [Status.COMPLETED, Status.ROLLED_BACK, Status.ABORTED])
 def test_what_has_ended_stays_as_it_is(status: Status) -> None:
     rollout = a_rollout(status=status)
