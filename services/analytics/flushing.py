@@ -24,7 +24,7 @@ from services.analytics.segments import Segment, SegmentFiles, encode
 from services.analytics.shadows import forget_old_shadows
 from services.analytics.signatures import Signatures
 from services.analytics.tables import SegmentRow
-from services.common.clock import Clock
+from services.common.clock import Clock, Leaps
 from services.common.db import transaction
 from services.common.errors import Aborted, HeadraceError
 from services.common.ids import new_id
@@ -43,6 +43,9 @@ _TIMES = 20
 _RARE = 10
 #: So long a replica that vanished keeps the others waiting; meanwhile records wait in the inbox.
 _LEASE = timedelta(seconds=30)
+#: What clocks of replicas may be apart. Records that came later than this from now came before the clock was
+#: set back.
+_CLOCKS_APART = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ class Flusher:
         self._engine = engine
         self._signatures = signatures
         self._retention = retention or Retention()
+        self._leaps = Leaps(clock, _CLOCKS_APART.total_seconds())
         self._holder = new_id()
         self._writer = writer
         self._files = files
@@ -217,6 +221,8 @@ class Flusher:
                 for step in rare if periods % _RARE == 0 else ():
                     await _tried(step)
                 periods += 1
+            else:
+                self._leaps.forward()  # who has the turn allows for it
             await asyncio.sleep(_PERIOD_S)
 
     async def _save(self) -> int:
@@ -230,12 +236,19 @@ class Flusher:
             return await repository.hold(session, "flusher", self._holder, now, now + lease)
 
     async def flush_due(self) -> int:
-        """Write what the inbox has held for long enough or enough of; how many objects' worth."""
+        """Write what the inbox has held for long enough or enough of; how many objects' worth. Time that
+        nobody saw pass, since a clock was set, does not count."""
+        now, leap = self._clock.now(), self._leaps.forward()
         async with transaction(self._engine) as session:
+            if leap:
+                await repository.put_off_inbox(session, leap, now)
             waiting = await repository.waiting(session)
+            if any(item.newest > now + _CLOCKS_APART for item in waiting):
+                await repository.restart_inbox(session, now, now + _CLOCKS_APART)
+                waiting = await repository.waiting(session)
         self._metrics.inbox_rows.set(sum(item.rows for item in waiting))
-        due = self._clock.now() - timedelta(seconds=self._sizes.flush_after_s)
-        unknown_due = self._clock.now() - timedelta(seconds=self._sizes.signature_wait_s)
+        due = now - timedelta(seconds=self._sizes.flush_after_s)
+        unknown_due = now - timedelta(seconds=self._sizes.signature_wait_s)
         flushed = 0
         for item in waiting:
             if not self._signatures.knows(item.model, item.version):

@@ -31,6 +31,8 @@ MAX_JOINED = 1000
 _EARLY_US = 600_000_000
 #: A lease that would last so many times as long as one does was given before the clock was set back.
 _LEASES_LAST = 4
+#: No row of the session is brought up to date with what a statement changed.
+_UNSEEN = {"synchronize_session": False}
 
 _ADD_OUTCOMES = text(
     """
@@ -63,6 +65,7 @@ class Waiting:
     rows: int
     size: int
     oldest: datetime
+    newest: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +112,25 @@ async def waiting(session: AsyncSession) -> list[Waiting]:
         func.sum(InboxRow.rows),
         func.sum(func.octet_length(InboxRow.value)),
         func.min(InboxRow.received_at),
+        func.max(InboxRow.received_at),
     ).group_by(InboxRow.model, InboxRow.version)
     return [
-        Waiting(model, version, int(records), int(rows), int(size), oldest)
-        for model, version, records, rows, size, oldest in await session.execute(statement)
+        Waiting(model, version, int(records), int(rows), int(size), oldest, newest)
+        for model, version, records, rows, size, oldest, newest in await session.execute(statement)
     ]
+
+
+async def put_off_inbox(session: AsyncSession, leap: timedelta, now: datetime) -> None:
+    """The clock was set forward by `leap`: what came before waits as if it had come so much later, no later
+    than now."""
+    later = func.least(InboxRow.received_at + leap, now)
+    await session.execute(update(InboxRow).values(received_at=later).execution_options(**_UNSEEN))
+
+
+async def restart_inbox(session: AsyncSession, now: datetime, ahead: datetime) -> None:
+    """What came later than `ahead`, by a clock that was set back since, has come now."""
+    late = update(InboxRow).where(InboxRow.received_at > ahead).values(received_at=now)
+    await session.execute(late.execution_options(**_UNSEEN))
 
 
 async def oldest_in_inbox(

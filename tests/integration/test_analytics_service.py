@@ -42,7 +42,7 @@ from services.common.bus.admin import lag as broker_lag
 from services.common.bus.delivery import deliver
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Malformed, Record
-from services.common.clock import SystemClock
+from services.common.clock import Clock, ManualClock, SystemClock
 from services.common.db import engine, migrate, transaction
 from services.common.errors import DeadlineExceeded, NotFound, Unavailable
 from services.common.ids import id_text
@@ -279,17 +279,18 @@ async def wired(
     folder: Path,
     direct_rows: int = 1,
     retention: Retention | None = None,
+    clock: Clock | None = None,
     **more: int,
 ) -> AsyncIterator[tuple[Consumers, Reader, Flusher, ArtifactStore, InMemorySpanExporter]]:
     """The parts behind the broker, on a real database."""
     await migrate(database_url, "analytics", Path(analytics.__path__[0]) / "migrations")
     database, store = engine(database_url, "analytics"), ArtifactStore(f"file://{folder}/store")
-    metrics, signatures, clock = Metrics(CollectorRegistry()), Signatures(), SystemClock()
+    metrics, signatures, clock = Metrics(CollectorRegistry()), Signatures(), clock or SystemClock()
     spans = InMemorySpanExporter()
     tracing = Tracing("analytics", 1.0, SimpleSpanProcessor(spans))
     files = SegmentFiles(store, folder / "cache")
     writer = SegmentWriter(database, store, signatures, clock, metrics)
-    sizes = Sizes(direct_rows=direct_rows, flush_rows=1, join_segments=2, **more)
+    sizes = Sizes(direct_rows=direct_rows, **{"flush_rows": 1, "join_segments": 2} | more)
     signature = Signature(prediction_output="label", classes=["benign", "malignant"])
     served = [ServedVersion(version=version, signature=signature) for version in "12"]
     signatures.apply(b"cancer", ServingConfig(model="cancer", versions=served).SerializeToString())
@@ -476,6 +477,28 @@ async def test_records_wait_for_the_signature_that_says_which_output_is_the_answ
     async with wired(database_url, tmp_path) as (_, reader, _, _, _):
         await reader._signatures.load(reader._engine)
         assert await reader.ask("cancer", queries.accuracies) == [after]
+
+
+async def test_only_time_that_passed_makes_records_due(database_url: str, tmp_path: Path) -> None:
+    clock, most = ManualClock(), 1_000_000
+    async with wired(database_url, tmp_path, most, clock=clock, flush_rows=most) as (
+        consumers,
+        _,
+        flusher,
+        *_,
+    ):
+        await consumers.on_predictions(records([prediction_batch(range(10))]))
+        clock.set(-3600)
+        assert await flusher.flush_due() == 0, "they seem to come in an hour"
+        clock.advance(11)
+        assert await flusher.flush_due() == 1
+        await consumers.on_predictions(records([prediction_batch(range(10, 20), version="9")]))
+        clock.set(7200)
+        assert await flusher.flush_due() == 0, "nobody waited two hours for the signature"
+        clock.advance(599)
+        assert await flusher.flush_due() == 0
+        clock.advance(2)
+        assert await flusher.flush_due() == 1
 
 
 async def test_a_question_that_takes_too_long_is_ended_and_the_next_one_answered(

@@ -32,6 +32,10 @@ def updated_rate(job: Progress, rows: int, now: datetime) -> float:
     """Rows per second after `rows` more were done at `now`: an exponentially weighted mean in time, the mean
     since the start while the job is younger than that."""
     began = job.in_progress_at or now
+    if (
+        began > now and job.rate is not None
+    ):  # the clock was set back: nothing is known until it is there again
+        return job.rate
     elapsed = max(_LEAST_S, (now - began).total_seconds())
     if job.rate is None or job.rate_at is None or elapsed <= _MEMORY_S:
         return (job.completed + job.failed + rows) / elapsed

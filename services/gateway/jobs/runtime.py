@@ -114,7 +114,7 @@ async def jobs_running(cfg: JobSettings, around: Around) -> AsyncIterator[JobSer
         running = _Running(cfg, around, availability, wakes)
         if is_configured:
             workers = around.bus.table(WORKERS, running.pools.apply)
-            await stack.enter_async_context(workers)
+            running.pools.table = await stack.enter_async_context(workers)
             await stack.enter_async_context(running.background())
         yield running.service
 

@@ -198,6 +198,9 @@ def test_rates_follow_what_happens() -> None:
     assert later is not None
     assert shown is not None
     assert later < shown / 100
+    assert updated_rate(job, 10, NOW - 3600 * S) == job.rate, (
+        "the clock was set back: it says nothing of speed"
+    )
     job.ended_at = NOW + 100 * S
     assert rows_per_s(job, NOW) == pytest.approx(job.completed / 100)
     assert time_left_s(None, 5, 1.0) is None

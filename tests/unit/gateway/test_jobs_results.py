@@ -218,32 +218,62 @@ async def test_followers_are_bounded() -> None:
         await one.aclose()
 
 
+def heartbeat(name: str, rate: float, **changes: Any) -> bytes:
+    loaded = LoadedVersion(model="m", version="1", best_rows=64, best_rows_per_s=rate)
+    values: dict[str, Any] = {"worker_id": name, "pool": "gpu", "interval_ms": 1000} | changes
+    return WorkerStatus(versions=[loaded], **values).SerializeToString()
+
+
+class Followed:
+    """A topic that was read to its end."""
+
+    caught_up, readings = True, 1
+
+    async def ready(self, timeout: float) -> None:
+        return
+
+
 def test_a_pool_is_as_fast_as_its_median_worker() -> None:
     clock = ManualClock()
     pools = Pools(clock)
+    pools.table = Followed()
 
-    def heartbeat(name: str, rate: float, **changes: Any) -> None:
-        loaded = LoadedVersion(model="m", version="1", best_rows=64, best_rows_per_s=rate)
-        values: dict[str, Any] = {
-            "worker_id": name,
-            "pool": "gpu",
-            "sent_at_us": clock.unix_us(),
-            "interval_ms": 1000,
-        } | changes
-        pools.apply(name.encode(), WorkerStatus(versions=[loaded], **values).SerializeToString())
+    def beat(name: str, rate: float, **changes: Any) -> None:
+        pools.apply(name.encode(), heartbeat(name, rate, **{"sent_at_us": clock.unix_us()} | changes))
 
     assert pools.speed("gpu", "m", "1") == Speed(0, 0, 0.0)
     for name, rate in (("a", 100.0), ("b", 300.0), ("c", 200.0)):
-        heartbeat(name, rate)
-    heartbeat("gone", 1.0, state=WorkerStatus.STATE_GONE)
-    heartbeat("other", 1.0, pool="cpu")
+        beat(name, rate)
+    beat("gone", 1.0, state=WorkerStatus.STATE_GONE)
+    beat("other", 1.0, pool="cpu")
     assert pools.speed("gpu", "m", "1") == Speed(3, 64, 200.0)
     assert pools.speed("gpu", "m", "2") == Speed(3, 0, 0.0)
     clock.advance(10)
-    heartbeat("b", 300.0)
+    beat("b", 300.0)
     assert pools.workers("gpu") == 1
     pools.apply(b"b", None)
     assert pools.workers("gpu") == 0
+
+
+def test_who_is_alive_is_told_by_what_is_heard_not_by_what_clocks_say() -> None:
+    clock = ManualClock()
+    pools = Pools(clock)
+    now_us = clock.unix_us()
+    left = heartbeat("a", 1.0, sent_at_us=now_us)
+    pools.apply(b"a", left)
+    assert pools.workers("gpu") == 0, "nobody had listened: it may be long dead"
+    pools.table = Followed()
+    pools.apply(b"a", left)
+    assert pools.workers("gpu") == 0, "the same words again are no heartbeat"
+    for clocks_apart_us in (3600 * 10**6, -3600 * 10**6):
+        pools.apply(b"a", heartbeat("a", 1.0, sent_at_us=now_us + clocks_apart_us))
+        assert pools.workers("gpu") == 1, "its clock says something else"
+        clock.set(3600)
+        assert pools.workers("gpu") == 1, "ours was set meanwhile"
+        clock.advance(2.9)
+        assert pools.workers("gpu") == 1
+        clock.advance(0.2)
+        assert pools.workers("gpu") == 0
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8", "float64", "uint64"])
