@@ -179,15 +179,18 @@ async def _read(table: Table, topic: Topic) -> None:
 
 
 async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
+    topics = (PREDICTIONS, OUTCOMES, SHADOWS)
+    asked = [(topic, GROUP) for topic in topics] + [(dead_letters(topic, GROUP), REPLAY) for topic in topics]
+    gauges = [metrics.lag.labels(topic.name) for topic in topics]
+    gauges += [metrics.dead_letters.labels(topic.name) for topic in topics]
     while True:
-        for topic in (PREDICTIONS, OUTCOMES, SHADOWS):
-            try:
-                metrics.lag.labels(topic.name).set(await bus.lag(topic, GROUP))
-                aside = await bus.lag(dead_letters(topic, GROUP), REPLAY)
-                metrics.dead_letters.labels(topic.name).set(aside)
-            except HeadraceError as error:
-                log.info("lag_unknown", topic=topic.name, reason=error.message)
-            except Exception:
-                # The broker's client raises of its own, too; without lag the service goes on.
-                log.exception("lag_failed", topic=topic.name)
+        try:
+            for gauge, standing in zip(gauges, await bus.standings(asked), strict=True):
+                if standing is not None:
+                    gauge.set(standing.lag)
+        except HeadraceError as error:
+            log.info("lag_unknown", reason=error.message)
+        except Exception:
+            # The broker's client raises of its own, too; without lag the service goes on.
+            log.exception("lag_failed")
         await asyncio.sleep(_LAG_PERIOD_S)

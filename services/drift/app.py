@@ -109,11 +109,14 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
 async def _keep_house(
     database: AsyncEngine, bus: KafkaBus, relay: OutboxRelay, clock: Clock, metrics: Metrics
 ) -> None:
+    asked = [(PREDICTIONS, GROUP), (dead_letters(PREDICTIONS, GROUP), REPLAY)]
     while True:
         metrics.outbox_age.set(relay.oldest_pending_s)
         try:
-            metrics.lag.set(await bus.lag(PREDICTIONS, GROUP))
-            metrics.dead_letters.set(await bus.lag(dead_letters(PREDICTIONS, GROUP), REPLAY))
+            standings = await bus.standings(asked)
+            for gauge, standing in zip((metrics.lag, metrics.dead_letters), standings, strict=True):
+                if standing is not None:
+                    gauge.set(standing.lag)
             while await _forget_some(database, clock):
                 pass
         except HeadraceError as error:

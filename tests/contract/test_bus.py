@@ -8,13 +8,14 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from services.common.bus import Bus, Handler, KafkaBus, Malformed, MemoryBus, Record
+from services.common.bus import Bus, Handler, KafkaBus, Malformed, MemoryBus, Record, Standing
 from services.common.bus.admin import ensure_topics
 from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import InvalidArgument, Unavailable
@@ -228,6 +229,19 @@ class BusContract:
         await bus.publish(numbered(topic, 3))
         assert await bus.lag(topic, topic.name) == 3
 
+    async def test_all_standings_are_told_at_once(self, bus: Bus, topic: Topic, second: Topic) -> None:
+        handled: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            handled.extend(records)
+
+        await bus.publish([*numbered(topic, 40), *numbered(second, 7)])
+        async with bus.consume(topic, topic.name, handler):
+            await eventually(lambda: len(handled) == 40)
+        asked = [(second, topic.name), (topic, topic.name), (topic, "nobody")]
+        assert await bus.standings(asked) == [Standing(7, 7), Standing(40, 0), Standing(40, 40)]
+        assert await bus.standings([]) == []
+
     async def test_members_of_a_group_share_the_partitions(self, bus: Bus, topic: Topic) -> None:
         seen: tuple[list[Record], list[Record]] = ([], [])
 
@@ -430,6 +444,29 @@ class OverKafka(BusContract):
             await bus.publish([Record(later.name, b"b", b"2")])
             await eventually(lambda: absent == {b"b": b"2"})
         assert known == {b"a": b"1"}
+
+    async def test_what_the_broker_does_not_know_hides_no_other_and_all_share_two_connections(
+        self, bus: Bus, topic: Topic, second: Topic, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened: list[tuple[str, int]] = []
+        connect = asyncio.get_running_loop().create_connection
+
+        async def counted(factory: Any, host: str, port: int, **options: Any) -> Any:
+            opened.append((host, port))
+            return await connect(factory, host, port, **options)
+
+        await bus.publish([*numbered(topic, 5), *numbered(second, 5)])
+        absent = replace(topic, name="never.made.v1")
+        monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", counted)
+        asked = [(topic, "g"), (absent, "g"), (second, "g"), (second, "other")]
+        assert await bus.standings(asked) == [Standing(5, 5), None, Standing(5, 5), Standing(5, 5)]
+        together = len(opened)
+        opened.clear()
+        assert await bus.standings(asked[:1]) == [Standing(5, 5)]
+        assert len(opened) == together > 0
+        assert await bus.standings([(absent, "g")]) == [None]
+        with pytest.raises(Unavailable, match=absent.name):
+            await bus.lag(absent, "g")
 
     async def test_a_group_that_committed_beyond_the_end_starts_over(
         self, bootstrap: str, bus: Bus, topic: Topic

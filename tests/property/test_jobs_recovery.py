@@ -69,8 +69,9 @@ class UnreliableBroker:
         if fate < 0.25:
             raise Crash
 
-    async def standing(self, topic: Topic, group: str) -> Standing:
-        return Standing(self.given, len(self.chunks)) if topic.name != JOB_RESULTS.name else Standing(0, 0)
+    async def standings(self, wanted: Sequence[tuple[Topic, str]]) -> list[Standing | None]:
+        chunks = Standing(self.given, len(self.chunks))
+        return [chunks if topic.name != JOB_RESULTS.name else Standing(0, 0) for topic, _ in wanted]
 
 
 @dataclass
@@ -102,7 +103,7 @@ class World:
         controller = Controller(
             f"gateway-{self.made}", self.backend, publisher, pools, self.clock, metrics, lambda _job: None
         )
-        losses = Losses(self.backend, bus, publisher, controller, self.clock, metrics, lambda _job: None)
+        losses = Losses(self.backend, publisher, controller, self.clock, metrics, lambda _job: None)
         self.gateways.append((controller, losses))
 
     async def tick(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.structs import OffsetAndMetadata
 
 from services.common.bus.port import MAX_RECORD_BYTES, Standing
 from services.common.bus.stopping import stop_consumer
@@ -47,14 +48,12 @@ async def ensure_topics(
         raise Unavailable(f"the event broker made no topics within {timeout:g} s: {last!r}") from last
 
 
-async def lag(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0) -> int:
-    """Records in `topic` beyond what `group` has committed. Raises Unavailable when the broker is away."""
-    return (await standing(bootstrap, topic, group, timeout=timeout)).lag
-
-
-async def standing(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0) -> Standing:
-    """Where `group` stands in the partitions that `topic` has. Raises Unavailable when the broker is away or
-    does not know the topic."""
+async def standings(
+    bootstrap: str, wanted: Sequence[tuple[Topic, str]], *, timeout: float = 5.0
+) -> list[Standing | None]:
+    """Where each group stands in what partitions its topic has, None where the broker knows no such topic.
+    However many are asked for, it is asked the same few times over the same connections. Raises Unavailable
+    when the broker is away."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=bootstrap,
         request_timeout_ms=REQUEST_TIMEOUT_MS,
@@ -65,21 +64,56 @@ async def standing(bootstrap: str, topic: Topic, group: str, *, timeout: float =
     try:
         async with asyncio.timeout(timeout):
             async with _admin(bootstrap) as admin:
-                count = (await _partition_counts(admin)).get(topic.name)
-                if count is None:  # asking for it by name would make some brokers create it
-                    raise Unavailable(f"the event broker knows no topic {topic.name}")
-                # The broker is asked for named partitions: not every broker answers "all of the group's".
-                partitions = [TopicPartition(topic.name, number) for number in range(count)]
-                committed = await admin.list_consumer_group_offsets(group, partitions=partitions)
+                # Asking for a topic by name would make some brokers create it, and not every broker answers
+                # "all of the group's": it is asked for named partitions.
+                counts = await _partition_counts(admin)
+                asked = {
+                    topic.name: [TopicPartition(topic.name, number) for number in range(counts[topic.name])]
+                    for topic, _ in wanted
+                    if topic.name in counts
+                }
+                committed = {
+                    group: await _committed(admin, group, [part for name in names for part in asked[name]])
+                    for group, names in _by_group(wanted, asked).items()
+                }
+            everything = [part for parts in asked.values() for part in parts]
+            if not everything:
+                return [None for _ in wanted]
             await consumer.start()
-            starts, ends = await high_watermarks(consumer, partitions)
+            # Read after what was committed: where nothing is left, all was done that was there by then.
+            starts, ends = await high_watermarks(consumer, everything)
     except (KafkaError, OSError, TimeoutError) as error:
-        raise Unavailable(f"the event broker did not tell the lag of {group}: {error!r}") from error
+        groups = ", ".join(sorted({group for _, group in wanted}))
+        raise Unavailable(f"the event broker did not tell the lag of {groups}: {error!r}") from error
     finally:
         await stop_consumer(consumer)
-    done = {part: committed[part].offset if part in committed else -1 for part in partitions}
-    left = sum(ends[part] - next_offset(starts[part], ends[part], done[part]) for part in partitions)
-    return Standing(sum(ends.values()), left)
+
+    def standing(parts: list[TopicPartition], group: str) -> Standing:
+        marks = {part: committed[group][part].offset for part in parts if part in committed[group]}
+        left = [ends[part] - next_offset(starts[part], ends[part], marks.get(part, -1)) for part in parts]
+        return Standing(sum(ends[part] for part in parts), sum(left))
+
+    return [standing(asked[topic.name], group) if topic.name in asked else None for topic, group in wanted]
+
+
+def _by_group(wanted: Sequence[tuple[Topic, str]], known: Collection[str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for topic, group in wanted:
+        if topic.name in known:
+            found.setdefault(group, set()).add(topic.name)
+    return found
+
+
+async def _committed(
+    admin: AIOKafkaAdminClient, group: str, partitions: list[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    while True:
+        try:
+            found: dict[TopicPartition, OffsetAndMetadata]
+            found = await admin.list_consumer_group_offsets(group, partitions=partitions)
+            return found
+        except GroupCoordinatorNotAvailableError:  # a new broker makes its topic of groups when first asked
+            await asyncio.sleep(0.1)
 
 
 async def partition_counts(bootstrap: str, *, timeout: float = 5.0) -> dict[str, int]:

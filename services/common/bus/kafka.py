@@ -128,11 +128,14 @@ class KafkaBus:
 
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""
-        return await admin.lag(self._bootstrap, topic, group)
+        (found,) = await self.standings([(topic, group)])
+        if found is None:
+            raise Unavailable(f"the event broker knows no topic {topic.name}")
+        return found.lag
 
-    async def standing(self, topic: Topic, group: str) -> Standing:
+    async def standings(self, wanted: Sequence[tuple[Topic, str]]) -> list[Standing | None]:
         """See Bus."""
-        return await admin.standing(self._bootstrap, topic, group)
+        return await admin.standings(self._bootstrap, wanted)
 
     @asynccontextmanager
     async def _consuming(self, subscription: Subscription, group: str) -> AsyncIterator[None]:

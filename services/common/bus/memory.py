@@ -94,10 +94,13 @@ class MemoryBus:
 
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""
-        return (await self.standing(topic, group)).lag
+        return self._standing(topic, group).lag
 
-    async def standing(self, topic: Topic, group: str) -> Standing:
-        """See Bus."""
+    async def standings(self, wanted: Sequence[tuple[Topic, str]]) -> list[Standing | None]:
+        """See Bus. Every topic that is asked for is there."""
+        return [self._standing(topic, group) for topic, group in wanted]
+
+    def _standing(self, topic: Topic, group: str) -> Standing:
         state, log = self._groups.get((topic.name, group), _Group()), self._log(topic.name)
         lag = sum(len(part) - state.committed[i] for i, part in enumerate(log))
         return Standing(sum(map(len, log)), lag)

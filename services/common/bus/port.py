@@ -122,9 +122,12 @@ class Bus(Protocol):
         ...
 
     async def lag(self, topic: Topic, group: str) -> int:
-        """Records of `topic` that `group` has not committed. Raises Unavailable when the broker is away."""
+        """Records of `topic` that `group` has not committed. Raises Unavailable when the broker is away or
+        does not know the topic."""
         ...
 
-    async def standing(self, topic: Topic, group: str) -> Standing:
-        """How far `group` has come in `topic`. Raises Unavailable when the broker is away."""
+    async def standings(self, wanted: Sequence[tuple[Topic, str]]) -> list[Standing | None]:
+        """How far groups have come, in one asking for all of them: of each topic and group in `wanted`, None
+        where the broker does not know the topic. Ends were read after commits: where nothing is left, all was
+        done that was there by then. Raises Unavailable when the broker is away."""
         ...

@@ -13,7 +13,6 @@ import structlog
 from headrace.v1.batch_pb2 import BatchChunkResult
 from headrace.v1.tensor_pb2 import Code
 
-from services.common.bus import Bus
 from services.common.clock import Clock
 from services.common.db import transaction
 from services.common.errors import HeadraceError
@@ -41,7 +40,6 @@ class Losses:
     def __init__(
         self,
         backend: Backend,
-        bus: Bus,
         publisher: ChunkPublisher,
         controller: Controller,
         clock: Clock,
@@ -49,7 +47,6 @@ class Losses:
         changed: Callable[[str], None],
     ) -> None:
         self._backend = backend
-        self._bus = bus
         self._publisher = publisher
         self._controller = controller
         self._clock = clock
@@ -105,8 +102,7 @@ class Losses:
         """What was published before this and has no result is gone; None: nothing is known to be."""
         standing, asked_at = self._standings[pool], self._clock.now()
         try:
-            chunks = await self._publisher.standing(pool)
-            results = await self._bus.standing(JOB_RESULTS, _GROUP)
+            chunks, results = await self._publisher.standings(pool, JOB_RESULTS, _GROUP)
         except HeadraceError as error:
             log.warning("lag_not_known", pool=pool, reason=error.message)
             standing.unknown()

@@ -9,7 +9,7 @@ from headrace.v1.batch_pb2 import BatchChunk, InputRange
 
 from services.common.bus import Bus, Record, Standing
 from services.common.clock import Clock
-from services.common.errors import FailedPrecondition
+from services.common.errors import FailedPrecondition, Unavailable
 from services.common.topics import Topic, chunks, dead_letters
 from services.gateway.jobs.tables import ChunkRow, JobRow
 
@@ -43,14 +43,18 @@ class ChunkPublisher:
             raise
         return {chunk.index: chunk.attempt + 1 for chunk in given}
 
-    async def standing(self, pool: str) -> Standing:
-        """How far the pool's workers have come. Raises Unavailable."""
-        topic = await self._topic(pool)
+    async def standings(self, pool: str, topic: Topic, group: str) -> tuple[Standing, Standing]:
+        """How far the pool's workers have come with chunks, and `group` with `topic`. Raises Unavailable."""
+        chunked = await self._topic(pool)
         try:
-            return await self._bus.standing(topic, pool)
+            of_chunks, other = await self._bus.standings([(chunked, pool), (topic, group)])
         except Exception:
-            self.doubt(pool)  # a broker that lost its memory does not know the topic either
+            self.doubt(pool)
             raise
+        if of_chunks is None or other is None:
+            self.doubt(pool)  # a broker that lost its memory does not know the topic either
+            raise Unavailable(f"the event broker knows no topic {(topic if of_chunks else chunked).name}")
+        return of_chunks, other
 
     async def _topic(self, pool: str) -> Topic:
         topic = chunks(pool, self.partitions)

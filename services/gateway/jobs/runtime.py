@@ -213,7 +213,7 @@ class _Running:
                 cfg.owner, backend, publisher, self.pools, clock, self._metrics, wakes.changed
             )
             wakes.controller = await enter(controller)
-            await enter(Losses(backend, bus, publisher, controller, clock, self._metrics, wakes.changed))
+            await enter(Losses(backend, publisher, controller, clock, self._metrics, wakes.changed))
             await enter(Retention(backend, clock, timedelta(seconds=cfg.retention_s)))
             self._availability.open(backend)
             stack.callback(self._availability.close)
