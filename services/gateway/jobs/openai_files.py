@@ -25,6 +25,7 @@ from services.common.clock import Clock
 from services.common.db import transaction
 from services.common.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     HeadraceError,
     InvalidArgument,
     NotFound,
@@ -44,6 +45,8 @@ OUTPUT, INTERNAL = "batch_output", "batch_rows"
 BATCH_BYTES = 200 << 20
 _HOUR_S, _MOST_S = 3600, 30 * 24 * 3600
 _BUFFER = 1 << 20
+#: As long as the registry gives an upload.
+_UPLOAD_S = 3600.0
 _SWEEP_S = 60.0
 _AT_ONCE = 100
 #: An object that is not there after this time never will be: who was writing it is gone.
@@ -150,14 +153,16 @@ class Files:
         *,
         max_bytes: int,
         at_once: int = 8,
+        within_s: float = _UPLOAD_S,
     ) -> None:
         """`backend` is asked each time, and says why not; `folder` is for what is on its way. `max_bytes`
-        bounds files of other purposes than `batch`."""
+        bounds files of other purposes than `batch`. An upload takes `within_s` at most, stored and all."""
         self._backend = backend
         self._clock = clock
         self._folder = folder
         self._max_bytes = max_bytes
         self._free = at_once
+        self._within_s = within_s
 
     @asynccontextmanager
     async def workspace(self) -> AsyncIterator[Path]:
@@ -170,7 +175,8 @@ class Files:
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[Receiving]:
-        """A place for one upload. Raises ResourceExhausted where too many are running."""
+        """A place for one upload. Raises ResourceExhausted where too many are running, DeadlineExceeded where
+        the block takes too long: a sender that trickles would keep its place from all others."""
         if not self._free:
             raise ResourceExhausted("Too many uploads are running.", retry_after_ms=2000)
         self._free -= 1
@@ -178,7 +184,12 @@ class Files:
             async with self.workspace() as folder:
                 receiving = Receiving(folder, max(self._max_bytes, BATCH_BYTES))
                 try:
-                    yield receiving
+                    async with asyncio.timeout(self._within_s) as within:
+                        yield receiving
+                except TimeoutError:
+                    if not within.expired():
+                        raise
+                    raise DeadlineExceeded(f"The upload took longer than {self._within_s:g} s.") from None
                 finally:
                     await asyncio.to_thread(receiving.close)
         finally:

@@ -1,4 +1,4 @@
-"""Sweeping of expired files goes on, whatever one round meets."""
+"""Sweeping of expired files goes on, whatever one round meets; and no upload keeps its place for ever."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.common.clock import ManualClock
+from services.common.errors import DeadlineExceeded, ResourceExhausted
 from services.gateway.jobs import openai_files
 from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.openai_files import Files
@@ -34,3 +35,27 @@ async def test_sweeping_outlives_what_nobody_foresaw(tmp_path: Path, monkeypatch
     finally:
         sweeping.cancel()
         await asyncio.gather(sweeping, return_exceptions=True)
+
+
+async def test_a_sender_that_trickles_loses_its_place(tmp_path: Path) -> None:
+    def backend() -> Backend:
+        raise AssertionError("nothing was received")
+
+    files = Files(backend, ManualClock(), tmp_path, max_bytes=1, at_once=1, within_s=0.05)
+
+    async def trickle() -> None:
+        async with files.receiving() as receiving:
+            await receiving.begin("a.bin")
+            with pytest.raises(ResourceExhausted):
+                await files.receiving().__aenter__()
+            await asyncio.Event().wait()
+
+    async def fail() -> None:
+        async with files.receiving():
+            raise TimeoutError  # of something else, and no deadline of the upload
+
+    with pytest.raises(DeadlineExceeded):
+        await trickle()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TimeoutError):
+        await fail()
