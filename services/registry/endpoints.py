@@ -14,7 +14,8 @@ from services.common.objects import blob_path
 from services.registry import alerts, service
 from services.registry.alerts import KEPT
 from services.registry.edge import Edge
-from services.registry.schemas import AliasIn, AliasName, ModelIn, ModelPatch, VersionIn, checked
+from services.registry.names import AliasName
+from services.registry.schemas import AliasIn, ModelIn, ModelPatch, VersionIn, checked
 from services.registry.uploads import receive_multipart
 from services.registry.views import AlertList, AlertView, ModelPage, ModelView, VersionList, VersionView
 
@@ -53,7 +54,7 @@ def model_routes(edge: Edge) -> APIRouter:
     async def list_models(limit: Limit = 100, after: After = "") -> ModelPage:
         async with edge.transaction() as tx:
             models, following = await service.list_models(tx, after, limit)
-        return ModelPage(models=[ModelView.of(model) for model in models], next=following)
+        return ModelPage.of(models, following)
 
     @routes.get("/{model}")
     async def get_model(model: str) -> ModelView:

@@ -31,8 +31,8 @@ from services.registry.experiment_views import (
     HoldoutView,
 )
 from services.registry.explanation import request_of
+from services.registry.names import ModelName
 from services.registry.repository import Repository
-from services.registry.schemas import ModelName
 from services.registry.tables import ExperimentRow
 
 StatusName = Literal["draft", "scheduled", "running", "stopped"]

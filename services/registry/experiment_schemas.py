@@ -24,7 +24,8 @@ from pydantic import (
 from services.common.assignment import BUCKETS
 from services.common.errors import InvalidArgument
 from services.common.targeting import MAX_ATTRIBUTE_NAME, MAX_ATTRIBUTE_TEXT, MAX_UNIT
-from services.registry.schemas import Input, ModelName, Text, VersionText
+from services.registry.names import ModelName, VersionText
+from services.registry.schemas import Input, Text
 from services.registry.trial_schemas import MetricIn, Share, check_metrics, ten_thousandths
 
 VariantName = VersionText

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query
 from services.registry import rollouts
 from services.registry.edge import Edge
 from services.registry.endpoints import After, Limit
+from services.registry.names import ModelName
 from services.registry.repository import Repository
 from services.registry.rollout_schemas import NewRolloutIn, ReasonIn
 from services.registry.rollout_views import RolloutEventPage, RolloutEventView, RolloutPage, RolloutView
-from services.registry.schemas import ModelName
 from services.registry.tables import RolloutRow
 from services.registry.workers import Workers
 

@@ -10,6 +10,7 @@ from pydantic import Field, FiniteFloat
 
 from services.common.assignment import BUCKETS
 from services.common.errors import InvalidArgument
+from services.registry.names import ModelName, VersionText
 from services.registry.rollout_plan import (
     ERROR_RATE,
     SHADOW_DISAGREEMENT,
@@ -19,7 +20,7 @@ from services.registry.rollout_plan import (
     Inconclusive,
     PlannedStep,
 )
-from services.registry.schemas import Input, ModelName, SliceBy, Text, VersionText
+from services.registry.schemas import Input, SliceBy, Text
 from services.registry.trial_schemas import MetricIn, Share, check_metrics, ten_thousandths
 
 DAY_S: Final = 86_400

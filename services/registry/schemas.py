@@ -20,12 +20,8 @@ from pydantic import (
 from services.common.errors import InvalidArgument, MalformedBody
 from services.common.problems import field_path
 from services.common.targeting import MAX_ATTRIBUTE_NAME
+from services.registry.names import AliasName, ModelName, PoolName, VersionText
 
-ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-VersionText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-#: Starts with a letter: the default version texts are whole numbers, and a request may name either.
-AliasName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,62}$")]
-PoolName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 #: No NUL: PostgreSQL cannot store one.
 Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]

@@ -40,7 +40,7 @@ def describe(files: Mapping[str, Path], backend: str, overrides: SignatureOverri
     if backend and backend not in BACKENDS:
         raise InvalidArgument(f"backend is one of {', '.join(BACKENDS)}", field="backend")
     if MODEL_FILE not in files:
-        raise InvalidArgument(f"a version needs a file {MODEL_FILE}", field="files")
+        raise InvalidArgument(_no_model_file(files), field="files")
     read = read_onnx(files[MODEL_FILE])
     missing = sorted(read.external_data - files.keys())
     if missing:
@@ -155,4 +155,14 @@ def _embedding_signature(encoder: Signature) -> Signature:
         batched=True,
         task=Task.TASK_EMBEDDING,
         prediction_output="embeddings",
+    )
+
+
+def _no_model_file(files: Mapping[str, Path]) -> str:
+    several = [path for path in files if path.endswith(".onnx")]
+    if several:
+        return f"of several ONNX files one is named {MODEL_FILE}; here are {', '.join(sorted(several)[:5])}"
+    return (
+        f"a version is an ONNX file, and here is {', '.join(sorted(files)[:5])}: export the model "
+        "(skl2onnx.to_onnx, torch.onnx.export, onnxmltools)"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Literal
 
 from headrace.v1 import control_pb2, events_pb2, registry_pb2, tensor_pb2
 from pydantic import BaseModel
@@ -28,10 +30,28 @@ class ModelView(BaseModel):
         )
 
 
+class OpenAIModel(BaseModel):
+    """A model as clients of OpenAI list them; `created` in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headrace"
+
+
 class ModelPage(BaseModel):
     models: list[ModelView]
     #: `after` of the next page; null: this was the last.
     next: str | None
+    object: Literal["list"] = "list"
+    #: The same once more.
+    data: list[OpenAIModel]
+
+    @classmethod
+    def of(cls, found: Sequence[registry_pb2.Model], following: str | None) -> ModelPage:
+        models = [ModelView.of(model) for model in found]
+        listed = [OpenAIModel(id=model.name, created=int(model.created_at.timestamp())) for model in models]
+        return cls(models=models, next=following, data=listed)
 
 
 class TensorView(BaseModel):

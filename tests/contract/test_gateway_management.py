@@ -18,6 +18,18 @@ from services.gateway.rest.management import management_client, upstreams
 from tests.fixtures.gateway import ADMIN, ADMIN_DIGITS, READ_DIGITS, READ_ONLY, TOKEN, GatewayThread
 
 
+def document_of(name: str) -> dict[str, Any]:
+    """What a service says of itself: one path, which takes a Thing, and one that nobody outside sees."""
+    asked = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Thing"}}}}
+    return {
+        "paths": {
+            f"/v1/{name}/things": {"post": {"operationId": "make", "requestBody": asked}},
+            "/health/ready": {"get": {"operationId": "of_the_service"}},
+        },
+        "components": {"schemas": {"Thing": {"type": "object", "title": name}}},
+    }
+
+
 class Upstream:
     """A service that tells what it was asked."""
 
@@ -45,6 +57,8 @@ class Upstream:
             "sha256": digest.hexdigest(),
         }
         body = json.dumps(told).encode()
+        if scope["path"] == "/openapi.json":
+            body = json.dumps(document_of(self._name)).encode()
         if scope["path"].endswith("/large"):
             body = b"y" * (8 << 20)
         status = 418 if scope["path"].endswith("/teapot") else 200
@@ -257,3 +271,28 @@ async def test_slow_queries_keep_no_other_service_waiting() -> None:
         await asyncio.wait(queries)
     for server in (slow, registry):
         server.close()
+
+
+def test_curl_says_nothing_of_a_body_that_is_json(gateway: GatewayThread) -> None:
+    answer = gateway.request(
+        "PUT", "/v1/deployments/m", b"{}", content_type="application/x-www-form-urlencoded"
+    )
+    assert answer.json()["headers"]["content-type"] == "application/json"
+
+
+def test_one_document_tells_of_all_services(gateway: GatewayThread) -> None:
+    document = gateway.request("GET", "/openapi.json").json()
+    assert "/v1/predict" in document["paths"]
+    for name in ("registry", "analytics", "drift"):
+        made = document["paths"][f"/v1/{name}/things"]["post"]
+        (taken,) = made["requestBody"]["content"].values()
+        thing = taken["schema"]["$ref"].removeprefix("#/components/schemas/")
+        assert document["components"]["schemas"][thing] == {"type": "object", "title": name}
+        assert (made["operationId"], made["tags"]) == (f"{name}_make", [name])
+    assert document["paths"]["/health/ready"]["get"]["operationId"] != "of_the_service"
+
+
+def test_the_root_leads_to_the_documentation(gateway: GatewayThread) -> None:
+    root = gateway.request("GET", "/")
+    assert (root.status_code, root.headers["location"]) == (307, "/docs")
+    assert "/openapi.json" in gateway.request("GET", "/docs").text

@@ -414,6 +414,7 @@ async def test_models_are_listed_page_by_page(running: Running) -> None:
     refused(await running.rest.post("/v1/models", json={"name": "Not OK"}), 422, "INVALID_ARGUMENT", "name")
     first = (await running.rest.get("/v1/models", params={"limit": 2})).json()
     assert ([m["name"] for m in first["models"]], first["next"]) == (["a", "b"], "b")
+    assert [(m["id"], m["object"]) for m in first["data"]] == [("a", "model"), ("b", "model")]
     rest = (await running.rest.get("/v1/models", params={"limit": 2, "after": first["next"]})).json()
     assert ([m["name"] for m in rest["models"]], rest["next"]) == (["c"], None)
     changed = (await running.rest.patch("/v1/models/a", json={"description": "d", "tags": {"k": "v"}})).json()

@@ -58,7 +58,9 @@ def fill_request(
         where = f"inputs.{one.name}"
         spec = signature.by_name.get(one.name)
         if spec is None:
-            raise InvalidArgument(f"{where} is no input of this model.", field=where)
+            raise InvalidArgument(
+                f"{where} is no input of this model, which takes {', '.join(signature.by_name)}.", field=where
+            )
         if one.name in given:
             raise InvalidArgument(f"{where} is given twice.", field=where)
         shape = list(one.shape)

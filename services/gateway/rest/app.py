@@ -27,6 +27,7 @@ from services.gateway.predict import PredictService
 from services.gateway.rest.async_routes import async_routes
 from services.gateway.rest.batch import JobRoutes
 from services.gateway.rest.dead_letter_routes import DeadLetterOffice, dead_letter_routes
+from services.gateway.rest.docs import docs_routes
 from services.gateway.rest.door import RequestIds, authenticated, bounded_body, install_errors
 from services.gateway.rest.hot_routes import hot_routes
 from services.gateway.rest.management import Upstream, management_routes
@@ -63,6 +64,7 @@ def rest_app(parts: Parts) -> ASGIApp:
         version=server_version(),
         description="Predictions, outcomes and management of a Headrace installation.",
         redirect_slashes=False,
+        openapi_url=None,
     )
     app.include_router(hot_routes(parts.service))
     app.include_router(v2_health_routes(parts.health))
@@ -88,6 +90,7 @@ def rest_app(parts: Parts) -> ASGIApp:
     )
     app.include_router(dead_letter_routes(parts.dead_letters, parts.keys, parts.clock, service.bodies))
     app.include_router(management_routes(parts.client, parts.upstreams, parts.keys, parts.clock))
+    app.include_router(docs_routes(app, parts.client, parts.upstreams, parts.clock))
 
     @app.post("/v1/outcomes", status_code=202, tags=["outcomes"], summary="Say what became of predictions")
     async def outcomes(request: Request) -> Response:

@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument
+from services.gateway.jobs.downloads import Downloads
 from services.gateway.jobs.events import as_events
 from services.gateway.jobs.formats import MEDIA_TYPES, Format
 from services.gateway.jobs.service import JobService
@@ -70,6 +71,7 @@ class JobRoutes:
         self._clock = clock
         self._limits = limits
         self._bodies = bodies
+        self._downloads = Downloads()
 
     def router(self) -> APIRouter:
         """The routes."""
@@ -127,12 +129,12 @@ class JobRoutes:
     async def results(self, request: Request, batch_id: str) -> Response:
         job = await self._job(request, batch_id)
         form = _form(request, job)
-        pieces = self._jobs.results(job, form, partial=_partial(request))
+        pieces = self._downloads.bounded(self._jobs.results(job, form, partial=_partial(request)))
         return await _streamed(pieces, MEDIA_TYPES[form], _attached(f"{job.job_id}.{form}"))
 
     async def errors(self, request: Request, batch_id: str) -> Response:
         job = await self._job(request, batch_id)
-        pieces = self._jobs.errors(job, partial=_partial(request))
+        pieces = self._downloads.bounded(self._jobs.errors(job, partial=_partial(request)))
         return await _streamed(pieces, _JSON_LINES, _attached(f"{job.job_id}.errors.jsonl"))
 
     def _caller(self, request: Request) -> Key:

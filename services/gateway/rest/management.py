@@ -61,6 +61,8 @@ _NOT_PASSED_ON = frozenset(
         b"forwarded x-forwarded-for x-headrace-key-id x-headrace-scopes"
     ).split()
 )
+#: What curl and others say of a body where nobody has told them: all that stands behind takes JSON.
+_UNTOLD = (b"content-type", b"application/x-www-form-urlencoded")
 _NOT_PASSED_BACK = frozenset(
     b"connection keep-alive transfer-encoding date server x-request-id upgrade".split()
 )
@@ -127,7 +129,7 @@ def management_routes(
                     prefix,
                     handler,
                     methods=[method],
-                    summary=f"Passed on to {service.name}, which documents what stands below",
+                    summary=f"Passed on to {service.name}",
                     operation_id=f"{method.lower()}{prefix.replace('/', '_')}",
                 )
             for path in (prefix, prefix + "/{rest:path}"):
@@ -208,7 +210,11 @@ def _url(service: Upstream, request: Request) -> httpx.URL:
 
 
 def _request_headers(request: Request, caller: Key) -> list[tuple[bytes, bytes]]:
-    headers = [(name, value) for name, value in request.headers.raw if name not in _NOT_PASSED_ON]
+    headers = [
+        (b"content-type", b"application/json") if (name, value) == _UNTOLD else (name, value)
+        for name, value in request.headers.raw
+        if name not in _NOT_PASSED_ON
+    ]
     headers += [
         (b"x-headrace-key-id", caller.key_id.encode()),
         (b"x-headrace-scopes", ",".join(sorted(caller.scopes)).encode()),

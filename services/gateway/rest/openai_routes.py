@@ -41,6 +41,8 @@ def openai_routes(parts: OpenAIParts, keys: KeyRing, clock: Clock, bodies: BodyB
 
 
 def _add_files(router: APIRouter, files: Files, reader_of: Callable[[Request], Reader]) -> None:
+    downloads = Downloads()
+
     @router.post("/v1/files", summary="Upload a file, for a batch (purpose=batch) or as data of a job")
     async def upload(request: Request) -> Response:
         reader = reader_of(request)
@@ -75,7 +77,7 @@ def _add_files(router: APIRouter, files: Files, reader_of: Callable[[Request], R
     @router.get("/v1/files/{file_id}/content", summary="The bytes of a file")
     async def content(request: Request, file_id: str) -> Response:
         found = await files.get(file_id, reader_of(request))
-        pieces = files.content(found)
+        pieces = downloads.bounded(files.content(found))
         first = await anext(pieces, b"")  # what is wrong with the store is told before the status is sent
         headers = {
             "content-length": str(found.size),

@@ -68,6 +68,12 @@ def test_the_first_wrong_field_is_named(kind: type[BaseModel], values: dict[str,
     assert caught.value.field == field
 
 
+def test_a_wrong_name_is_told_how_names_are_spelt() -> None:
+    with pytest.raises(InvalidArgument, match="'Churn Model' is no name: at most 63 lower-case letters"):
+        checked(ModelIn, {"name": "Churn Model"})
+    assert ModelIn.model_json_schema()["properties"]["name"]["pattern"] == "^[a-z0-9][a-z0-9._-]{0,62}$"
+
+
 def test_json_that_is_none_is_another_error() -> None:
     with pytest.raises(MalformedBody) as caught:
         checked(VersionIn, b"{")

@@ -289,3 +289,18 @@ def test_an_encoder_may_be_served_as_plain_tensors(tmp_path: Path) -> None:
 )
 def test_backends_need_their_files(tmp_path: Path, files: dict[str, bytes], backend: str, field: str) -> None:
     assert refused_field(tmp_path, files, backend) == field
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"churn.joblib": b"x"}, "here is churn.joblib: export the model"),
+        ({"a.onnx": b"x", "b.onnx": b"y"}, "one is named model.onnx; here are a.onnx, b.onnx"),
+    ],
+)
+def test_files_without_a_model_are_told_what_is_missing(
+    tmp_path: Path, files: dict[str, bytes], told: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=told) as refused:
+        described(tmp_path, files)
+    assert refused.value.field == "files"
