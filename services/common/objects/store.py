@@ -129,9 +129,9 @@ class ArtifactStore:
         with store_errors(checked_path(path)):
             return self._range(path, start, end, etag)
 
-    async def stream(self, path: str) -> AsyncIterator[bytes]:
-        """The object in pieces of at most 4 MB. Raises Aborted where it is replaced meanwhile."""
-        pieces = self._pieces(path)
+    async def stream(self, path: str, piece_bytes: int = _PIECE) -> AsyncIterator[bytes]:
+        """The object in pieces of at most `piece_bytes`. Raises Aborted where it is replaced meanwhile."""
+        pieces = self._pieces(path, piece_bytes)
         while (piece := await self._in_thread(path, lambda: next(pieces, None))) is not None:
             yield piece
 
@@ -231,11 +231,11 @@ class ArtifactStore:
         if self._root is not None:
             _sync(self._root / path)
 
-    def _pieces(self, path: str) -> Iterator[bytes]:
+    def _pieces(self, path: str, size: int = _PIECE) -> Iterator[bytes]:
         meta = obstore.head(self._store, path)
         tag = meta["e_tag"]
-        for start in range(0, meta["size"], _PIECE):
-            stop = min(start + _PIECE, meta["size"])
+        for start in range(0, meta["size"], size):
+            stop = min(start + size, meta["size"])
             # Every piece is of the object that was asked for first, also when it is replaced meanwhile.
             options: obstore.GetOptions = {"range": (start, stop)}
             if tag is not None:

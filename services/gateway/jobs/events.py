@@ -10,8 +10,9 @@ import orjson
 
 from services.gateway.jobs.views import Job, job_json
 
-#: Proxies cut connections that say nothing.
-_HEARTBEAT_S = 15.0
+#: Proxies cut connections that say nothing. That a reader has left shows with the second write behind it, and
+#: its place is taken until then.
+_HEARTBEAT_S = 5.0
 _HEARTBEAT = b": still there\n\n"
 _RETRY = b"retry: 2000\n\n"
 

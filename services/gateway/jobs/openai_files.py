@@ -45,6 +45,8 @@ OUTPUT, INTERNAL = "batch_output", "batch_rows"
 BATCH_BYTES = 200 << 20
 _HOUR_S, _MOST_S = 3600, 30 * 24 * 3600
 _BUFFER = 1 << 20
+#: Two of them are held for each reader, however slowly it reads.
+_PIECE = 1 << 20
 #: As long as the registry gives an upload.
 _UPLOAD_S = 3600.0
 _SWEEP_S = 60.0
@@ -304,7 +306,7 @@ class Files:
 
     def content(self, file: StoredFile) -> AsyncIterator[bytes]:
         """The bytes, in pieces."""
-        return self._backend().store.stream(file.path)
+        return self._backend().store.stream(file.path, _PIECE)
 
     async def download(self, file: StoredFile, to: Path) -> None:
         """The bytes as a local file."""

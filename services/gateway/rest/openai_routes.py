@@ -12,6 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument
+from services.gateway.jobs.downloads import Downloads
 from services.gateway.jobs.openai_batches import JobCounts, batch_json, decode_batch
 from services.gateway.jobs.openai_files import Files, Reader
 from services.gateway.jobs.openai_runtime import OpenAIParts
