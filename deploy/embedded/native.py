@@ -71,8 +71,8 @@ GROUPS: Final = {
             "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/tensors",
             "codecs/v2_answers", "codecs/v2_forms", "datatypes",
             "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/pipeline",
-            "hot/protocol", "infer_plans", "keys", "limiter", "oip_dialects", "plans", "predict", "reading",
-            "router_client",
+            "hot/protocol", "hot/receiving", "infer_plans", "keys", "limiter", "oip_dialects", "plans",
+            "predict", "reading", "router_client",
             "rpc/connection", "rpc/control", "rpc/exchange", "rpc/heads", "rpc/sending", "rpc/statuses",
             "rpc/streams", "rpc/tasks", "signature", "speaking", "targets", "v2_plans",
         )

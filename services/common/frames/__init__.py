@@ -53,11 +53,12 @@ RESOURCE_EXHAUSTED. An item's deadline is `loop.time() + item.timeout_us / 1e6` 
 TLS: pass `server_tls(...)` / `client_tls(...)`, or what `server_tls_of` / `client_tls_of` make of settings;
 ALPN must settle on h2. What stays on the machine (unix:) goes without.
 
-Reading order: limits, address, turn, wire (frames of HTTP/2), messages (gRPC messages, coalescing), detached
-(large tensors, which are not copied), outbound and connection (the data path that both sides share: sending
-and ending, reading and checking), peer, server_connection, server, outbox, deadlines, client_connection,
-local (both ends in one process, without a socket), reconnecting, client, tls. `header_blocks`, `wire` and
-`turn` also serve the gateway's gRPC front, which has many streams per connection.
+Reading order: limits, address, turn, wire (frames of HTTP/2), in_place (long messages, read to where they
+stay), messages (gRPC messages, coalescing), detached (large tensors, which are not copied), outbound and
+connection (the data path that both sides share: sending and ending, reading and checking), peer,
+server_connection, server, outbox, deadlines, client_connection, local (both ends in one process, without a
+socket), reconnecting, client, tls. `header_blocks`, `wire` and `turn` also serve the gateway's gRPC front,
+which has many streams per connection, and `in_place` its HTTP.
 """
 
 from services.common.frames.client import FrameCalls, lost

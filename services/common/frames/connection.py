@@ -16,6 +16,7 @@ from hpack.exceptions import HPACKError
 
 from services.common.frames import wire
 from services.common.frames.detached import LARGE_BYTES
+from services.common.frames.in_place import IN_PLACE_BYTES, InPlace
 from services.common.frames.limits import Limits
 from services.common.frames.messages import PREFIX_BYTES, CompressedMessage, MessageReader, Oversize
 from services.common.frames.outbound import Headers, Outbound
@@ -45,6 +46,7 @@ class Http2Connection(Outbound):
         self._stream_received = 0
         self._grants_held = False  # no new windows: what the peer asked for is more than it takes
         self._control_frames = 0
+        self._in_place: InPlace | None = None
         self._whole_max = _WHOLE.size + min(limits.max_message_bytes, limits.max_http2_frame_bytes - 5)
 
     # What subclasses fill in.
@@ -96,6 +98,8 @@ class Http2Connection(Outbound):
                     self._unparsed += memoryview(data)[used:]
             if self._received * 4 >= self._limits.window_bytes:
                 self._grant()
+            if self._data_left >= IN_PLACE_BYTES:
+                self._read_in_place()
         except Violation as violation:
             self._fail(violation.code, violation.reason)
         except Exception:
@@ -104,6 +108,49 @@ class Http2Connection(Outbound):
         finally:
             turn.reading = False
         turn.end()
+
+    # Long messages
+
+    def _read_in_place(self) -> None:
+        transport = self._transport
+        if self._ending or transport is None or self.room() is None or not InPlace.fits(transport):
+            return
+        if self._in_place is None:
+            self._in_place = InPlace(self, transport)
+        self._in_place.begin()
+
+    def room(self) -> memoryview | None:
+        """Where the next bytes of a long message belong; None where none is being read."""
+        return self._reader.room(self._data_left) if self._data_left else None
+
+    def filled(self, size: int) -> None:
+        """`size` bytes of it came."""
+        if self._ending:
+            return
+        self._heard_at = self._loop.time()
+        self._ping_sent_at = None
+        turn = self._turn
+        turn.reading = True
+        try:
+            self._data_left -= size
+            if self._remote_open:  # else its stream ended while it came
+                self._filled(size)
+        except Violation as violation:
+            self._fail(violation.code, violation.reason)
+        except Exception:
+            log.exception("frame connection failed")
+            self._fail(ErrorCode.INTERNAL_ERROR, "internal error")
+        finally:
+            turn.reading = False
+        turn.end()
+
+    def _filled(self, size: int) -> None:
+        message = self._reader.filled(size)
+        if message is not None:
+            self._control_frames = 0
+            self._on_message(message)
+        if not self._data_left and self._data_flags & wire.END_STREAM and not self._ending:
+            self._end_remote()
 
     # Reading
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from headrace.v1.dataplane_pb2 import UnopenedFrame
 
+from services.common.frames.in_place import IN_PLACE_BYTES, MOST_IN_PLACE, unwritten
 from services.common.frames.wire import ErrorCode, Violation
 
 #: The stream, and the version of what is said on it.
@@ -91,18 +92,33 @@ def timeout_override(timeout_us: int) -> bytes:
 class MessageReader:
     """Cuts the DATA payloads of one stream into gRPC messages, however they are split or packed."""
 
-    __slots__ = ("_max_bytes", "_missing", "_partial", "_pieces")
+    __slots__ = ("_max_bytes", "_missing", "_partial", "_pieces", "_room", "_whole")
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._partial = bytearray()  # of a prefix
         self._pieces: list[bytearray | memoryview] = []  # of a message whose prefix is complete,
         self._missing = 0  # and how much of it is still to come
+        self._whole = b""  # a long one, in place of its pieces,
+        self._room: memoryview | None = None  # and what fills it
 
     @property
     def mid_message(self) -> bool:
         """Whether a message was begun and is not complete."""
         return bool(self._partial or self._missing)
+
+    def room(self, most: int) -> memoryview | None:
+        """Where the next bytes of a long message belong, `most` at most; None where none is being read."""
+        room = self._room
+        if room is None:
+            return None
+        at = len(self._whole) - self._missing
+        return room[at : at + min(self._missing, most)]
+
+    def filled(self, size: int) -> bytes | None:
+        """`size` bytes of that room came: the message, where it is complete now."""
+        self._missing -= size
+        return self._complete() if not self._missing else None
 
     def feed(self, data: bytes | bytearray, start: int, end: int) -> list[bytes]:
         """The messages completed by `data[start:end]`. Raises Oversize or CompressedMessage."""
@@ -113,8 +129,7 @@ class MessageReader:
                 return messages
             stop = start + self._missing
             self._keep(data, start, stop)
-            messages.append(b"".join(self._pieces))
-            self._pieces = []
+            messages.append(self._complete())
             start = stop
         partial = self._partial
         if partial:
@@ -133,6 +148,8 @@ class MessageReader:
             stop = start + size
             if stop > end:
                 self._missing = size
+                if stop - end >= IN_PLACE_BYTES and size <= MOST_IN_PLACE:
+                    self._whole, self._room = unwritten(size)
                 self._keep(data, start, end)
                 return messages
             messages.append(bytes(memoryview(data)[start:stop]))
@@ -146,8 +163,13 @@ class MessageReader:
         ones now, since a peer that sends bytes one by one must not make an object of each."""
         if start == end:
             return
-        self._missing -= end - start
         piece = memoryview(data)[start:end]
+        if self._room is not None:
+            at = len(self._whole) - self._missing
+            self._room[at : at + end - start] = piece
+            self._missing -= end - start
+            return
+        self._missing -= end - start
         if isinstance(data, bytes) and end - start >= _LONG_PIECE:
             self._pieces.append(piece)
             return
@@ -156,3 +178,12 @@ class MessageReader:
             last += piece
         else:
             self._pieces.append(bytearray(piece))
+
+    def _complete(self) -> bytes:
+        if self._room is not None:
+            message = self._whole
+            self._whole, self._room = b"", None
+        else:
+            message = b"".join(self._pieces)
+            self._pieces = []
+        return message

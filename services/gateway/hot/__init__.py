@@ -2,4 +2,4 @@
 connections share: limits, draining, the sweep that enforces deadlines), heads (what was parsed before),
 exchange (one hot request in its connection's pipeline), deadlines (what one connection waits for, and how
 long), pipeline (answers in the order of their requests), hardened (what is read from one connection, and
-its bounds), protocol (which requests are hot)."""
+its bounds), receiving (large bodies, read to where they stay), protocol (which requests are hot)."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from services.common.errors import HeadraceError, MalformedBody
 from services.gateway.call import HEADERS, Head
 from services.gateway.hot.exchange import HotExchange, no_app
-from services.gateway.hot.hardened import HardenedProtocol
+from services.gateway.hot.receiving import ReceivingProtocol
 from services.gateway.targets import Target, target_of
 
 #: Names as clients wrote them, and what we do with them; bounded, for names are theirs.
@@ -24,7 +24,7 @@ _FRAMING = {
 }
 
 
-class HotProtocol(HardenedProtocol):
+class HotProtocol(ReceivingProtocol):
     """One connection. uvicorn makes it by `functools.partial(HotProtocol, front)`."""
 
     _names: ClassVar[dict[bytes, str]] = {}

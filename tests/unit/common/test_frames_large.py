@@ -11,6 +11,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import DataType, Tensor
 
 from services.common.frames import FrameCalls, FrameServer, Limits, Peer
+from services.common.frames.in_place import MOST_IN_PLACE
 from services.common.frames.messages import MessageReader
 
 TOKEN = "t" * 32
@@ -88,15 +89,17 @@ async def test_parts_arrive_as_one_request_and_their_data_as_views(
             assert [(one.name, one.data) for one in reply.outputs] == [("inside", b"1234"), ("s", b"1234")]
 
 
-def test_a_message_that_comes_byte_by_byte_is_no_object_for_each() -> None:
-    reader = MessageReader(1 << 20)
-    message = b"\0" + len(DATA).to_bytes(4, "big") + DATA
+@pytest.mark.parametrize("longest", [False, True])
+def test_a_message_that_comes_byte_by_byte_is_no_object_for_each(longest: bool) -> None:
+    data = DATA * (MOST_IN_PLACE // len(DATA) + 1) if longest else DATA
+    reader = MessageReader(len(data))
+    message = b"\0" + len(data).to_bytes(4, "big") + data
     got: list[bytes] = []
     for at in range(30_000):
         got += reader.feed(message[at : at + 1], 0, 1)
-    assert len(reader._pieces) == 1
+    assert len(reader._pieces) == longest
     assert reader.mid_message
     rest = message[30_000:] + b"\0\0\0\0\3abc\0\0\0\0\0"
     got += reader.feed(rest, 0, len(rest))
-    assert got == [DATA, b"abc", b""]
+    assert got == [data, b"abc", b""]
     assert not reader.mid_message

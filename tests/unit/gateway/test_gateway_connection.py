@@ -46,7 +46,14 @@ HEAD = (
 class Connection:
     """One client's connection and everything behind it."""
 
-    def __init__(self, *, inline_bytes: int = 64 << 10, max_held_bytes: int = 1 << 20, **limits: int) -> None:
+    def __init__(
+        self,
+        *,
+        inline_bytes: int = 64 << 10,
+        max_held_bytes: int = 1 << 20,
+        max_body_bytes: int = 10_000,
+        **limits: int,
+    ) -> None:
         clock = SystemClock()
         keys, catalogue = KeyRing(clock), Catalogue()
         key = api_key(PREDICT_ONLY, ["predict"])
@@ -63,7 +70,7 @@ class Connection:
             metrics=GatewayMetrics(CollectorRegistry()),
             clock=clock,
             limits=PredictLimits(
-                max_body_bytes=10_000,
+                max_body_bytes=max_body_bytes,
                 max_unpacked_json_bytes=5_000,
                 inline_bytes=inline_bytes,
                 max_held_bytes=max_held_bytes,
@@ -101,7 +108,7 @@ class Connection:
         await send({"type": "http.response.body", "body": b""})
 
     def feed(self, data: bytes) -> None:
-        self.protocol.data_received(data)
+        self.transport.deliver(data, self.protocol)
 
     def ticks(self, count: int) -> None:
         for _ in range(count):
