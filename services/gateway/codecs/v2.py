@@ -20,6 +20,7 @@ from services.gateway.codecs.priority import priority_of
 from services.gateway.codecs.results import array_of, bytes_elements
 from services.gateway.codecs.rows import check_shape, tensor_from_nested_or_flat
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
+from services.gateway.codecs.v2_lists import LONG_BODY_BYTES, cut_out, stand_in
 from services.gateway.datatypes import BF16, BY_NUMBER, BYTES
 from services.gateway.signature import InputSpec, ModelSignature
 
@@ -81,7 +82,26 @@ def decode_request(body: bytes | bytearray, json_length: bytes | None) -> tuple[
         raise InvalidArgument(
             "Inference-Header-Content-Length does not fit the body.", field="Inference-Header-Content-Length"
         )
-    return parse_request(view[:length]), view[length:]
+    asked = _parse_long(body, length) if length >= LONG_BODY_BYTES and type(body) is bytes else None
+    return asked or parse_request(view[:length]), view[length:]
+
+
+def _parse_long(body: bytes, end: int) -> V2Request | None:
+    """The JSON `body[:end]`, if lists of numbers make it long; None for whatever else it is."""
+    found = cut_out(body, end)
+    if found is None:
+        return None
+    rest, lists = found
+    try:
+        asked = _request.decode(rest)
+    except (msgspec.ValidationError, *PARSE_ERRORS):
+        return None
+    given = [one for one in asked.inputs if one.data is not _ABSENT]
+    if [bytes(one.data) for one in given] != [stand_in(number) for number in range(len(lists))]:
+        return None
+    for one, numbers in zip(given, lists, strict=True):
+        one.data = msgspec.Raw(numbers)
+    return asked
 
 
 def json_end(body: bytes | bytearray, json_length: bytes | None) -> int:
