@@ -4,7 +4,8 @@ Read in this order: `client` or `async_client` (what can be asked), `operations`
 the reading of its answer), `exchange` (one request, its retries and errors), then `results`, `errors`,
 `batches` with `batch_calls` and `async_batch_calls` (jobs over many rows, files, dead letters), `experiments`
 with `experiment_calls` and `async_experiment_calls` (experiments and rollouts), `tensors` (Open Inference
-Protocol bodies), `uploads` (multipart with progress), `cli`, `batch_cli` and `experiment_cli`.
+Protocol bodies), `uploads` (multipart with progress), `cli`, `commands`, `model_cli`, `batch_cli`
+and `experiment_cli`.
 """
 
 from headrace_client.async_client import AsyncHeadrace

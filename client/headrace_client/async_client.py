@@ -17,7 +17,7 @@ from headrace_client import operations
 from headrace_client.async_batch_calls import AsyncBatches, AsyncDeadLetters, AsyncFiles, AsyncLater
 from headrace_client.async_experiment_calls import AsyncExperiments, AsyncRollouts
 from headrace_client.errors import Conflict
-from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error
+from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error, with_scheme
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
 from headrace_client.uploads import Progress, Upload
 
@@ -48,7 +48,9 @@ class AsyncHeadrace:
         self._timeout = timeout
         self._retries = retries
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.AsyncClient(
+            base_url=with_scheme(url), headers=headers, timeout=timeout, transport=transport
+        )
         self.batches = AsyncBatches(self)
         self.experiments = AsyncExperiments(self)
         self.rollouts = AsyncRollouts(self)
@@ -210,6 +212,19 @@ class AsyncHeadrace:
             name, scopes, rate_per_second=rate_per_second, burst=burst, models=models
         )
         return await self.run(call, None)
+
+    async def keys(self) -> AsyncIterator[Json]:
+        """All API keys without their secrets, page by page."""
+        after: str | None = ""
+        while after is not None:
+            page = await self.run(operations.keys(after), None)
+            for key in page["keys"]:
+                yield key
+            after = page["next"]
+
+    async def revoke_key(self, key_id: str) -> None:
+        """Let the key open nothing any more."""
+        await self.run(operations.revoke_key(key_id), None)
 
     # For the calls of other modules.
 

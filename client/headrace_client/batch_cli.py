@@ -284,7 +284,8 @@ def _uri_of(client: Headrace, given: str) -> str:
 def _follow(client: Headrace, batch_id: str) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     last: Batch | None = None
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(batch_id, total=None)
         for last in client.batches.watch(batch_id):
             bar.update(
@@ -292,7 +293,7 @@ def _follow(client: Headrace, batch_id: str) -> None:
             )
     if last is None:
         return
-    Console(stderr=True).print(f"{last.status}: {_done(last)} rows, {last.failed} failed", highlight=False)
+    console.print(f"{last.status}: {_done(last)} rows, {last.failed} failed", highlight=False)
     if last.status != "completed":
         reason = (last.error or {}).get("message", "")
         raise CommandFailed(f"{batch_id} is {last.status}. {reason}".strip())

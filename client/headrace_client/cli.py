@@ -23,14 +23,13 @@ from headrace_client.commands import (
     connected,
     pair_of,
     print_json,
-    upload_bar,
     value_of,
 )
-from headrace_client.errors import HeadraceError
+from headrace_client.errors import ConnectionFailed, HeadraceError, NotFound
 from headrace_client.experiment_cli import experiments_app, rollouts_app
+from headrace_client.model_cli import models_app, split_of
 
 app = typer.Typer(help="Headrace: serve models, split their traffic, watch them.", no_args_is_help=True)
-models_app = typer.Typer(help="Models and their versions.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
@@ -49,9 +48,18 @@ def main() -> None:
         about = [f"field {error.field}"] if error.field else []
         about += [error.code] if error.code else []
         about += [f"request {error.request_id}"] if error.request_id else []
-        _refuse(error.message + (f" ({', '.join(about)})" if about else ""))
+        _refuse(error.message + (f" ({', '.join(about)})" if about else "") + _advice(error))
     except CommandFailed as failure:
         _refuse(str(failure))
+
+
+def _advice(error: HeadraceError) -> str:
+    """What somebody new to it would want to be told beside the error."""
+    if isinstance(error, ConnectionFailed):
+        return " Does it run? `headrace status` says so, `headrace up` starts it here; --url names another."
+    if isinstance(error, NotFound) and error.field == "model" and error.message.endswith("in service."):
+        return " What was pushed is served once it is deployed: headrace deploy MODEL VERSION=100."
+    return ""
 
 
 def _refuse(sentence: str) -> None:
@@ -108,70 +116,7 @@ def logs(
     _embedded("logs", *(["--follow"] if follow else []), *([part] if part else []))
 
 
-# Models.
-
-
-@models_app.command("push")
-def push(  # noqa: PLR0913 - options of a command line
-    name: str,
-    files: Annotated[list[Path], typer.Argument(exists=True, help="Files, or a folder of them.")],
-    *,
-    version: Annotated[str | None, typer.Option(help="Otherwise the next number.")] = None,
-    description: str = "",
-    backend: Annotated[str | None, typer.Option(help="Otherwise by the files.")] = None,
-    metrics: Annotated[str | None, typer.Option(help='JSON, or @file: {"accuracy": 0.97}')] = None,
-    feature_names: Annotated[
-        str | None, typer.Option(help="Columns of the first input, separated by commas, or @file (JSON).")
-    ] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="name=value; may be repeated.")] = None,
-    alias: Annotated[str | None, typer.Option(help="Let this alias stand for the new version.")] = None,
-    input_name: Annotated[str | None, typer.Option(help="The input that --feature-names is about.")] = None,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-) -> None:
-    """Upload a new version of a model; a new model is created."""
-    metadata: dict[str, Any] = {}
-    if backend:
-        metadata["backend"] = backend
-    if metrics:
-        metadata["metrics"] = value_of(metrics, "--metrics")
-    if tag:
-        metadata["tags"] = dict(pair_of(text, "--tag") for text in tag)
-    if feature_names:
-        if input_name is None:
-            raise CommandFailed(
-                "--feature-names needs --input-name: the model's input that has these columns."
-            )
-        is_json = feature_names[0] in "@["
-        columns = value_of(feature_names, "--feature-names") if is_json else feature_names.split(",")
-        metadata["signature"] = {"inputs": [{"name": input_name, "columns": columns}]}
-    with connected(url, key) as client, upload_bar(name) as progress:
-        pushed = client.push_model(
-            name, files, version=version, description=description, metadata=metadata, progress=progress
-        )
-    if alias:
-        with connected(url, key) as client:
-            client.set_alias(name, alias, pushed["version"])
-    Console().print(
-        f"{name} version [bold]{pushed['version']}[/] ({pushed['artifact_digest'][:19]})", highlight=False
-    )
-
-
-@models_app.command("list")
-def list_models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
-    """All models with their aliases."""
-    with connected(url, key) as client:
-        found = list(client.models())
-    if as_json:
-        print_json(found)
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("model", "aliases", "description"):
-        table.add_column(column)
-    for model in found:
-        aliases = ", ".join(f"{alias} → {version}" for alias, version in model["aliases"].items())
-        table.add_row(model["name"], aliases, model["description"])
-    Console().print(table)
+# Serving.
 
 
 @app.command()
@@ -191,8 +136,15 @@ def deploy(
     if as_json:
         print_json(deployed)
         return
-    split = ", ".join(f"{it['version']} {it['weight']:g}%" for it in deployed["versions"])
-    Console().print(f"{name}: {split} (revision {deployed['revision']})", highlight=False)
+    Console().print(f"{name}: {split_of(deployed)} (revision {deployed['revision']})", highlight=False)
+
+
+@app.command()
+def undeploy(name: str, url: Url = DEFAULT_URL, key: Key = None) -> None:
+    """Serve a model no longer; its versions stay."""
+    with connected(url, key) as client:
+        client.undeploy(name)
+    Console().print(f"{name} is not served any more.", highlight=False)
 
 
 @app.command()
@@ -220,6 +172,86 @@ def predict(
     print_json(
         {name: getattr(answer, name) for name in answer.__slots__ if getattr(answer, name) is not None}
     )
+
+
+@app.command()
+def compare(
+    model: str,
+    a: str,
+    b: str,
+    metric: Annotated[
+        str, typer.Option(help="accuracy, error_rate, latency_ms or what outcomes were posted for.")
+    ] = "accuracy",
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is version B better than version A? By the users whom the split sent to each."""
+    with connected(url, key) as client:
+        found = client.compare(model, a, b, metric)
+    if as_json:
+        print_json(found)
+        return
+    console = Console()
+    console.print(found["summary"], highlight=False, soft_wrap=True)
+    for warning in found["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def alerts(
+    model: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    state: Annotated[str | None, typer.Option(help="open, acknowledged or resolved.")] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which features have drifted, newest first."""
+    with connected(url, key) as client:
+        found = client.alerts(model, state)
+    if as_json:
+        print_json(found)
+        return
+    console = Console()
+    for alert in found:
+        console.print(
+            f"{alert['opened_at'][:19]}  {alert['state']}  {alert['severity']}: {alert['message']}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    if not found:
+        Console(stderr=True).print("No alerts.")
+
+
+@keys_app.command("list")
+def list_keys(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
+    """All API keys, without their secrets."""
+    with connected(url, key) as client:
+        found = list(client.keys())
+    if as_json:
+        print_json(found)
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("key", "name", "scopes", "models", "per second", "state"):
+        table.add_column(column)
+    for one in found:
+        rate, state = one["rate_per_second"], "revoked" if one["revoked"] else "valid"
+        models, scopes = ", ".join(one["models"]) or "all", ", ".join(one["scopes"])
+        table.add_row(one["key_id"], one["name"], scopes, models, f"{rate:g}" if rate else "", state)
+    Console().print(table)
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(help="As `list` shows it.")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Let a key open nothing any more, everywhere within a second."""
+    with connected(url, key) as client:
+        client.revoke_key(key_id)
+    Console().print(f"{key_id} is revoked.", highlight=False)
 
 
 @keys_app.command("create")

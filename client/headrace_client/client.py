@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from headrace_client import operations
 from headrace_client.batch_calls import AsyncPredictions, Batches, DeadLetters, Files
 from headrace_client.errors import Conflict
-from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error
+from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error, with_scheme
 from headrace_client.experiment_calls import Experiments, Rollouts
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
 from headrace_client.uploads import Progress, Upload
@@ -47,7 +47,9 @@ class Headrace:
         self._timeout = timeout
         self._retries = retries
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, transport=transport)
+        self._http = httpx.Client(
+            base_url=with_scheme(url), headers=headers, timeout=timeout, transport=transport
+        )
         self.batches = Batches(self)
         self.experiments = Experiments(self)
         self.rollouts = Rollouts(self)
@@ -208,6 +210,18 @@ class Headrace:
             name, scopes, rate_per_second=rate_per_second, burst=burst, models=models
         )
         return self.run(call, None)
+
+    def keys(self) -> Iterator[Json]:
+        """All API keys without their secrets, page by page."""
+        after: str | None = ""
+        while after is not None:
+            page = self.run(operations.keys(after), None)
+            yield from page["keys"]
+            after = page["next"]
+
+    def revoke_key(self, key_id: str) -> None:
+        """Let the key open nothing any more."""
+        self.run(operations.revoke_key(key_id), None)
 
     # For the calls of other modules.
 

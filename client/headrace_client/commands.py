@@ -98,6 +98,8 @@ def print_json(value: Any) -> None:
 @contextmanager
 def upload_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where nobody watches, a bar leaves empty lines.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"pushing {name}", total=None)
         yield lambda sent, total: bar.update(task, completed=sent, total=total)

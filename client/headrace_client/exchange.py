@@ -69,6 +69,11 @@ def retry_after(response: httpx.Response) -> float | None:
     return float(text) if text.isdecimal() else None
 
 
+def with_scheme(url: str) -> str:
+    """`host:port` means http."""
+    return url if "://" in url else f"http://{url}"
+
+
 def transport_error(error: httpx.TransportError, base_url: str) -> HeadraceError:
     """The error of a request that got no answer."""
     if isinstance(error, httpx.TimeoutException):

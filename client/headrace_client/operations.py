@@ -141,6 +141,15 @@ def create_key(
     return with_json("POST", "/v1/keys", body, lambda answer: NewKey.read(answer.json()))
 
 
+def keys(after: str = "") -> Exchange[Json]:
+    """One page: `{"keys": […], "next": …}`."""
+    return Exchange("GET", "/v1/keys", _json, params={"after": after} if after else {})
+
+
+def revoke_key(key_id: str) -> Exchange[None]:
+    return Exchange("DELETE", f"/v1/keys/{_segment(key_id)}", lambda answer: None)
+
+
 def _segment(text: str) -> str:
     return quote(text, safe="")
 

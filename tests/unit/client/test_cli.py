@@ -36,7 +36,7 @@ class Gateway:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_GET = do_POST = do_PUT = answer  # noqa: N815 - the names that http.server looks for
+            do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815 - the names that http.server looks for
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -122,7 +122,10 @@ def test_push_uploads_and_sets_the_alias(
     model = tmp_path / "model.onnx"
     model.write_bytes(b"onnx")
     gateway.answers["POST", "/v1/models"] = (201, {})
-    gateway.answers["POST", "/v1/models/m/versions"] = (201, {"version": "3", "artifact_digest": "sha256:ab"})
+    gateway.answers["POST", "/v1/models/m/versions"] = (
+        201,
+        {"version": "3", "artifact_digest": "sha256:ab", "signature": {"inputs": [], "outputs": []}},
+    )
     gateway.answers["PUT", "/v1/models/m/aliases/champion"] = (200, {})
     words = ["models", "push", "m", str(model), "--metrics", '{"f1": 0.5}', "--alias", "champion"]
     words += ["--feature-names", "a,b", "--input-name", "x", "--tag", "team=blue"]
@@ -193,3 +196,114 @@ def test_results_are_joined_with_their_inputs(
         assert run(monkeypatch, *words) == 1
         assert str(inputs) in capsys.readouterr().err
     assert run(monkeypatch, *words, "--format", "parquet") == 1
+
+
+SIGNATURE = {
+    "inputs": [{"name": "X", "datatype": "FP32", "shape": [-1, 3]}],
+    "outputs": [
+        {"name": "label", "datatype": "INT64", "shape": [-1]},
+        {"name": "p", "datatype": "FP32", "shape": [-1, 2]},
+    ],
+}
+
+
+def test_push_shows_the_signature_and_what_comes_next(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(b"onnx")
+    pushed = {"version": "3", "artifact_digest": "sha256:ab", "signature": SIGNATURE}
+    gateway.answers["POST", "/v1/models"] = (409, {})
+    gateway.answers["POST", "/v1/models/m/versions"] = (201, pushed)
+    assert run(monkeypatch, "models", "push", "m", str(model)) == 0
+    shown = capsys.readouterr()
+    assert "X FP32[-1,3] → label INT64[-1], p FP32[-1,2]" in shown.out
+    assert "headrace deploy m 3=100" in shown.out
+    assert shown.err == ""
+
+
+def test_a_model_is_shown_with_its_versions_and_their_traffic(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    version = {"created_at": "2026-11-22T05:57:50Z", "metrics": {"auc": 0.91}, "signature": SIGNATURE}
+    versions = [{"version": "1", **version}, {"version": "2", **version}]
+    gateway.answers["GET", "/v1/models/m"] = (200, {"name": "m", "aliases": {"champion": "1"}})
+    gateway.answers["GET", "/v1/models/m/versions"] = (200, {"versions": versions})
+    assert run(monkeypatch, "models", "show", "m") == 0
+    assert "%" not in capsys.readouterr().out  # it is not deployed
+    deployed = {"versions": [{"version": "1", "weight": 90.0}]}
+    gateway.answers["GET", "/v1/deployments/m"] = (200, deployed)
+    assert run(monkeypatch, "models", "show", "m") == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.split()[:6] == ["1", "champion", "90%", "2026-11-22", "auc", "0.91"]
+    assert second.split()[:2] == ["2", "2026-11-22"]
+
+
+def test_an_alias_is_set(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway.answers["PUT", "/v1/models/m/aliases/champion"] = (200, {})
+    assert run(monkeypatch, "models", "alias", "m", "champion=2") == 0
+    assert json.loads(gateway.asked[0][3]) == {"version": "2"}
+
+
+def test_undeploy_and_revoke_delete(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway.answers["DELETE", "/v1/deployments/m"] = (204, None)
+    gateway.answers["DELETE", "/v1/keys/abc"] = (204, None)
+    assert run(monkeypatch, "undeploy", "m") == 0
+    assert run(monkeypatch, "keys", "revoke", "abc") == 0
+    assert [asked[:2] for asked in gateway.asked] == [
+        ("DELETE", "/v1/deployments/m"),
+        ("DELETE", "/v1/keys/abc"),
+    ]
+
+
+def test_keys_are_listed_page_by_page(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = {"name": "ci", "scopes": ["read"], "models": [], "rate_per_second": 5.0, "revoked": False}
+    gateway.answers["GET", "/v1/keys"] = (200, {"keys": [{"key_id": "one", **key}], "next": "one"})
+    last = {"key_id": "two", **key, "revoked": True}
+    gateway.answers["GET", "/v1/keys?after=one"] = (200, {"keys": [last], "next": None})
+    assert run(monkeypatch, "keys", "list") == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.split() == ["one", "ci", "read", "all", "5", "valid"]
+    assert second.split()[-1] == "revoked"
+
+
+def test_a_comparison_is_told_in_words(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {"summary": "no difference is shown yet", "warnings": ["Peeking"]}
+    gateway.answers["GET", "/v1/analytics/models/m/compare?a=1&b=2&metric=revenue"] = (200, found)
+    assert run(monkeypatch, "compare", "m", "1", "2", "--metric", "revenue") == 0
+    assert capsys.readouterr().out == "no difference is shown yet\nwarning: Peeking\n"
+
+
+def test_alerts_are_listed(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alert = {"opened_at": "2026-11-22T06:06:12.415+00:00", "state": "open", "severity": "critical"}
+    found = [alert | {"message": "mean radius of m/1 has shifted"}]
+    gateway.answers["GET", "/v1/drift/alerts?model=m&state=open"] = (200, {"alerts": found})
+    gateway.answers["GET", "/v1/drift/alerts"] = (200, {"alerts": []})
+    assert run(monkeypatch, "alerts", "m", "--state", "open") == 0
+    told = "2026-11-22T06:06:12  open  critical: mean radius of m/1 has shifted\n"
+    assert capsys.readouterr().out == told
+    assert run(monkeypatch, "alerts") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_what_somebody_new_would_ask_next_is_said(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = {"detail": "There is no model 'm' in service.", "field": "model", "code": "NOT_FOUND"}
+    gateway.answers["POST", "/v1/predict"] = (404, problem)
+    assert run(monkeypatch, "predict", "m", "--inputs", "[[1]]") == 1
+    assert "headrace deploy MODEL VERSION=100" in capsys.readouterr().err
+    assert run(monkeypatch, "models", "list", "--url", "http://127.0.0.1:1") == 1
+    assert "headrace up" in capsys.readouterr().err
+
+
+def test_an_address_without_a_scheme_is_http(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway.answers["GET", "/v1/models"] = (200, {"models": [], "next": None})
+    assert run(monkeypatch, "models", "list", "--url", gateway.url.removeprefix("http://")) == 0
