@@ -1,8 +1,8 @@
 """Bytes in POSIX shared memory, read and written by who does not trust its owner.
 
-Nothing is mapped: an owner may shorten its object at any time, and a process that touches a page beyond the
-end of what it has mapped is killed. `pread` just comes back short. What it costs is one copy, of
-the same size as the one out of a socket that it replaces."""
+Nothing is mapped here: an owner may shorten its object at any time, and a process that touches a page beyond
+the end of what it has mapped is killed, unless it is guarded as in `worker/bus_errors.py`. `pread` just comes
+back short. What it costs is one copy, of the same size as the one out of a socket that it replaces."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inspect(name: str, field: str) -> tuple[int, int]:
     Raises InvalidArgument naming `field` where there is none that can be read."""
     with _opened(name, field, os.O_RDONLY) as file:
         status = os.fstat(file)
-        return status.st_size, _identity(status)
+        return status.st_size, identity_of(status)
 
 
 def read(name: str, offset: int, nbytes: int, field: str, identity: int = 0) -> bytes:
@@ -111,7 +111,7 @@ def _opened(name: str, field: str, how: int) -> Iterator[int]:
 
 def _check(file: int, name: str, end: int, field: str, identity: int) -> None:
     status = os.fstat(file)
-    if identity and identity != _identity(status):
+    if identity and identity != identity_of(status):
         raise InvalidArgument(
             f"shared memory {name} is another object than was registered, or of another machine", field=field
         )
@@ -119,7 +119,8 @@ def _check(file: int, name: str, end: int, field: str, identity: int) -> None:
         raise _shorter(name, field)
 
 
-def _identity(status: os.stat_result) -> int:
+def identity_of(status: os.stat_result) -> int:
+    """Of the object that `status` is of, as `inspect` gives it."""
     said = f"{boot()}:{status.st_dev}:{status.st_ino}"
     return int.from_bytes(blake2b(said.encode(), digest_size=8).digest()) | 1
 

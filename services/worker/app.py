@@ -26,7 +26,7 @@ from services.common.eventlog import EventLog, PredictionJoin, publishing_left
 from services.common.frames import FrameServer, Limits, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
-from services.common.tasks import ended
+from services.common.tasks import ended, running
 from services.common.telemetry import setup_tracing
 from services.common.topics import DEPLOYMENTS, PREDICTIONS
 from services.common.unary import serve_unary
@@ -41,6 +41,7 @@ from services.worker.grpc_server import BatchedUnary
 from services.worker.heartbeat import Heartbeat
 from services.worker.loaded_model import Serving
 from services.worker.loading import LoadOptions, VersionLoader
+from services.worker.mapped_objects import MappedObjects
 from services.worker.metrics import WorkerMetrics
 from services.worker.model_host import ModelHost
 from services.worker.prediction_log import PayloadPolicy
@@ -113,7 +114,7 @@ async def worker_app(
             long_idle=cfg.evict_idle_s,
         )
         stack.push_async_callback(host.close)
-        servicer = Servicer(host, events, clock, SharedInputs(allowed=cfg.shared_memory))
+        servicer = Servicer(host, events, clock, await stack.enter_async_context(_shared_inputs(cfg, clock)))
         health = Health("deployments")
         health.add_check("versions", host.unready)
         health.add_check("prediction log", lambda: None if events.usable else "full")
@@ -218,6 +219,16 @@ def _run_threads(cfg: Settings) -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@asynccontextmanager
+async def _shared_inputs(cfg: Settings, clock: Clock) -> AsyncIterator[SharedInputs]:
+    if not cfg.shared_memory:
+        yield SharedInputs(allowed=False)
+        return
+    mapped = MappedObjects(clock)
+    async with running(mapped.forget_unused(), "mapped objects"):
+        yield SharedInputs(allowed=True, mapped=mapped)
 
 
 async def _artifact_cache(store: ArtifactStore, cfg: Settings) -> ArtifactCache:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -143,8 +142,11 @@ def return_freed_memory() -> None:
 
 
 def resident_bytes() -> int:
-    """Memory that the process holds; 0 where the system does not say."""
+    """Memory that the process holds, without what clients share with it; 0 where the system does not say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/self/status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        held, shared = (int(fields.get(name, "0 kB").split()[0]) for name in ("VmRSS", "RssShmem"))
     except (OSError, ValueError, IndexError):
         return 0
+    return (held - shared) << 10
