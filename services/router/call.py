@@ -64,8 +64,8 @@ class Call(Routed):
             return
         if route.cache is not None and dispatcher.cache is not None:
             self.plain = False
-            if isinstance(self.payload, memoryview):  # what is cached, and logged with a hit, is all of it
-                self.request = PredictRequest.FromString(self.payload)  # type: ignore[arg-type]  # any buffer
+            if self.apart or isinstance(self.payload, memoryview):  # what is cached, and logged, is all of it
+                self.request = PredictRequest.FromString(b"".join((*self.apart, self.payload)))
             dispatcher.cache.enter(self, route.cache)
         else:
             self.send(self.began_at)
@@ -89,7 +89,9 @@ class Call(Routed):
         stamp = self.stamp
         if now != self.began_at:
             stamp += timeout_override(int((self.deadline - now) * 1e6))
-        self._local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_reply)
+        self._local_id = endpoint.calls.forward(
+            self.payload, stamp, self.deadline, self._on_reply, self.apart
+        )
         if route.hedging is not None and not self.attempt:
             self.plain = False
             self.watched_at = now
@@ -114,7 +116,9 @@ class Call(Routed):
         endpoint.take(now)
         self._dispatcher.stats.hedged(target.key, "sent")
         stamp = self.stamp + timeout_override(int((self.deadline - now) * 1e6))
-        hedge.local_id = endpoint.calls.forward(self.payload, stamp, self.deadline, self._on_hedge_reply)
+        hedge.local_id = endpoint.calls.forward(
+            self.payload, stamp, self.deadline, self._on_hedge_reply, self.apart
+        )
 
     def cancel(self) -> None:
         """Nobody waits any more; the worker is told."""
@@ -373,7 +377,7 @@ class Call(Routed):
         mirror, route, target = self._dispatcher.mirror, self.route, self.target
         if mirror is not None and route is not None and target is not None:
             took = _monotonic() - self.sent_at
-            mirror.offer((self.payload, self.stamp), route, target, reply, took)
+            mirror.offer((*self.apart, self.payload, self.stamp), route, target, reply, took)
 
     def _explain(self, reply: PredictReply) -> None:
         """Complete a reply that no worker made: its words are about our connection, not the caller's."""

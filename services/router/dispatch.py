@@ -120,8 +120,11 @@ class GatewayConnection:
                 cancelled.cancel()
         now = _monotonic()
         dispatcher = self._dispatcher
+        apart = self._peer.apart
         for item, payload in zip(frame.items[:], self._peer.item_payloads(), strict=False):
             call = calls[item.id] = Call(dispatcher, item, payload, self, now)
+            if apart:
+                call.apart = apart
             try:
                 call.begin()
             except Exception:

@@ -52,8 +52,16 @@ class Calls(Protocol):
         """Send; exactly one reply follows."""
         ...
 
-    def forward(self, request: Buffer, more: bytes, deadline: float, on_reply: OnReply) -> int:
-        """Send a serialized request and `more` fields of it, of which the last value counts."""
+    def forward(
+        self,
+        request: Buffer,
+        more: bytes,
+        deadline: float,
+        on_reply: OnReply,
+        tensors: tuple[Buffer, ...] = (),
+    ) -> int:
+        """Send a serialized request, what stands before it, and `more` fields, of which the last value
+        counts."""
         ...
 
     def cancel(self, local_id: int) -> None:

@@ -42,6 +42,8 @@ class Routed:
 
     # What few requests have stands here once, so that the others need not say that they have it not.
 
+    #: What stands before `payload`: large tensors, where they arrived.
+    apart: tuple[Buffer, ...] = ()
     #: None until there is a deployment for the model.
     route: Route | None = None
     target: Target | None = None
@@ -76,8 +78,8 @@ class Routed:
     def __init__(
         self, dispatcher: Dispatcher, request: PredictRequest, payload: Buffer, owner: Owner, now: float
     ) -> None:
-        """`payload` is `request` serialized, which may itself be without the data of large tensors. `now` is
-        monotonic, the same for all requests of a frame."""
+        """`payload` is `request` serialized, but for what is `apart`; the request may itself be without the
+        data of large tensors. `now` is monotonic, the same for all requests of a frame."""
         self._dispatcher = dispatcher
         self.request = request
         self.payload = payload

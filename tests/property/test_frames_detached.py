@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 from google.protobuf.message import DecodeError
 from headrace.v1.dataplane_pb2 import Hello, PredictRequest, RequestFrame
 from headrace.v1.tensor_pb2 import DataType, Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.frames.detached import LARGE_BYTES, detach
-from services.common.frames.messages import item_payloads
+from services.common.frames.detached import LARGE_BYTES, Buffer, detach, detach_parts
+from services.common.frames.messages import item_header, item_payloads, varint
 
 SIZES = st.sampled_from((0, 1, 100, LARGE_BYTES - 1, LARGE_BYTES, LARGE_BYTES + 7, 70_000, 2_100_000))
 TYPES = st.sampled_from(
@@ -75,6 +76,70 @@ def test_a_frame_is_the_same_in_parts(frame: RequestFrame) -> None:
         assert put_together(payload) == frame
         assert [bytes(item) for item in found.items] == item_payloads(payload)
         assert len(found.frame) < len(payload)
+
+
+def in_parts(item: PredictRequest, apart: int, id_end: bytes) -> list[Buffer]:
+    """`item` as its frame's parts: the first inputs, so many of them, each as head and data."""
+    parts: list[Buffer] = []
+    rest = PredictRequest()
+    rest.CopyFrom(item)
+    del rest.inputs[:apart]
+    for tensor in item.inputs[:apart]:
+        head = tensor.SerializeToString()
+        data = tensor.data
+        assert head.endswith(data)
+        head = head[: len(head) - len(data)]
+        parts += (b"\x22" + varint(len(head) + len(data)) + head, memoryview(data))
+    parts += (rest.SerializeToString(), id_end)
+    return [item_header(sum(map(len, parts))), *parts]
+
+
+@settings(max_examples=150, deadline=None)
+@given(ITEMS, st.integers(0, 3), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 80)), max_size=2))
+def test_a_frame_that_comes_in_parts_is_the_frame_of_the_whole(
+    item: PredictRequest, apart: int, changes: list[tuple[int, int]]
+) -> None:
+    parts = in_parts(item, apart, b"\x08\x07")
+    for part, at in changes:  # something out of place
+        if part < len(parts) and at < len(parts[part]) < LARGE_BYTES:
+            changed = bytearray(parts[part])
+            changed[at] ^= 1 << at % 8
+            parts[part] = bytes(changed)
+    payload = b"".join(parts)
+    found = detach_parts(parts)
+    if found is None:
+        return
+    assert b"".join((parts[0], *found.apart, *found.items)) == payload
+    if any(part == 0 for part, _at in changes):
+        return  # nobody looks at the header
+    try:
+        expected = RequestFrame.FromString(payload)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            RequestFrame.FromString(found.frame)
+        return
+    frame = RequestFrame.FromString(found.frame)
+    for tensor, content in zip(frame.items[0].inputs, found.contents[0], strict=True):
+        if content is not None:
+            assert len(content) >= LARGE_BYTES
+            assert tensor.datatype not in _CHECKED
+            tensor.data = bytes(content)
+    assert frame == expected
+
+
+def test_parts_as_a_gateway_sends_them_are_not_joined() -> None:
+    image = Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[1, 9000], data=bytes(36_000))
+    item = PredictRequest(id=3, model="m", inputs=[image, Tensor(name="y", data=b"1234")])
+    parts = in_parts(item, 1, b"\x08\x07")
+    found = detach_parts(parts)
+    assert found is not None
+    assert found.apart == tuple(parts[1:-1])
+    assert found.items == [b"\x08\x07"]
+    (content, nothing) = found.contents[0]
+    assert content is not None
+    assert content == image.data
+    assert nothing is None
+    assert detach_parts([item_header(3), b"\x08\x03"]) is None
 
 
 LARGE = RequestFrame(

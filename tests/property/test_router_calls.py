@@ -42,7 +42,14 @@ class Worker:
     def start(self) -> None:
         pass
 
-    def forward(self, request: bytes | memoryview, more: bytes, deadline: float, on_reply: OnReply) -> int:
+    def forward(
+        self,
+        request: bytes | memoryview,
+        more: bytes,
+        deadline: float,
+        on_reply: OnReply,
+        tensors: tuple[bytes | memoryview, ...] = (),
+    ) -> int:
         self._last += 1
         item = PredictRequest.FromString(bytes(request) + more)
         assert item.timeout_us > 0

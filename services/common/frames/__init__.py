@@ -35,8 +35,8 @@ Server side:
     server = FrameServer(handler_factory, credential=token, instance="worker-1", role="worker",
                          limits=Limits(), ssl=None)
         # detaches=True: data of large tensors is not in the items but in `peer.contents`, as views, and
-        #   `peer.item_payloads()` are the items as they came. `submit_raw(…, tensors=…)` sends parts from
-        #   where they are.
+        #   `peer.item_payloads()` are the items as they came, behind what is `peer.apart`. `submit_raw(…,
+        #   tensors=…)` sends parts from where they are.
     port = await server.start("127.0.0.1", 0)    # reuse_port=True to share the port between processes
     address = await server.start_unix(path)      # as well or instead, for processes of this user
     address = server.start_local("server-0")     # as well or instead, for clients on this event loop

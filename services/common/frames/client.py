@@ -179,13 +179,13 @@ class FrameCalls:
         """The same for a PredictRequest that is serialized already, as `tensors`, which are long and are sent
         from where they are, and `request`. Nobody may change them before the reply."""
         if deadline is None:
-            return self.forward(request, NO_TIMEOUT, math.inf, on_reply, tensors)
+            return self.forward(request, NO_TIMEOUT, math.inf, on_reply, tensors or ())
         left = deadline - self._loop.time()
         if left <= 0:
             return self._refuse(on_reply, Code.CODE_DEADLINE_EXCEEDED, "the deadline has passed")
         # Beyond a tenth of a second whole milliseconds do, and most of them are known already.
         timeout = timeout_override(int(left * 1e3) * 1000 if left > 0.1 else int(left * 1e6))
-        return self.forward(request, timeout, deadline, on_reply, tensors)
+        return self.forward(request, timeout, deadline, on_reply, tensors or ())
 
     def forward(
         self,
@@ -193,7 +193,7 @@ class FrameCalls:
         more: bytes,
         deadline: float,
         on_reply: OnReply,
-        tensors: tuple[Buffer, ...] | None = None,
+        tensors: tuple[Buffer, ...] = (),
     ) -> int:
         """The same for a serialized request that is passed on with `more` fields, of which the last value
         counts. What the two say of `timeout_us` must be right now. `deadline` may be infinite."""
@@ -208,16 +208,16 @@ class FrameCalls:
         self._last_id = local_id = self._last_id + 1
         id_rest = id_end(local_id >> 7)
         size = len(request) + len(more) + len(id_rest) + 2
-        if tensors is not None:
+        if tensors:
             size += sum([len(part) for part in tensors])
         if size + ITEM_OVERHEAD > self._max_message_bytes:
             return self._refuse(on_reply, Code.CODE_INVALID_ARGUMENT, "the request is too large")
-        if size < LARGE_BYTES and tensors is None:
+        if size < LARGE_BYTES and not tensors:
             item = b"".join((item_header(size), request, more, ID_BEGINS[local_id & 127], id_rest))
             taken = self._outbox.add(local_id, item)
         else:
             end = b"".join((more, ID_BEGINS[local_id & 127], id_rest))
-            taken = self._outbox.add_large(local_id, (*(tensors or ()), request, end), size)
+            taken = self._outbox.add_large(local_id, (*tensors, request, end), size)
         if not taken:
             return self._refuse(on_reply, Code.CODE_RESOURCE_EXHAUSTED, "too many bytes wait to be sent")
         self._in_turn += 1

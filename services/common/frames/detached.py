@@ -8,6 +8,7 @@ to the parser: it reads it, or says what is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from headrace.v1.tensor_pb2 import DataType
@@ -30,13 +31,15 @@ _CHECKED: Final = frozenset({DataType.DATA_TYPE_BYTES, DataType.DATA_TYPE_BOOL})
 
 class Detached:
     """A RequestFrame: `frame` is it without the data of large tensors, `items` its items as they stand, and
-    `contents` by an item's position the data of its inputs, None where it is still in `frame`."""
+    `contents` by an item's position the data of its inputs, None where it is still in `frame`. Where it came
+    in parts, `apart` is what stands before what `items` has of its only item."""
 
-    __slots__ = ("contents", "frame", "items")
+    __slots__ = ("apart", "contents", "frame", "items")
 
     def __init__(self) -> None:
         self.frame = b""
         self.items: list[Buffer] = []
+        self.apart: tuple[Buffer, ...] = ()
         self.contents: dict[int, list[memoryview | None]] = {}
 
 
@@ -52,6 +55,64 @@ def detach(payload: bytes) -> Detached | None:
     except (_Unusual, IndexError):
         return None
     return found if found.contents else None
+
+
+def detach_parts(parts: Collection[Buffer]) -> Detached | None:
+    """The same of a RequestFrame that comes in parts: the header of its only item, then heads of tensors,
+    each before its data, and the rest of the item. None where they are anything else."""
+    _item_header, *pieces = parts
+    found = Detached()
+    found.apart, found.items = tuple(pieces[:-1]), pieces[-1:]
+    small: list[bytes] = []
+    views: list[memoryview] = []
+    try:
+        for piece in pieces:
+            if len(piece) < LARGE_BYTES:
+                small.append(bytes(piece))
+            elif len(small) != len(views) + 1:
+                return None
+            else:
+                small.append(_without_announced(small.pop(), len(piece)))
+                views.append(memoryview(piece))
+        if not views:
+            return None
+        item = b"".join(small)
+        contents: list[memoryview | None] = [*views]
+        at = sum([len(head) for head in small[: len(views)]])
+        while at < len(item):
+            tag, at = _number(item, at, len(item))
+            _start, at = _value(item, tag & 7, at, len(item))
+            if tag == _INPUTS:
+                contents.append(None)
+    except (_Unusual, IndexError):
+        return None
+    found.contents[0] = contents
+    found.frame = b"".join((b"\x12", varint(len(item)), item))
+    return found
+
+
+def _without_announced(head: bytes, size: int) -> bytes:
+    """An input without data, of one whose `head` stands before `size` bytes of it."""
+    end = len(head)
+    announced = b"\x22" + varint(size)
+    if head[0] != _INPUTS or not head.endswith(announced):
+        raise _Unusual
+    length, start = _number(head, 1, end)
+    if length != end - start + size:
+        raise _Unusual
+    last = end - len(announced)
+    at, datatype = start, 0
+    while at < last:
+        tag, at = _number(head, at, last)
+        if tag == _DATATYPE:
+            datatype, at = _number(head, at, last)
+        elif tag == _DATA:
+            raise _Unusual
+        else:
+            _start, at = _value(head, tag & 7, at, last)
+    if datatype in _CHECKED:
+        raise _Unusual
+    return b"\x22" + varint(last - start) + head[start:last]
 
 
 def _walk_frame(payload: bytes, found: Detached) -> None:

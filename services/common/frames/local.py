@@ -19,7 +19,7 @@ from headrace.v1.dataplane_pb2 import RequestFrame
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.frames.client_connection import Caller, Opening
-from services.common.frames.detached import LARGE_BYTES, Buffer, detach
+from services.common.frames.detached import LARGE_BYTES, Buffer, detach, detach_parts
 from services.common.frames.peer import FrameHandler, Peer
 from services.common.frames.server_connection import Acceptor
 from services.common.frames.turn import turn_of
@@ -161,8 +161,12 @@ class LocalStream:
         if size > server.limits.max_message_bytes:
             self._finish(Code.CODE_RESOURCE_EXHAUSTED, "a message is larger than this server takes")
             return
-        payload = b"".join(parts)
-        detached = detach(payload) if server.detaches and size >= LARGE_BYTES else None
+        large = server.detaches and size >= LARGE_BYTES
+        detached = detach_parts(parts) if large else None
+        payload = b""
+        if detached is None:
+            payload = b"".join(parts)
+            detached = detach(payload) if large else None
         try:
             frame = RequestFrame.FromString(payload if detached is None else detached.frame)
         except DecodeError:

@@ -45,8 +45,8 @@ class FrameHandler(Protocol):
         """Take the frame's items and cancels. Must not block; answers go to `peer.reply`, now or later.
 
         Where the server detaches, data of large tensors is not in the items: `peer.contents` has it, and
-        `peer.item_payloads` all of them as they came, for who passes them on. Both are good for the time of
-        this call; views that they give stay good.
+        `peer.item_payloads` all of them as they came, behind what is `peer.apart`, for who passes them on.
+        All are good for the time of this call; views that they give stay good.
         """
         ...
 
@@ -106,8 +106,13 @@ class Peer:
         has it. Items that are not there have all of theirs."""
         return self.detached.contents if self.detached is not None else {}
 
+    @property
+    def apart(self) -> tuple[Buffer, ...]:
+        """What stands before the payload of the only item of the frame that is handled; mostly nothing."""
+        return self.detached.apart if self.detached is not None else ()
+
     def item_payloads(self) -> Sequence[Buffer]:
-        """The serialized items of the frame that is handled, in order."""
+        """The serialized items of the frame that is handled, in order, but for what is `apart`."""
         return self.detached.items if self.detached is not None else item_payloads(self.payload)
 
     @property

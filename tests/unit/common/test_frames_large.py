@@ -33,7 +33,7 @@ class Taker:
                 Tensor(name="apart" if view is not None else "inside", data=bytes(view or one.data))
                 for one, view in zip(item.inputs, apart, strict=True)
             ]
-            whole = PredictRequest.FromString(bytes(payload))
+            whole = PredictRequest.FromString(b"".join((*self._peer.apart, payload)))
             self._peer.reply(PredictReply(id=item.id, outputs=[*tensors, *whole.inputs], version=whole.model))
 
     def on_closed(self) -> None:

@@ -37,7 +37,12 @@ class FakeCalls:
         raise AssertionError("nothing is sent here")
 
     def forward(
-        self, request: bytes | memoryview, more: bytes, deadline: float, on_reply: Callable[..., None]
+        self,
+        request: bytes | memoryview,
+        more: bytes,
+        deadline: float,
+        on_reply: Callable[..., None],
+        tensors: tuple[bytes | memoryview, ...] = (),
     ) -> int:
         raise AssertionError("nothing is sent here")
 
