@@ -128,10 +128,7 @@ class KafkaBus:
 
     async def lag(self, topic: Topic, group: str) -> int:
         """See Bus."""
-        (found,) = await self.standings([(topic, group)])
-        if found is None:
-            raise Unavailable(f"the event broker knows no topic {topic.name}")
-        return found.lag
+        return await admin.lag(self._bootstrap, topic, group)
 
     async def standings(self, wanted: Sequence[tuple[Topic, str]]) -> list[Standing | None]:
         """See Bus."""
