@@ -49,8 +49,8 @@ async def ensure_topics(
 
 
 async def lag(bootstrap: str, topic: Topic, group: str) -> int:
-    """Records in `topic` beyond what `group` has committed. Raises Unavailable when the broker is away or does
-    not know the topic."""
+    """Records in `topic` beyond what `group` has committed. Raises Unavailable when the broker is away or
+    does not know the topic."""
     (found,) = await standings(bootstrap, [(topic, group)])
     if found is None:
         raise Unavailable(f"the event broker knows no topic {topic.name}")
@@ -120,9 +120,10 @@ async def _committed(
         try:
             found: dict[TopicPartition, OffsetAndMetadata]
             found = await admin.list_consumer_group_offsets(group, partitions=partitions)
-            return found
         except GroupCoordinatorNotAvailableError:  # a new broker makes its topic of groups when first asked
             await asyncio.sleep(0.1)
+        else:
+            return found
 
 
 async def partition_counts(bootstrap: str, *, timeout: float = 5.0) -> dict[str, int]:
