@@ -114,7 +114,9 @@ def better(client: httpx.Client) -> Iterator[str]:
         return
     question = {"a": "1", "b": "2", "metric": "accuracy"}
     verdict = _json(client.get(f"/v1/analytics/models/{MODEL}/compare", params=question))
-    yield from (f"{key}: {value}" for key, value in verdict.items())
+    yield verdict["summary"]
+    yield from (f"warning: {warning}" for warning in verdict["warnings"])
+    yield f"every number: headrace compare {MODEL} 1 2 --json"
 
 
 def steady(client: httpx.Client, rate: float, stop: threading.Event) -> int:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace_client.batch_cli import batch_app, dlq_app, files_app
-from headrace_client.client import DEFAULT_URL
+from headrace_client.client import DEFAULT_URL, Headrace
 from headrace_client.commands import (
     AsJson,
     Attributes,
@@ -38,6 +38,13 @@ app.add_typer(rollouts_app, name="rollouts")
 app.add_typer(batch_app, name="batch")
 app.add_typer(files_app, name="files")
 app.add_typer(dlq_app, name="dlq")
+
+
+#: Of a deployment, beside its versions.
+_OPTIONS = (
+    "pool", "batching", "balancing", "log_payloads", "default_timeout_ms",
+    "fallback", "cache", "shadow", "hedging",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -128,15 +135,24 @@ def deploy(
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model by these versions."""
+    """Serve a model by these versions. All else of its deployment stays as it is."""
     weights = dict(_share(text) for text in shares)
-    options: dict[str, Any] = {"pool": pool} if pool else {}
     with connected(url, key) as client:
+        options = _kept(client, name) | ({"pool": pool} if pool else {})
         deployed = client.deploy(name, weights, **options)
     if as_json:
         print_json(deployed)
         return
     Console().print(f"{name}: {split_of(deployed)} (revision {deployed['revision']})", highlight=False)
+
+
+def _kept(client: Headrace, model: str) -> dict[str, Any]:
+    """What `model` is deployed with beside its versions: a PUT would set it back, without a word."""
+    try:
+        deployed = client.deployment(model)
+    except NotFound:
+        return {}
+    return {name: deployed[name] for name in _OPTIONS if deployed.get(name) is not None}
 
 
 @app.command()

@@ -7,5 +7,6 @@ in threads), `keys`, `limiter` and `leases` (who, and how often), `regions` (the
 called, with what, and what is the same in every call), `speaking`, `dialects`, `oip_dialects` and `codecs/`
 (bytes to tensors and back), `channel` and `router_client`, `rest/` (every other route), `oip_server` and
 `rpc/` (gRPC: what is served, and how), `jobs/` (over many rows, beside all this), `metrics`; `bus.followed`
-of what is shared keeps the control topics at hand while Kafka is away.
+of what is shared keeps the control topics at hand while Kafka is away. Leaves: `settings`, `errors` (of HTTP
+itself), `datatypes`, `compression` (of bodies).
 """

@@ -112,7 +112,7 @@ def test_deploy_takes_versions_and_percents(
     shares = [{"version": "v1", "weight": 90.0}, {"version": "v2", "weight": 10.0}]
     gateway.answers["PUT", "/v1/deployments/cancer"] = (200, {"versions": shares, "revision": 4})
     assert run(monkeypatch, "deploy", "cancer", "v1=90", "v2=10") == 0
-    assert json.loads(gateway.asked[0][3]) == {"versions": shares}
+    assert json.loads(gateway.asked[-1][3]) == {"versions": shares}
     assert "cancer: v1 90%, v2 10% (revision 4)" in capsys.readouterr().out
 
 
@@ -307,3 +307,17 @@ def test_what_somebody_new_would_ask_next_is_said(
 def test_an_address_without_a_scheme_is_http(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     gateway.answers["GET", "/v1/models"] = (200, {"models": [], "next": None})
     assert run(monkeypatch, "models", "list", "--url", gateway.url.removeprefix("http://")) == 0
+
+
+def test_deploy_leaves_the_rest_of_a_deployment_as_it_is(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = [{"version": "1", "weight": 100.0}]
+    settings = {"pool": "gpu", "cache": {"ttl_s": 60.0}, "fallback": {"version": "1", "on": []}}
+    told = {"versions": shares, "revision": 4, "salt": "m", "shadow": None, **settings}
+    gateway.answers["GET", "/v1/deployments/m"] = (200, told)
+    gateway.answers["PUT", "/v1/deployments/m"] = (200, told)
+    assert run(monkeypatch, "deploy", "m", "1=100") == 0
+    assert json.loads(gateway.asked[-1][3]) == {"versions": shares, **settings}
+    assert run(monkeypatch, "deploy", "m", "1=100", "--pool", "cpu") == 0
+    assert json.loads(gateway.asked[-1][3])["pool"] == "cpu"

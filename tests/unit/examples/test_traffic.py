@@ -38,7 +38,7 @@ class Gateway:
             )
         if path.endswith("/results"):
             return httpx.Response(200, json={"summary": f"what {path.split('/')[3]} shows"})
-        return httpx.Response(200, json={"absolute": "of the split"})
+        return httpx.Response(200, json={"summary": "what the split shows", "warnings": ["it is early"]})
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url="http://gateway", transport=httpx.MockTransport(self.answer))
@@ -66,7 +66,11 @@ def test_while_an_experiment_runs_its_own_results_are_told() -> None:
     with Gateway(["exp_1"]).client() as client:
         assert list(traffic.better(client)) == ["exp_1: what exp_1 shows"]
     with Gateway([]).client() as client:
-        assert list(traffic.better(client)) == ["absolute: of the split"]
+        assert list(traffic.better(client)) == [
+            "what the split shows",
+            "warning: it is early",
+            "every number: headrace compare cancer 1 2 --json",
+        ]
 
 
 def test_the_tour_shifts_one_measurement_alone() -> None:
