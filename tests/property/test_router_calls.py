@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from headrace.v1.control_pb2 import BucketRange, Hedging, LoadedVersion, ServedVersion, ServingConfig
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.tensor_pb2 import Code
+from headrace.v1.tensor_pb2 import Code, Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +51,8 @@ class Worker:
         tensors: tuple[bytes | memoryview, ...] = (),
     ) -> int:
         self._last += 1
-        item = PredictRequest.FromString(bytes(request) + more)
+        item = PredictRequest.FromString(b"".join((*tensors, request, more)))
+        assert [(tensor.name, tensor.data) for tensor in item.inputs] == [("x", item.request_id)]
         assert item.timeout_us > 0
         assert self.world.now + item.timeout_us / 1e6 <= deadline + 1e-3
         self.held[self._last] = (item, deadline, on_reply)
@@ -176,7 +177,11 @@ class World:
             request_id=number.to_bytes(16, "big"),
             timeout_us=int(TIMEOUT_S * 1e6) if which % 2 else 0,
         )
-        call = Call(self.dispatcher, request, request.SerializeToString(), self, self.now)
+        payload, tensor = request.SerializeToString(), Tensor(name="x", data=request.request_id)
+        inputs = PredictRequest(inputs=[tensor]).SerializeToString()
+        call = Call(self.dispatcher, request, payload if which % 5 else inputs + payload, self, self.now)
+        if which % 5:  # a large one, sent from where it stands
+            call.apart = (inputs[:9], memoryview(inputs)[9:])
         self.calls[number] = call
         call.begin()
 
