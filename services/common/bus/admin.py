@@ -48,10 +48,10 @@ async def ensure_topics(
         raise Unavailable(f"the event broker made no topics within {timeout:g} s: {last!r}") from last
 
 
-async def lag(bootstrap: str, topic: Topic, group: str) -> int:
+async def lag(bootstrap: str, topic: Topic, group: str, *, timeout: float = 5.0) -> int:
     """Records in `topic` beyond what `group` has committed. Raises Unavailable when the broker is away or
     does not know the topic."""
-    (found,) = await standings(bootstrap, [(topic, group)])
+    (found,) = await standings(bootstrap, [(topic, group)], timeout=timeout)
     if found is None:
         raise Unavailable(f"the event broker knows no topic {topic.name}")
     return found.lag
