@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -85,6 +86,9 @@ def status(environment: Mapping[str, str]) -> int:
     if told is None:
         console.print("Headrace is not running. Start it with: make up")
         return 1
+    if not _alive(told.pid):
+        console.print("The supervisor of Headrace was killed; what it started ends now. Start anew: make up")
+        return 1
     console.print(f"Headrace is {told.phase.value}: {stack.rest_url}", highlight=False)
     console.print(view.table(told))
     if stack.configuration.joint:
@@ -92,6 +96,16 @@ def status(environment: Mapping[str, str]) -> int:
     for warning in told.warnings:
         console.print(f"[yellow]Note:[/] {warning}", highlight=False)
     return 0 if told.healthy else 1
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def logs(environment: Mapping[str, str], part: str | None, *, follow: bool) -> int:
