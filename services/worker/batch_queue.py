@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil, inf
+from typing import Final
 
 from services.common.errors import DeadlineExceeded, HeadraceError, InvalidArgument, ResourceExhausted
 from services.worker.input_layout import MergeKey
@@ -16,7 +17,7 @@ from services.worker.run_time import Pace, RunTime
 # A run may take this much longer than estimated, and timers fire up to a tick late.
 _SAFETY = 1.25
 _TICK_S = 0.001
-_NORMAL = Rank.NORMAL
+_NORMAL: Final = Rank.NORMAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,17 @@ class BatchPolicy:
         return replace(self, max_rows=rows, max_queue_rows=max(self.max_queue_rows, rows))
 
 
-@dataclass(slots=True)
 class _Lane:
     """The waiting requests of one merge key: per class that has any, oldest first."""
 
-    queues: dict[Rank, OrderedDict[Item, None]] = field(default_factory=dict)
-    rows: int = 0
-    # No later than any member's; not raised when that member leaves, so a batch may only leave early by it.
-    deadline: float = inf
+    __slots__ = ("deadline", "queues", "rows")
+
+    def __init__(self) -> None:
+        self.queues: dict[Rank, OrderedDict[Item, None]] = {}
+        self.rows = 0
+        # No later than any member's; not raised when that member leaves, so a batch may only leave early by
+        # it.
+        self.deadline = inf
 
     def oldest(self) -> float:
         """When the first of them was queued."""
@@ -117,7 +121,7 @@ class BatchQueue:
         soonest = now + floor
         pace = self._per_row(now)
         roomy_rows = min(self._roomy_rows, self._rows_in_time(pace))
-        key: MergeKey | None = None
+        key: MergeKey = ((), ())
         rank = _NORMAL
         lane = queue = None
         for item in items:
@@ -131,7 +135,7 @@ class BatchQueue:
                 if refusal is not None:
                     refused.append((item, refusal))
                     continue
-            if lane is None or queue is None or item.key is not key or item.rank is not rank:
+            if lane is None or queue is None or item.key != key or item.rank is not rank:
                 key, rank = item.key, item.rank
                 lane = self._lanes.get(key)
                 if lane is None:
@@ -326,7 +330,10 @@ class BatchQueue:
         for rank in sorted(lane.queues) if len(lane.queues) > 1 else list(lane.queues):
             of_rank = list(lane.queues[rank])
             rows = lane.rows if len(lane.queues) == 1 else sum([item.rows for item in of_rank])
-            self._left(rank, rows, sum([item.nbytes for item in of_rank]))
+            nbytes = 0
+            for item in of_rank:
+                nbytes += item.nbytes
+            self._left(rank, rows, nbytes)
             self._close(key, rank)
             items += of_rank
             left.append((rank, rows))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Final
 
 import numpy as np
 from headrace.v1.dataplane_pb2 import PredictRequest
@@ -16,7 +17,7 @@ from services.worker.backends.port import EXTRA_OUTPUTS, Padding
 from services.worker.tensors import NUMPY_TYPES, Array, Buffer, datatype_name, decode_bytes, to_array
 
 Shape = tuple[int, ...]
-_BOOL = DataType.DATA_TYPE_BOOL
+_BOOL: Final = DataType.DATA_TYPE_BOOL
 
 #: In a merge key: rows are padded to the longest of their batch along this dimension.
 OPEN = -1
@@ -69,6 +70,7 @@ class InputLayout:
         plain = len(self._inputs) == 1 and self.batched and first.datatype != DataType.DATA_TYPE_BOOL
         self._plain = first if plain and self.fixed else None
         self._plain_shape = list(first.shape)
+        self._plain_row = [1, *first.shape]
         self._plain_key: MergeKey = ((), tuple(spec.shape for spec in self._inputs))
 
     def take(
@@ -81,11 +83,12 @@ class InputLayout:
         tensors = request.inputs
         if (plain := self._plain) is not None and len(tensors) == 1:
             tensor = tensors[0]
-            content, size = _content(tensor, apart, 0), tensor.shape[:]
+            content: Buffer = tensor.data if apart is None else _content(tensor, apart, 0)
+            size = tensor.shape[:]
             if (
                 tensor.name == plain.name
                 and tensor.datatype == plain.datatype
-                and size[1:] == self._plain_shape
+                and (size == self._plain_row or size[1:] == self._plain_shape)
                 and len(content) == size[0] * (plain.row_bytes or 0)
                 and size[0] > 0
                 and not request.outputs
@@ -99,9 +102,9 @@ class InputLayout:
             tensor, spec = tensors[0], self._inputs[0]
             if tensor.name != spec.name:
                 self._explain(request)
-            content = _content(tensor, apart, 0)
-            rows, shape = self._check(tensor, content, spec)
-            data, shapes = (content,), (shape,)
+            whole = _content(tensor, apart, 0)
+            rows, shape = self._check(tensor, whole, spec)
+            data, shapes = (whole,), (shape,)
         else:
             rows, shapes, data = self._take_many(request, apart)
         if self._ragged:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from typing import Final
 
 from headrace.v1.dataplane_pb2 import Origin, PredictRequest
 
@@ -12,8 +13,8 @@ from services.common.tensors import Buffer
 from services.worker.input_layout import MergeKey
 from services.worker.priorities import Rank, rank_of
 
-_NORMAL = Rank.NORMAL
-_ONLINE = Origin.ORIGIN_ONLINE
+_NORMAL: Final = Rank.NORMAL
+_ONLINE: Final = Origin.ORIGIN_ONLINE
 
 #: A PredictReply, serialised, or why there is none.
 Answer = bytes | HeadraceError
@@ -43,6 +44,7 @@ class Item:
         "id",
         "key",
         "nbytes",
+        "origin",
         "queue_us",
         "queued_at",
         "rank",
@@ -66,7 +68,8 @@ class Item:
         self.data = data
         self.nbytes = len(data[0]) if len(data) == 1 else sum(map(len, data))
         self.deadline = deadline
-        self.rank = rank_of(request) if request.origin > _ONLINE or request.priority else _NORMAL
+        self.origin: int = request.origin
+        self.rank = rank_of(request) if self.origin > _ONLINE or request.priority else _NORMAL
         self.queued_at = 0.0
         self.queue_us = 0
         self.done = False
@@ -92,3 +95,10 @@ class Batch:
         self.items = items
         self.rows = rows
         self.reason = reason
+
+    def nbytes(self) -> int:
+        """Bytes of all inputs."""
+        total = 0
+        for item in self.items:
+            total += item.nbytes
+        return total

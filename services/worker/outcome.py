@@ -3,30 +3,33 @@ the event loop: what ran in a thread is decided and serialised there, so that la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.clock import Clock
 from services.common.errors import Cancelled, DeadlineExceeded
 from services.worker.execution import Execution
 from services.worker.item import Batch, Item
-from services.worker.prediction_log import Answered, Entry, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.prediction_log import Answered, Entry, Made, PayloadPolicy, PredictionRecords, entries_of
 
-_OK = Code.CODE_OK
+_OK: Final = Code.CODE_OK
 
 
 class Outcome:
     """`codes` is by the id() of the members that ran to their end; None: all are answered OK. `records` are
-    those of the log, serialised; `omitted` counts requests answered OK whose tensors are not in them."""
+    those of the log, serialised; `omitted` counts requests answered OK whose tensors are not in them;
+    `named`: variant and experiment, where all members have the same."""
 
-    __slots__ = ("codes", "omitted", "records", "times")
+    __slots__ = ("codes", "named", "omitted", "records", "times")
 
-    def __init__(
-        self, times: Answered, codes: dict[int, Code] | None, records: list[bytes], omitted: int
-    ) -> None:
+    def __init__(self, times: Answered, codes: dict[int, Code] | None, made: Made) -> None:
         self.times = times
         self.codes = codes
-        self.records = records
-        self.omitted = omitted
+        self.records = made.records
+        self.omitted = made.omitted
+        self.named = made.named
 
 
 def outcome_of(
@@ -41,11 +44,7 @@ def outcome_of(
     now = clock.monotonic()
     times = Answered(started, now, clock.unix_us(), max(1, round((now - started) * 1e6)))
     codes: dict[int, Code] | None = None
-    if (
-        not execution.failures
-        and len(execution.parts) == 1
-        and all([not item.done and item.deadline > now for item in batch.items])  # noqa: C419 - faster so
-    ):
+    if not execution.failures and len(execution.parts) == 1 and _in_time(batch.items, now):
         made = records.of_part(execution.parts[0], times, payloads)
     else:
 
@@ -58,4 +57,12 @@ def outcome_of(
         codes = {id(entry.item): entry.code for entry in entries}
         entries += [Entry(item, error.code) for item, error in execution.failures]
         made = records.of_entries(entries, times, payloads)
-    return Outcome(times, codes, made.records, made.omitted)
+    return Outcome(times, codes, made)
+
+
+def _in_time(items: Sequence[Item], now: float) -> bool:
+    """Whether somebody waits for each of them."""
+    for item in items:  # noqa: SIM110 - a generator costs more than what it goes through
+        if item.done or item.deadline <= now:
+            return False
+    return True

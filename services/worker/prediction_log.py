@@ -15,9 +15,9 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.ids import new_id
 from services.worker.execution import Part
-from services.worker.input_layout import InputLayout
+from services.worker.input_layout import InputLayout, MergeKey
 from services.worker.item import Item
-from services.worker.tensors import Buffer
+from services.worker.tensors import Buffer, OutputColumn
 from services.worker.wire import Kept, tag, tensor_head, varint
 
 _OK: Final = Code.CODE_OK
@@ -43,9 +43,11 @@ _EXPERIMENTS: Final = tag(PredictionBatch.EXPERIMENTS_FIELD_NUMBER, 2)
 _EXPERIMENT_IDS: Final = tag(PredictionBatch.EXPERIMENT_IDS_FIELD_NUMBER, 2)
 _US_MAX: Final = (1 << 32) - 1
 _MOST_KEPT: Final = 1024
+_MOST_SAID: Final = 64
 
 #: What a request says of itself: variant, propensity, revision, origin, attempt, rows, experiment.
 _Said = tuple[str, float, int, int, int, int, str]
+_NOBODY: Final = ("", 0.0, 0, 0, 0, -1, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,67 @@ class Answered:
 
 
 class Made:
-    """`records` of a batch; `omitted` counts requests answered OK whose inputs or outputs are not there."""
+    """`records` of a batch; `omitted` counts requests answered OK whose inputs or outputs are not there.
+    `named`: variant and experiment, where it was seen that all have the same."""
 
-    __slots__ = ("omitted", "records")
+    __slots__ = ("named", "omitted", "records")
 
-    def __init__(self, records: list[bytes], omitted: int = 0) -> None:
+    def __init__(self, records: list[bytes], omitted: int = 0, named: tuple[str, str] | None = None) -> None:
         self.records = records
         self.omitted = omitted
+        self.named = named
+
+
+class _Alike:
+    """What all requests of a batch said of themselves, and by their number what a record begins with then."""
+
+    __slots__ = ("begins", "said")
+
+    def __init__(self, said: _Said) -> None:
+        self.said = said
+        self.begins: Kept[int, bytes] = Kept(_MOST_KEPT)
+
+    def holds(self, items: Sequence[Item]) -> bool:
+        """Whether all of `items` say this. No tuple is made of each: that costs more than to read it."""
+        variant, propensity, revision, origin, attempt, rows, experiment = self.said
+        for item in items:
+            request = item.request
+            if (
+                item.rows != rows
+                or item.origin != origin
+                or request.variant != variant
+                or request.propensity != propensity
+                or request.revision != revision
+                or request.attempt != attempt
+                or request.experiment != experiment
+            ):
+                return False
+        return True
+
+
+class _Heads:
+    """What precedes the data of every tensor, for batches of this layout."""
+
+    __slots__ = ("columns", "heads", "key", "rows", "sizes")
+
+    def __init__(
+        self, key: MergeKey, rows: int, sizes: list[int], columns: list[OutputColumn], heads: list[bytes]
+    ) -> None:
+        self.key = key
+        self.rows = rows
+        self.sizes = sizes
+        self.columns = [(column.name, column.shape) for column in columns]
+        self.heads = heads
+
+    def fit(self, key: MergeKey, rows: int, sizes: list[int], columns: list[OutputColumn]) -> bool:
+        """Whether they are those of such a batch."""
+        if rows != self.rows or sizes != self.sizes or key != self.key or len(columns) != len(self.columns):
+            return False
+        for position in range(len(columns)):
+            name, shape = self.columns[position]
+            if columns[position].name != name or columns[position].shape != shape:
+                return False
+        return True
 
 
 class PredictionRecords:
@@ -117,8 +173,12 @@ class PredictionRecords:
             version=version,
             artifact_digest=artifact_digest,
         ).SerializeToString()
-        self._alike: Kept[tuple[int, _Said], bytes] = Kept(_MOST_KEPT)
-        self._heads: Kept[tuple[object, ...], list[bytes]] = Kept(_MOST_KEPT)
+        # By what the first of them says: who says so may be many.
+        self._alike: Kept[_Said, _Alike] = Kept(_MOST_SAID)
+        self._recently = _Alike(_NOBODY)
+        self._heads: Kept[tuple[object, ...], _Heads] = Kept(_MOST_KEPT)
+        # By the number of their rows those that were used last.
+        self._last_heads: Kept[int, _Heads] = Kept(_MOST_KEPT)
         #: What may be spent on large inputs, and since when more of it is earned.
         self._large_bytes = 0.0
         self._large_at = 0.0
@@ -126,7 +186,11 @@ class PredictionRecords:
     def of_part(self, part: Part, times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members were all answered OK: the joined tensors go in as they are."""
         outputs = [column.data for column in part.columns]
-        nbytes = sum(map(len, part.inputs)) + sum(map(len, outputs))
+        nbytes = 0
+        for given in part.inputs:
+            nbytes += len(given)
+        for data in outputs:
+            nbytes += len(data)
         if policy.enabled and (
             nbytes > policy.record_bytes
             or (nbytes > policy.request_bytes and _largest(part) > policy.request_bytes)
@@ -142,10 +206,35 @@ class PredictionRecords:
                 # For all of them at once: one record either way.
                 if not self._with_inputs(sum(map(len, inputs)), times.finished, policy):
                     inputs, omitted = (), len(sizes)
-        pieces: list[Buffer] = [*self._columns(part.items, None, times)]
+        named: tuple[str, str] | None = None
+        alike = self._all_alike(part.items)
+        if alike is not None:
+            begin = alike.begins.get(len(part.items))
+            if begin is None:
+                begin = self._said([alike.said] * len(part.items), [_OK] * len(part.items))
+                alike.begins[len(part.items)] = begin
+            named = alike.said[0], alike.said[6]
+        else:
+            begin = self._said([_said(item) for item in part.items], [_OK] * len(part.items))
+        pieces: list[Buffer] = [begin]
+        self._add_columns(pieces, part.items, times)
         if policy.enabled:
-            pieces += self._tensors(part, part.rows, inputs, outputs)
-        return Made([b"".join(pieces)], omitted)
+            self._add_tensors(pieces, part, part.rows, inputs, outputs)
+        return Made([b"".join(pieces)], omitted, named)
+
+    def _all_alike(self, items: Sequence[Item]) -> _Alike | None:
+        """What all of `items` say of themselves; None where they differ."""
+        recently = self._recently
+        if recently.holds(items):
+            return recently
+        said = _said(items[0])
+        alike = self._alike.get(said)
+        if alike is None:
+            alike = self._alike[said] = _Alike(said)
+        if not alike.holds(items):
+            return None
+        self._recently = alike
+        return alike
 
     def of_entries(self, entries: Sequence[Entry], times: Answered, policy: PayloadPolicy) -> Made:
         """The records of a batch whose members fared differently, or that is too large for one record."""
@@ -192,31 +281,44 @@ class PredictionRecords:
         return True
 
     def _bare(self, entries: Sequence[Entry], times: Answered) -> bytes:
-        return b"".join(self._columns([e.item for e in entries], [e.code for e in entries], times))
+        return b"".join(self._columns(entries, times))
 
     def _with_tensors(self, entries: Sequence[Entry], times: Answered, *, inputs: bool) -> bytes:
-        pieces: list[Buffer] = [*self._columns([e.item for e in entries], [e.code for e in entries], times)]
+        pieces = self._columns(entries, times)
         given = (
             [b"".join(data) for data in zip(*(e.item.data for e in entries), strict=True)] if inputs else []
         )
         outputs = [b"".join(data) for data in zip(*(e.outputs() for e in entries), strict=True)]
         part = next(e.part for e in entries if e.part is not None)
-        pieces += self._tensors(part, sum(e.item.rows for e in entries), given, outputs)
+        self._add_tensors(pieces, part, sum(e.item.rows for e in entries), given, outputs)
         return b"".join(pieces)
 
-    def _tensors(self, part: Part, rows: int, inputs: Sequence[Buffer], outputs: list[bytes]) -> list[Buffer]:
+    def _add_tensors(
+        self, pieces: list[Buffer], part: Part, rows: int, inputs: Sequence[Buffer], outputs: list[bytes]
+    ) -> None:
         """Without `inputs`: the outputs alone."""
-        sizes = [len(data) for data in (*inputs, *outputs)]
-        shapes = [column.shape for column in part.columns]
-        names = [column.name for column in part.columns]
-        layout = (part.key or part.items[0].key, rows, len(inputs), *sizes, *shapes, *names)
-        heads = self._heads.get(layout)
-        if heads is None:
-            heads = self._heads[layout] = self._heads_of(part, rows, sizes, inputs=bool(inputs))
-        pieces: list[Buffer] = []
-        for head, data in zip(heads, (*inputs, *outputs), strict=True):
-            pieces += (head, data)
-        return pieces
+        sizes = [len(given) for given in inputs] + [len(data) for data in outputs]
+        key = part.key
+        if key is None:
+            key = part.items[0].key
+        kept = self._last_heads.get(rows)
+        if kept is None or not kept.fit(key, rows, sizes, part.columns):
+            shapes = [(column.name, column.shape) for column in part.columns]
+            layout = (key, rows, *sizes, *shapes)
+            kept = self._heads.get(layout)
+            if kept is None:
+                heads = self._heads_of(part, rows, sizes, inputs=bool(inputs))
+                kept = self._heads[layout] = _Heads(key, rows, sizes, part.columns, heads)
+            self._last_heads[rows] = kept
+        position = 0
+        for given in inputs:
+            pieces.append(kept.heads[position])
+            pieces.append(given)
+            position += 1
+        for data in outputs:
+            pieces.append(kept.heads[position])
+            pieces.append(data)
+            position += 1
 
     def _heads_of(self, part: Part, rows: int, sizes: list[int], *, inputs: bool) -> list[bytes]:
         """What precedes the data of every tensor."""
@@ -232,32 +334,48 @@ class PredictionRecords:
             heads.append(field + varint(len(head) + size) + head)
         return heads
 
-    def _columns(self, items: Sequence[Item], codes: Sequence[Code] | None, times: Answered) -> list[bytes]:
-        """All but the tensors; without `codes` all were answered OK."""
+    def _columns(self, entries: Sequence[Entry], times: Answered) -> list[Buffer]:
+        """All but the tensors."""
+        items = [entry.item for entry in entries]
+        pieces: list[Buffer] = [self._said([_said(item) for item in items], [e.code for e in entries])]
+        self._add_columns(pieces, items, times)
+        return pieces
+
+    def _add_columns(self, pieces: list[Buffer], items: Sequence[Item], times: Answered) -> None:
+        """What comes from clocks, or names the request."""
         count = len(items)
-        requests = [item.request for item in items]
-        said = [
-            (r.variant, r.propensity, r.revision, r.origin, r.attempt, i.rows, r.experiment)
-            for r, i in zip(requests, items, strict=True)
-        ]
-        if codes is None and said.count(said[0]) == count:
-            alike = self._alike.get((count, said[0]))
-            if alike is None:
-                alike = self._alike[count, said[0]] = self._said(said, [_OK] * count)
-        else:
-            alike = self._said(said, [_OK] * count if codes is None else codes)
-        ids = b"".join([request.request_id for request in requests])
-        if len(ids) != 16 * count:
-            ids = b"".join([r.request_id if len(r.request_id) == 16 else bytes(16) for r in requests])
-        return [
-            alike,
+        ids: list[bytes] = []
+        hashes: list[int] = []
+        latencies: list[bytes] = []
+        queued: list[bytes] = []
+        alike = True
+        queue_us = items[0].queue_us
+        unix_us, finished = times.unix_us, times.finished
+        for item in items:
+            request = item.request
+            identifier = request.request_id
+            ids.append(identifier if len(identifier) == 16 else bytes(16))
+            hashes.append(request.unit_hash)
+            # From the gateway's receipt to the answer; from the arrival here where the caller did not say.
+            at = request.received_at_us
+            latency = unix_us - at if at else int((finished - item.queued_at) * 1e6)
+            latencies.append(varint(min(max(0, latency), _US_MAX)))
+            if item.queue_us != queue_us:
+                alike = False
+        if not alike:
+            queued = [varint(item.queue_us) for item in items]
+        waited = varint(queue_us) * count if alike else b"".join(queued)
+        took = latencies[0] if count == 1 else b"".join(latencies)
+        computed = varint(times.compute_us) * count
+        pieces += [
             _BATCH_ID, new_id(),
             _ANSWERED_AT, times.unix_us.to_bytes(8, "little"),
-            _REQUEST_IDS, varint(len(ids)), ids,
-            _UNIT_HASHES, varint(8 * count), pack(f"<{count}Q", *[request.unit_hash for request in requests]),
-            _LATENCY_US, _varints(_latencies(items, times)),
-            _QUEUE_US, _varints([item.queue_us for item in items]),
-            _COMPUTE_US, _varints([times.compute_us] * count),
+            _REQUEST_IDS, varint(16 * count), *ids,
+            _UNIT_HASHES, varint(8 * count),
+            hashes[0].to_bytes(8, "little") if count == 1 else pack(f"<{count}Q", *hashes),
+            _LATENCY_US, varint(len(took)), took,
+            _QUEUE_US, varint(len(waited)), waited,
+            _COMPUTE_US, varint(len(computed)), computed,
         ]  # fmt: skip
 
     def _said(self, said: Sequence[_Said], codes: Sequence[Code]) -> bytes:
@@ -329,18 +447,14 @@ def _alike(one: Part | None, other: Part | None) -> bool:
     return one.key == other.key and shapes[0] == shapes[1]
 
 
-def _latencies(items: Sequence[Item], times: Answered) -> list[int]:
-    """From the gateway's receipt to the answer; from the arrival here where the caller did not say."""
-    unix_us, finished = times.unix_us, times.finished
-    return [
-        min(
-            max(
-                0,
-                unix_us - at
-                if (at := item.request.received_at_us)
-                else int((finished - item.queued_at) * 1e6),
-            ),
-            _US_MAX,
-        )
-        for item in items
-    ]
+def _said(item: Item) -> _Said:
+    request = item.request
+    return (
+        request.variant,
+        request.propensity,
+        request.revision,
+        item.origin,
+        request.attempt,
+        item.rows,
+        request.experiment,
+    )

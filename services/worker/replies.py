@@ -29,27 +29,34 @@ class Replies:
         self._variants: Kept[tuple[str, str], bytes] = Kept(_MOST_KEPT)
         self._heads: Kept[tuple[object, ...], list[bytes | None]] = Kept(_MOST_KEPT)
 
-    def of_part(self, part: Part, times: Answered) -> list[bytes]:
-        """A PredictReply for each member of `part`, with its rows."""
+    def of_part(self, part: Part, times: Answered, named: tuple[str, str] | None = None) -> list[bytes]:
+        """A PredictReply for each member of `part`, with its rows. `named`: variant and experiment of all of
+        them, where the caller knows."""
         columns = part.columns
         compute = _COMPUTE_US + varint(times.compute_us)
         replies = []
         first = 0
         # What the member before had, since most have the same.
-        rows, queue_us, variant, experiment, begin = -1, -1, "", "", b""
+        rows, queue_us, begin = -1, -1, b""
+        variant, experiment = ("", "") if named is None else named
         heads: list[bytes | None] = []
         for item in part.items:
             if item.rows != rows:
                 rows = item.rows
                 heads = self._heads_of(columns, rows)
-            request = item.request
-            if item.queue_us != queue_us or request.variant != variant or request.experiment != experiment:
-                queue_us, variant, experiment = item.queue_us, request.variant, request.experiment
+            if named is None:
+                request = item.request
+                if request.variant != variant or request.experiment != experiment:
+                    queue_us, variant, experiment = -1, request.variant, request.experiment
+            if item.queue_us != queue_us:
+                queue_us = item.queue_us
                 begin = self._named(variant, experiment) + varint(queue_us) + compute
             pieces = [_ID, varint(item.id), begin]
-            for column, head in zip(columns, heads, strict=True):
+            for position in range(len(columns)):
+                column, head = columns[position], heads[position]
                 data = column.rows(first, rows)
-                pieces += (self._head(column, rows, len(data)) if head is None else head, data)
+                pieces.append(self._head(column, rows, len(data)) if head is None else head)
+                pieces.append(data)
             replies.append(b"".join(pieces))
             first += rows
         return replies
@@ -63,7 +70,11 @@ class Replies:
 
     def _heads_of(self, columns: Sequence[OutputColumn], rows: int) -> list[bytes | None]:
         """What precedes the data of each output; None where that depends on the data."""
-        layout = (rows, *[column.shape for column in columns], *[column.name for column in columns])
+        layout: tuple[object, ...]
+        if len(columns) == 1:
+            layout = rows, columns[0].shape, columns[0].name
+        else:
+            layout = (rows, *[column.shape for column in columns], *[column.name for column in columns])
         heads = self._heads.get(layout)
         if heads is None:
             heads = self._heads[layout] = [

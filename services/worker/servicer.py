@@ -178,7 +178,8 @@ class FrameConnection:
 
     def _settle(self, request: PredictRequest, answer: Answer) -> None:
         identifier = request.id
-        self._waiting.pop(identifier, None)
+        if identifier in self._waiting:
+            del self._waiting[identifier]
         if isinstance(answer, bytes):
             self._peer.reply_raw(identifier, answer)
         else:

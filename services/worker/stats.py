@@ -5,9 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 #: Upper bounds of the batch size histogram, rows; one more bucket holds what is larger.
-BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCH_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_BUCKETS: Final = [bisect_left(BATCH_ROWS, rows) for rows in range(BATCH_ROWS[-1] + 1)]
 
 
 @dataclass(slots=True)
@@ -37,5 +39,5 @@ class ModelStats:
         self.runs += 1
         self.inline_runs += inline
         self.released[reason] += 1
-        self.batch_rows[bisect_left(BATCH_ROWS, rows)] += 1
+        self.batch_rows[_BUCKETS[rows] if rows < len(_BUCKETS) else len(BATCH_ROWS)] += 1
         self.batch_rows_sum += rows

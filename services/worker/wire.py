@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 
 _ONE: Final = tuple(bytes((n,)) for n in range(128))
 _TWO: Final = tuple(bytes((n & 127 | 128, n >> 7)) for n in range(1 << 14))
+_MORE: Final = tuple(bytes((n | 128,)) for n in range(128))
 
 
 _Key = TypeVar("_Key")
@@ -34,12 +35,7 @@ def varint(number: int) -> bytes:
         return _ONE[number]
     if number < 16384:
         return _TWO[number]
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+    return _MORE[number & 127] + varint(number >> 7)
 
 
 def tag(field: int, wire_type: int) -> bytes:

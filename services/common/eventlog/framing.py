@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from struct import Struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from zlib import crc32
 
 _ENVELOPE = Struct("<II")
 _META = Struct("<QIH")
 _HEADER = Struct("<HI")
+_pack_meta: Final = _META.pack
+_pack_envelope: Final = _ENVELOPE.pack
+_ENVELOPE_SIZE: Final = 8
+_SMALL: Final = 16 << 10
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -34,17 +38,33 @@ class Event(NamedTuple):
 Steps = Generator[None, None, list[Event]]
 
 
-def frame(
-    key: bytes, value: bytes, headers: Headers, timestamp_ms: int
-) -> tuple[tuple[bytes, bytes, bytes, bytes], int]:
+def frame(key: bytes, value: bytes, headers: Headers, timestamp_ms: int) -> tuple[list[bytes], int]:
     """The buffers to write one after another, and their total size in bytes. Nothing large is copied."""
-    meta = _META.pack(timestamp_ms, len(key), len(headers))
+    begin = _pack_meta(timestamp_ms, len(key), len(headers))
     if headers:
         names = [(name.encode(), content) for name, content in headers]
-        meta += b"".join(_HEADER.pack(len(n), len(c)) + n + c for n, c in names)
-    length = len(meta) + len(key) + len(value)
-    checksum = crc32(value, crc32(key, crc32(meta)))
-    return (_ENVELOPE.pack(length, checksum), meta, key, value), _ENVELOPE.size + length
+        begin += b"".join([_HEADER.pack(len(n), len(c)) + n + c for n, c in names])
+    begin += key
+    length = len(begin) + len(value)
+    begin = _pack_envelope(length, crc32(value, crc32(begin))) + begin
+    # A buffer more costs the system call more than to copy a little.
+    buffers = [begin + value] if len(value) <= _SMALL else [begin, value]
+    return buffers, _ENVELOPE_SIZE + length
+
+
+def framed(
+    key: bytes, values: Sequence[bytes], headers: tuple[tuple[str, bytes], ...], timestamp_ms: int
+) -> tuple[list[bytes], list[Event], int]:
+    """The buffers of several events, these, and the bytes of all of them."""
+    buffers: list[bytes] = []
+    events: list[Event] = []
+    total = 0
+    for value in values:
+        parts, size = frame(key, value, headers, timestamp_ms)
+        buffers += parts
+        events.append(Event(key, value, headers, timestamp_ms, size))
+        total += size
+    return buffers, events, total
 
 
 def frames(data: bytes) -> Iterator[Event]:

@@ -15,7 +15,7 @@ from services.common.bus.delivery import Backoff
 from services.common.bus.port import MAX_RECORD_BYTES, Bus, Record
 from services.common.clock import Clock
 from services.common.errors import InvalidArgument, ResourceExhausted, Unavailable
-from services.common.eventlog.framing import Event, Headers, Steps, frame, frames
+from services.common.eventlog.framing import Event, Headers, Steps, framed, frames
 from services.common.eventlog.spool import Spool
 from services.common.tasks import ended
 
@@ -141,18 +141,11 @@ class EventLog:
         """The same for several events at once: all of them are written, or, where it raises, none."""
         if not self._open:
             raise Unavailable("the event log is closed")
-        now_ms = self._clock.unix_us() // 1000
-        given = tuple(headers)
-        buffers: list[bytes] = []
-        events: list[Event] = []
-        total = 0
-        for value in values:
-            parts, size = frame(key, value, given, now_ms)
-            if size > MAX_EVENT_BYTES:
-                raise InvalidArgument(f"an event of {size} bytes is larger than {MAX_EVENT_BYTES}")
-            buffers += parts
-            events.append(Event(key, value, given, now_ms, size))
-            total += size
+        buffers, events, total = framed(key, values, tuple(headers), self._clock.unix_us() // 1000)
+        if total > MAX_EVENT_BYTES:
+            for event in events:
+                if event.size > MAX_EVENT_BYTES:
+                    raise InvalidArgument(f"an event of {event.size} bytes is larger than {MAX_EVENT_BYTES}")
         if self._spool.pending_bytes + total > self._max_bytes:
             self.refused += len(values)
             raise ResourceExhausted("too many events wait for the broker", retry_after_ms=1000)

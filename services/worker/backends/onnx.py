@@ -11,9 +11,10 @@ from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as OrtInvalidArgument
 
 from services.common.errors import InvalidArgument
+from services.worker.backends.onnx_bindings import Bindings
 from services.worker.backends.port import BackendOptions, LoadFailed, Padding
 from services.worker.padding import declared_padding
-from services.worker.tensors import Array, datatype_name
+from services.worker.tensors import Array, Buffer, datatype_name
 
 _DATATYPES = {
     "tensor(bool)": DataType.DATA_TYPE_BOOL,
@@ -41,6 +42,7 @@ class OnnxBackend:
         self, session: ort.InferenceSession, signature: Signature, padding: Padding | None = None
     ) -> None:
         self.padding = padding
+        self._bindings = Bindings(session, signature)
         self._session = session
         self._outputs = [spec.name for spec in signature.outputs]
         self._texts = [spec.name for spec in signature.inputs if spec.datatype == DataType.DATA_TYPE_BYTES]
@@ -58,7 +60,11 @@ class OnnxBackend:
                 f"the model refuses the input: {_sentence(error)}", field="inputs"
             ) from error
 
+    def run_kept(self, data: Sequence[Buffer], rows: int) -> list[tuple[bytes, tuple[int, ...]]] | None:
+        return self._bindings.run(data, rows)
+
     def close(self) -> None:
+        self._bindings.close()
         del self._session
 
 

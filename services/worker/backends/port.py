@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from headrace.v1.tensor_pb2 import DataType, Signature
 
 from services.common.errors import FailedPrecondition
-from services.worker.tensors import Array
+from services.worker.tensors import Array, Buffer
 
 
 class LoadFailed(FailedPrecondition):
@@ -59,6 +59,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give memory back. Nothing runs any more."""
+        ...
+
+
+@runtime_checkable
+class KeptBuffers(Protocol):
+    """A backend that can keep buffers for batches of one number of rows, which spares small ones the making
+    of arrays. Called as `run` is."""
+
+    def run_kept(self, data: Sequence[Buffer], rows: int) -> list[tuple[bytes, tuple[int, ...]]] | None:
+        """All outputs in the signature's order, bytes and shape of one row, for the joined bytes of the
+        inputs in theirs; None where it has to be `run`, which then says what is wrong, too."""
         ...
 
 
