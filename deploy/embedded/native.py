@@ -61,8 +61,8 @@ GROUPS: Final = {
         f"services/worker/{name}.py"
         for name in (
             "batch_queue", "batcher", "execution", "input_layout", "item", "loaded_model", "outcome",
-            "padding", "prediction_log", "priorities", "replies", "run_time", "servicer", "stats", "tensors",
-            "turn", "wire",
+            "padding", "prediction_log", "priorities", "record_columns", "replies", "run_time", "servicer",
+            "stats", "tensors", "turn", "wire",
         )
     ),
     "gateway": tuple(

@@ -23,7 +23,8 @@ from services.worker.execution import Execution, Runner
 from services.worker.handed import HandedOver
 from services.worker.item import Batch, Item
 from services.worker.outcome import Outcome, outcome_of
-from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords
+from services.worker.prediction_log import PayloadPolicy, PredictionRecords
+from services.worker.record_columns import Answered
 from services.worker.replies import Replies, error_reply
 from services.worker.run_time import RunTime
 from services.worker.stats import ModelStats

@@ -12,7 +12,8 @@ from services.common.clock import Clock
 from services.common.errors import Cancelled, DeadlineExceeded
 from services.worker.execution import Execution
 from services.worker.item import Batch, Item
-from services.worker.prediction_log import Answered, Entry, Made, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.prediction_log import Entry, Made, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.record_columns import Answered
 
 _OK: Final = Code.CODE_OK
 

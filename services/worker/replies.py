@@ -9,7 +9,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.errors import HeadraceError
 from services.worker.execution import Part
-from services.worker.prediction_log import Answered
+from services.worker.record_columns import Answered
 from services.worker.tensors import OutputColumn
 from services.worker.wire import Kept, delimited, tag, tensor_head, varint
 

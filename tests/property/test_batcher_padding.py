@@ -15,7 +15,8 @@ from services.worker.backends.port import Padding
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Batch, Item, Release
-from services.worker.prediction_log import Answered, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.prediction_log import PayloadPolicy, PredictionRecords, entries_of
+from services.worker.record_columns import Answered
 from services.worker.replies import Replies
 from services.worker.tensors import Array, to_array
 

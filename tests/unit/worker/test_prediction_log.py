@@ -12,7 +12,8 @@ from services.common.eventlog.forms import learn
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
-from services.worker.prediction_log import Answered, Entry, Made, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.prediction_log import Entry, Made, PayloadPolicy, PredictionRecords, entries_of
+from services.worker.record_columns import Answered
 from services.worker.tensors import OutputColumn
 
 FP32 = DataType.DATA_TYPE_FP32

@@ -11,7 +11,7 @@ from services.common.errors import ResourceExhausted
 from services.common.tensors import decode_bytes
 from services.worker.execution import Part
 from services.worker.item import Answer, Item
-from services.worker.prediction_log import Answered
+from services.worker.record_columns import Answered
 from services.worker.replies import Replies, error_reply
 from services.worker.tensors import to_column
 from services.worker.wire import Kept, varint
