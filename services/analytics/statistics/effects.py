@@ -46,7 +46,7 @@ class Arm:
             raise ValueError("the denominator of a ratio adds up to zero")
         value = pairs.x.mean / pairs.y.mean
         spread = pairs.x.variance - 2 * value * pairs.covariance + value * value * pairs.y.variance
-        return cls(pairs.n, value, spread / pairs.y.mean**2)
+        return cls(pairs.n, value, _no_less_than_none(spread) / pairs.y.mean**2)
 
     @classmethod
     def quantile(
@@ -118,6 +118,12 @@ def welch_degrees_of_freedom(control: Arm, treatment: Arm) -> float:
     return (left + right) ** 2 / (left**2 / (control.n - 1) + right**2 / (treatment.n - 1))
 
 
+def _no_less_than_none(variance: float) -> float:
+    """A variance that was taken as a difference: where nothing varies, rounding leaves a little on either
+    side of zero, and which one depends on the processor."""
+    return max(variance, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class CupedEffect:
     """The adjusted effect beside the plain one. `variance_reduction` is 1 - (adjusted / plain variance)."""
@@ -148,7 +154,7 @@ def cuped(
         Arm(
             side.n,
             side.x.mean - theta * side.y.mean,
-            side.x.variance + theta**2 * side.y.variance - 2 * theta * side.covariance,
+            _no_less_than_none(side.x.variance + theta**2 * side.y.variance - 2 * theta * side.covariance),
         )
         for side in (control, treatment)
     ]
@@ -162,7 +168,7 @@ def cuped(
             - 2 * theta * control.covariance * lift
             + theta**2 * control.y.variance
         )
-        variance = arms[1].error_variance / base**2 + spread / control.n / base**2
+        variance = (arms[1].error_variance + _no_less_than_none(spread) / control.n) / base**2
         estimate = estimate / base
     adjusted = Effect(
         estimate=estimate,
