@@ -62,12 +62,25 @@ class JointOps:
 
     async def _ready(self) -> tuple[int, str, bytes]:
         reasons: dict[str, Any] = dict(self._health.reasons())
-        if not reasons:
+        if not reasons and not await self._any_ready():
             said = await self._everybody("/health/ready")
-            if not any(one is not None and one.status == 200 for one in said.values()):
-                reasons = {f"process-{index}": _reason(one) for index, one in said.items()}
+            reasons = {f"process-{index}": _reason(one) for index, one in said.items()}
         body = {"ready": not reasons, "reasons": reasons}
         return (503 if reasons else 200), _JSON, json.dumps(body).encode()
+
+    async def _any_ready(self) -> bool:
+        """As soon as one says so: another may be frozen, and who asks has no time to wait for it."""
+        asked = [asyncio.create_task(self._ask(port, "/health/ready")) for port in self._ports]
+        try:
+            for answer in asyncio.as_completed(asked):
+                said = await answer
+                if said is not None and said.status == 200:
+                    return True
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.wait(asked)
+        return False
 
     async def _metrics(self, scope: Scope) -> tuple[int, str, bytes]:
         accept = b",".join(value for name, value in scope["headers"] if name == b"accept").decode("latin-1")

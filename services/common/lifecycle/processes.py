@@ -147,7 +147,9 @@ class ProcessGroup:
                 *self._argv,
                 env={**os.environ, **self._environments[child.index]},
                 stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,  # a terminal's signals come by us
+                # A terminal's signals come by us. No session of its own: Linux shares the processor between
+                # sessions first (autogroups), and one that changes cores then waits for up to 100 ms.
+                preexec_fn=os.setpgrp,  # uvloop knows no process_group
             )
             code = await process.wait()
             if self._stopping:

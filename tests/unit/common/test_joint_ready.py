@@ -1,0 +1,44 @@
+"""Whether several processes are ready, where one of them says nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from services.common.lifecycle import Health, JointOps
+
+
+async def asked(ops: JointOps) -> int:
+    """The status of /health/ready."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing to receive")
+
+    await ops({"type": "http", "method": "GET", "path": "/health/ready", "headers": []}, receive, send)
+    return int(sent[0]["status"])
+
+
+async def test_one_that_is_ready_need_not_wait_for_one_that_is_frozen() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async def ready(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\n{}")
+        writer.close()
+
+    async with (
+        await asyncio.start_server(silent, "127.0.0.1", 0) as frozen,
+        await asyncio.start_server(ready, "127.0.0.1", 0) as well,
+    ):
+        ports = [server.sockets[0].getsockname()[1] for server in (frozen, well)]
+        began = time.monotonic()
+        assert await asked(JointOps("127.0.0.1", ports, Health(), lambda: 0)) == 200
+        assert time.monotonic() - began < 1.5  # the frozen one is waited for by 2 s where nobody is ready
+        assert await asked(JointOps("127.0.0.1", ports[:1], Health(), lambda: 0)) == 503

@@ -1,0 +1,58 @@
+"""Several processes of one service: how they belong together. That they are replaced and end is in
+tests/contract/test_gateway_processes.py."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services.common.lifecycle import ProcessGroup
+from tests.fixtures.frames import LOOPS, run_on
+from tests.fixtures.waiting import PATIENCE_S, eventually
+
+#: Writes what it was given and who it is, then waits for the end of its parent or of itself.
+CHILD = """
+import os, sys
+with open(os.environ["SAYS"] + ".part", "w") as file:
+    file.write(f"{os.getpid()} {os.getppid()} {os.getsid(0)} {os.getpgid(0)} {os.environ['COLOUR']}")
+os.rename(os.environ["SAYS"] + ".part", os.environ["SAYS"])
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_they_share_the_parents_session_and_none_its_group(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """A terminal's signals go to a group; the processor is shared between sessions first."""
+
+    async def play() -> None:
+        said = [tmp_path / name for name in ("one", "two")]
+        group = ProcessGroup(
+            [sys.executable, "-c", CHILD],
+            [{"SAYS": str(path), "COLOUR": path.name * 2} for path in said],
+            stop_s=PATIENCE_S,
+        )
+        async with group.running():
+            await eventually(lambda: all(path.exists() for path in said))
+            told = [path.read_text().split() for path in said]
+            pids = dict(group.pids)
+            assert [int(words[0]) for words in told] == [pids[0], pids[1]]
+            assert [words[4] for words in told] == ["oneone", "twotwo"]
+            for words in told:
+                pid, parent, session, own = (int(word) for word in words[:4])
+                assert parent == os.getpid()
+                assert session == os.getsid(0)
+                assert own == pid
+        assert group.pids == {}
+        assert group.restarts == 0
+        for pid in pids.values():
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    run_on(loop, play())
