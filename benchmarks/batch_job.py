@@ -4,6 +4,8 @@ Data, and what an online request notices of it: `python -m benchmarks.batch_job 
 Writes `batch_job.json` and `BATCH.md` beside this module. Every way reads the same Parquet file (30 FP32
 columns) and has one thread of ONNX Runtime; everybody but the platform writes results as one Parquet file,
 the platform writes them to its store as it does always, with prediction log, events and analytics going on.
+The job is the worker process's; where cores are few the online requests beside it are answered by the
+routers' guests, as after `make up`.
 """
 
 from __future__ import annotations

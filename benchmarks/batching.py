@@ -3,13 +3,13 @@
     python -m benchmarks.batching [--seconds 6] [--only resnet50,digits] [--rows 1] [--way sockets]
 
 Offline is `session.run` in a loop with the worker's own session options, for every batch size, on one
-thread. Served is one worker process (frames in, frames out, predictions logged) under a closed loop of
-requests of `--rows` rows, enough of them for several batches, from a second process over a socket of the
-machine. Without `--rows` and `--way`: requests of one row for ResNet-50; for digits, whose run is shorter
-than what a request of few rows costs anybody, requests of 64 rows, and requests as large as the best batch,
-over the socket and with their inputs in shared memory, where the client writes each anew. What is served is
-divided by what the best batch gave offline just before. ResNet-50 has the real one's layers with random
-weights: 25.5 M parameters, 4.1 G multiply-adds a row.
+thread. Served is one worker process (frames in, frames out, predictions logged), without gateway, router or
+a router's guest, under a closed loop of requests of `--rows` rows, enough of them for several batches, from a
+second process over a socket of the machine. Without `--rows` and `--way`: requests of one row for ResNet-50;
+for digits, whose run is shorter than what a request of few rows costs anybody, requests of 64 rows, and
+requests as large as the best batch, over the socket and with their inputs in shared memory, where the client
+writes each anew. What is served is divided by what the best batch gave offline just before. ResNet-50 has the
+real one's layers with random weights: 25.5 M parameters, 4.1 G multiply-adds a row.
 """
 
 from __future__ import annotations

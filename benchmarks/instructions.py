@@ -36,7 +36,8 @@ from deploy.embedded.stack import Stack
 #: The numbers that a run is compared with, on whatever machine.
 KEPT = Path(__file__).with_name("instructions.json")
 CONNECTIONS = (1, 32)
-#: The processes on a request's way, each counted alone: gateway and router are apart for it, on any machine.
+#: The processes on a request's way, each counted alone: gateway and router are apart for it and no router has
+#: a guest, on any machine.
 PARTS = ("gateway", "router", "worker-0")
 IDLE_S = 4.0
 LOAD_S = 6.0
@@ -44,7 +45,8 @@ START_TIMEOUT_S = 240.0
 _TOTALS = re.compile(r"^(?:summary|totals): (\d+)", re.MULTILINE)
 HOW = (
     "User-mode instructions per request of each process on its way, by callgrind, with requests from 1 and "
-    "from 32 connections (what travels in one frame shares its cost); background work taken off."
+    "from 32 connections (what travels in one frame shares its cost); background work taken off. Gateway, "
+    "router and worker are processes of their own for it, also where cores are few."
 )
 
 

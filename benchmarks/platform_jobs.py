@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.process_tree import cpu_seconds, descendants, usage
+from benchmarks.parts import processes
+from benchmarks.process_tree import cpu_seconds, usage
 from deploy.embedded.stack import Stack
 from examples import cancer
 
@@ -103,7 +104,7 @@ def sampled(stack: Stack) -> Iterator[dict[str, list[float]]]:
     """Memory of every part while the block runs."""
     samples: dict[str, list[float]] = defaultdict(list)
     stop = threading.Event()
-    trees = {name: descendants(pid) for name, pid in stack.pids().items()}
+    trees = processes(stack)
 
     def look() -> None:
         while True:
@@ -124,7 +125,7 @@ def sampled(stack: Stack) -> Iterator[dict[str, list[float]]]:
 def become_idle(stack: Stack) -> None:
     """Wait until what jobs left to be read is read: a window beside it would not be an idle one."""
     deadline = time.monotonic() + WITHIN_S
-    trees = [descendants(pid) for pid in stack.pids().values()]
+    trees = processes(stack).values()
     while time.monotonic() < deadline:
         before = sum(cpu_seconds(pids) for pids in trees)
         time.sleep(1.0)

@@ -1,5 +1,6 @@
 """Headrace itself, everything on: a key with a rate limit, a 90/10 split of two versions, predictions logged
-to Kafka, analytics and drift reading them, traces sampled as platform.env says; gateway → router → worker."""
+to Kafka, analytics and drift reading them, traces sampled as platform.env says; gateway → router → worker, or
+the router's guest where cores are few."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,8 @@ import httpx
 
 from benchmarks.environments import CACHE, REPOSITORY
 from benchmarks.load.requests import Endpoint
-from benchmarks.process_tree import Unavailable, descendants
+from benchmarks.parts import SERVING, batches, processes, running_models
+from benchmarks.process_tree import Unavailable
 from benchmarks.targets.peer import GRPC_PATH, MODEL
 from benchmarks.targets.port import LOOPBACK, Front, Running
 from benchmarks.workload import Dialect, Workload
@@ -29,9 +30,6 @@ from deploy.embedded.stack import Stack
 READY_WITHIN_S = 60.0
 #: The limit is there and checked on every request; it is never reached.
 RATE_LIMIT = 1_000_000
-#: The first one where they share a process.
-GATEWAY_AND_ROUTER = "gateway and router"
-SERVING = frozenset({GATEWAY_AND_ROUTER, "gateway", "router", "worker-0"})
 
 
 class HeadraceTarget:
@@ -40,10 +38,11 @@ class HeadraceTarget:
     name = "headrace"
     title = "Headrace"
     setup = (
-        "gateway, router and one worker as processes (the first two as one where cores are few); API key, "
-        "rate limit, 90/10 split of two versions, prediction log to the embedded broker, analytics and drift "
-        "consuming; traces sampled as shipped; "
-        "the hot path compiled, where that is possible"
+        "gateway, router and one worker as processes; where cores are few, as many processes of gateway and "
+        "router together as there are cores, each with a guest of the worker's that runs small models, and "
+        "the worker's own; API key, rate limit, 90/10 split of two versions, prediction log to the embedded "
+        "broker, analytics and drift consuming; traces sampled as shipped; the hot path compiled, where that "
+        "is possible"
     )
 
     def __init__(
@@ -91,9 +90,9 @@ class HeadraceTarget:
             key = _deploy(stack, workload)
             yield Running(
                 self._fronts(stack, key),
-                lambda: _processes(stack),
+                lambda: processes(stack),
                 serving_parts=SERVING,
-                batches=lambda: _batches(stack),
+                batches=lambda: batches(running_models(stack)),
             )
         finally:
             stack.stop()
@@ -164,20 +163,3 @@ def _expect(answer: httpx.Response) -> httpx.Response:
     if not answer.is_success:
         raise Unavailable(f"{answer.request.method} {answer.request.url.path}: {answer.text[:300]}")
     return answer
-
-
-def _processes(stack: Stack) -> dict[str, list[int]]:
-    both = {"gateway": GATEWAY_AND_ROUTER} if stack.configuration.joint else {}
-    return {both.get(name, name): descendants(pid) for name, pid in stack.pids().items()}
-
-
-def _batches(stack: Stack) -> tuple[float, float]:
-    """(rows, batches) that the worker ran, from its metrics."""
-    with urllib.request.urlopen(f"{stack.service_url('worker-0')}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
-    totals = {"nv_inference_count": 0.0, "nv_inference_exec_count": 0.0}
-    for line in text.splitlines():
-        name = line.partition("{")[0]
-        if name in totals:
-            totals[name] += float(line.rpartition(" ")[2])
-    return totals["nv_inference_count"], totals["nv_inference_exec_count"]

@@ -8,6 +8,6 @@ anything: `configuration` (environment), `blueprint` (the parts), `preflight` (w
 
 The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,
 `valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service` (with `native`: compiled modules), of which
-`front` is what runs where gateway and router share a process. Beside them: `status`, `lock`, `log_files`,
-`secret_files`, `view`.
+`front` (and `front_process`) is what runs where gateway and router share a process. Beside them: `status`,
+`lock`, `log_files`, `secret_files`, `view`.
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 from deploy.embedded.apache_kafka import ApacheKafkaServer
 from deploy.embedded.configuration import REPOSITORY, Configuration, inherited_environment
 from deploy.embedded.postgres import PostgresServer
+from deploy.embedded.process import BACKGROUND, READERS
 from deploy.embedded.secret_files import Secrets
 from deploy.embedded.server import LOOPBACK, Server
 from deploy.embedded.service import ServiceProcess
@@ -23,6 +24,8 @@ _SOCKET_PATH_BYTES = 104
 _BEHIND = 1
 #: Gateway and router as one process.
 _FRONT = "deploy.embedded.front"
+#: Those that nobody waits for while it answers (see Child).
+_NICENESS = {"registry": BACKGROUND, "analytics": READERS, "drift": READERS}
 
 NOT_DURABLE = (
     "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "
@@ -151,8 +154,6 @@ def _services(
     ) -> ServiceProcess:
         """`inner` is what a second service in the process reads otherwise."""
         listening = [_listening(variables) for variables in (own, inner) if variables is not None]
-        if inner is not None:
-            own = {**own, "ROUTER": json.dumps(inner, default=str)}
         return ServiceProcess(
             name,
             configuration.home / "state",
@@ -160,7 +161,7 @@ def _services(
             ports=tuple(port for ports in listening for port in ports.values()),
             health_ports=tuple(ports[health] for ports in listening),
             environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
-            yields=name in {"analytics", "drift"},
+            niceness=_NICENESS.get(name, 0),
             compiled=configuration.native,
         )
 
@@ -206,8 +207,9 @@ def _services(
         [service("router", router, health="OPS_PORT")],
     ]
     if configuration.joint:
+        fronts = _fronts(configuration, router, (mark, other))
         gateway["ROUTER_ADDRESSES"] = f"local:{router_id}"
-        router["FRAMES_NAME"] = router_id
+        gateway["FRONTS"] = json.dumps(fronts, default=str)
         front = [[service("gateway", gateway, health="OPS_PORT", module=_FRONT, inner=router)]]
     return [
         *front,
@@ -221,6 +223,24 @@ def _services(
             service("drift", {"HTTP_PORT": ports["DRIFT_HTTP_PORT"]}, health="HTTP_PORT"),
         ],
     ]
+
+
+def _fronts(
+    configuration: Configuration, router: Mapping[str, object], marks: tuple[str, str]
+) -> list[dict[str, dict[str, object]]]:
+    """What routers and guests of the processes that have both read otherwise. Several share the router's
+    ports; a socket's path is one process's only."""
+    mark, other = marks
+    fronts: list[dict[str, dict[str, object]]] = []
+    for index in range(configuration.fronts):
+        name = f"router-{index}{mark}"
+        own = {**router, "ROUTER_ID": name, "PREDECESSOR_ID": f"router-{index}{other}", "FRAMES_NAME": name}
+        if index:
+            own.pop("FRAMES_SOCKET", None)
+        fronts.append({"router": own})
+        if configuration.guests:
+            fronts[-1]["guest"] = {"WORKER_ID": f"guest-{index}{mark}"}
+    return fronts
 
 
 def _listening(variables: Mapping[str, object]) -> dict[str, int]:

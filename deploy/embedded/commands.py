@@ -92,10 +92,20 @@ def status(environment: Mapping[str, str]) -> int:
     console.print(f"Headrace is {told.phase.value}: {stack.rest_url}", highlight=False)
     console.print(view.table(told))
     if stack.configuration.joint:
-        console.print("The router runs in the gateway's process (HEADRACE_ROUTER).", highlight=False)
+        console.print(_together(stack.configuration), highlight=False, soft_wrap=True)
     for warning in told.warnings:
         console.print(f"[yellow]Note:[/] {warning}", highlight=False)
     return 0 if told.healthy else 1
+
+
+def _together(configuration: Configuration) -> str:
+    """Which parts of the table share processes, and what else decides about that."""
+    several = f"as {configuration.fronts} processes" if configuration.fronts > 1 else "as one process"
+    guests = "small models run there" if configuration.guests else "models run in workers only"
+    return (
+        f"Gateway and router run together, {several} (HEADRACE_ROUTER, HEADRACE_FRONTS); {guests} "
+        "(HEADRACE_GUESTS)."
+    )
 
 
 def _alive(pid: int) -> bool:
@@ -114,7 +124,7 @@ def logs(environment: Mapping[str, str], part: str | None, *, follow: bool) -> i
     configuration = Configuration.read(environment)
     folder = configuration.logs
     if part == "router" and configuration.joint:
-        part = "gateway"  # which it shares a process with
+        part = "gateway"  # which it shares its processes with, and so does a guest
     chosen = log_files.choose(folder, part)
     if not chosen:
         known = ", ".join(log.stem for log in log_files.choose(folder, None)) or "none"

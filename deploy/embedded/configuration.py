@@ -14,6 +14,7 @@ from services.common.lifecycle import usable_cores
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLATFORM_ENV = REPOSITORY / "deploy" / "platform.env"
 MAX_WORKERS = 64
+MAX_FRONTS = 16
 WORKER_STRIDE = 3
 #: So many, and gateway, router, a worker and who calls them cannot all run at the same time: each change of
 #: process costs a request more than a second loop would give.
@@ -44,8 +45,10 @@ class Configuration:
     artifact_store_url: str
     #: Whether services run compiled modules, where these are there.
     native: bool
-    #: Whether the router runs in the gateway's process.
-    joint: bool = False
+    #: Processes that gateway and router share; 0: each has its own.
+    fronts: int = 0
+    #: Whether these run quick models themselves.
+    guests: bool = False
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Configuration:
@@ -58,6 +61,9 @@ class Configuration:
             for name, value in platform.items()
             if not name.endswith("_PORT")
         }
+        joint = _joint(environment.get("HEADRACE_ROUTER") or "auto", shared["GATEWAY_PROCESSES"])
+        asked, guests = (environment.get(f"HEADRACE_{name}") or "auto" for name in ("FRONTS", "GUESTS"))
+        fronts = _fronts(asked) if joint else 0
         configuration = cls(
             home=home,
             workers=_workers(environment.get("HEADRACE_WORKERS") or "2"),
@@ -69,10 +75,16 @@ class Configuration:
             kafka_bootstrap_servers=environment.get("KAFKA_BOOTSTRAP_SERVERS") or None,
             artifact_store_url=environment.get("ARTIFACT_STORE_URL") or (home / "artifacts").as_uri(),
             native=environment.get("HEADRACE_NATIVE") != "0",
-            joint=_joint(environment.get("HEADRACE_ROUTER") or "auto", shared["GATEWAY_PROCESSES"]),
+            fronts=fronts,
+            guests=_guests(guests) and joint,
         )
         configuration.check_ports()
         return configuration
+
+    @property
+    def joint(self) -> bool:
+        """Whether the router runs in the gateway's process."""
+        return self.fronts > 0
 
     def check_ports(self) -> None:
         """Raises EmbeddedError where two parts would listen on one port."""
@@ -150,11 +162,31 @@ def _joint(asked: str, processes: str) -> bool:
         case "inside" if alone:
             return True
         case "inside":
-            raise EmbeddedError("HEADRACE_ROUTER=inside needs GATEWAY_PROCESSES=1: each would have a router.")
+            raise EmbeddedError(
+                "HEADRACE_ROUTER=inside needs GATEWAY_PROCESSES=1: HEADRACE_FRONTS says how many there are."
+            )
         case "auto":
             return alone and usable_cores() <= FEW_CORES
         case _:
             raise EmbeddedError(f"HEADRACE_ROUTER is {asked!r}; it must be auto, inside or apart.")
+
+
+def _fronts(asked: str) -> int:
+    """What HEADRACE_FRONTS means: processes of gateway and router."""
+    if asked == "auto":
+        return min(usable_cores(), FEW_CORES)
+    if not asked.isdecimal() or not 1 <= int(asked) <= MAX_FRONTS:
+        raise EmbeddedError(
+            f"HEADRACE_FRONTS is {asked!r}; it must be auto or a number from 1 to {MAX_FRONTS}."
+        )
+    return int(asked)
+
+
+def _guests(asked: str) -> bool:
+    """What HEADRACE_GUESTS means."""
+    if asked not in {"auto", "off"}:
+        raise EmbeddedError(f"HEADRACE_GUESTS is {asked!r}; it must be auto or off.")
+    return asked == "auto"
 
 
 def _ports(platform: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, int]:

@@ -1,63 +1,85 @@
 """`python -m deploy.embedded.front`: the gateway and its router in one process, on one event loop, where
-cores are few. Each is the service that it is elsewhere, with its own settings, ports, metrics and files;
-requests cross between them without a socket.
+cores are few, with a guest of the worker's that runs quick models there. Each is the service that it is
+elsewhere, with its own settings, metrics and files; requests cross between them without a socket.
 
-The environment is the gateway's; ROUTER holds, as a JSON object, what the router reads otherwise.
+The environment is the gateway's. FRONTS is a JSON list, for each process what its router and its guest read
+otherwise; of several, this process is the parent, which takes no requests.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 
-from structlog.contextvars import bound_contextvars
-
-from services.common.bus import Follower
 from services.common.clock import SystemClock
-from services.common.lifecycle import Health, keep_freed_memory, run, until_stopped
+from services.common.lifecycle import (
+    Health,
+    JointOps,
+    held_port,
+    keep_freed_memory,
+    run,
+    serve_asgi,
+    until_stopped,
+)
 from services.common.starting import configured
-from services.gateway.app import gateway_app
+from services.gateway.processes import gateway_processes
 from services.gateway.settings import Settings as GatewaySettings
-from services.router.app import router_app
 from services.router.settings import Settings as RouterSettings
+from services.worker.settings import Settings as WorkerSettings
 
+MODULE = "deploy.embedded.front"
+_LOOPBACK = "127.0.0.1"
 #: What ending takes beside the gateway's drain: the router's log, snapshots, spans, connections to Kafka and
 #: Redis, of two services.
 _SLACK_S = 10.0
 
 
 def main() -> None:
-    """Run both; ends the process."""
+    """Run them; ends the process."""
+    fronts: list[dict[str, dict[str, str]]] = json.loads(os.environ["FRONTS"])
     gateway = configured("gateway", GatewaySettings)
-    router = configured("gateway", RouterSettings, json.loads(os.environ["ROUTER"]))
+    router = configured("gateway", RouterSettings, fronts[0]["router"])
+    guest = None
+    if "guest" in fronts[0]:
+        guest = configured("gateway", WorkerSettings, fronts[0]["guest"])
+        # What the guest answers is logged by the router.
+        most = max(router.log_max_bytes, guest.log_max_bytes)
+        router = router.model_copy(update={"log_max_bytes": most})
     keep_freed_memory()
-    clock = SystemClock()
-
-    async def service() -> None:
-        # The caller ends before the called: what the gateway still answers needs the router.
-        follower = Follower(gateway.kafka_bootstrap_servers, "front")
-        async with AsyncExitStack() as stack:
-            with bound_contextvars(service="router"):  # of its tasks, and so of their lines in the log
-                inner = await stack.enter_async_context(
-                    router_app(router, clock, follower=follower, guest=True)
-                )
-            await _known(inner.health, 2 * router.table_wait_s)
-            await stack.enter_async_context(gateway_app(gateway, clock, follower=follower))
-            await until_stopped()
-
     # The gateway has drained before the router begins to, which has nothing to answer any more.
-    run(service, drain_s=gateway.drain_notice_s + gateway.drain_s + _SLACK_S)
+    drain_s = gateway.drain_notice_s + gateway.drain_s + _SLACK_S
+    if len(fronts) == 1:
+        from deploy.embedded.front_process import Front, serve  # noqa: PLC0415 - not in the parent
+
+        run(lambda: serve(Front(gateway, router, guest), SystemClock()), drain_s=drain_s)
+    else:
+        run(lambda: _supervise(gateway, router, fronts), drain_s=drain_s + _SLACK_S)
 
 
-async def _known(health: Health, patience_s: float) -> None:
-    """Wait until the router knows its routes: a process that takes over from another shares its port, and
-    would refuse what that one answers."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(patience_s):
-            while not health.ready:  # noqa: ASYNC110 - one of several parts, at the start only
-                await asyncio.sleep(0.02)
+async def _supervise(
+    gateway: GatewaySettings, router: RouterSettings, fronts: Sequence[Mapping[str, Mapping[str, str]]]
+) -> None:
+    """Run a process for each of `fronts`, and answer the routers' ops port for all of them; the gateways'
+    answers for itself."""
+    async with AsyncExitStack() as stack:
+        held = [stack.enter_context(held_port(_LOOPBACK, 0)).getsockname()[1] for _ in fronts]
+        own = [
+            {
+                "FRONTS": json.dumps([{**front, "router": {**front["router"], "OPS_PORT": str(port)}}]),
+                "ROUTER_ADDRESSES": f"local:{front['router']['FRAMES_NAME']}",
+            }
+            for front, port in zip(fronts, held, strict=True)
+        ]
+        group = await stack.enter_async_context(
+            gateway_processes(gateway, len(fronts), module=MODULE, own=own)
+        )
+        joint = JointOps(_LOOPBACK, held, Health(), lambda: group.restarts)
+        await stack.enter_async_context(
+            serve_asgi(joint, router.host, router.ops_port, reuse_port=router.reuse_port)
+        )
+        await group.until_failed(until_stopped())
 
 
 if __name__ == "__main__":

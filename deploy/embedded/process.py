@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+#: Niceness of what nobody waits for (see Child): servers and services behind the answers, readers of events.
+BACKGROUND, READERS = 10, 15
 #: Loaded before any fork: nothing may be imported or allocated for long between fork and exec.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -27,7 +29,8 @@ class Command:
     """What to execute and how it wants to be ended.
 
     `death_signal` is what the kernel sends when the parent dies; `stop_signal` asks for a clean end.
-    `user` and `group` are numeric ids to drop to, None to stay.
+    `user` and `group` are numeric ids to drop to, None to stay. With more `niceness` it makes room for others
+    (`nice(2)`, 0 to 19).
     """
 
     argv: Sequence[str]
@@ -37,10 +40,12 @@ class Command:
     group: int | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     death_signal: signal.Signals = signal.SIGKILL
+    niceness: int = 0
 
 
-def die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
-    """A `preexec_fn`: the kernel sends `death_signal` when the THREAD that forked ends (Linux only).
+def die_with_parent(death_signal: signal.Signals, niceness: int = 0) -> Callable[[], None]:
+    """A `preexec_fn`: the kernel sends `death_signal` when the THREAD that forked ends (Linux only), and the
+    child has `niceness` more than we.
 
     Fork from a thread that lives as long as the program: the main one.
     """
@@ -52,6 +57,7 @@ def die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
             _LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
             if os.getppid() != parent:  # it died between fork and prctl: nobody would tell us
                 os._exit(1)
+        os.nice(niceness)
 
     return arm
 
@@ -66,7 +72,11 @@ class Child:
     """A running command in a process group of its own, output appended to `log`.
 
     It stays in our session: Linux shares the processor between sessions first (autogroups), and priorities
-    count within one only, so that in a session of its own no part would make room for another."""
+    count within one only, so that in a session of its own no part would make room for another.
+
+    On one machine those that nobody waits for make room: readers of events (15), below the threads of batch
+    jobs (10), as they hold an interpreter's lock now and then; the broker, PostgreSQL and the registry (10),
+    which woke up before whoever was answering, and kept a core for up to a slice of 3 ms."""
 
     def __init__(self, command: Command, log: Path) -> None:
         """Start it at once. Call from the main thread (see `die_with_parent`)."""
@@ -86,7 +96,7 @@ class Child:
                 env=dict(command.env),
                 cwd=command.cwd,
                 process_group=0,  # see the class for why it is no session
-                preexec_fn=die_with_parent(command.death_signal),  # noqa: PLW1509 - it only calls prctl
+                preexec_fn=die_with_parent(command.death_signal, command.niceness),  # noqa: PLW1509 - it only calls prctl
                 **identity,
             )
 

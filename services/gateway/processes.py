@@ -8,7 +8,7 @@ Redis (and divided among them without it), metrics are told apart by the label `
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
@@ -24,8 +24,15 @@ _SLACK_S = 6.0
 
 
 @asynccontextmanager
-async def gateway_processes(cfg: Settings, count: int) -> AsyncIterator[ProcessGroup]:
-    """Run `count` gateways while the block does, and answer the ops port for all of them."""
+async def gateway_processes(
+    cfg: Settings,
+    count: int,
+    *,
+    module: str = "services.gateway",
+    own: Sequence[Mapping[str, str]] = (),
+) -> AsyncIterator[ProcessGroup]:
+    """Run `count` gateways while the block does, and answer the ops port for all of them. Each is `module`,
+    with its part of `own` as environment beside what all of them share."""
     health = Health()
     async with AsyncExitStack() as stack:
         hold = stack.enter_context
@@ -41,8 +48,11 @@ async def gateway_processes(cfg: Settings, count: int) -> AsyncIterator[ProcessG
             "LIMIT_SHARERS": str(cfg.limit_sharers * count),
         }
         group = ProcessGroup(
-            [sys.executable, "-m", "services.gateway"],
-            [{**shared, "OPS_PORT": str(port)} for port in ops],
+            [sys.executable, "-m", module],
+            [
+                {**shared, "OPS_PORT": str(port), **(own[index] if own else {})}
+                for index, port in enumerate(ops)
+            ],
             stop_s=cfg.drain_notice_s + cfg.drain_s + _SLACK_S,
         )
         joint = JointOps(_LOOPBACK, ops, health, lambda: group.restarts)

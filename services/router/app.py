@@ -51,6 +51,8 @@ class Router:
     frames_port: int
     grpc_port: int
     ops_port: int
+    #: Exported at its ops port.
+    metrics: CollectorRegistry
 
 
 @asynccontextmanager
@@ -137,6 +139,7 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
             max_waiting=cfg.max_waiting,
             cache=cache,
             mirror=mirror,
+            shared_memory=cfg.shared_memory,
         )
         stack.callback(dispatcher.close)
         health = Health("routing table")
@@ -179,7 +182,7 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         )
         log.info("listening", frames=frames_port, grpc=grpc_port, ops=ops_port, router=cfg.router_id)
         try:
-            yield Router(dispatcher, health, events, frames_port, grpc_port, ops_port)
+            yield Router(dispatcher, health, events, frames_port, grpc_port, ops_port, registry)
         finally:
             health.start_draining()
             await server.drain(cfg.drain_s * _ANSWER_SHARE)

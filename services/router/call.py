@@ -14,6 +14,7 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import HeadraceError
 from services.common.frames import lost, timeout_override
+from services.common.shared_memory import in_shared_memory
 from services.router.endpoints import Endpoint, Group
 from services.router.outliers import Verdict, verdict
 from services.router.routed import Routed
@@ -28,6 +29,9 @@ _COMPARED: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL})
 #: another endpoint may need less).
 _AT_FAULT: Final = frozenset({Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED})
 _BLAMELESS: Final = _AT_FAULT | {Code.CODE_DEADLINE_EXCEEDED}
+
+#: What is larger is better read, joined and logged by a process that has nothing else to do.
+_SMALL_BYTES: Final = 16 << 10
 
 #: Whoever asked counts from its own receipt, so its patience ends a moment before our deadline.
 _TIE_S: Final = 0.005
@@ -79,7 +83,10 @@ class Call(Routed):
         group = self.group = way.group
         if group.broken and self._spare_broken(group, now):
             return
-        endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried)
+        small = not self.apart and len(self.payload) <= _SMALL_BYTES
+        if small and self._dispatcher.shared_memory:
+            small = not in_shared_memory(self.request)
+        endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried, small=small)
         if endpoint is None:
             self._find_none()
             return

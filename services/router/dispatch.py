@@ -52,6 +52,7 @@ class Dispatcher:
         max_waiting: int,
         cache: ResultCache | None = None,
         mirror: Mirror | None = None,
+        shared_memory: bool = False,
     ) -> None:
         self.table = table
         self.find = table.find
@@ -63,6 +64,8 @@ class Dispatcher:
         self.max_attempts = max_attempts
         self.cache = cache
         self.mirror = mirror
+        #: Whether inputs may lie there.
+        self.shared_memory = shared_memory
         #: By target, for as long as its route stays.
         self.ways: dict[Target, Way] = {}
         self._hedges: dict[VersionKey, Hedges] = {}

@@ -26,10 +26,13 @@ from services.router.routing_table import VersionKey
 log = structlog.get_logger(__name__)
 
 _GONE: Final = frozenset({WorkerStatus.STATE_DRAINING, WorkerStatus.STATE_GONE})
+#: Where the router may prefer whom it reaches soonest.
+_BY_LATENCY: Final = frozenset({Balancing.BALANCING_UNSPECIFIED, Balancing.BALANCING_LEAST_LATENCY})
 _COMING: Final = frozenset({LoadedVersion.STATE_LOADING, LoadedVersion.STATE_WARMING})
 #: A status older than this is of a worker that left without a word long ago, seconds.
 _FORGOTTEN_S: Final = 3600.0
 _SWEEP_S: Final = 0.5
+_LOCAL: Final = "local:"
 
 
 #: Takes a PredictReply, and the same serialized, or None where the connection made it.
@@ -89,6 +92,7 @@ class Endpoint:
         "incarnation",
         "latency",
         "leaving",
+        "near",
         "sequence",
         "versions",
         "worker_id",
@@ -97,6 +101,8 @@ class Endpoint:
     def __init__(self, status: WorkerStatus) -> None:
         self.worker_id: str = status.worker_id
         self.address: str = status.frames_address
+        #: Whether it is in this process.
+        self.near = self.address.startswith(_LOCAL)
         self.calls: Calls
         self.in_flight = 0
         self.busy_since = 0.0
@@ -131,12 +137,15 @@ class Endpoint:
 class Group:
     """The endpoints that can answer one version."""
 
-    __slots__ = ("_balancing", "_picker", "_rng", "broken", "members", "outliers", "ready")
+    __slots__ = ("_balancing", "_far", "_near", "_picker", "_rng", "broken", "members", "outliers", "ready")
 
     def __init__(self, rng: random.Random, policy: OutlierPolicy) -> None:
         #: All that could answer, and those of them that are offered: the others are ejected.
         self.ready: tuple[Endpoint, ...] = ()
         self.members: tuple[Endpoint, ...] = ()
+        #: Of these, who are in this process, and all others.
+        self._near: tuple[Endpoint, ...] = ()
+        self._far: tuple[Endpoint, ...] = ()
         #: Whether every one of them should be out: they serve, since there is no other.
         self.broken = False
         self.outliers: Outliers[Endpoint] = Outliers(policy)
@@ -147,20 +156,38 @@ class Group:
     def fill(self, ready: tuple[Endpoint, ...]) -> None:
         """These could answer now."""
         self.ready = ready
-        self.members, self.broken = self.outliers.offered(ready)
+        members, self.broken = self.outliers.offered(ready)
+        self.members = members
+        self._near = tuple(member for member in members if member.near)
+        self._far = tuple(member for member in members if not member.near)
 
     def pick(
-        self, balancing: Balancing, unit_hash: int, now: float, tried: tuple[Endpoint, ...] = ()
+        self,
+        balancing: Balancing,
+        unit_hash: int,
+        now: float,
+        tried: tuple[Endpoint, ...] = (),
+        *,
+        small: bool = False,
     ) -> Endpoint | None:
         """One that was not tried yet; None where there is none. Every pick must be followed by a `judge`, as
-        it may be the one request that tries an endpoint out."""
+        it may be the one request that tries an endpoint out.
+
+        A `small` request goes to a worker in this process, if there is one and the deployment leaves it to
+        the router who answers first; all others go to the worker processes, as long as there are any."""
         if self.outliers.due:
             probed = self.outliers.probe(self.ready, tried)
             if probed is not None:
                 return probed
         members = self.members
+        if self._near:
+            if small and balancing in _BY_LATENCY and not tried:
+                return self._near[0]
+            members = self._far or members
         if tried:
             members = tuple(member for member in members if member not in tried)
+            if not members and self._near:
+                members = tuple(member for member in self.members if member not in tried)
         if not members:
             return None
         if balancing != self._balancing:
@@ -281,7 +308,7 @@ class Endpoints:
         )
         endpoint.expires_at = self._expiry(status)
         self._endpoints[endpoint.worker_id] = endpoint
-        self._raw[endpoint.worker_id] = value
+        self._keep(endpoint, value)
         endpoint.calls.start()
         log.info("worker_found", worker=endpoint.worker_id, address=endpoint.address)
         self._changed(endpoint.versions)
@@ -293,8 +320,12 @@ class Endpoints:
             self._forget(endpoint)
         endpoint.expires_at = self._expiry(status)
         if before != (endpoint.versions, endpoint.leaving, endpoint.incarnation):
-            self._raw[endpoint.worker_id] = value
+            self._keep(endpoint, value)
             self._changed({**before[0], **endpoint.versions})
+
+    def _keep(self, endpoint: Endpoint, value: bytes) -> None:
+        if not endpoint.near:  # it does not outlive this process
+            self._raw[endpoint.worker_id] = value
 
     def _expiry(self, status: WorkerStatus) -> float:
         return self._clock.monotonic() + max(3 * status.interval_ms / 1e3, self._expiry_s)
@@ -333,19 +364,25 @@ class Endpoints:
         for key in keys:
             group = self._groups.get(key)
             if group is not None:
-                # Where nobody has it in memory, whoever loads it on demand; and a version that was taken away
-                # and is wanted again is answered by those who are not rid of it yet.
-                group.fill(
-                    self._having(key, LoadedVersion.STATE_READY)
-                    or self._having(key, LoadedVersion.STATE_EVICTED)
-                    or self._having(key, LoadedVersion.STATE_UNLOADING)
-                )
+                # Who is in this process and has it does not take everything, and so stands for nobody else.
+                near = self._having(key, LoadedVersion.STATE_READY, near=True)
+                far = self._able(key, near=False)
+                group.fill(far + near or self._able(key, near=True))
 
-    def _having(self, key: VersionKey, state: LoadedVersion.State) -> tuple[Endpoint, ...]:
+    def _able(self, key: VersionKey, *, near: bool) -> tuple[Endpoint, ...]:
+        """Those who have it; where nobody has it in memory, whoever loads it on demand; and a version that
+        was taken away and is wanted again is answered by those who are not rid of it yet."""
+        return (
+            self._having(key, LoadedVersion.STATE_READY, near=near)
+            or self._having(key, LoadedVersion.STATE_EVICTED, near=near)
+            or self._having(key, LoadedVersion.STATE_UNLOADING, near=near)
+        )
+
+    def _having(self, key: VersionKey, state: LoadedVersion.State, *, near: bool) -> tuple[Endpoint, ...]:
         return tuple(
             endpoint
             for endpoint in self._endpoints.values()
-            if endpoint.reachable and endpoint.versions.get(key) == state
+            if endpoint.near is near and endpoint.reachable and endpoint.versions.get(key) == state
         )
 
     # Time

@@ -29,6 +29,9 @@ class Settings(ServiceSettings, FrameTlsSettings):
     #: Another process of ours may listen on the same ports: one that takes over from this one, or did.
     reuse_port: bool = False
 
+    #: Inputs may lie in shared memory of this machine: how large a request is, its message does not say.
+    shared_memory: bool = False
+
     #: Endpoints tried for one request, the first one included.
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     #: Retries at once: this share of the requests in flight, and never fewer than the floor (as in Envoy).

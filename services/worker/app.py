@@ -35,8 +35,7 @@ from services.worker.backends.port import BackendOptions
 from services.worker.batch.app import BatchOptions, BatchWorker, OpenChunks, kafka_chunks
 from services.worker.batch.metrics import BatchMetrics
 from services.worker.batch.work import WorkOptions
-from services.worker.batch_queue import BatchPolicy
-from services.worker.desired import Defaults, Deployments
+from services.worker.desired import Deployments, defaults_of
 from services.worker.grpc_server import BatchedUnary
 from services.worker.heartbeat import Heartbeat
 from services.worker.loaded_model import Serving
@@ -44,7 +43,6 @@ from services.worker.loading import LoadOptions, VersionLoader
 from services.worker.mapped_objects import MappedObjects
 from services.worker.metrics import WorkerMetrics
 from services.worker.model_host import ModelHost
-from services.worker.prediction_log import PayloadPolicy
 from services.worker.servicer import FrameConnection, Servicer
 from services.worker.settings import Settings
 from services.worker.shared_inputs import SharedInputs
@@ -105,7 +103,7 @@ async def worker_app(
         )
         heartbeat = Heartbeat(bus, interval=cfg.heartbeat_s)
         host = ModelHost(
-            Deployments(cfg.pool, _defaults(cfg)),
+            Deployments(cfg.pool, defaults_of(cfg)),
             VersionLoader(artifacts, serving, options),
             artifacts,
             heartbeat.changed,
@@ -294,18 +292,3 @@ def _batch(cfg: Settings) -> BatchOptions:
         work=WorkOptions(cfg.worker_id, cfg.batch_patience_s, payload_rows=cfg.batch_payload_rows),
         partitions=cfg.batch_partitions,
     )
-
-
-def _defaults(cfg: Settings) -> Defaults:
-    batching = BatchPolicy(
-        max_rows=cfg.max_rows,
-        max_queue_rows=cfg.max_queue_rows,
-        max_queue_bytes=cfg.max_queue_bytes,
-        max_queue=cfg.max_queue_ms / 1e3,
-    )
-    payloads = PayloadPolicy(
-        small_bytes=cfg.log_small_payload_bytes,
-        request_bytes=cfg.log_payload_max_bytes,
-        large_bytes_per_s=cfg.log_large_payload_bytes_per_s,
-    )
-    return Defaults(batching, payloads, cfg.default_timeout_s)

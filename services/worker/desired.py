@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
@@ -11,6 +12,7 @@ from services.common.errors import InvalidArgument
 from services.worker.batch_queue import BatchPolicy
 from services.worker.loaded_model import ServingPolicy
 from services.worker.prediction_log import PayloadPolicy
+from services.worker.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,12 @@ class Defaults:
 class Deployments:
     """The last configuration of every model, as read from control.deployments.v1."""
 
-    def __init__(self, pool: str, defaults: Defaults) -> None:
+    def __init__(
+        self, pool: str, defaults: Defaults, takes: Callable[[ServedVersion], bool] = lambda _: True
+    ) -> None:
+        """Versions that `takes` is false of are left to others."""
         self._pool = pool
+        self._takes = takes
         self._defaults = defaults
         self._configs: dict[str, ServingConfig] = {}
 
@@ -75,6 +81,8 @@ class Deployments:
                 continue
             arms = {arm.version for experiment in config.experiments for arm in experiment.variants}
             for served in config.versions:
+                if not self._takes(served):
+                    continue
                 key = VersionKey(model, served.version, served.artifact_digest)
                 carries = bool(served.weight) or served.held or served.version in arms
                 policy = self._policy(config, batched=served.signature.batched)
@@ -96,3 +104,19 @@ class Deployments:
         )
         timeout = config.default_timeout_ms / 1e3 if config.default_timeout_ms else defaults.timeout
         return ServingPolicy(batching, payloads, timeout)
+
+
+def defaults_of(cfg: Settings) -> Defaults:
+    """What the worker's environment says where deployments say nothing."""
+    batching = BatchPolicy(
+        max_rows=cfg.max_rows,
+        max_queue_rows=cfg.max_queue_rows,
+        max_queue_bytes=cfg.max_queue_bytes,
+        max_queue=cfg.max_queue_ms / 1e3,
+    )
+    payloads = PayloadPolicy(
+        small_bytes=cfg.log_small_payload_bytes,
+        request_bytes=cfg.log_payload_max_bytes,
+        large_bytes_per_s=cfg.log_large_payload_bytes_per_s,
+    )
+    return Defaults(batching, payloads, cfg.default_timeout_s)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import structlog
 from headrace.v1.control_pb2 import WorkerStatus
 
-from services.common.bus import Bus, Record
+from services.common.bus import Record
 from services.common.errors import HeadraceError
 from services.common.topics import WORKERS
 
@@ -18,11 +19,17 @@ log = structlog.get_logger(__name__)
 _LAST_S = 2.0
 
 
+class Publisher(Protocol):
+    """The part of the bus that a heartbeat needs."""
+
+    async def publish(self, records: Sequence[Record]) -> None: ...
+
+
 class Heartbeat:
     """Publishes a worker's status to control.workers.v1. Only the newest matters, so nothing queues up while
     the broker is away."""
 
-    def __init__(self, bus: Bus, *, interval: float = 1.0) -> None:
+    def __init__(self, bus: Publisher, *, interval: float = 1.0) -> None:
         self._bus = bus
         self._interval = interval
         self._changed = asyncio.Event()

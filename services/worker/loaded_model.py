@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Final, Protocol
 
 import structlog
@@ -63,6 +64,9 @@ class Serving:
     inline_bytes: int = 256 << 10
     #: Whole batches that run in less seconds are handed to their thread one ahead.
     ahead_below: float = 0.005
+    #: A batch that took more seconds is told of: its version may not be what it was taken for.
+    slow: float = inf
+    on_slow: Callable[[str, str], None] = lambda _model, _version: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +303,8 @@ class LoadedModel:
             # Without the way to a thread and back: a fast model must not look slow because it was sent there.
             took = execution.prepare + execution.infer + execution.cut
             self.run_time.observe(batch.rows, took, times.finished)
+            if took > self._serving.slow:
+                self._serving.on_slow(batch.items[0].request.model, self.version)
         headers = self._trace(batch, times, failed=bool(execution.failures))
         # All or none: a batch of which a part were logged would be run, and logged, again elsewhere.
         self._serving.log.append_many(self._records.key, outcome.records, headers)

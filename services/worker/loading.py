@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,17 @@ import structlog
 from headrace.v1.control_pb2 import LoadedVersion
 
 from services.worker.artifacts import ArtifactCache
-from services.worker.backends.port import Backend, BackendOptions, LoadFailed
+from services.worker.backends.port import Backend, BackendOptions, LeftToOthers, LoadFailed
 from services.worker.backends.registry import loader
 from services.worker.desired import Desired
 from services.worker.eviction import NoRoom
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
+from services.worker.load_mark import LoadMark
 from services.worker.loaded_model import LoadedModel, Serving
 from services.worker.prediction_log import PredictionRecords
 from services.worker.run_time import RunTime
+from services.worker.steadiness import unsteady
 from services.worker.warm_up import WarmUp, warm_up
 
 log = structlog.get_logger(__name__)
@@ -40,6 +43,8 @@ class LoadOptions:
     backend: BackendOptions
     memory_limit: int = 0
     slots: int = 1
+    #: A version of which one row takes longer than so many seconds is left to others; 0: none is.
+    slowest_row: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +59,16 @@ class VersionLoader:
     """Downloads concurrently, loads and measures one version at a time: two at once would measure each
     other."""
 
-    def __init__(self, artifacts: ArtifactCache, serving: Serving, options: LoadOptions) -> None:
+    def __init__(
+        self,
+        artifacts: ArtifactCache,
+        serving: Serving,
+        options: LoadOptions,
+        mark: LoadMark | None = None,
+    ) -> None:
+        """With `mark`, what ended a process before this one is left to others."""
         self._artifacts = artifacts
+        self._mark = mark
         self._serving = serving
         self._options = options
         self._one_at_a_time = asyncio.Lock()
@@ -68,6 +81,8 @@ class VersionLoader:
 
         Raises LoadFailed with the reason, NoRoom, Unavailable when the artifact store is away."""
         key, served = desired.key, desired.served
+        if self._mark is not None:
+            self._mark.check(served.artifact_digest)
         try:
             layout = InputLayout(served.signature, backend=served.backend)
         except ValueError as error:
@@ -76,17 +91,19 @@ class VersionLoader:
         async with self._one_at_a_time:
             await self._make_room(max(served.artifact_bytes, known_bytes), free)
             before = resident_bytes()
-            backend = await asyncio.to_thread(self._open, desired, directory)
-            layout = InputLayout(served.signature, backend.padding, served.backend)
-            on_state(LoadedVersion.STATE_WARMING)
             run_time = RunTime()
-            runner = Runner(backend, served.signature, layout)
             max_rows = desired.policy.batching.max_rows
-            try:
-                warm = await asyncio.to_thread(warm_up, runner, layout, max_rows, run_time)
-            except BaseException:
-                backend.close()
-                raise
+            with nullcontext() if self._mark is None else self._mark.on(served.artifact_digest):
+                backend = await asyncio.to_thread(self._open, desired, directory)
+                layout = InputLayout(served.signature, backend.padding, served.backend)
+                on_state(LoadedVersion.STATE_WARMING)
+                runner = Runner(backend, served.signature, layout)
+                try:
+                    warm = await asyncio.to_thread(warm_up, runner, layout, max_rows, run_time)
+                    await asyncio.to_thread(self._check_quick, directory, backend, layout, warm, run_time)
+                except BaseException:
+                    backend.close()
+                    raise
             grown = max(resident_bytes() - before, served.artifact_bytes)
         self._tell(desired, warm, run_time, max_rows)
         records = PredictionRecords(
@@ -97,6 +114,21 @@ class VersionLoader:
             version=key.version, slots=self._options.slots, best=warm.best,
         )  # fmt: skip
         return Loaded(model, grown)
+
+    def _check_quick(
+        self, directory: Path, backend: Backend, layout: InputLayout, warm: WarmUp, run_time: RunTime
+    ) -> None:
+        slowest = self._options.slowest_row
+        if not slowest:
+            return
+        if backend.device != "cpu" or not layout.fixed or not warm.ran:
+            raise LeftToOthers("only what runs on a processor, with rows of one shape, is known to be quick")
+        # The fastest: what else the machine did meanwhile is no fault of the version's.
+        row = run_time.floor(time.monotonic())
+        if row > slowest:
+            raise LeftToOthers(f"a row takes {row * 1e6:.0f} µs, more than {slowest * 1e6:.0f}")
+        if operator := unsteady(directory):
+            raise LeftToOthers(f"how long {operator} takes depends on what it is given")
 
     def _open(self, desired: Desired, directory: Path) -> Backend:
         served = desired.served

@@ -44,9 +44,10 @@ _TRITON: dict[str, tuple[str, Callable[[ModelStats], float]]] = {
 
 
 class WorkerMetrics(Collector):
-    """Reads the totals of every loaded version, of the servicer and of the prediction log."""
+    """Reads the totals of every loaded version, of the servicer and of the prediction log, where that is the
+    worker's own."""
 
-    def __init__(self, host: ModelHost, servicer: Servicer, log: EventLog) -> None:
+    def __init__(self, host: ModelHost, servicer: Servicer, log: EventLog | None) -> None:
         self._host = host
         self._servicer = servicer
         self._log = log
@@ -84,21 +85,25 @@ class WorkerMetrics(Collector):
         for code, count in self._servicer.refused.items():
             refused.add_metric((code,), count)
         yield refused
-        log = self._log
-        yield GaugeMetricFamily(
-            "headrace_worker_log_pending_bytes", "Prediction log not yet in Kafka", value=log.pending_bytes
-        )
-        yield GaugeMetricFamily(
-            "headrace_worker_log_pending_records", "Records not yet in Kafka", value=log.pending_records
-        )
-        for name, text, value in (
-            ("appended", "Records written to the prediction log", log.appended),
-            ("published", "Records that Kafka acknowledged", log.published),
-            ("replayed", "Records found from an earlier process", log.replayed),
-            ("refused", "Records that found the log full", log.refused),
-            ("publish_failures", "Publishes that failed and were tried again", log.publish_failures),
-        ):
-            yield CounterMetricFamily(f"headrace_worker_log_{name}", text, value=value)
+        if self._log is not None:
+            yield from _logged(self._log)
+
+
+def _logged(log: EventLog) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "headrace_worker_log_pending_bytes", "Prediction log not yet in Kafka", value=log.pending_bytes
+    )
+    yield GaugeMetricFamily(
+        "headrace_worker_log_pending_records", "Records not yet in Kafka", value=log.pending_records
+    )
+    for name, text, value in (
+        ("appended", "Records written to the prediction log", log.appended),
+        ("published", "Records that Kafka acknowledged", log.published),
+        ("replayed", "Records found from an earlier process", log.replayed),
+        ("refused", "Records that found the log full", log.refused),
+        ("publish_failures", "Publishes that failed and were tried again", log.publish_failures),
+    ):
+        yield CounterMetricFamily(f"headrace_worker_log_{name}", text, value=value)
 
 
 def _labels(key: VersionKey) -> tuple[str, str]:

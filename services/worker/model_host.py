@@ -14,6 +14,7 @@ from headrace.v1.control_pb2 import LoadedVersion
 from services.common.clock import Clock
 from services.common.errors import HeadraceError, Unavailable
 from services.worker.artifacts import ArtifactCache
+from services.worker.backends.port import LeftToOthers
 from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.desired import Deployments, Desired, VersionKey
 from services.worker.eviction import NoRoom, Resident, victims
@@ -186,6 +187,20 @@ class ModelHost:
                 self._slots.append(slot)
         self._on_change()
 
+    def leave_to_others(self, model: str, version: str, reason: str) -> None:
+        """Serve the version no more, as long as this process lives; what waits for it is UNAVAILABLE."""
+        for slot in self._slots:
+            loaded = slot.loaded
+            if slot.name != (model, version) or loaded is None:
+                continue
+            log.warning("left_to_others", model=model, version=version, reason=reason)
+            slot.loaded, slot.error = None, reason
+            if self._serving.get(slot.name) is loaded.model:
+                del self._serving[slot.name]
+            loaded.model.close()
+            self._enter(slot, LoadedVersion.STATE_FAILED)
+            slot.changed.set()
+
     async def drain(self) -> None:
         """Load nothing more and return once everything queued has been answered."""
         self._stopping = True
@@ -236,6 +251,14 @@ class ModelHost:
                 )
             except NoRoom as error:
                 await self._found_no_room(slot, error)
+                return
+            except LeftToOthers as error:
+                log.info(
+                    "left_to_others", model=slot.key.model, version=slot.key.version, reason=error.message
+                )
+                slot.error, slot.first = error.message, False
+                self._unpark(slot, Unavailable(f"the version is left to others: {error.message}"))
+                self._enter(slot, LoadedVersion.STATE_FAILED)
                 return
             except HeadraceError as error:
                 self._failed(slot, error.message)

@@ -78,6 +78,12 @@ class Settings(ServiceSettings, ArtifactSettings, FrameTlsSettings):
     #: Rows of each chunk that are logged with their tensors; all others are logged without.
     batch_payload_rows: Annotated[int, Field(ge=0)] = 8192
 
+    #: Of a worker that is the guest of another process (`guest.py`): the largest artifact that it takes, how
+    #: long one row of a version may run, and by how much all of them may make the process grow.
+    guest_artifact_bytes: Annotated[int, Field(ge=0)] = 16 << 20
+    guest_row_us: Annotated[int, Field(gt=0)] = 150
+    guest_memory_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+
     heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
     #: How long a version that is no longer deployed goes on answering.
     linger_s: Annotated[float, Field(ge=0)] = 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ import pytest
 from deploy.embedded.server import free_port
 from services.common.bus.snapshot import save_snapshot
 from services.common.frames import FrameServer
+from services.gateway.processes import gateway_processes
+from services.gateway.settings import Settings
 from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, configs, default_keys
 from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
@@ -155,3 +158,51 @@ async def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
         children = group.children()
         group.process.kill()
         await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
+
+
+#: Says what it was given, and ends when it is told to.
+OTHER = """
+import json, os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+names = ("OPS_PORT", "GATEWAY_PROCESSES", "SUPERVISED", "REUSE_PORT", "HTTP_PORT", "LIMIT_SHARERS", "COLOUR")
+path = os.path.join(os.environ["SAYS"], os.environ.get("COLOUR", "plain") + "-" + str(os.getpid()))
+with open(path + ".part", "w") as file:
+    json.dump({name: os.environ.get(name) for name in names}, file)
+os.rename(path + ".part", path)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("own", [(), ({"COLOUR": "red"}, {"COLOUR": "blue", "OPS_PORT": "7"})])
+async def test_another_module_runs_with_what_is_its_own_beside_what_all_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: tuple[dict[str, str], ...]
+) -> None:
+    said = tmp_path / "said"
+    said.mkdir()
+    (tmp_path / "another_front.py").write_text(OTHER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("SAYS", str(said))
+    cfg = Settings(
+        kafka_bootstrap_servers="127.0.0.1:1", internal_token=TOKEN, redis_url="redis://127.0.0.1:1/0",
+        router_address="127.0.0.1:1", state_dir=tmp_path, http_port=0, grpc_port=0, ops_port=0,
+        limit_sharers=3,
+    )  # fmt: skip
+    async with gateway_processes(cfg, 2, module="another_front", own=own) as group:
+        await eventually(lambda: len([path for path in said.iterdir() if not path.suffix]) == 2)
+        assert set(group.pids) == {0, 1}
+        told = {path.name: json.loads(path.read_text()) for path in said.iterdir()}
+        names = {f"{own[index]['COLOUR'] if own else 'plain'}-{pid}" for index, pid in group.pids.items()}
+        assert told.keys() == names
+    shared = {
+        "GATEWAY_PROCESSES": "1",
+        "SUPERVISED": "true",
+        "REUSE_PORT": "true",
+        "LIMIT_SHARERS": "6",
+    }
+    for one in told.values():
+        assert shared.items() <= one.items()
+    assert len({one["HTTP_PORT"] for one in told.values()}) == 1
+    assert len({one["OPS_PORT"] for one in told.values()}) == 2
+    if own:  # what is its own counts
+        assert [one["OPS_PORT"] for one in told.values() if one["COLOUR"] == "blue"] == ["7"]

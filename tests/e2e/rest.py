@@ -83,10 +83,10 @@ async def nothing_waits(stack: Stack) -> bool:
         async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
             for part in parts:
                 said = (await client.get(f"{stack.service_url(part)}/metrics")).text
-                (waiting,) = re.findall(
-                    r"^headrace_[a-z]+_log_pending_records ([0-9.]+)$", said, re.MULTILINE
+                waiting = re.findall(
+                    r"^headrace_[a-z]+_log_pending_records(?:{[^}]*})? ([0-9.]+)$", said, re.MULTILINE
                 )
-                if float(waiting):
+                if not waiting or any(float(records) for records in waiting):
                     return False
         return await lag(stack.kafka_bootstrap_servers, PREDICTIONS, "analytics", timeout=PATIENCE_S) == 0
     except (httpx.TransportError, Unavailable):

@@ -107,7 +107,8 @@ class Refusals:
 class World:
     """Three workers, one router, callers that count their answers."""
 
-    def __init__(self, *, hedging: bool, fallback: bool) -> None:
+    def __init__(self, *, hedging: bool, fallback: bool, near: bool = False) -> None:
+        """`near`: the last worker is in the router's process."""
         self.now = 1000.0
         self.workers: list[Worker] = []
         self.answers: dict[int, list[PredictReply]] = {}
@@ -128,8 +129,9 @@ class World:
         clock = ManualClock()
         self.endpoints = Endpoints(self._connect, clock, expiry_s=1e9, seed=1)
         for name in ("a", "b", "c"):
+            address = "local:c" if near and name == "c" else f"{name}:1"
             self.endpoints.apply(
-                name.encode(), status(name, f"{name}:1", KEYS, sent_at_us=clock.unix_us()).SerializeToString()
+                name.encode(), status(name, address, KEYS, sent_at_us=clock.unix_us()).SerializeToString()
             )
         self.dispatcher = Dispatcher(
             table,
@@ -234,16 +236,16 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS, st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@given(STEPS, st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=200, deadline=None)
 def test_every_caller_is_answered_once(
-    steps: list[tuple[str, int, int]], hedging: bool, fallback: bool
+    steps: list[tuple[str, int, int]], hedging: bool, fallback: bool, near: bool
 ) -> None:
-    asyncio.run(play(steps, hedging=hedging, fallback=fallback))
+    asyncio.run(play(steps, hedging=hedging, fallback=fallback, near=near))
 
 
-async def play(steps: list[tuple[str, int, int]], *, hedging: bool, fallback: bool) -> None:
-    world = World(hedging=hedging, fallback=fallback)
+async def play(steps: list[tuple[str, int, int]], *, hedging: bool, fallback: bool, near: bool) -> None:
+    world = World(hedging=hedging, fallback=fallback, near=near)
     with (
         patch("services.router.call._monotonic", lambda: world.now),
         patch("services.router.waiting.time.monotonic", lambda: world.now),

@@ -17,6 +17,10 @@ class LoadFailed(FailedPrecondition):
     """The artifact cannot be served; the message says why and what would help."""
 
 
+class LeftToOthers(LoadFailed):
+    """It could be served, but not by this worker; nothing is wrong with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
     """What the worker decides for its backends. `threads` is per running batch."""

@@ -8,13 +8,15 @@ import pytest
 from headrace.v1.control_pb2 import Balancing, LoadedVersion, WorkerStatus
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
+from services.common.assignment import unit_digest
 from services.common.clock import ManualClock
-from services.router.endpoints import Endpoints
+from services.router.endpoints import Endpoint, Endpoints, Group
 from services.router.outliers import Verdict
 from tests.fixtures.router import status
 
 READY = LoadedVersion.STATE_READY
 KEY = ("cancer", "1")
+BY_LATENCY = {Balancing.BALANCING_UNSPECIFIED, Balancing.BALANCING_LEAST_LATENCY}
 
 
 class FakeCalls:
@@ -214,3 +216,122 @@ async def test_an_ejected_worker_gets_one_probe_and_a_new_incarnation_a_fresh_st
     assert room.ready == ["w2"]
     room.beat("w1", "w1:1", incarnation="b")
     assert room.ready == ["w1", "w2"]
+
+
+class TestNear:
+    """One worker in this process, two elsewhere."""
+
+    LEAST = Balancing.BALANCING_LEAST_LATENCY
+
+    @pytest.fixture
+    async def group(self, room: Room) -> Group:
+        for name, address in (("w1", "h:1"), ("guest", "local:guest"), ("w2", "unix:/run/w2")):
+            room.beat(name, address)
+            room.calls[-1].set(usable=True)
+        return room.endpoints.group(KEY)
+
+    @staticmethod
+    def picked(
+        group: Group,
+        balancing: Balancing = LEAST,
+        tried: tuple[Endpoint, ...] = (),
+        *,
+        small: bool = True,
+        now: float = 0.0,
+    ) -> set[str]:
+        """Who gets twenty requests of twenty units."""
+        hashes = [int.from_bytes(unit_digest(bytes([unit])), "little") for unit in range(20)]
+        found = {group.pick(balancing, unit, now, tried, small=small) for unit in hashes}
+        return {endpoint.worker_id if endpoint else "nobody" for endpoint in found}
+
+    @staticmethod
+    def named(group: Group, name: str) -> Endpoint:
+        return next(endpoint for endpoint in group.ready if endpoint.worker_id == name)
+
+    @pytest.mark.parametrize("balancing", sorted(BY_LATENCY))
+    async def test_gets_what_is_small_and_nothing_else(self, group: Group, balancing: Balancing) -> None:
+        assert self.picked(group, balancing) == {"guest"}
+        assert self.picked(group, balancing, small=False) == {"w1", "w2"}
+
+    @pytest.mark.parametrize("balancing", sorted(set(Balancing.values()) - BY_LATENCY))
+    async def test_is_left_out_where_the_deployment_says_how_requests_are_spread(
+        self, group: Group, balancing: Balancing
+    ) -> None:
+        assert self.picked(group, balancing) == {"w1", "w2"}
+
+    async def test_what_it_had_goes_to_others(self, group: Group) -> None:
+        guest, first = self.named(group, "guest"), self.named(group, "w1")
+        assert self.picked(group, tried=(guest,)) == {"w1", "w2"}
+        assert self.picked(group, tried=(guest, first)) == {"w2"}
+        assert self.picked(group, tried=group.members) == {"nobody"}
+
+    async def test_is_asked_again_for_what_no_other_is_left_for(self, group: Group) -> None:
+        others = self.named(group, "w1"), self.named(group, "w2")
+        assert self.picked(group, tried=others, small=False) == {"guest"}
+
+    async def test_what_was_tried_elsewhere_stays_elsewhere(self, group: Group) -> None:
+        assert self.picked(group, tried=(self.named(group, "w1"),)) == {"w2"}
+
+    @pytest.mark.parametrize("balancing", Balancing.values())
+    async def test_gets_everything_where_there_is_no_other(self, room: Room, balancing: Balancing) -> None:
+        room.beat("guest", "local:guest")
+        room.calls[-1].set(usable=True)
+        group = room.endpoints.group(KEY)
+        for small in (True, False):
+            assert self.picked(group, balancing, small=small) == {"guest"}
+        assert self.picked(group, tried=group.members) == {"nobody"}
+
+    async def test_gets_everything_only_until_others_are_there(self, room: Room, group: Group) -> None:
+        for calls in (room.calls[0], room.calls[2]):
+            calls.set(usable=False)
+        assert self.picked(group, small=False) == {"guest"}
+        room.calls[0].set(usable=True)
+        assert self.picked(group, small=False) == {"w1"}
+
+    async def test_gets_nothing_while_it_is_out_and_one_request_to_come_back(
+        self, room: Room, group: Group
+    ) -> None:
+        guest = self.named(group, "guest")
+        for _ in range(5):
+            group.judge(guest, Verdict.FAILED, 0.0, 0.0)
+        assert self.picked(group) == {"w1", "w2"}
+        room.clock.advance(30)
+        room.endpoints.sweep()
+        probe = group.pick(self.LEAST, 0, 30.0, small=True)
+        assert probe is guest
+        assert self.picked(group, now=30.0) == {"w1", "w2"}
+        group.judge(guest, Verdict.ANSWERED, 30.0, 30.0)
+        assert self.picked(group, now=30.0) == {"guest"}
+
+    async def test_others_that_are_out_do_not_send_it_what_is_large(self, group: Group) -> None:
+        for _ in range(5):
+            group.judge(self.named(group, "w1"), Verdict.FAILED, 0.0, 0.0)
+        assert self.picked(group, small=False) == {"w2"}
+        assert self.picked(group) == {"guest"}
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"versions": {KEY: LoadedVersion.STATE_LOADING}},
+            {"versions": {KEY: LoadedVersion.STATE_FAILED}},
+            {"versions": {KEY: LoadedVersion.STATE_EVICTED}},
+            {"versions": {}},
+            {"state": WorkerStatus.STATE_DRAINING},
+            {"state": WorkerStatus.STATE_GONE},
+        ],
+    )
+    async def test_gets_nothing_that_it_has_not(
+        self, room: Room, group: Group, fields: dict[str, object]
+    ) -> None:
+        room.beat("guest", "local:guest", sequence=2, **fields)
+        for small in (True, False):
+            assert self.picked(group, small=small) == {"w1", "w2"}
+        await room.endpoints.close()
+
+    async def test_is_not_remembered_for_the_next_process(self, room: Room, group: Group) -> None:
+        assert self.picked(group) == {"guest"}
+        room.beat("guest", "local:guest", sequence=2, versions={})  # a change that would be written
+        room.beat("w2", "unix:/run/w2", sequence=2, versions={})
+        assert room.endpoints.records().keys() == {"w1", "w2"}
+        assert WorkerStatus.FromString(room.endpoints.records()["w2"]).sequence == 2
+        assert {endpoint.worker_id for endpoint in room.endpoints.all()} == {"w1", "guest", "w2"}

@@ -10,8 +10,9 @@ from headrace.v1.tensor_pb2 import Signature
 
 from services.common.errors import InvalidArgument
 from services.worker.batch_queue import BatchPolicy
-from services.worker.desired import Defaults, Deployments, VersionKey
+from services.worker.desired import Defaults, Deployments, VersionKey, defaults_of
 from services.worker.prediction_log import PayloadPolicy
+from services.worker.settings import Settings
 
 DEFAULTS = Defaults(
     BatchPolicy(max_rows=64, max_queue_rows=1000), PayloadPolicy(request_bytes=5), timeout=30.0
@@ -104,3 +105,28 @@ def test_the_longest_wait_is_the_deployments_or_the_workers() -> None:
     assert desired.policy.batching.max_queue == 0.25
     (desired,) = after(deployment()).desired().values()
     assert desired.policy.batching.max_queue == DEFAULTS.batching.max_queue
+
+
+def test_what_a_worker_does_not_take_is_left_to_others() -> None:
+    small = ServedVersion(version="1", artifact_digest="sha256:1", artifact_bytes=10)
+    large = ServedVersion(version="2", artifact_digest="sha256:2", artifact_bytes=11)
+    deployments = Deployments("default", DEFAULTS, lambda version: version.artifact_bytes <= 10)
+    deployments.apply(b"net", deployment(versions=[small, large]).SerializeToString())
+    assert set(deployments.desired()) == {KEY}
+    # The same version, changed: its name decides nothing.
+    small.artifact_bytes = 11
+    deployments.apply(b"net", deployment(2, versions=[small, large]).SerializeToString())
+    assert deployments.desired() == {}
+
+
+def test_the_environment_says_what_deployments_do_not() -> None:
+    given = Settings(
+        kafka_bootstrap_servers="unused:1", internal_token="a-token-for-tests", artifact_store_url="file:///x",
+        max_rows=3, max_queue_rows=5, max_queue_bytes=1 << 20, max_queue_ms=7, default_timeout_s=9.0,
+        log_small_payload_bytes=11, log_payload_max_bytes=12, log_large_payload_bytes_per_s=13,
+    )  # fmt: skip
+    assert defaults_of(given) == Defaults(
+        BatchPolicy(max_rows=3, max_queue_rows=5, max_queue_bytes=1 << 20, max_queue=0.007),
+        PayloadPolicy(small_bytes=11, request_bytes=12, large_bytes_per_s=13),
+        9.0,
+    )

@@ -1,0 +1,358 @@
+"""A guest of the worker's on a router's event loop: real ONNX models, a bus in memory, no socket between
+the two."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from headrace.v1.control_pb2 import Batching, LoadedVersion, ServingConfig
+from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
+from headrace.v1.events_pb2 import PredictionBatch
+from headrace.v1.tensor_pb2 import Code, DataType, SharedMemory, Signature, Tensor
+from numpy.typing import NDArray
+
+from services.common.bus import MemoryBus, Record
+from services.common.clock import SystemClock
+from services.common.frames import FrameCalls, Limits
+from services.common.ids import new_id
+from services.common.shared_memory import DIRECTORY, inspect
+from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
+from services.router.app import Router, router_app
+from services.router.settings import Settings as RouterSettings
+from services.worker.app import worker_app
+from services.worker.guest import guest_worker
+from services.worker.model_host import ModelHost
+from services.worker.settings import Settings
+from tests.fixtures.deployments import config, put_artifact, record, served
+from tests.fixtures.onnx_models import lookup, mlp, two_inputs
+from tests.fixtures.waiting import PATIENCE_S, eventually
+
+TOKEN = "a-token-for-tests-only"
+READY, FAILED = LoadedVersion.STATE_READY, LoadedVersion.STATE_FAILED
+#: No run takes so long on any machine that runs tests.
+ANY_US = 60_000_000
+
+
+class Rig:
+    """A router that tests call as a gateway does in its process, and guests of it."""
+
+    def __init__(self, directory: Path, bus: MemoryBus, router: Router, calls: FrameCalls) -> None:
+        self.bus = bus
+        self.store = directory / "store"
+        self.router = router
+        self.calls = calls
+        self._directory = directory
+
+    def settings(self, **changes: object) -> Settings:
+        given = {
+            "worker_id": "guest-0",
+            "kafka_bootstrap_servers": "unused:1",
+            "internal_token": TOKEN,
+            "artifact_store_url": f"file://{self.store}",
+            "state_dir": self._directory / "state",
+            "frames_port": 0, "grpc_port": 0, "ops_port": 0,
+            "linger_s": 0.05, "heartbeat_s": 0.2, "drain_s": 10.0,
+            "guest_row_us": ANY_US, "inline_below_us": ANY_US,
+        }  # fmt: skip
+        return Settings.model_validate(given | changes)
+
+    @asynccontextmanager
+    async def guest(self, **changes: object) -> AsyncIterator[ModelHost]:
+        router = self.router
+        async with guest_worker(
+            self.settings(**changes), SystemClock(), self.bus, router.log, router.metrics,
+            router.dispatcher.endpoints.apply,
+        ) as host:  # fmt: skip
+            yield host
+
+    async def deploy(self, model: str, built: tuple[bytes, Signature], **options: int) -> ServingConfig:
+        digest, _ = put_artifact(self.store, {"model.onnx": built[0]})
+        version = served("1", digest, built[1])
+        version.artifact_bytes = len(built[0])
+        made = config(model, 1, version, **options)
+        await self.bus.publish([record(made)])
+        await eventually(lambda: self.router.dispatcher.find(model) is not None)
+        return made
+
+    async def until(self, host: ModelHost, model: str, state: LoadedVersion.State) -> LoadedVersion:
+        """Until the guest says so, and the router has heard of it."""
+
+        def found() -> list[LoadedVersion]:
+            return [one for one in host.states() if (one.model, one.state) == (model, state)]
+
+        await eventually(lambda: bool(found()), on=host.states)
+        endpoints = self.router.dispatcher.endpoints
+        await eventually(
+            lambda: any(
+                e.near and e.reachable and e.versions.get((model, "1")) == state for e in endpoints.all()
+            )
+        )
+        return found()[0]
+
+    async def ask(self, model: str, seconds: float = 30.0, **inputs: NDArray[np.generic]) -> PredictReply:
+        datatypes = {"f": DataType.DATA_TYPE_FP32, "i": DataType.DATA_TYPE_INT64}
+        tensors = [
+            Tensor(name=name, datatype=datatypes[array.dtype.kind], shape=array.shape, data=array.tobytes())
+            for name, array in inputs.items()
+        ]
+        asked = PredictRequest(model=model, request_id=new_id(), inputs=tensors)
+        return await self.calls.predict(asked, asyncio.get_running_loop().time() + seconds)
+
+    async def logged(self, count: int) -> list[PredictionBatch]:
+        """What is on the topic once it has `count` requests, and all that was written."""
+
+        def records() -> list[PredictionBatch]:
+            return [PredictionBatch.FromString(r.value or b"") for r in self.bus.records(PREDICTIONS.name)]
+
+        await eventually(lambda: not self.router.log.pending_records)
+        await eventually(lambda: sum(len(batch.rows) for batch in records()) >= count, on=records)
+        return records()
+
+    async def metrics(self) -> str:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.router.ops_port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+        writer.close()
+        return text
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    bus = MemoryBus()
+    cfg = RouterSettings(
+        kafka_bootstrap_servers="unused", internal_token=TOKEN, state_dir=tmp_path / "state", frames_port=0,
+        grpc_port=0, ops_port=0, drain_s=5, frames_name="router-0",
+    )  # fmt: skip
+    async with AsyncExitStack() as stack:
+        router = await stack.enter_async_context(router_app(cfg, SystemClock(), bus, guest=True))
+        await eventually(lambda: router.health.ready)
+        calls = FrameCalls(
+            "local:router-0", credential=TOKEN, role="gateway", instance="gateway-0", limits=Limits()
+        )
+        calls.start()
+        stack.push_async_callback(calls.close)
+        await calls.wait_connected(PATIENCE_S)
+        yield Rig(tmp_path, bus, router, calls)
+
+
+async def test_it_answers_as_the_model_does_and_each_request_is_logged_once(rig: Rig) -> None:
+    data, _ = built = mlp(features=30)
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(3)
+    made = await rig.deploy("net", built)
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        rows = [rng.standard_normal((1 + i % 4, 30)).astype(np.float32) for i in range(100)]
+        replies = await asyncio.gather(*(rig.ask("net", x=x) for x in rows))
+        for x, reply in zip(rows, replies, strict=True):
+            assert (reply.code, reply.version) == (Code.CODE_OK, "1"), reply.message
+            got = np.frombuffer(reply.outputs[0].data, np.float32).reshape(len(x), 2)
+            np.testing.assert_allclose(got, session.run(["y"], {"x": x})[0], rtol=1e-4)
+        ((_, model),) = host.serving()
+        assert model.stats.inline_runs == model.stats.runs < len(rows)
+        batches = await rig.logged(len(rows))
+    identifiers = [
+        batch.request_ids[16 * n : 16 * n + 16] for batch in batches for n in range(len(batch.rows))
+    ]
+    assert len(identifiers) == len(set(identifiers)) == len(rows)
+    assert {(batch.model, batch.version, batch.artifact_digest) for batch in batches} == {
+        ("net", "1", made.versions[0].artifact_digest)
+    }
+    assert {code for batch in batches for code in batch.codes} == {Code.CODE_OK}
+
+
+async def test_what_fails_is_logged_once_as_well(rig: Rig) -> None:
+    await rig.deploy("table", lookup(10))
+    async with rig.guest() as host:
+        await rig.until(host, "table", READY)
+        replies = await asyncio.gather(*(rig.ask("table", index=np.array([i])) for i in (0, 99, 3)))
+        assert [reply.code for reply in replies] == [0, Code.CODE_INVALID_ARGUMENT, 0]
+        batches = await rig.logged(3)
+    assert sorted(code for batch in batches for code in batch.codes) == [0, 0, Code.CODE_INVALID_ARGUMENT]
+
+
+async def test_nobody_but_its_router_learns_of_it(rig: Rig) -> None:
+    await rig.deploy("net", mlp())
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        assert (await rig.ask("net", x=np.zeros((1, 30), np.float32))).code == Code.CODE_OK
+        assert rig.bus.records(WORKERS.name) == []
+        assert rig.router.dispatcher.endpoints.records() == {}
+    assert rig.bus.records(WORKERS.name) == []
+
+
+async def test_its_metrics_are_the_routers_while_it_is_there(rig: Rig) -> None:
+    await rig.deploy("net", mlp())
+    success = 'nv_inference_request_success{model="net",version="1"} 1.0'
+    assert "nv_inference" not in await rig.metrics()
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        await rig.ask("net", x=np.zeros((1, 30), np.float32))
+        text = await rig.metrics()
+        assert success in text
+        names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+        assert len(names) == len(set(names)), "two parts export one name"
+        assert "headrace_worker_log" not in text  # it is the router's
+    text = await rig.metrics()
+    assert "nv_inference" not in text
+    assert "headrace_router_" in text
+    async with rig.guest() as host:  # and again
+        await rig.until(host, "net", READY)
+        assert "nv_inference" in await rig.metrics()
+
+
+async def test_what_is_slow_or_of_several_shapes_is_left(rig: Rig) -> None:
+    await rig.deploy("net", mlp())
+    await rig.deploy("pair", two_inputs())
+    async with rig.guest(guest_row_us=1) as host:  # less than any run takes
+        assert "a row takes" in (await rig.until(host, "net", FAILED)).error
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        assert "one shape" in (await rig.until(host, "pair", FAILED)).error
+
+
+async def test_large_artifacts_are_left(rig: Rig) -> None:
+    small = mlp(hidden=4)
+    await rig.deploy("large", mlp(hidden=4096))
+    await rig.deploy("small", small)
+    async with rig.guest(guest_artifact_bytes=len(small[0])) as host:
+        await rig.until(host, "small", READY)
+        assert [one.model for one in host.states()] == ["small"]
+
+
+async def test_artifacts_of_other_kinds_are_left(rig: Rig) -> None:
+    data, signature = mlp()
+    digest, _ = put_artifact(rig.store, {"model.onnx": data})
+    await rig.bus.publish([record(config("words", 1, served("1", digest, signature, backend="embedding")))])
+    await rig.deploy("net", (data, signature))
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        assert [one.model for one in host.states()] == ["net"]
+
+
+async def test_versions_come_and_go_with_the_deployment(rig: Rig) -> None:
+    x = np.zeros((1, 30), np.float32)
+    async with rig.guest() as host:
+        await rig.deploy("net", mlp())
+        await rig.until(host, "net", READY)
+        assert (await rig.ask("net", x=x)).code == Code.CODE_OK
+        await rig.bus.publish([Record(DEPLOYMENTS.name, b"net", None)])
+        await eventually(lambda: not host.states())
+        await eventually(lambda: not rig.router.dispatcher.endpoints.group(("net", "1")).members)
+
+
+async def test_worker_processes_take_what_is_large_and_what_it_leaves(rig: Rig) -> None:
+    await rig.deploy("net", mlp())
+    await rig.deploy("pair", two_inputs())
+    ones = np.ones((1, 3), np.float32)
+    async with AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(
+            worker_app(rig.settings(worker_id="worker-0"), SystemClock(), rig.bus)
+        )
+        host = await stack.enter_async_context(rig.guest())
+        for model, there in (("net", 2), ("pair", 1)):
+            group = rig.router.dispatcher.endpoints.group((model, "1"))
+            await eventually(lambda group=group, there=there: len(group.members) == there)  # type: ignore[misc]
+        replies = [
+            await rig.ask("net", x=np.zeros((1, 30), np.float32)),
+            await rig.ask("net", x=np.zeros((1000, 30), np.float32)),
+            await rig.ask("pair", a=ones, b=ones),
+        ]
+        assert [reply.code for reply in replies] == [Code.CODE_OK] * 3
+        assert replies[1].outputs[0].shape[0] == 1000
+        inside = {key.model: model.stats.rows for key, model in host.serving()}
+        outside = {key.model: model.stats.rows for key, model in worker.host.serving()}
+        assert (inside, outside) == ({"net": 1}, {"net": 1000, "pair": 1})
+        assert {reply.code for reply in replies} == {Code.CODE_OK}
+        batches = await rig.logged(3)
+    assert sum(len(batch.rows) for batch in batches) == 3
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_alone_it_reads_shared_memory_where_that_is_allowed(rig: Rig, allowed: bool) -> None:
+    await rig.deploy("net", mlp())
+    path = DIRECTORY / f"headrace-test-{uuid4().hex}"
+    path.write_bytes(bytes(120))
+    try:
+        region = SharedMemory(key=path.name, byte_size=120, identity=inspect(path.name, "x")[1])
+        tensor = Tensor(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[1, 30], shared_memory=region)
+        asked = PredictRequest(model="net", request_id=new_id(), inputs=[tensor])
+        async with rig.guest(shared_memory=allowed) as host:
+            await rig.until(host, "net", READY)
+            reply = await rig.calls.predict(asked, asyncio.get_running_loop().time() + 30)
+            plain = await rig.ask("net", x=np.zeros((1, 30), np.float32))
+    finally:
+        path.unlink()
+    assert plain.code == Code.CODE_OK
+    if allowed:
+        assert reply.outputs[0].data == plain.outputs[0].data
+    else:
+        assert reply.code != Code.CODE_OK
+
+
+async def test_leaving_answers_what_is_queued_and_takes_nothing_more(rig: Rig) -> None:
+    """Batches wait a minute for more rows; nobody waits so long for one that leaves."""
+    x = np.zeros((1, 30), np.float32)
+    made = await rig.deploy("net", mlp())
+    made.revision = 2
+    made.batching.CopyFrom(Batching(max_rows=64, max_delay_us=60_000_000, max_queue_ms=120_000))
+    await rig.bus.publish([record(made)])
+    async with AsyncExitStack() as stack:
+        host = await stack.enter_async_context(rig.guest())
+        await rig.until(host, "net", READY)
+        waiting = [asyncio.create_task(rig.ask("net", seconds=PATIENCE_S, x=x)) for _ in range(5)]
+        await eventually(lambda: sum(model.queued_rows for _, model in host.serving()) == 5)
+        assert not any(task.done() for task in waiting)
+        began = asyncio.get_running_loop().time()
+        await stack.aclose()
+        assert asyncio.get_running_loop().time() - began < 30
+    replies = await asyncio.gather(*waiting)
+    assert [reply.code for reply in replies] == [Code.CODE_OK] * 5
+    assert sum(len(batch.rows) for batch in await rig.logged(5)) == 5
+    # The router heard of it: nobody is left to ask.
+    assert [endpoint.leaving for endpoint in rig.router.dispatcher.endpoints.all()] == [True]
+    assert rig.router.dispatcher.endpoints.group(("net", "1")).members == ()
+    assert (await rig.ask("net", seconds=5.0, x=x)).code == Code.CODE_UNAVAILABLE
+
+
+async def test_a_full_log_refuses_before_anything_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    await rig.deploy("net", mlp())
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        monkeypatch.setattr(type(rig.router.log), "usable", property(lambda _: False))
+        reply = await rig.ask("net", x=np.zeros((1, 30), np.float32))
+        assert reply.code == Code.CODE_RESOURCE_EXHAUSTED
+        ((_, model),) = host.serving()
+        assert model.stats.runs == 0
+
+
+async def test_what_ended_the_process_before_is_left(rig: Rig) -> None:
+    made = await rig.deploy("net", mlp())
+    mark = rig.settings().directory / "loading"
+    mark.parent.mkdir(parents=True)
+    mark.write_text(made.versions[0].artifact_digest)
+    async with rig.guest() as host:
+        assert "a process ended" in (await rig.until(host, "net", FAILED)).error
+
+
+async def test_the_mark_is_in_a_directory_that_is_there(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    write = Path.write_text
+
+    def writing(path: Path, *given: str) -> int:
+        done = write(path, *given)
+        written.append(path)
+        return done
+
+    monkeypatch.setattr(Path, "write_text", writing)
+    await rig.deploy("net", mlp())
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+    assert rig.settings().directory / "loading" in written
