@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deploy.embedded.kafka_probe import answers_kafka
-from deploy.embedded.process import BACKGROUND, Command, EmbeddedError, die_with_parent, plain_environment
+from deploy.embedded.process import Command, EmbeddedError, die_with_parent, plain_environment
 from deploy.embedded.server import LOOPBACK, Server, free_port
 
 OLDEST_JAVA = 17
@@ -91,7 +91,6 @@ class ApacheKafkaServer(Server):
             argv=[*self._jvm(), "kafka.Kafka", str(self._properties)],
             env=plain_environment(),
             cwd=self.directory,
-            niceness=BACKGROUND,
         )
 
     def ready(self) -> bool:

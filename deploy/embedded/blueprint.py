@@ -11,7 +11,7 @@ from pathlib import Path
 from deploy.embedded.apache_kafka import ApacheKafkaServer
 from deploy.embedded.configuration import REPOSITORY, Configuration, inherited_environment
 from deploy.embedded.postgres import PostgresServer
-from deploy.embedded.process import BACKGROUND, READERS
+from deploy.embedded.process import READERS
 from deploy.embedded.secret_files import Secrets
 from deploy.embedded.server import LOOPBACK, Server
 from deploy.embedded.service import ServiceProcess
@@ -24,8 +24,7 @@ _SOCKET_PATH_BYTES = 104
 _BEHIND = 1
 #: Gateway and router as one process.
 _FRONT = "deploy.embedded.front"
-#: Those that nobody waits for while it answers (see Child).
-_NICENESS = {"registry": BACKGROUND, "analytics": READERS, "drift": READERS}
+_NICENESS = {"analytics": READERS, "drift": READERS}
 
 NOT_DURABLE = (
     "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from deploy.embedded.process import BACKGROUND, Command, EmbeddedError, die_with_parent, plain_environment
+from deploy.embedded.process import Command, EmbeddedError, die_with_parent, plain_environment
 from deploy.embedded.server import LOOPBACK, Server
 
 USER = "headrace"
@@ -188,7 +188,6 @@ class PostgresServer(Server):
             cwd=self.directory,
             user=self._identity.user,
             group=self._identity.group,
-            niceness=BACKGROUND,
             stop_signal=signal.SIGINT,  # "fast": ends sessions instead of waiting for them
             death_signal=signal.SIGINT,
         )

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-#: Niceness of what nobody waits for (see Child): servers and services behind the answers, readers of events.
-BACKGROUND, READERS = 10, 15
+#: Niceness of the readers of events, which must not slow down those that answer: below the threads of batch
+#: jobs (10), since they hold an interpreter's lock now and then that requests wait for. Broker and PostgreSQL
+#: have none: it spared requests some waits of over 4 ms, but whoever does wait for these two waited longer.
+READERS = 15
 #: Loaded before any fork: nothing may be imported or allocated for long between fork and exec.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -72,11 +74,7 @@ class Child:
     """A running command in a process group of its own, output appended to `log`.
 
     It stays in our session: Linux shares the processor between sessions first (autogroups), and priorities
-    count within one only, so that in a session of its own no part would make room for another.
-
-    On one machine those that nobody waits for make room: readers of events (15), below the threads of batch
-    jobs (10), as they hold an interpreter's lock now and then; the broker, PostgreSQL and the registry (10),
-    which woke up before whoever was answering, and kept a core for up to a slice of 3 ms."""
+    count within one only, so that in a session of its own no part would make room for another."""
 
     def __init__(self, command: Command, log: Path) -> None:
         """Start it at once. Call from the main thread (see `die_with_parent`)."""

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deploy.embedded.kafka_probe import answers_kafka
-from deploy.embedded.process import BACKGROUND, Command, EmbeddedError, plain_environment
+from deploy.embedded.process import Command, EmbeddedError, plain_environment
 from deploy.embedded.server import LOOPBACK, Server
 
 
@@ -57,7 +57,6 @@ class TansuServer(Server):
             argv=[str(self._binary), "broker", *(word for option in options.items() for word in option)],
             env=plain_environment() | {"RUST_LOG": "warn"},
             cwd=self.directory,
-            niceness=BACKGROUND,
             stop_signal=signal.SIGKILL,  # nothing to save, and SIGTERM waits 5 s for connected clients
         )
 
