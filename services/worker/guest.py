@@ -70,7 +70,7 @@ async def guest_worker(
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
 
         def leave(model: str, version: str) -> None:
-            reason = f"a batch took more than {_SLOW_S} s, and everybody waited for it"
+            reason = f"a batch took the processor for more than {_SLOW_S} s, and everybody waited for it"
             asyncio.get_running_loop().call_soon(host.leave_to_others, model, version, reason)
 
         limit = resident_bytes() + cfg.guest_memory_bytes if cfg.guest_memory_bytes else 0

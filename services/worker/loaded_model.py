@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import inf
+from time import thread_time
 from typing import Final, Protocol
 
 import structlog
@@ -64,7 +65,7 @@ class Serving:
     inline_bytes: int = 256 << 10
     #: Whole batches that run in less seconds are handed to their thread one ahead.
     ahead_below: float = 0.005
-    #: A batch that took more seconds is told of: its version may not be what it was taken for.
+    #: A batch that kept the event loop for more seconds is told of: its version is not what it was taken for.
     slow: float = inf
     on_slow: Callable[[str, str], None] = lambda _model, _version: None
 
@@ -104,7 +105,7 @@ class LoadedModel:
         self.version = version
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()
-        self._closing = False
+        self._closed = self._closing = False
         self._runner = runner
         self._records = records
         self._replies = Replies(version, batched=runner.layout.batched)
@@ -183,7 +184,9 @@ class LoadedModel:
 
     def close(self) -> None:
         """Refuse what waits and what comes, and give the backend's memory back once nothing runs."""
-        self._closing = True
+        if self._closed:
+            return
+        self._closed = self._closing = True
         self._batcher.close()
         self._close_backend()
 
@@ -214,8 +217,20 @@ class LoadedModel:
             self._handed.add(batch)
             return
         _begin(batch.items, started)
-        execution = self._runner.execute(batch, self._policy.batching.max_rows)
+        if serving.slow == inf:
+            execution = self._runner.execute(batch, self._policy.batching.max_rows)
+        else:
+            execution = self._watched(batch, serving)
         self._finish(batch, execution, None, started)
+
+    def _watched(self, batch: Batch, serving: Serving) -> Execution:
+        """Run `batch` and tell where it kept the event loop for too long. By the processor's time: that the
+        machine had none to give is no fault of the version's."""
+        began = thread_time()
+        execution = self._runner.execute(batch, self._policy.batching.max_rows)
+        if thread_time() - began > serving.slow:
+            serving.on_slow(batch.items[0].request.model, self.version)
+        return execution
 
     def _give(self, turn: Turn) -> None:
         """Lend the slot to `turn` until it is over.
@@ -303,8 +318,6 @@ class LoadedModel:
             # Without the way to a thread and back: a fast model must not look slow because it was sent there.
             took = execution.prepare + execution.infer + execution.cut
             self.run_time.observe(batch.rows, took, times.finished)
-            if took > self._serving.slow:
-                self._serving.on_slow(batch.items[0].request.model, self.version)
         headers = self._trace(batch, times, failed=bool(execution.failures))
         # All or none: a batch of which a part were logged would be run, and logged, again elsewhere.
         self._serving.log.append_many(self._records.key, outcome.records, headers)

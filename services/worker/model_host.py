@@ -105,6 +105,7 @@ class ModelHost:
         self._slots: list[Slot] = []
         self._serving: dict[tuple[str, str], LoadedModel | Parked] = {}
         self._stopping = False
+        self._retiring: set[asyncio.Task[None]] = set()
         #: Evictions by model and version.
         self.evictions: Counter[tuple[str, str]] = Counter()
 
@@ -188,18 +189,19 @@ class ModelHost:
         self._on_change()
 
     def leave_to_others(self, model: str, version: str, reason: str) -> None:
-        """Serve the version no more, as long as this process lives; what waits for it is UNAVAILABLE."""
+        """Serve the version no more, as long as this process lives: routers are told, and what they have sent
+        until they know is answered."""
         for slot in self._slots:
             loaded = slot.loaded
             if slot.name != (model, version) or loaded is None:
                 continue
             log.warning("left_to_others", model=model, version=version, reason=reason)
             slot.loaded, slot.error = None, reason
-            if self._serving.get(slot.name) is loaded.model:
-                del self._serving[slot.name]
-            loaded.model.close()
             self._enter(slot, LoadedVersion.STATE_FAILED)
             slot.changed.set()
+            task = asyncio.create_task(self._retire(slot, loaded.model), name=f"retire {model}/{version}")
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
 
     async def drain(self) -> None:
         """Load nothing more and return once everything queued has been answered."""
@@ -212,7 +214,7 @@ class ModelHost:
     async def close(self) -> None:
         """Refuse what is left, and end every task."""
         self._stopping = True
-        tasks = [slot.task for slot in self._slots if slot.task is not None]
+        tasks = [slot.task for slot in self._slots if slot.task is not None] + list(self._retiring)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -346,14 +348,19 @@ class ModelHost:
 
     async def _take_down(self, slot: Slot, model: LoadedModel) -> None:
         self._enter(slot, LoadedVersion.STATE_UNLOADING)
-        await asyncio.sleep(self._linger)
-        if self._serving.get(slot.name) is model:
-            del self._serving[slot.name]
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._drain):
-                await model.drain()
-        model.close()
+        await self._retire(slot, model)
         log.info("unloaded", model=slot.key.model, version=slot.key.version)
+
+    async def _retire(self, slot: Slot, model: LoadedModel) -> None:
+        try:
+            await asyncio.sleep(self._linger)
+            if self._serving.get(slot.name) is model:
+                del self._serving[slot.name]
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._drain):
+                    await model.drain()
+        finally:
+            model.close()
 
     def _failed(self, slot: Slot, reason: str) -> None:
         log.error("load_failed", model=slot.key.model, version=slot.key.version, reason=reason)
