@@ -82,7 +82,12 @@ class _Child:
 
 class ProcessGroup:
     """Children that run `argv`, each with the environment of this process and its own
-    `environments[index]`."""
+    `environments[index]`.
+
+    They stay in our process group, so that whoever ends that leaves no orphan, not even one that is frozen;
+    except where a terminal's signals, which are to come by us, would reach them. They have no session of
+    their own: Linux shares the processor between sessions first (autogroups), and a process that changes
+    cores then waits for up to 100 ms."""
 
     def __init__(
         self, argv: Sequence[str], environments: Sequence[Mapping[str, str]], *, stop_s: float
@@ -147,9 +152,7 @@ class ProcessGroup:
                 *self._argv,
                 env={**os.environ, **self._environments[child.index]},
                 stdin=asyncio.subprocess.PIPE,
-                # A terminal's signals come by us. No session of its own: Linux shares the processor between
-                # sessions first (autogroups), and one that changes cores then waits for up to 100 ms.
-                preexec_fn=os.setpgrp,  # uvloop knows no process_group
+                preexec_fn=os.setpgrp if _has_terminal() else None,  # uvloop knows no process_group
             )
             code = await process.wait()
             if self._stopping:
@@ -182,6 +185,15 @@ class ProcessGroup:
                 with suppress(ProcessLookupError):
                     process.kill()
             await asyncio.wait(late)
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 class _WrongConfiguration(Fatal):

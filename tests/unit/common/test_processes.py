@@ -25,11 +25,17 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_they_share_the_parents_session_and_none_its_group(
-    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+def test_they_share_the_parents_session_and_its_group_unless_a_terminal_would_signal_that(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loop: Callable[[], asyncio.AbstractEventLoop],
+    terminal: bool,
 ) -> None:
-    """A terminal's signals go to a group; the processor is shared between sessions first."""
+    """A terminal's signals go to a group; the processor is shared between sessions first; and who ends a
+    group ends all of it."""
+    monkeypatch.setattr("services.common.lifecycle.processes._has_terminal", lambda: terminal)
 
     async def play() -> None:
         said = [tmp_path / name for name in ("one", "two")]
@@ -48,7 +54,7 @@ def test_they_share_the_parents_session_and_none_its_group(
                 pid, parent, session, own = (int(word) for word in words[:4])
                 assert parent == os.getpid()
                 assert session == os.getsid(0)
-                assert own == pid
+                assert own == (pid if terminal else os.getpgid(0))
         assert group.pids == {}
         assert group.restarts == 0
         for pid in pids.values():
