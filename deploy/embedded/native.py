@@ -53,8 +53,8 @@ GROUPS: Final = {
     "router": tuple(
         f"services/router/{name}.py"
         for name in (
-            "balancing", "call", "dispatch", "endpoints", "hedging", "outliers", "retry_budget", "routed",
-            "routing_table", "span", "stats",
+            "balancing", "call", "dispatch", "endpoints", "group", "hedging", "outliers", "retry_budget",
+            "routed", "routing_table", "span", "stats",
         )
     ),
     "worker": tuple(

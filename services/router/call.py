@@ -14,8 +14,8 @@ from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import HeadraceError
 from services.common.frames import lost, timeout_override
-from services.common.shared_memory import in_shared_memory
-from services.router.endpoints import Endpoint, Group
+from services.router.group import Endpoint, Group
+from services.router.hedging import Attempt
 from services.router.outliers import Verdict, verdict
 from services.router.routed import Routed
 from services.router.stats import NOWHERE
@@ -30,24 +30,10 @@ _COMPARED: Final = frozenset({Code.CODE_OK, Code.CODE_INTERNAL})
 _AT_FAULT: Final = frozenset({Code.CODE_INVALID_ARGUMENT, Code.CODE_NOT_FOUND, Code.CODE_CANCELLED})
 _BLAMELESS: Final = _AT_FAULT | {Code.CODE_DEADLINE_EXCEEDED}
 
-#: What is larger is better read, joined and logged by a process that has nothing else to do.
-_SMALL_BYTES: Final = 16 << 10
-
 #: Whoever asked counts from its own receipt, so its patience ends a moment before our deadline.
 _TIE_S: Final = 0.005
 
 _monotonic = time.monotonic
-
-
-class Attempt:
-    """A request at one more endpoint than the one that was asked first."""
-
-    __slots__ = ("endpoint", "local_id", "sent_at")
-
-    def __init__(self, endpoint: Endpoint, sent_at: float) -> None:
-        self.endpoint: Endpoint | None = endpoint  # None: it has answered
-        self.sent_at = sent_at
-        self.local_id = 0
 
 
 class Call(Routed):
@@ -83,10 +69,7 @@ class Call(Routed):
         group = self.group = way.group
         if group.broken and self._spare_broken(group, now):
             return
-        small = not self.apart and len(self.payload) <= _SMALL_BYTES
-        if small and self._dispatcher.shared_memory:
-            small = not in_shared_memory(self.request)
-        endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried, small=small)
+        endpoint = group.pick(route.balancing, self.unit_hash, now, self.tried, small=self.small)
         if endpoint is None:
             self._find_none()
             return

@@ -12,7 +12,8 @@ from services.common.errors import HeadraceError, Internal, NotFound, Unavailabl
 from services.common.frames import Peer
 from services.common.telemetry import Tracing
 from services.router.call import Call
-from services.router.endpoints import Endpoints, Group
+from services.router.endpoints import Endpoints
+from services.router.group import Group
 from services.router.hedging import Hedges
 from services.router.prediction_log import RefusalLog
 from services.router.result_cache import ResultCache

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from services.router.group import Endpoint
 from services.router.routing_table import Hedging
 
 if TYPE_CHECKING:
@@ -22,6 +23,17 @@ _RECENT: Final = 256
 _FRESH: Final = 64
 #: Requests that are looked after at once; what is above goes without.
 _MAX_WATCHED: Final = 16_384
+
+
+class Attempt:
+    """A request at one more endpoint than the one that was asked first."""
+
+    __slots__ = ("endpoint", "local_id", "sent_at")
+
+    def __init__(self, endpoint: Endpoint, sent_at: float) -> None:
+        self.endpoint: Endpoint | None = endpoint  # None: it has answered
+        self.sent_at = sent_at
+        self.local_id = 0
 
 
 class Usual:

@@ -8,7 +8,8 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.assignment import unit_digest
 from services.common.frames.detached import Buffer
-from services.router.endpoints import Endpoint, Group
+from services.common.shared_memory import in_shared_memory
+from services.router.group import Endpoint, Group
 from services.router.routing_table import Fallback, Route, Target
 from services.router.shadow import Mirror
 from services.router.span import RouteSpan
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _UNIT_HASH: Final = b"\x81\x01"
 _ATTEMPT: Final = b"\x90\x01"
 _TRACE: Final = b"\x4a\x19"
+
+#: What is larger is better read, joined and logged by a process that has nothing else to do.
+_SMALL_BYTES: Final = 16 << 10
 
 
 class Owner(Protocol):
@@ -88,6 +92,14 @@ class Routed:
         self.owner = owner
         self.owner_id: int = request.id
         self.began_at = self.sent_at = now
+
+    @property
+    def small(self) -> bool:
+        """Whether a worker in this process may as well answer it. What lies in shared memory is large,
+        whatever it says: that is why it was put there."""
+        if self.apart or len(self.payload) > _SMALL_BYTES:
+            return False
+        return not (self._dispatcher.shared_memory and in_shared_memory(self.request))
 
     def decide(self) -> Route:
         """Choose the version, and state it in `stamp`. Raises NotFound or Unavailable."""

@@ -29,7 +29,8 @@ from services.common.shared_memory import in_shared_memory
 from services.common.targeting import Value, attribute
 from services.common.topics import SHADOWS
 from services.router.comparison import Comparison, Output, compare
-from services.router.endpoints import Endpoint, Endpoints, Group
+from services.router.endpoints import Endpoints
+from services.router.group import Endpoint, Group
 from services.router.outliers import verdict
 from services.router.routing_table import Route, Shadow, Target, VersionKey
 from services.router.stats import Stats

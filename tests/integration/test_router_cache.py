@@ -17,7 +17,7 @@ from deploy.embedded.valkey import ValkeyServer
 from services.common.errors import ResourceExhausted
 from services.common.frames import Peer
 from services.router.result_store import ResultStore
-from tests.fixtures.router import FakeWorker, deploy, request, sole
+from tests.fixtures.router import FakeWorker, request, sole
 from tests.fixtures.router_platform import BOTH, Platform, platform, refuse, soon
 from tests.fixtures.servers import *  # noqa: F403 - fixtures
 from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
@@ -32,13 +32,11 @@ async def caching(
         await redis.flushdb()
     async with platform(directory, redis_url=url, cache_budget_ms=500) as p:
         made = sole()
-        made.revision = 9
         made.log_payloads = logged
         made.versions[0].signature.batched = True
         made.versions[0].artifact_digest = f"sha256:{directory.name}"
         made.cache.ttl_ms, made.cache.max_entry_bytes = 60_000, entry
-        await deploy(p.bus, made)
-        await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
+        await p.serve(made)
         await eventually(lambda: p.store.usable)
         yield p
 

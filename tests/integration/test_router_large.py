@@ -11,14 +11,14 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
-from headrace.v1.control_pb2 import Hedging, ServingConfig
+from headrace.v1.control_pb2 import Hedging
 from headrace.v1.dataplane_pb2 import Origin, PredictReply, PredictRequest
 from headrace.v1.events_pb2 import ShadowVerdict
 from headrace.v1.tensor_pb2 import Code, DataType
 from redis.asyncio import Redis
 
 from services.common.frames import Peer
-from tests.fixtures.router import FakeWorker, deploy, request, sole
+from tests.fixtures.router import FakeWorker, request, sole
 from tests.fixtures.router_platform import BOTH, Platform, platform, soon
 from tests.fixtures.servers import *  # noqa: F403 - fixtures
 from tests.fixtures.waiting import eventually, eventually_of
@@ -46,12 +46,6 @@ def assert_whole(got: PredictRequest | PredictReply, n: int) -> None:
     for tensor, wanted in zip(tensors, large(n).inputs, strict=True):
         assert (tensor.name, list(tensor.shape)) == (wanted.name, list(wanted.shape))
         assert tensor.data == wanted.data, "bytes were lost on the way"
-
-
-async def serving(p: Platform, made: ServingConfig) -> None:
-    made.revision = 9
-    await deploy(p.bus, made)
-    await eventually(lambda: getattr(p.router.dispatcher.table.find("cancer"), "revision", 0) == 9)
 
 
 async def test_a_lost_worker_costs_a_large_request_nothing(tmp_path: Path) -> None:
@@ -82,7 +76,7 @@ async def test_a_hedge_of_a_large_request_is_all_of_it(tmp_path: Path) -> None:
     async with platform(tmp_path) as p:
         made = sole()
         made.hedging.CopyFrom(Hedging(min_delay_ms=20))
-        await serving(p, made)
+        await p.serve(made)
         workers = [await p.worker("w1"), await p.worker("w2")]
         for n in range(128):  # to know what is usual
             assert (await p.ask(n)).code == Code.CODE_OK
@@ -139,7 +133,7 @@ async def caching(directory: Path, url: str) -> AsyncIterator[Platform]:
         made = sole()
         made.versions[0].artifact_digest = f"sha256:{directory.name}"
         made.cache.ttl_ms, made.cache.max_entry_bytes = 60_000, 8 << 20
-        await serving(p, made)
+        await p.serve(made)
         await eventually(lambda: p.store.usable)
         yield p
 

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from headrace.v1.control_pb2 import Hedging, LoadedVersion, ServingConfig
+from headrace.v1.control_pb2 import Hedging, LoadedVersion
 from headrace.v1.dataplane_pb2 import Origin, PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code, SharedMemory
 
-from services.common.frames import FrameCalls
 from services.common.frames.messages import varint
-from services.router.call import _SMALL_BYTES
-from tests.fixtures.router import QUICK, TOKEN, FakeWorker, deploy, request, sole, status
-from tests.fixtures.router_platform import BOTH, READY, Platform, platform, refuse, soon
-from tests.fixtures.waiting import PATIENCE_S, eventually, patience
-
-Versions = dict[tuple[str, str], LoadedVersion.State]
-
-
-@asynccontextmanager
-async def guest(p: Platform, versions: Versions = BOTH) -> AsyncIterator[FakeWorker]:
-    """A worker on the router's event loop, which only the router is told of."""
-    made = FakeWorker("guest-0")
-    told = status("guest-0", made.server.start_local("guest-0"), versions)
-    p.router.dispatcher.endpoints.apply(b"guest-0", told.SerializeToString())
-    await eventually(lambda: any(e.near and e.reachable for e in p.router.dispatcher.endpoints.all()))
-    try:
-        yield made
-    finally:
-        await made.server.close()
-
-
-async def serve(p: Platform, made: ServingConfig) -> None:
-    made.revision = 9
-    await deploy(p.bus, made)
-    await eventually(lambda: getattr(p.router.dispatcher.find("cancer"), "revision", 0) == 9)
+from services.router.routed import _SMALL_BYTES
+from tests.fixtures.router import FakeWorker, gateway, request, sole
+from tests.fixtures.router_platform import READY, Versions, platform, refuse, soon
+from tests.fixtures.waiting import eventually, patience
 
 
 def asked(workers: Iterable[FakeWorker]) -> list[int]:
@@ -71,7 +48,8 @@ def of(n: int, nbytes: int, tensors: int = 1) -> PredictRequest:
 async def test_only_small_requests_are_for_the_worker_in_this_process(
     tmp_path: Path, nbytes: int, tensors: int, near: bool
 ) -> None:
-    async with platform(tmp_path) as p, guest(p) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest()
         outside = await p.worker("w1")
         for n in range(3):
             reply = await p.calls.predict(of(n, nbytes, tensors), soon())
@@ -85,7 +63,8 @@ async def test_only_small_requests_are_for_the_worker_in_this_process(
 
 async def test_what_comes_apart_from_its_large_tensors_is_large(tmp_path: Path) -> None:
     """So it does from a gateway of the same process; what is left of such a request is small."""
-    async with platform(tmp_path, frames_name="router-0") as p, guest(p) as inside:
+    async with platform(tmp_path, frames_name="router-0") as p:
+        inside = await p.guest()
         outside = await p.worker("w1")
         made = of(1, 1 << 20)
         data = made.inputs[0].data
@@ -93,27 +72,21 @@ async def test_what_comes_apart_from_its_large_tensors_is_large(tmp_path: Path) 
         head = b"\x22" + varint(len(tensor)) + tensor.removesuffix(data)
         assert head.endswith(b"\x22" + varint(len(data)))  # data is a tensor's last field
         made.ClearField("inputs")
-        calls = FrameCalls(
-            "local:router-0", credential=TOKEN, role="gateway", instance="gateway-1", limits=QUICK
-        )
-        calls.start()
-        await calls.wait_connected(PATIENCE_S)
         got: asyncio.Future[PredictReply] = asyncio.get_running_loop().create_future()
-        try:
+        async with gateway(p.router, "local:router-0") as calls:
             calls.forward(
                 made.SerializeToString(), b"", soon(), lambda reply, *_: got.set_result(reply), (head, data)
             )
             async with patience("the answer"):
                 reply = await got
-        finally:
-            await calls.close()
         assert reply.code == Code.CODE_OK
         assert reply.outputs[0].data == data
         assert asked((inside, outside)) == [0, 1]
 
 
 async def test_what_lies_in_shared_memory_is_large_whatever_its_request_is(tmp_path: Path) -> None:
-    async with platform(tmp_path, shared_memory=True) as p, guest(p) as inside:
+    async with platform(tmp_path, shared_memory=True) as p:
+        inside = await p.guest()
         outside = await p.worker("w1")
         for n in range(4):
             made = request(n)
@@ -126,7 +99,8 @@ async def test_what_lies_in_shared_memory_is_large_whatever_its_request_is(tmp_p
 
 
 async def test_everything_is_for_it_where_it_is_alone(tmp_path: Path) -> None:
-    async with platform(tmp_path) as p, guest(p) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest()
         for n, nbytes in enumerate((120, 1 << 20)):
             assert (await p.calls.predict(of(n, nbytes), soon())).code == Code.CODE_OK
         assert asked([inside]) == [2]
@@ -134,7 +108,8 @@ async def test_everything_is_for_it_where_it_is_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [Code.CODE_RESOURCE_EXHAUSTED, Code.CODE_UNAVAILABLE])
 async def test_what_it_refuses_a_worker_process_answers(tmp_path: Path, code: Code) -> None:
-    async with platform(tmp_path) as p, guest(p) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest()
         outside = await p.worker("w1")
         inside.behave = refuse(code)
         reply = await p.ask(1)
@@ -146,7 +121,8 @@ async def test_what_it_refuses_a_worker_process_answers(tmp_path: Path, code: Co
 
 
 async def test_its_end_costs_a_retry(tmp_path: Path) -> None:
-    async with platform(tmp_path) as p, guest(p) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest()
         outside = await p.worker("w1")
         inside.behave = lambda *_: None  # keeps what it has
         waiting = [asyncio.create_task(p.ask(n)) for n in range(5)]
@@ -159,10 +135,11 @@ async def test_its_end_costs_a_retry(tmp_path: Path) -> None:
 
 
 async def test_a_late_request_is_asked_of_a_worker_process(tmp_path: Path) -> None:
-    async with platform(tmp_path) as p, guest(p) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest()
         made = sole()
         made.hedging.CopyFrom(Hedging(min_delay_ms=20))
-        await serve(p, made)
+        await p.serve(made)
         outside = await p.worker("w1")
         for n in range(128):  # to know what is usual
             assert (await p.ask(n)).code == Code.CODE_OK
@@ -174,11 +151,12 @@ async def test_a_late_request_is_asked_of_a_worker_process(tmp_path: Path) -> No
 
 
 async def test_copies_for_a_shadow_go_to_worker_processes(tmp_path: Path) -> None:
-    async with platform(tmp_path) as p, guest(p) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest()
         made = sole()
         made.versions.add(version="2", artifact_digest="sha256:2")
         made.shadow.version, made.shadow.share = "2", 10_000
-        await serve(p, made)
+        await p.serve(made)
         outside = await p.worker("w1")
         for n in range(4):
             assert (await p.ask(n)).version == "1"
@@ -189,7 +167,8 @@ async def test_copies_for_a_shadow_go_to_worker_processes(tmp_path: Path) -> Non
 
 async def test_a_version_that_it_has_not_is_asked_elsewhere(tmp_path: Path) -> None:
     only_second: Versions = {("cancer", "1"): LoadedVersion.STATE_FAILED, ("cancer", "2"): READY}
-    async with platform(tmp_path) as p, guest(p, only_second) as inside:
+    async with platform(tmp_path) as p:
+        inside = await p.guest(only_second)
         outside = await p.worker("w1")
         assert (await p.ask(1, version="1")).version == "1"
         assert (await p.ask(2, version="2")).version == "2"
@@ -197,7 +176,8 @@ async def test_a_version_that_it_has_not_is_asked_elsewhere(tmp_path: Path) -> N
 
 
 async def test_a_snapshot_does_not_name_it(tmp_path: Path) -> None:
-    async with platform(tmp_path) as p, guest(p):
+    async with platform(tmp_path) as p:
+        await p.guest()
         await p.worker("w1")
         await p.ask(1)
         assert p.router.dispatcher.endpoints.records().keys() == {"w1"}

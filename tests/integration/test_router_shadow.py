@@ -14,7 +14,7 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.bus import Record
 from services.common.frames import Peer
 from services.common.topics import SHADOWS
-from tests.fixtures.router import FakeWorker, deploy, request, sole
+from tests.fixtures.router import FakeWorker, request, sole
 from tests.fixtures.router_platform import BOTH, READY, Platform, platform, refuse
 from tests.fixtures.waiting import eventually
 
@@ -24,11 +24,9 @@ async def shadowing(directory: Path, share: int = 10_000, **settings: object) ->
     """Version 1 answers everybody, version 2 is its shadow."""
     async with platform(directory, **settings) as p:
         made = sole()
-        made.revision = 9
         made.versions.add(version="2", artifact_digest="sha256:2")
         made.shadow.version, made.shadow.share = "2", share
-        await deploy(p.bus, made)
-        await eventually(lambda: p.router.dispatcher.table.find("cancer").revision == 9)  # type: ignore[union-attr]
+        await p.serve(made)
         yield p
 
 

@@ -10,7 +10,8 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 
 from services.common.assignment import unit_digest
 from services.common.clock import ManualClock
-from services.router.endpoints import Endpoint, Endpoints, Group
+from services.router.endpoints import Endpoints
+from services.router.group import Endpoint, Group
 from services.router.outliers import Verdict
 from tests.fixtures.router import status
 
@@ -216,6 +217,20 @@ async def test_an_ejected_worker_gets_one_probe_and_a_new_incarnation_a_fresh_st
     assert room.ready == ["w2"]
     room.beat("w1", "w1:1", incarnation="b")
     assert room.ready == ["w1", "w2"]
+
+
+@pytest.mark.parametrize(
+    ("address", "near"),
+    [
+        ("local:guest-0", True),
+        ("local:8080", False),  # a host of that name
+        ("h:1", False),
+        ("unix:/run/local:guest-0", False),
+    ],
+)
+async def test_only_a_name_on_this_event_loop_is_near(room: Room, address: str, near: bool) -> None:
+    room.beat("w1", address)
+    assert [endpoint.near for endpoint in room.endpoints.all()] == [near]
 
 
 class TestNear:
