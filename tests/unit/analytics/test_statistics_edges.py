@@ -8,9 +8,9 @@ from scipy import stats
 
 from services.analytics.statistics import bounded, counts, means, power, proportions, quantiles, sequential
 from services.analytics.statistics.boundaries import BetaBinomialMixture
-from services.analytics.statistics.effects import Arm, effect
+from services.analytics.statistics.effects import Arm, Difference, cuped, effect
 from services.analytics.statistics.fixed_horizon import equivalence, non_inferiority, t_test, z_test
-from services.analytics.statistics.moments import Moments
+from services.analytics.statistics.moments import Moments, PairedMoments
 
 SIDES = [(0, 0), (0, 10), (10, 10), (3, 10), (1, 1)]
 
@@ -65,6 +65,26 @@ def test_pooled_and_paired_means_agree_with_scipy() -> None:
     assert pooled.p_value == pytest.approx(stats.ttest_ind(b, a).pvalue)
     paired = t_test(means.paired_effect(Moments.of(b - a)), alternative="larger")
     assert paired.p_value == pytest.approx(stats.ttest_rel(b, a, alternative="greater").pvalue)
+
+
+#: y is x, so nothing varies that it leaves unexplained; but a sum of products that was rounded up, as on some
+#: processors, says that even less does.
+SAME = PairedMoments(Moments(2, 3.0, 1.0), Moments(2, 3.0, 1.0), math.nextafter(1.0, 2.0))
+
+
+@pytest.mark.parametrize("difference", ["absolute", "relative"])
+def test_a_ratio_that_rounding_leaves_below_no_variance_has_none(difference: Difference) -> None:
+    arm = Arm.ratio(SAME)
+    assert (arm.mean, arm.variance) == (1.0, 0.0)
+    assert effect(arm, arm, difference).std_error == 0.0
+
+
+@pytest.mark.parametrize("difference", ["absolute", "relative"])
+def test_an_adjustment_that_rounding_leaves_below_no_variance_leaves_none(difference: Difference) -> None:
+    found = cuped(SAME, SAME, difference)
+    assert found.unadjusted.std_error > 0
+    assert found.adjusted.std_error == 0.0
+    assert found.variance_reduction == 1.0
 
 
 def test_anytime_quantile_is_the_least_favourable_common_point() -> None:
