@@ -37,10 +37,11 @@ from services.worker.backends.port import BackendOptions
 from services.worker.batch_queue import BatchPolicy
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
-from services.worker.loaded_model import LoadedModel, Serving, ServingPolicy
+from services.worker.loaded_model import LoadedModel
 from services.worker.prediction_log import PayloadPolicy, PredictionRecords
 from services.worker.run_time import RunTime
 from services.worker.servicer import FrameConnection, Servicer
+from services.worker.serving import Serving, ServingPolicy
 from services.worker.warm_up import warm_up
 from tests.fixtures.onnx_models import mlp
 

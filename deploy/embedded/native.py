@@ -62,7 +62,7 @@ GROUPS: Final = {
         for name in (
             "batch_queue", "batcher", "execution", "input_layout", "item", "loaded_model", "outcome",
             "padding", "prediction_log", "priorities", "record_columns", "replies", "run_time", "servicer",
-            "stats", "tensors", "turn", "wire",
+            "serving", "stats", "tensors", "turn", "wire",
         )
     ),
     "gateway": tuple(

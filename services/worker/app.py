@@ -38,12 +38,12 @@ from services.worker.batch.work import WorkOptions
 from services.worker.desired import Deployments, defaults_of
 from services.worker.grpc_server import BatchedUnary
 from services.worker.heartbeat import Heartbeat
-from services.worker.loaded_model import Serving
 from services.worker.loading import LoadOptions, VersionLoader
 from services.worker.mapped_objects import MappedObjects
 from services.worker.metrics import WorkerMetrics
-from services.worker.model_host import ModelHost
+from services.worker.model_host import HostOptions, ModelHost
 from services.worker.servicer import FrameConnection, Servicer
+from services.worker.serving import Serving
 from services.worker.settings import Settings
 from services.worker.shared_inputs import SharedInputs
 from services.worker.status import StatusReport
@@ -108,8 +108,7 @@ async def worker_app(
             artifacts,
             heartbeat.changed,
             clock,
-            linger=cfg.linger_s,
-            long_idle=cfg.evict_idle_s,
+            HostOptions(linger=cfg.linger_s, long_idle=cfg.evict_idle_s),
         )
         stack.push_async_callback(host.close)
         servicer = Servicer(host, events, clock, await stack.enter_async_context(_shared_inputs(cfg, clock)))

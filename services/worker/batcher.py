@@ -156,7 +156,8 @@ class Batcher:
         """Return once everything queued and running has been settled. Nothing waits for company any more."""
         self._draining = True
         self._arm()
-        self._idle = asyncio.Event()
+        if self._idle is None or self._idle.is_set():  # else whoever drains it already would wait for ever
+            self._idle = asyncio.Event()
         self._signal_idle()
         await self._idle.wait()
 

@@ -10,8 +10,8 @@ from headrace.v1.control_pb2 import ServedVersion, ServingConfig
 
 from services.common.errors import InvalidArgument
 from services.worker.batch_queue import BatchPolicy
-from services.worker.loaded_model import ServingPolicy
 from services.worker.prediction_log import PayloadPolicy
+from services.worker.serving import ServingPolicy
 from services.worker.settings import Settings
 
 

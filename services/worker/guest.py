@@ -7,8 +7,8 @@ is sent again, mirrored or part of a job, and all of it whenever the guest canno
 learns of it, so deployments, rollouts and lists of workers count on worker processes alone.
 
 A model that ends the process while it is loaded ends it once: the next process finds its mark, and leaves
-the version to others. So is one whose time depends on values that it is given (`steadiness.py`), and one that
-turns out to be slow."""
+the version to others. Left to them are also those whose time depends on the values that they are given
+(`steadiness.py`), those that turn out to be slow, and those that find no room."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from services.worker.backends.port import BackendOptions
 from services.worker.desired import Deployments, defaults_of
 from services.worker.heartbeat import Heartbeat
 from services.worker.load_mark import LoadMark
-from services.worker.loaded_model import Serving
 from services.worker.loading import LoadOptions, VersionLoader, resident_bytes
 from services.worker.metrics import WorkerMetrics
-from services.worker.model_host import ModelHost
+from services.worker.model_host import HostOptions, ModelHost
 from services.worker.servicer import FrameConnection, Servicer
+from services.worker.serving import Serving
 from services.worker.settings import Settings
 from services.worker.shared_inputs import SharedInputs
 from services.worker.status import StatusReport
@@ -69,17 +69,11 @@ async def guest_worker(
         pool = ThreadPoolExecutor(1, thread_name_prefix="guest")
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
 
-        def leave(model: str, version: str) -> None:
-            reason = f"a batch took the processor for more than {_SLOW_S} s, and everybody waited for it"
-            asyncio.get_running_loop().call_soon(host.leave_to_others, model, version, reason)
-
         limit = resident_bytes() + cfg.guest_memory_bytes if cfg.guest_memory_bytes else 0
         options = LoadOptions(
             cfg.worker_id, BackendOptions(1), limit, slots=1, slowest_row=cfg.guest_row_us / 1e6
         )
-        serving = Serving(
-            clock, events, tracing, pool, cfg.inline_below_us / 1e6, slow=_SLOW_S, on_slow=leave
-        )
+        serving = Serving(clock, events, tracing, pool, cfg.inline_below_us / 1e6)
         mark = await asyncio.to_thread(LoadMark, cfg.directory / "loading")
         heartbeat = Heartbeat(_Told(announce), interval=cfg.heartbeat_s)
         host = ModelHost(
@@ -88,8 +82,7 @@ async def guest_worker(
             artifacts,
             heartbeat.changed,
             clock,
-            linger=cfg.linger_s,
-            long_idle=cfg.evict_idle_s,
+            HostOptions(linger=cfg.linger_s, long_idle=cfg.evict_idle_s, slow=_SLOW_S, returns=True),
         )
         stack.push_async_callback(host.close)
         # Copied, not mapped: such a request comes here only while no worker process can answer.

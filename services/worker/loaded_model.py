@@ -5,30 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 from time import thread_time
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanKind
 
-from services.common.clock import Clock
 from services.common.errors import DeadlineExceeded, HeadraceError, Internal
-from services.common.telemetry import Tracing, from_trace_bytes, kafka_headers, log_fields
-from services.worker.batch_queue import BatchPolicy
+from services.common.telemetry import from_trace_bytes, kafka_headers, log_fields
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.execution import Execution, Runner
 from services.worker.handed import HandedOver
 from services.worker.item import Batch, Item
 from services.worker.outcome import Outcome, outcome_of
-from services.worker.prediction_log import PayloadPolicy, PredictionRecords
+from services.worker.prediction_log import PredictionRecords
 from services.worker.record_columns import Answered
 from services.worker.replies import Replies, error_reply
 from services.worker.run_time import RunTime
+from services.worker.serving import Serving, ServingPolicy
 from services.worker.stats import ModelStats
 from services.worker.turn import Turn
 
@@ -37,46 +35,6 @@ log = structlog.get_logger(__name__)
 _OK: Final = Code.CODE_OK
 _MOST_LINKS: Final = 128
 _US_MAX: Final = (1 << 32) - 1
-
-
-class Log(Protocol):
-    """The part of the event log that serving needs."""
-
-    @property
-    def usable(self) -> bool: ...
-
-    def append_many(
-        self, key: bytes, values: Sequence[bytes], headers: tuple[tuple[str, bytes], ...] = ()
-    ) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What all versions of a worker share."""
-
-    clock: Clock
-    log: Log
-    tracing: Tracing
-    pool: ThreadPoolExecutor
-    #: Batches expected to take longer than this many seconds run in a thread.
-    inline_below: float
-    #: Batches with more bytes of input do so however fast they are: joining these bytes, and serialising them
-    #: for the log, would hold up the event loop.
-    inline_bytes: int = 256 << 10
-    #: Whole batches that run in less seconds are handed to their thread one ahead.
-    ahead_below: float = 0.005
-    #: A batch that kept the event loop for more seconds is told of: its version is not what it was taken for.
-    slow: float = inf
-    on_slow: Callable[[str, str], None] = lambda _model, _version: None
-
-
-@dataclass(frozen=True, slots=True)
-class ServingPolicy:
-    """What the deployment says of a version, and may change while it is loaded. `timeout` is seconds."""
-
-    batching: BatchPolicy
-    payloads: PayloadPolicy
-    timeout: float
 
 
 class LoadedModel:
@@ -106,6 +64,8 @@ class LoadedModel:
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()
         self._closed = self._closing = False
+        self._slow = inf
+        self._on_slow: Callable[[], None] = _nothing
         self._runner = runner
         self._records = records
         self._replies = Replies(version, batched=runner.layout.batched)
@@ -167,6 +127,11 @@ class LoadedModel:
         self._policy = policy = self._fitted(policy)
         self._batcher.policy = policy.batching
 
+    def watch(self, slow: float, on_slow: Callable[[], None]) -> None:
+        """Call `on_slow` after each batch that kept the event loop for more than `slow` seconds. They are the
+        processor's: that the machine had none to give is no fault of the version's."""
+        self._slow, self._on_slow = slow, on_slow
+
     def _fitted(self, policy: ServingPolicy) -> ServingPolicy:
         return replace(policy, batching=policy.batching.grown(self.best.quick_rows))
 
@@ -217,20 +182,13 @@ class LoadedModel:
             self._handed.add(batch)
             return
         _begin(batch.items, started)
-        if serving.slow == inf:
-            execution = self._runner.execute(batch, self._policy.batching.max_rows)
-        else:
-            execution = self._watched(batch, serving)
-        self._finish(batch, execution, None, started)
-
-    def _watched(self, batch: Batch, serving: Serving) -> Execution:
-        """Run `batch` and tell where it kept the event loop for too long. By the processor's time: that the
-        machine had none to give is no fault of the version's."""
-        began = thread_time()
+        watched = self._slow < inf
+        began = thread_time() if watched else 0.0
         execution = self._runner.execute(batch, self._policy.batching.max_rows)
-        if thread_time() - began > serving.slow:
-            serving.on_slow(batch.items[0].request.model, self.version)
-        return execution
+        slow = watched and thread_time() - began > self._slow
+        self._finish(batch, execution, None, started)
+        if slow:
+            self._on_slow()
 
     def _give(self, turn: Turn) -> None:
         """Lend the slot to `turn` until it is over.
@@ -403,6 +361,10 @@ class LoadedModel:
                 error="requests of the batch failed" if failed else None,
             )
         return kafka_headers(context)
+
+
+def _nothing() -> None:
+    """Nobody watches."""
 
 
 def _begin(items: Sequence[Item], started: float) -> None:

@@ -21,9 +21,10 @@ from services.worker.eviction import NoRoom
 from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.load_mark import LoadMark
-from services.worker.loaded_model import LoadedModel, Serving
+from services.worker.loaded_model import LoadedModel
 from services.worker.prediction_log import PredictionRecords
 from services.worker.run_time import RunTime
+from services.worker.serving import Serving
 from services.worker.steadiness import unsteady
 from services.worker.warm_up import WarmUp, warm_up
 
@@ -79,7 +80,8 @@ class VersionLoader:
         """Bring `desired` up; `known_bytes` is what it took the last time. `free` is asked to give up so many
         bytes of other versions where memory is short; False: it has none to give.
 
-        Raises LoadFailed with the reason, NoRoom, Unavailable when the artifact store is away."""
+        Raises LoadFailed with the reason, LeftToOthers, NoRoom, Unavailable when the artifact store is
+        away."""
         key, served = desired.key, desired.served
         if self._mark is not None:
             self._mark.check(served.artifact_digest)
@@ -100,7 +102,7 @@ class VersionLoader:
                 runner = Runner(backend, served.signature, layout)
                 try:
                     warm = await asyncio.to_thread(warm_up, runner, layout, max_rows, run_time)
-                    await asyncio.to_thread(self._check_quick, directory, backend, layout, warm, run_time)
+                    await asyncio.to_thread(self._check_quick, directory, runner, warm, run_time)
                 except BaseException:
                     backend.close()
                     raise
@@ -115,13 +117,12 @@ class VersionLoader:
         )  # fmt: skip
         return Loaded(model, grown)
 
-    def _check_quick(
-        self, directory: Path, backend: Backend, layout: InputLayout, warm: WarmUp, run_time: RunTime
-    ) -> None:
+    def _check_quick(self, directory: Path, runner: Runner, warm: WarmUp, run_time: RunTime) -> None:
+        """Where only quick versions are taken, raise LeftToOthers for all others. Blocks."""
         slowest = self._options.slowest_row
         if not slowest:
             return
-        if backend.device != "cpu" or not layout.fixed or not warm.ran:
+        if runner.backend.device != "cpu" or not runner.layout.fixed or not warm.ran:
             raise LeftToOthers("only what runs on a processor, with rows of one shape, is known to be quick")
         # The fastest: what else the machine did meanwhile is no fault of the version's.
         row = run_time.floor(time.monotonic())

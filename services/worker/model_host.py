@@ -6,7 +6,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import inf
 
 import structlog
 from headrace.v1.control_pb2 import LoadedVersion
@@ -15,14 +16,13 @@ from services.common.clock import Clock
 from services.common.errors import HeadraceError, Unavailable
 from services.worker.artifacts import ArtifactCache
 from services.worker.backends.port import LeftToOthers
-from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.desired import Deployments, Desired, VersionKey
 from services.worker.eviction import NoRoom, Resident, victims
 from services.worker.input_layout import InputLayout
 from services.worker.loaded_model import LoadedModel
 from services.worker.loading import Loaded, VersionLoader
 from services.worker.parked import Parked
-from services.worker.stats import ModelStats
+from services.worker.slot import Slot
 
 log = structlog.get_logger(__name__)
 
@@ -32,52 +32,27 @@ _BACKOFF_MAX_S = 60.0
 _NO_ROOM_S = 1.0
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One version from the moment it is wanted to the moment it is gone."""
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """When versions come and go. Times are seconds."""
 
-    desired: Desired
-    state: LoadedVersion.State = LoadedVersion.STATE_LOADING
-    error: str = ""
-    attempts: int = 0
-    loaded: Loaded | None = None
-    # Set while it is not loaded and may be asked for.
-    parked: Parked | None = None
-    # On its first way up, for which the worker's readiness waits.
-    first: bool = True
-    # Kept over an eviction.
-    known_bytes: int = 0
-    stats: ModelStats | None = None
-    unwanted: bool = False
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-    @property
-    def key(self) -> VersionKey:
-        return self.desired.key
-
-    @property
-    def name(self) -> tuple[str, str]:
-        return self.key.model, self.key.version
-
-    @property
-    def demanded(self) -> bool:
-        """Whether requests wait for it."""
-        return self.parked is not None and self.parked.queued_rows > 0
-
-    async def until(self, reached: Callable[[], bool]) -> None:
-        """Return once `reached()`; asked again after every `changed`."""
-        while not reached():
-            self.changed.clear()
-            await self.changed.wait()
+    #: How long a version that is no longer deployed serves on: routers learn of it at their own pace.
+    linger: float = 2.0
+    #: How long it may take at most to finish what it has then.
+    drain: float = 30.0
+    #: A version unused for this long makes room as if it had no share of the traffic.
+    long_idle: float = 300.0
+    #: One of which a batch kept the event loop for longer, by the processor's time, is left to others.
+    slow: float = inf
+    #: An evicted version that carries traffic comes back when another leaves and there is room. For hosts
+    #: that are not asked for what they do not have, because others have it.
+    returns: bool = False
 
 
 class ModelHost:
     """The versions of one worker. `on_change` is called after every change of a version's state.
 
-    A version that is no longer deployed serves for `linger` seconds more (routers learn of it at their own
-    pace), then finishes what it has, for `drain` seconds at most. A version that cannot be loaded is tried
-    again, ever more rarely, and stands in nobody's way.
+    A version that cannot be loaded is tried again, ever more rarely, and stands in nobody's way.
 
     Where memory is short, `eviction.py` says who makes room. An evicted version is parked: requests for it
     wait, bounded like the version's own queue, and make it load again."""
@@ -89,23 +64,17 @@ class ModelHost:
         artifacts: ArtifactCache,
         on_change: Callable[[], None],
         clock: Clock,
-        *,
-        linger: float = 2.0,
-        drain: float = 30.0,
-        long_idle: float = 300.0,
+        options: HostOptions = HostOptions(),
     ) -> None:
         self._deployments = deployments
         self._loader = loader
         self._artifacts = artifacts
         self._on_change = on_change
         self._clock = clock
-        self._linger = linger
-        self._drain = drain
-        self._long_idle = long_idle
+        self._options = options
         self._slots: list[Slot] = []
         self._serving: dict[tuple[str, str], LoadedModel | Parked] = {}
         self._stopping = False
-        self._retiring: set[asyncio.Task[None]] = set()
         #: Evictions by model and version.
         self.evictions: Counter[tuple[str, str]] = Counter()
 
@@ -135,7 +104,7 @@ class ModelHost:
         """Every version for the heartbeat; of two with one name only the one that is wanted."""
         slots = {slot.name: slot for slot in self._slots if slot.unwanted}
         slots |= {slot.name: slot for slot in self._slots if not slot.unwanted}
-        best = {name: _best(slot) for name, slot in slots.items()}
+        best = {name: slot.best for name, slot in slots.items()}
         return [
             LoadedVersion(
                 model=slot.key.model,
@@ -188,21 +157,6 @@ class ModelHost:
                 self._slots.append(slot)
         self._on_change()
 
-    def leave_to_others(self, model: str, version: str, reason: str) -> None:
-        """Serve the version no more, as long as this process lives: routers are told, and what they have sent
-        until they know is answered."""
-        for slot in self._slots:
-            loaded = slot.loaded
-            if slot.name != (model, version) or loaded is None:
-                continue
-            log.warning("left_to_others", model=model, version=version, reason=reason)
-            slot.loaded, slot.error = None, reason
-            self._enter(slot, LoadedVersion.STATE_FAILED)
-            slot.changed.set()
-            task = asyncio.create_task(self._retire(slot, loaded.model), name=f"retire {model}/{version}")
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
-
     async def drain(self) -> None:
         """Load nothing more and return once everything queued has been answered."""
         self._stopping = True
@@ -214,7 +168,7 @@ class ModelHost:
     async def close(self) -> None:
         """Refuse what is left, and end every task."""
         self._stopping = True
-        tasks = [slot.task for slot in self._slots if slot.task is not None] + list(self._retiring)
+        tasks = [slot.task for slot in self._slots if slot.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -227,11 +181,14 @@ class ModelHost:
         try:
             while not slot.unwanted:
                 await self._bring_up(slot)
-                if slot.loaded is not None:
-                    await slot.until(lambda: slot.unwanted or slot.loaded is None)
-                await slot.until(lambda: slot.unwanted or slot.demanded)
+                await slot.until(lambda: slot.unwanted or slot.left or slot.loaded is None)
+                if slot.left:
+                    await self._retire(slot)
+                await slot.until(lambda: slot.unwanted or slot.demanded or slot.returning)
             if slot.loaded is not None:
-                await self._take_down(slot, slot.loaded.model)
+                self._enter(slot, LoadedVersion.STATE_UNLOADING)
+                await self._retire(slot)
+                log.info("unloaded", model=slot.key.model, version=slot.key.version)
         finally:
             self._unpark(slot, Unavailable("the version is not loaded here any more"))
             if not self._stopping:
@@ -255,12 +212,7 @@ class ModelHost:
                 await self._found_no_room(slot, error)
                 return
             except LeftToOthers as error:
-                log.info(
-                    "left_to_others", model=slot.key.model, version=slot.key.version, reason=error.message
-                )
-                slot.error, slot.first = error.message, False
-                self._unpark(slot, Unavailable(f"the version is left to others: {error.message}"))
-                self._enter(slot, LoadedVersion.STATE_FAILED)
+                self._leave(slot, error.message)
                 return
             except HeadraceError as error:
                 self._failed(slot, error.message)
@@ -275,8 +227,10 @@ class ModelHost:
             await self._pause(slot, wait)
 
     def _serve(self, slot: Slot, loaded: Loaded) -> None:
-        slot.loaded, slot.error, slot.attempts, slot.first = loaded, "", 0, False
+        slot.loaded, slot.error, slot.attempts = loaded, "", 0
+        slot.first = slot.returning = False
         model = loaded.model
+        model.watch(self._options.slow, lambda: self._found_slow(slot))
         if slot.stats is not None:
             model.stats = slot.stats
         model.configure(slot.desired.policy)
@@ -286,10 +240,26 @@ class ModelHost:
             parked.hand_over(model)
         self._enter(slot, LoadedVersion.STATE_READY)
 
+    def _found_slow(self, slot: Slot) -> None:
+        if slot.unwanted or slot.left:
+            return
+        slow = self._options.slow
+        self._leave(slot, f"a batch took the processor for more than {slow} s, and everybody waited for it")
+
+    def _leave(self, slot: Slot, reason: str) -> None:
+        """Serve the version no more, as long as it is deployed: routers are told, and what they have sent
+        until they know is answered."""
+        tell = log.info if slot.loaded is None else log.warning
+        tell("left_to_others", model=slot.key.model, version=slot.key.version, reason=reason)
+        slot.error, slot.first, slot.left = reason, False, True
+        self._unpark(slot, Unavailable(f"the version is left to others: {reason}"))
+        self._enter(slot, LoadedVersion.STATE_FAILED)
+        slot.changed.set()
+
     async def _found_no_room(self, slot: Slot, error: NoRoom) -> None:
         """Refuse who waits, so that routers can ask another worker, and be open to demand a little later."""
         log.warning("no_room", model=slot.key.model, version=slot.key.version, reason=error.message)
-        slot.error, slot.first = error.message, False
+        slot.error, slot.first, slot.returning = error.message, False, False
         demanded = slot.demanded
         self._unpark(slot, error)
         self._enter(slot, LoadedVersion.STATE_EVICTED)
@@ -305,8 +275,12 @@ class ModelHost:
 
     def _free(self, slot: Slot, missing: int) -> bool:
         """Evict others so that `missing` bytes become free for `slot`; False where they cannot."""
+        if slot.returning and not slot.demanded:
+            return False  # else idle versions would take turns for nobody
         loaded = [
-            (other, other.loaded) for other in self._slots if other.loaded is not None and not other.unwanted
+            (other, other.loaded)
+            for other in self._slots
+            if other.loaded is not None and not other.unwanted and not other.left
         ]
         residents = [
             Resident(
@@ -318,7 +292,7 @@ class ModelHost:
             )
             for other, held in loaded
         ]
-        chosen = victims(residents, missing, demanded=slot.demanded, long_idle=self._long_idle)
+        chosen = victims(residents, missing, demanded=slot.demanded, long_idle=self._options.long_idle)
         for key in chosen:
             self._evict(next(other for other, _ in loaded if other.key == key))
         return bool(chosen)
@@ -346,21 +320,25 @@ class ModelHost:
                 del self._serving[slot.name]
             parked.close(reason)
 
-    async def _take_down(self, slot: Slot, model: LoadedModel) -> None:
-        self._enter(slot, LoadedVersion.STATE_UNLOADING)
-        await self._retire(slot, model)
-        log.info("unloaded", model=slot.key.model, version=slot.key.version)
-
-    async def _retire(self, slot: Slot, model: LoadedModel) -> None:
-        try:
-            await asyncio.sleep(self._linger)
-            if self._serving.get(slot.name) is model:
-                del self._serving[slot.name]
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._drain):
-                    await model.drain()
-        finally:
-            model.close()
+    async def _retire(self, slot: Slot) -> None:
+        """Answer what routers send until they know, and give the memory back."""
+        if slot.loaded is not None:
+            model = slot.loaded.model
+            try:
+                await asyncio.sleep(self._options.linger)
+                if self._serving.get(slot.name) is model:
+                    del self._serving[slot.name]
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._options.drain):
+                        await model.drain()
+            finally:
+                model.close()
+                slot.loaded = None
+        if self._options.returns:
+            for other in self._slots:
+                if other.state == LoadedVersion.STATE_EVICTED and other.desired.carries:
+                    other.returning = True
+                    other.changed.set()
 
     def _failed(self, slot: Slot, reason: str) -> None:
         log.error("load_failed", model=slot.key.model, version=slot.key.version, reason=reason)
@@ -375,7 +353,3 @@ class ModelHost:
     async def _forget_artifacts(self) -> None:
         if not self._stopping:
             await self._artifacts.keep_only({slot.key.artifact_digest for slot in self._slots})
-
-
-def _best(slot: Slot) -> BestBatch:
-    return slot.loaded.model.best if slot.loaded is not None else UNMEASURED

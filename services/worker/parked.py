@@ -9,8 +9,9 @@ from services.common.errors import HeadraceError
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.input_layout import InputLayout
 from services.worker.item import Batch, Item
-from services.worker.loaded_model import LoadedModel, ServingPolicy
+from services.worker.loaded_model import LoadedModel
 from services.worker.run_time import RunTime
+from services.worker.serving import ServingPolicy
 
 
 class Parked:

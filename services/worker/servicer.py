@@ -13,8 +13,8 @@ from services.common.errors import HeadraceError, InvalidArgument, ResourceExhau
 from services.common.shared_memory import in_shared_memory
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
-from services.worker.loaded_model import Log
 from services.worker.replies import error_reply
+from services.worker.serving import Log
 from services.worker.shared_inputs import SharedInputs
 
 #: By a request's position, the data of its inputs where it came apart from them.

@@ -4,142 +4,27 @@ the two."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from headrace.v1.control_pb2 import Batching, LoadedVersion, ServingConfig
-from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
-from headrace.v1.events_pb2 import PredictionBatch
-from headrace.v1.tensor_pb2 import Code, DataType, SharedMemory, Signature, Tensor
-from numpy.typing import NDArray
+from headrace.v1.control_pb2 import Batching
+from headrace.v1.dataplane_pb2 import PredictRequest
+from headrace.v1.tensor_pb2 import Code, DataType, SharedMemory, Tensor
 
-from services.common.bus import MemoryBus, Record
-from services.common.clock import SystemClock
-from services.common.frames import FrameCalls, Limits
+from services.common.bus import Record
 from services.common.ids import new_id
 from services.common.shared_memory import DIRECTORY, inspect
-from services.common.topics import DEPLOYMENTS, PREDICTIONS, WORKERS
-from services.router.app import Router, router_app
-from services.router.settings import Settings as RouterSettings
-from services.worker.app import worker_app
-from services.worker.guest import guest_worker
-from services.worker.model_host import ModelHost
-from services.worker.settings import Settings
+from services.common.topics import DEPLOYMENTS, WORKERS
 from tests.fixtures.deployments import config, put_artifact, record, served
+from tests.fixtures.guests import FAILED, READY, Rig, rig
 from tests.fixtures.onnx_models import lookup, mlp, two_inputs
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
-TOKEN = "a-token-for-tests-only"
-READY, FAILED = LoadedVersion.STATE_READY, LoadedVersion.STATE_FAILED
-#: No run takes so long on any machine that runs tests.
-ANY_US = 60_000_000
-
-
-class Rig:
-    """A router that tests call as a gateway does in its process, and guests of it."""
-
-    def __init__(self, directory: Path, bus: MemoryBus, router: Router, calls: FrameCalls) -> None:
-        self.bus = bus
-        self.store = directory / "store"
-        self.router = router
-        self.calls = calls
-        self._directory = directory
-
-    def settings(self, **changes: object) -> Settings:
-        given = {
-            "worker_id": "guest-0",
-            "kafka_bootstrap_servers": "unused:1",
-            "internal_token": TOKEN,
-            "artifact_store_url": f"file://{self.store}",
-            "state_dir": self._directory / "state",
-            "frames_port": 0, "grpc_port": 0, "ops_port": 0,
-            "linger_s": 0.05, "heartbeat_s": 0.2, "drain_s": 10.0,
-            "guest_row_us": ANY_US, "inline_below_us": ANY_US,
-        }  # fmt: skip
-        return Settings.model_validate(given | changes)
-
-    @asynccontextmanager
-    async def guest(self, **changes: object) -> AsyncIterator[ModelHost]:
-        router = self.router
-        async with guest_worker(
-            self.settings(**changes), SystemClock(), self.bus, router.log, router.metrics,
-            router.dispatcher.endpoints.apply,
-        ) as host:  # fmt: skip
-            yield host
-
-    async def deploy(self, model: str, built: tuple[bytes, Signature], **options: int) -> ServingConfig:
-        digest, _ = put_artifact(self.store, {"model.onnx": built[0]})
-        version = served("1", digest, built[1])
-        version.artifact_bytes = len(built[0])
-        made = config(model, 1, version, **options)
-        await self.bus.publish([record(made)])
-        await eventually(lambda: self.router.dispatcher.find(model) is not None)
-        return made
-
-    async def until(self, host: ModelHost, model: str, state: LoadedVersion.State) -> LoadedVersion:
-        """Until the guest says so, and the router has heard of it."""
-
-        def found() -> list[LoadedVersion]:
-            return [one for one in host.states() if (one.model, one.state) == (model, state)]
-
-        await eventually(lambda: bool(found()), on=host.states)
-        endpoints = self.router.dispatcher.endpoints
-        await eventually(
-            lambda: any(
-                e.near and e.reachable and e.versions.get((model, "1")) == state for e in endpoints.all()
-            )
-        )
-        return found()[0]
-
-    async def ask(self, model: str, seconds: float = 30.0, **inputs: NDArray[np.generic]) -> PredictReply:
-        datatypes = {"f": DataType.DATA_TYPE_FP32, "i": DataType.DATA_TYPE_INT64}
-        tensors = [
-            Tensor(name=name, datatype=datatypes[array.dtype.kind], shape=array.shape, data=array.tobytes())
-            for name, array in inputs.items()
-        ]
-        asked = PredictRequest(model=model, request_id=new_id(), inputs=tensors)
-        return await self.calls.predict(asked, asyncio.get_running_loop().time() + seconds)
-
-    async def logged(self, count: int) -> list[PredictionBatch]:
-        """What is on the topic once it has `count` requests, and all that was written."""
-
-        def records() -> list[PredictionBatch]:
-            return [PredictionBatch.FromString(r.value or b"") for r in self.bus.records(PREDICTIONS.name)]
-
-        await eventually(lambda: not self.router.log.pending_records)
-        await eventually(lambda: sum(len(batch.rows) for batch in records()) >= count, on=records)
-        return records()
-
-    async def metrics(self) -> str:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.router.ops_port)
-        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        text = (await reader.read()).decode()
-        writer.close()
-        return text
-
-
-@pytest.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    bus = MemoryBus()
-    cfg = RouterSettings(
-        kafka_bootstrap_servers="unused", internal_token=TOKEN, state_dir=tmp_path / "state", frames_port=0,
-        grpc_port=0, ops_port=0, drain_s=5, frames_name="router-0",
-    )  # fmt: skip
-    async with AsyncExitStack() as stack:
-        router = await stack.enter_async_context(router_app(cfg, SystemClock(), bus, guest=True))
-        await eventually(lambda: router.health.ready)
-        calls = FrameCalls(
-            "local:router-0", credential=TOKEN, role="gateway", instance="gateway-0", limits=Limits()
-        )
-        calls.start()
-        stack.push_async_callback(calls.close)
-        await calls.wait_connected(PATIENCE_S)
-        yield Rig(tmp_path, bus, router, calls)
+__all__ = ["rig"]
 
 
 async def test_it_answers_as_the_model_does_and_each_request_is_logged_once(rig: Rig) -> None:
@@ -252,11 +137,7 @@ async def test_worker_processes_take_what_is_large_and_what_it_leaves(rig: Rig) 
     await rig.deploy("net", mlp())
     await rig.deploy("pair", two_inputs())
     ones = np.ones((1, 3), np.float32)
-    async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(
-            worker_app(rig.settings(worker_id="worker-0"), SystemClock(), rig.bus)
-        )
-        host = await stack.enter_async_context(rig.guest())
+    async with rig.worker() as worker, rig.guest() as host:
         for model, there in (("net", 2), ("pair", 1)):
             group = rig.router.dispatcher.endpoints.group((model, "1"))
             await eventually(lambda group=group, there=there: len(group.members) == there)  # type: ignore[misc]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 
 import numpy as np
 import onnx
 import pytest
+from headrace.v1.control_pb2 import Batching
 from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 from onnx import TensorProto, helper
 
-from services.common.clock import SystemClock
 from services.worker import guest
-from services.worker.app import worker_app
 from services.worker.backends.port import LeftToOthers
 from services.worker.loading import VersionLoader
+from tests.fixtures.deployments import record
+from tests.fixtures.guests import FAILED, READY, Rig, rig
 from tests.fixtures.onnx_models import mlp
-from tests.fixtures.waiting import eventually
-from tests.integration.test_worker_guest import FAILED, READY, Rig, rig
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 __all__ = ["rig"]
 
@@ -72,11 +73,7 @@ async def test_a_version_that_turns_out_to_be_slow_is_left_after_one_batch(
 ) -> None:
     monkeypatch.setattr(guest, "_SLOW_S", 0.0)
     await rig.deploy("net", mlp())
-    async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(
-            worker_app(rig.settings(worker_id="worker-0"), SystemClock(), rig.bus)
-        )
-        host = await stack.enter_async_context(rig.guest())
+    async with rig.worker() as worker, rig.guest() as host:
         await rig.until(host, "net", READY)
         await eventually(lambda: bool(list(worker.host.serving())))
         assert (await rig.ask("net", x=ROW)).code == Code.CODE_OK
@@ -84,6 +81,26 @@ async def test_a_version_that_turns_out_to_be_slow_is_left_after_one_batch(
         before = [model.stats.rows for _, model in worker.host.serving()]
         assert (await rig.ask("net", x=ROW)).code == Code.CODE_OK
         assert [model.stats.rows for _, model in worker.host.serving()] == [rows + 1 for rows in before]
+
+
+async def test_what_waits_in_a_version_that_is_left_is_answered_when_the_guest_ends(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two full batches show that it is slow; the fifth request waits a minute for more rows."""
+    monkeypatch.setattr(guest, "_SLOW_S", 0.0)
+    made = await rig.deploy("net", mlp())
+    made.revision = 2
+    made.batching.CopyFrom(Batching(max_rows=2, max_delay_us=60_000_000, max_queue_ms=120_000))
+    await rig.bus.publish([record(made)])
+    async with AsyncExitStack() as stack:
+        host = await stack.enter_async_context(rig.guest(linger_s=600))
+        await rig.until(host, "net", READY)
+        asked = [asyncio.create_task(rig.ask("net", seconds=PATIENCE_S, x=ROW)) for _ in range(5)]
+        await rig.until(host, "net", FAILED)
+        await eventually(lambda: sum(task.done() for task in asked) == 4)
+        await stack.aclose()
+    replies = await asyncio.gather(*asked)
+    assert [reply.code for reply in replies] == [Code.CODE_OK] * 5, replies
 
 
 async def test_what_was_evicted_and_is_found_slow_is_not_loaded_again_and_again(
@@ -112,11 +129,7 @@ async def test_what_was_evicted_and_is_found_slow_is_not_loaded_again_and_again(
 
 async def test_what_is_large_goes_to_the_worker_that_has_to_load_it_first(rig: Rig) -> None:
     await rig.deploy("net", mlp())
-    async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(
-            worker_app(rig.settings(worker_id="worker-0"), SystemClock(), rig.bus)
-        )
-        host = await stack.enter_async_context(rig.guest())
+    async with rig.worker() as worker, rig.guest() as host:
         await rig.until(host, "net", READY)
         endpoints = rig.router.dispatcher.endpoints
         await eventually(lambda: any(not e.near and ("net", "1") in e.versions for e in endpoints.all()))

@@ -18,8 +18,8 @@ from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
 from services.worker.batch_queue import BatchPolicy
 from services.worker.execution import Runner
-from services.worker.loaded_model import ServingPolicy
 from services.worker.prediction_log import PayloadPolicy
+from services.worker.serving import ServingPolicy
 from services.worker.turn import Turn
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import PATIENCE_S, eventually
@@ -146,6 +146,20 @@ async def test_late_and_cancelled_members_are_logged_as_such(rig: Rig) -> None:
     ran = {n: answer.compute_us > 0 for n, answer in rig.answers.items() if isinstance(answer, PredictReply)}
     assert ran == {1: True, 2: True}
     assert model.idle
+
+
+async def test_all_who_drain_it_are_told(rig: Rig) -> None:
+    """The one that unloads it, and the worker that leaves meanwhile."""
+    rig.backend.gate.clear()
+    model = rig.start()
+    model.submit([rig.item(1)])
+    draining = [asyncio.create_task(model.drain()) for _ in range(2)]
+    await eventually(lambda: model.running_rows == 1)
+    rig.backend.gate.set()
+    await asyncio.wait_for(asyncio.gather(*draining), PATIENCE_S)
+    model.submit([rig.item(2)])
+    await asyncio.wait_for(model.drain(), PATIENCE_S)
+    assert len(rig.answers) == 2
 
 
 async def test_drain_waits_for_what_runs_and_close_refuses_what_comes(rig: Rig) -> None:

@@ -25,10 +25,10 @@ from services.worker.backends.port import BackendOptions, LoadFailed
 from services.worker.batch_queue import BatchPolicy
 from services.worker.desired import Defaults, Deployments
 from services.worker.load_mark import LoadMark
-from services.worker.loaded_model import Serving
 from services.worker.loading import LoadOptions, VersionLoader
-from services.worker.model_host import ModelHost
+from services.worker.model_host import HostOptions, ModelHost
 from services.worker.prediction_log import PayloadPolicy
+from services.worker.serving import Serving
 from services.worker.warm_up import warm_up
 from tests.fixtures.deployments import config, put_artifact, served
 from tests.fixtures.loaded_model import MemoryLog
@@ -83,7 +83,9 @@ async def hosting(
         options = LoadOptions("guest", BackendOptions(), slowest_row=slowest_row)
         defaults = Defaults(BatchPolicy(max_rows=8), PayloadPolicy(), 30.0)
         loader = VersionLoader(artifacts, serving, options, LoadMark(directory / "loading"))
-        host = ModelHost(Deployments("default", defaults), loader, artifacts, on_change, clock, linger=0.0)
+        host = ModelHost(
+            Deployments("default", defaults), loader, artifacts, on_change, clock, HostOptions(linger=0.0)
+        )
         try:
             yield Rig(directory, host)
         finally:

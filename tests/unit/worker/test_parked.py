@@ -14,9 +14,9 @@ from services.common.clock import SystemClock
 from services.common.errors import Unavailable
 from services.worker.batch_queue import BatchPolicy
 from services.worker.input_layout import InputLayout
-from services.worker.loaded_model import ServingPolicy
 from services.worker.parked import Parked
 from services.worker.prediction_log import PayloadPolicy
+from services.worker.serving import ServingPolicy
 from tests.fixtures.loaded_model import SIGNATURE, Rig
 from tests.fixtures.waiting import eventually
 

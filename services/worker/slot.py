@@ -1,0 +1,64 @@
+"""What a worker knows of one version that it should serve."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from headrace.v1.control_pb2 import LoadedVersion
+
+from services.worker.best_batch import UNMEASURED, BestBatch
+from services.worker.desired import Desired, VersionKey
+from services.worker.loading import Loaded
+from services.worker.parked import Parked
+from services.worker.stats import ModelStats
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One version from the moment it is wanted to the moment it is gone."""
+
+    desired: Desired
+    state: LoadedVersion.State = LoadedVersion.STATE_LOADING
+    error: str = ""
+    attempts: int = 0
+    loaded: Loaded | None = None
+    # Set while it is not loaded and may be asked for.
+    parked: Parked | None = None
+    # On its first way up, for which the worker's readiness waits.
+    first: bool = True
+    # Kept over an eviction.
+    known_bytes: int = 0
+    stats: ModelStats | None = None
+    unwanted: bool = False
+    # Others serve it from now on, as long as it is deployed.
+    left: bool = False
+    # On its way back though nobody asked for it.
+    returning: bool = False
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> VersionKey:
+        return self.desired.key
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.key.model, self.key.version
+
+    @property
+    def best(self) -> BestBatch:
+        """The batch that jobs are cut for."""
+        return self.loaded.model.best if self.loaded is not None else UNMEASURED
+
+    @property
+    def demanded(self) -> bool:
+        """Whether requests wait for it."""
+        return self.parked is not None and self.parked.queued_rows > 0
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        """Return once `reached()`; asked again after every `changed`."""
+        while not reached():
+            self.changed.clear()
+            await self.changed.wait()
