@@ -9,18 +9,19 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
+from headrace.v1.dataplane_pb2 import PredictRequest, RequestFrame
 
 from deploy.embedded.server import free_port
 from services.common.bus.snapshot import save_snapshot
-from services.common.frames import FrameServer
+from services.common.frames import FrameServer, Peer
 from services.gateway.processes import gateway_processes
 from services.gateway.settings import Settings
-from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, configs, default_keys
+from tests.fixtures.gateway import ADMIN, TOKEN, FakeRouter, answer_like_a_worker, configs, default_keys
 from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,6 +42,25 @@ class Group:
         pid = self.process.pid
         return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
+    async def until_ready(self, client: httpx.AsyncClient) -> None:
+        """Wait until one of them takes requests."""
+
+        async def ready() -> bool:
+            try:
+                return (await client.get(f"{self.ops}/health/ready")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await eventually(ready)
+
+    async def until_draining(self, client: httpx.AsyncClient) -> None:
+        """Wait until the parent says that it is: then it has told its children."""
+
+        async def draining() -> bool:
+            return "process" in (await client.get(f"{self.ops}/health/ready")).json()["reasons"]
+
+        await eventually(draining)
+
     async def until(self, client: httpx.AsyncClient, *wanted: str) -> None:
         """Wait until the joint metrics have every line of `wanted`."""
 
@@ -54,8 +74,42 @@ class Group:
         await eventually(there, on=wanted)
 
 
+@dataclass
+class HoldingRouter:
+    """Keeps what it is asked until `answer_all`."""
+
+    held: list[tuple[Peer, PredictRequest]] = field(default_factory=list)
+
+    def handler(self, peer: Peer) -> Held:
+        return Held(self, peer)
+
+    def answer_all(self) -> None:
+        for peer, request in self.held:
+            reply = answer_like_a_worker(request)
+            reply.id = request.id
+            peer.reply(reply)
+        self.held.clear()
+
+
+@dataclass
+class Held:
+    """One gateway's requests."""
+
+    router: HoldingRouter
+    peer: Peer
+
+    def on_request_frame(self, frame: RequestFrame) -> None:
+        self.router.held.extend((self.peer, item) for item in frame.items)
+
+    def on_closed(self) -> None:
+        return
+
+
 @asynccontextmanager
-async def two_gateways(folder: Path) -> AsyncIterator[Group]:
+async def two_gateways(
+    folder: Path, router: HoldingRouter | None = None, **environment: str
+) -> AsyncIterator[Group]:
+    """In a process group of their own."""
     save_snapshot(
         folder / "gateway" / "keys.table",
         {key.key_id.encode(): key.SerializeToString() for key in default_keys()},
@@ -64,7 +118,8 @@ async def two_gateways(folder: Path) -> AsyncIterator[Group]:
         folder / "gateway" / "deployments.table",
         {config.model.encode(): config.SerializeToString() for config in configs()},
     )
-    server = FrameServer(FakeRouter().handler, credential=TOKEN, instance="router-1", role="router")
+    handler = router.handler if router is not None else FakeRouter().handler
+    server = FrameServer(handler, credential=TOKEN, instance="router-1", role="router")
     http, ops = free_port(), free_port()
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
     env = kept | {
@@ -80,9 +135,10 @@ async def two_gateways(folder: Path) -> AsyncIterator[Group]:
         "HTTP_PORT": str(http),
         "GRPC_PORT": str(free_port()),
         "OPS_PORT": str(ops),
+        **environment,
     }
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.gateway", env=env, cwd=REPOSITORY
+        sys.executable, "-m", "services.gateway", env=env, cwd=REPOSITORY, start_new_session=True
     )
     try:
         yield Group(process, f"http://127.0.0.1:{http}", f"http://127.0.0.1:{ops}")
@@ -146,6 +202,58 @@ async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> Non
         group.process.send_signal(signal.SIGTERM)
         async with patience("the end of the parent"):
             assert await group.process.wait() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_to_the_whole_group_takes_nothing_from_what_is_in_flight(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a control group or a container's init sends it: each child hears it twice, once from its parent."""
+    router = HoldingRouter()
+    async with (
+        two_gateways(tmp_path, router) as group,
+        httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client,
+    ):
+        await group.until_ready(client)
+
+        async def ask() -> int:
+            # A connection of its own for every request: the kernel chooses its process.
+            async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as one:
+                return (await one.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS)).status_code
+
+        asking = [asyncio.create_task(ask()) for _ in range(8)]
+        await eventually(lambda: len(router.held) == 8)
+        children = group.children()
+        os.killpg(group.process.pid, number)
+        await group.until_draining(client)
+        router.answer_all()
+        assert await asyncio.gather(*asking) == [200] * 8
+        async with patience("the end of the parent"):
+            assert await group.process.wait() == 0
+        assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+async def test_a_second_signal_to_the_parent_ends_its_children_hard(tmp_path: Path) -> None:
+    router = HoldingRouter()
+    long = str(2 * PATIENCE_S)
+    async with (
+        two_gateways(tmp_path, router, DRAIN_S=long, DEFAULT_TIMEOUT_S=long) as group,
+        httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client,
+    ):
+        await group.until_ready(client)
+        asking = asyncio.create_task(client.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS))
+        await eventually(lambda: len(router.held) == 1)
+        children = group.children()
+        group.process.send_signal(signal.SIGINT)
+        await group.until_draining(client)
+        group.process.send_signal(signal.SIGINT)
+        with pytest.raises(httpx.TransportError):
+            await asking
+        async with patience("the end of the parent"):
+            assert await group.process.wait() == 128 + signal.SIGINT
+        await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")

@@ -61,26 +61,24 @@ class JointOps:
             await respond(scope, send, 404, _JSON, missing)
 
     async def _ready(self) -> tuple[int, str, bytes]:
-        reasons: dict[str, Any] = dict(self._health.reasons())
-        if not reasons and not await self._any_ready():
-            said = await self._everybody("/health/ready")
-            reasons = {f"process-{index}": _reason(one) for index, one in said.items()}
+        reasons: dict[str, Any] = dict(self._health.reasons()) or await self._nobody_ready()
         body = {"ready": not reasons, "reasons": reasons}
         return (503 if reasons else 200), _JSON, json.dumps(body).encode()
 
-    async def _any_ready(self) -> bool:
-        """As soon as one says so: another may be frozen, and who asks has no time to wait for it."""
+    async def _nobody_ready(self) -> dict[str, Any]:
+        """Why each process is not ready; nothing as soon as one says that it is: another may be frozen, and
+        who asks has no time to wait for it."""
         asked = [asyncio.create_task(self._ask(port, "/health/ready")) for port in self._ports]
         try:
             for answer in asyncio.as_completed(asked):
                 said = await answer
                 if said is not None and said.status == 200:
-                    return True
+                    return {}
         finally:
             for task in asked:
                 task.cancel()
             await asyncio.wait(asked)
-        return False
+        return {f"process-{index}": _reason(task.result()) for index, task in enumerate(asked)}
 
     async def _metrics(self, scope: Scope) -> tuple[int, str, bytes]:
         accept = b",".join(value for name, value in scope["headers"] if name == b"accept").decode("latin-1")

@@ -7,8 +7,8 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import structlog
@@ -31,7 +31,8 @@ def run(service_main: Callable[[], Awaitable[None]], *, drain_s: float = 30.0) -
     """Run `service_main` to its end, then end the process.
 
     The first SIGTERM or SIGINT asks it to drain: `until_stopped` returns, or, where nobody waits there (still
-    starting), the main task is cancelled. A second signal, or `drain_s` seconds, end the process hard.
+    starting), the main task is cancelled. A second signal (but see `told_by_parent`), or `drain_s` seconds,
+    end the process hard.
 
     Exit codes: 0 ended or drained, 2 configuration, 1 any other failure or a drain that took too long, 128
     + signal number when ended hard by a second signal. `Fatal` is logged as one sentence, anything else
@@ -59,6 +60,27 @@ async def until_stopped() -> None:
         stop.waiters -= 1
 
 
+def told_by_parent() -> None:
+    """Take further signals for the same wish: where a whole process group gets one, a child gets its parent's
+    as well, in any order. Only a second SIGINT, which no parent sends, ends the process hard."""
+    if _Stop.current is not None:
+        _Stop.current.patient = True
+
+
+@contextmanager
+def ending_hard(end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` where the surrounding `run`, if there is one, ends this process hard during the block."""
+    stop = _Stop.current
+    if stop is None:
+        yield
+        return
+    stop.at_hard_end.append(end)
+    try:
+        yield
+    finally:
+        stop.at_hard_end.remove(end)
+
+
 def _settle_memory() -> None:
     """What the start left lives as long as the process; collections need not walk it again and again. And
     what requests leave is freed by counting references: cycles are rare, and may wait."""
@@ -75,13 +97,19 @@ class _Stop:
     def __init__(self, main: asyncio.Task[None], drain_s: float) -> None:
         self.asked = asyncio.Event()
         self.waiters = 0
+        self.patient = False
+        self._interrupts = 0
+        self.at_hard_end: list[Callable[[], None]] = []
         self._main = main
         self._drain_s = drain_s
 
     def on_signal(self, number: signal.Signals) -> None:
+        self._interrupts += number == signal.SIGINT
         if self.asked.is_set():
+            if self.patient and self._interrupts < 2:
+                return
             log.error("ended_hard", signal=number.name, reason="a second signal")
-            _exit_now(128 + number)
+            self._exit_now(128 + number)
         log.info("stopping", signal=number.name, drain_s=self._drain_s)
         self.asked.set()
         asyncio.get_running_loop().call_later(self._drain_s, self._too_late)
@@ -90,12 +118,13 @@ class _Stop:
 
     def _too_late(self) -> None:
         log.error("ended_hard", reason=f"draining took longer than {self._drain_s:g} s")
-        _exit_now(1)
+        self._exit_now(1)
 
-
-def _exit_now(code: int) -> NoReturn:
-    flush_logs()
-    os._exit(code)
+    def _exit_now(self, code: int) -> NoReturn:
+        for end in self.at_hard_end:
+            end()
+        flush_logs()
+        os._exit(code)
 
 
 def _run(service_main: Callable[[], Awaitable[None]], drain_s: float) -> int:

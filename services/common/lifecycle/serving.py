@@ -12,9 +12,12 @@ from typing import Any
 import uvicorn
 
 from services.common.errors import Fatal
+from services.common.lifecycle.listening import accept_last, listen
 
 _START_S = 30.0
 _CANCEL_S = 2.0
+#: How long connections that have asked nothing yet are waited for.
+_ASK_S = 0.5
 
 
 class _Server(uvicorn.Server):
@@ -38,11 +41,12 @@ async def serve_asgi(  # noqa: PLR0913 - the knobs of an HTTP server, all named
 ) -> AsyncIterator[int]:
     """Serve `app` while the block runs; gives the bound port (`port` 0: any free one).
 
-    At the end no new connections are taken, running requests have `drain_s` seconds, then they are cancelled.
+    At the end no new connections are taken but those that the kernel has accepted already; running requests
+    have `drain_s` seconds, then they are cancelled.
     `http` is an uvicorn protocol class or name. Raises Fatal where the port is taken or the application's own
     start fails.
     """
-    listener = _listen(host, port, reuse_port=reuse_port, backlog=backlog)
+    listener = listen(host, port, reuse_port=reuse_port, backlog=backlog)
     config = uvicorn.Config(
         app,
         http=http,
@@ -60,28 +64,15 @@ async def serve_asgi(  # noqa: PLR0913 - the knobs of an HTTP server, all named
     serving = asyncio.create_task(server.serve(sockets=[listener]), name=f"http:{port}")
     try:
         await _started(server, serving)
-        yield listener.getsockname()[1]
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            await _stop_listening(server, listener, shared=reuse_port)
+            await _all_asked(server)
     finally:
         server.should_exit = True
         await _ended(serving, drain_s + _CANCEL_S)
         listener.close()
-
-
-def _listen(host: str, port: int, *, reuse_port: bool, backlog: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named: asyncio sets TCP_NODELAY only on accepted sockets that say they are TCP.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind((host, port))
-        listener.listen(backlog)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise Fatal(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from error
-    return listener
 
 
 async def _started(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
@@ -91,6 +82,38 @@ async def _started(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
                 serving.result()  # raises what uvicorn raised
                 raise Fatal("The HTTP application failed to start; the reason stands in the log above.")
             await asyncio.sleep(0.005)
+
+
+async def _stop_listening(server: uvicorn.Server, listener: socket.socket, *, shared: bool) -> None:
+    """Close the listener without losing a connection."""
+    last = accept_last(listener, shared=shared)
+    for one in server.servers:
+        one.close()
+    loop, config = asyncio.get_running_loop(), server.config
+
+    def protocol() -> asyncio.Protocol:  # as uvicorn makes it
+        made: asyncio.Protocol = config.http_protocol_class(  # type: ignore[call-arg]
+            config=config, server_state=server.server_state, app_state=server.lifespan.state, _loop=loop
+        )
+        return made
+
+    adopted = (loop.connect_accepted_socket(protocol, one, ssl=config.ssl) for one in last)
+    await asyncio.gather(*adopted, return_exceptions=True)
+
+
+async def _all_asked(server: uvicorn.Server) -> None:
+    """Wait a moment for the first request of each connection: uvicorn closes those that have none, and one
+    that was made just now has it on its way."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _ASK_S
+    while loop.time() < until:
+        if not any(map(_has_asked_nothing, server.server_state.connections)):
+            return
+        await asyncio.sleep(0.01)
+
+
+def _has_asked_nothing(connection: object) -> bool:
+    return getattr(connection, "cycle", "") is None  # a WebSocket has asked, and has none
 
 
 async def _ended(serving: asyncio.Task[None], within_s: float) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
 from services.common.lifecycle import Health, JointOps
 
 
-async def asked(ops: JointOps) -> int:
-    """The status of /health/ready."""
+async def said(ops: JointOps) -> tuple[int, dict[str, Any]]:
+    """What /health/ready answers."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -20,7 +21,12 @@ async def asked(ops: JointOps) -> int:
         raise AssertionError("nothing to receive")
 
     await ops({"type": "http", "method": "GET", "path": "/health/ready", "headers": []}, receive, send)
-    return int(sent[0]["status"])
+    return int(sent[0]["status"]), json.loads(sent[1]["body"])
+
+
+async def asked(ops: JointOps) -> int:
+    """The status alone."""
+    return (await said(ops))[0]
 
 
 async def test_one_that_is_ready_need_not_wait_for_one_that_is_frozen() -> None:
@@ -42,3 +48,36 @@ async def test_one_that_is_ready_need_not_wait_for_one_that_is_frozen() -> None:
         assert await asked(JointOps("127.0.0.1", ports, Health(), lambda: 0)) == 200
         assert time.monotonic() - began < 1.5  # the frozen one is waited for by 2 s where nobody is ready
         assert await asked(JointOps("127.0.0.1", ports[:1], Health(), lambda: 0)) == 503
+
+
+async def test_where_nobody_is_ready_each_is_asked_once_and_says_why() -> None:
+    times = 0
+
+    async def unready(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal times
+        times += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.0 503 Service Unavailable\r\n\r\n{"reasons": {"bus": "starting"}}')
+        writer.close()
+
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.0 500 Internal Server Error\r\n\r\nno JSON")
+        writer.close()
+
+    async with (
+        await asyncio.start_server(unready, "127.0.0.1", 0) as first,
+        await asyncio.start_server(odd, "127.0.0.1", 0) as second,
+    ):
+        ports = [server.sockets[0].getsockname()[1] for server in (first, second)]
+        third = await asyncio.start_server(odd, "127.0.0.1", 0)
+        gone = third.sockets[0].getsockname()[1]
+        third.close()
+        status, body = await said(JointOps("127.0.0.1", [*ports, gone], Health(), lambda: 0))
+        assert status == 503
+        assert body["reasons"] == {
+            "process-0": {"bus": "starting"},
+            "process-1": "answers 500",
+            "process-2": "does not answer",
+        }
+        assert times == 1

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,6 +19,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from services.common.lifecycle import Fatal, Health, ops_app, serve_asgi, until_stopped
+from services.common.lifecycle.listening import accept_last, listen
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience, until
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -27,7 +31,7 @@ class Process:
     def __init__(self, main: str) -> None:
         program = (
             "import asyncio\n"
-            "from services.common.lifecycle import Fatal, run, until_stopped\n"
+            "from services.common.lifecycle import Fatal, ProcessGroup, end_with_parent, run, until_stopped\n"
             "from services.common.telemetry import setup_logging\n"
             "import structlog\n"
             "log = structlog.get_logger('test')\n"
@@ -35,16 +39,18 @@ class Process:
         )
         self._process = subprocess.Popen(
             [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,  # the end of which is the parent's
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": f"{_ROOT}:{_ROOT / 'proto'}"},
             cwd=_ROOT,
         )
 
-    def wait_for(self, event: str) -> None:
+    def wait_for(self, event: str) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if json.loads(line)["event"] == event:
-                return
+            said: dict[str, Any] = json.loads(line)
+            if said["event"] == event:
+                return said
         raise AssertionError(f"the process ended without {event}")
 
     def send(self, number: signal.Signals) -> None:
@@ -89,6 +95,75 @@ def test_the_second_signal_ends_hard() -> None:
     code, lines = process.end()
     assert code == 128 + signal.SIGINT
     assert [line["event"] for line in lines] == ["ended_hard"]
+
+
+_SUPERVISED = """
+    async def main():
+        end_with_parent()
+        log.info("serving")
+        await until_stopped()
+        log.info("draining")
+        await asyncio.sleep({drain})
+        log.info("closed")
+    run(main, drain_s=60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),  # what came first may be delivered last
+    ],
+)
+def test_a_child_takes_its_parents_signal_for_the_same_wish_as_its_groups(
+    first: signal.Signals, second: signal.Signals
+) -> None:
+    process = Process(_SUPERVISED.format(drain=0.5))
+    process.wait_for("serving")
+    process.send(first)
+    process.wait_for("draining")
+    process.send(second)
+    code, lines = process.end()  # closes its standard input, too: the parent is gone
+    assert [line["event"] for line in lines] == ["parent_gone", "closed"]
+    assert code == 0
+
+
+def test_a_child_told_twice_by_a_person_ends_hard() -> None:
+    process = Process(_SUPERVISED.format(drain=60))
+    process.wait_for("serving")
+    process.send(signal.SIGINT)
+    process.wait_for("draining")
+    process.send(signal.SIGINT)
+    assert process.end()[0] == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize("ended", ["by a second signal", "by its deadline"])
+def test_who_ends_hard_takes_its_children_along(ended: str) -> None:
+    """They would go on draining otherwise, and nobody would know that they do."""
+    process = Process(
+        f"""
+        import signal, sys
+        CHILD = (
+            "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+            "print('{{\\"event\\": \\"child\\"}}', flush=True); time.sleep(600)"
+        )
+        async def main():
+            group = ProcessGroup([sys.executable, "-c", CHILD], [{{}}], stop_s=600)
+            async with group.running():
+                await until_stopped()
+                log.info("draining", child=group.pids[0])
+        run(main, drain_s={600 if ended == "by a second signal" else 0.1})
+        """
+    )
+    process.wait_for("child")
+    process.send(signal.SIGINT)
+    child = process.wait_for("draining")["child"]
+    if ended == "by a second signal":
+        process.send(signal.SIGINT)
+    process.end()  # also of its output, which the child shares
+    until(lambda: not Path(f"/proc/{child}").exists())
 
 
 def test_a_drain_has_a_deadline() -> None:
@@ -256,6 +331,78 @@ async def test_leaving_lets_a_running_request_finish() -> None:
             await entered.wait()
             asyncio.get_running_loop().call_later(0.2, release.set)
         assert (await request).text == "done"
+
+
+async def test_a_connection_made_just_before_the_end_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.lifecycle.serving._ASK_S", PATIENCE_S)
+    leave = asyncio.Event()
+    bound: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def serve() -> None:
+        async with serve_asgi(ops_app(Health(), CollectorRegistry()), "127.0.0.1", 0) as port:
+            bound.set_result(port)
+            await leave.wait()
+
+    async def refused() -> bool:
+        try:
+            _, another = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            return True
+        another.close()
+        return False
+
+    serving = asyncio.create_task(serve())
+    port = await bound
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    leave.set()
+    await eventually(refused)
+    writer.write(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    async with patience("the answer"):
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+    writer.close()
+    await serving
+
+
+async def test_a_connection_that_asks_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.lifecycle.serving._ASK_S", 0.05)
+    async with patience("the end"):
+        async with serve_asgi(ops_app(Health(), CollectorRegistry()), "127.0.0.1", 0) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await reader.read() == b""
+    writer.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_the_kernel_has_accepted_is_taken_before_the_listener_closes(shared: bool) -> None:
+    listener = listen("127.0.0.1", 0, reuse_port=True, backlog=16)
+    clients = [socket.create_connection(listener.getsockname()) for _ in range(5)]
+    for number, client in enumerate(clients):
+        client.sendall(b"%d" % number)
+    taken = accept_last(listener, shared=shared)
+    listener.close()
+    assert sorted(one.recv(10) for one in taken) == [b"%d" % number for number in range(5)]
+    for one in taken:  # both ways: nothing of it was reset
+        one.sendall(b"heard")
+        one.close()
+    assert [client.recv(10) for client in clients] == [b"heard"] * 5
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no such filter")
+def test_who_comes_in_between_finds_another_process_that_listens() -> None:
+    """The kernel answers nothing for a listener that is to close; a moment later TCP tries again."""
+    ending = listen("127.0.0.1", 0, reuse_port=True, backlog=16)
+    port = ending.getsockname()[1]
+    accept_last(ending, shared=True)
+    client = socket.socket()
+    client.setblocking(False)
+    assert client.connect_ex(("127.0.0.1", port)) == errno.EINPROGRESS
+    with listen("127.0.0.1", port, reuse_port=True, backlog=16) as another:
+        ending.close()
+        assert select.select([another], [], [], PATIENCE_S)[0]
+        another.accept()[0].close()
+    client.close()
 
 
 async def test_a_request_that_outlives_the_drain_is_ended() -> None:
