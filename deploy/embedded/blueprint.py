@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.embedded.apache_kafka import ApacheKafkaServer
-from deploy.embedded.configuration import REPOSITORY, Configuration, inherited_environment
+from deploy.embedded.configuration import FRONT, REPOSITORY, Configuration, inherited_environment
 from deploy.embedded.postgres import PostgresServer
-from deploy.embedded.process import READERS
 from deploy.embedded.secret_files import Secrets
 from deploy.embedded.server import LOOPBACK, Server
 from deploy.embedded.service import ServiceProcess
@@ -22,9 +21,6 @@ from deploy.embedded.valkey import ValkeyServer
 _SOCKET_PATH_BYTES = 104
 #: Groups of the drain order behind those that requests run through (gateway, router, workers).
 _BEHIND = 1
-#: Gateway and router as one process.
-_FRONT = "deploy.embedded.front"
-_NICENESS = {"analytics": READERS, "drift": READERS}
 
 NOT_DURABLE = (
     "The embedded event broker keeps events in memory only: what was not consumed is lost when it stops, and "
@@ -151,7 +147,7 @@ def _services(
         module: str | None = None,
         inner: Mapping[str, object] | None = None,
     ) -> ServiceProcess:
-        """`inner` is what a second service in the process reads otherwise."""
+        """`inner` is a second service in the process: its ports are the process's, too."""
         listening = [_listening(variables) for variables in (own, inner) if variables is not None]
         return ServiceProcess(
             name,
@@ -160,7 +156,7 @@ def _services(
             ports=tuple(port for ports in listening for port in ports.values()),
             health_ports=tuple(ports[health] for ports in listening),
             environment=lambda: common | addresses() | {key: str(value) for key, value in own.items()},
-            niceness=_NICENESS.get(name, 0),
+            yields=name in {"analytics", "drift"},
             compiled=configuration.native,
         )
 
@@ -177,6 +173,7 @@ def _services(
     }
     router = {
         **router_frames,
+        **_adopted(configuration),
         "ROUTER_ID": router_id,
         "PREDECESSOR_ID": f"router-0{other}",
         "GRPC_PORT": ports["ROUTER_GRPC_PORT"],
@@ -209,7 +206,7 @@ def _services(
         fronts = _fronts(configuration, router, (mark, other))
         gateway["ROUTER_ADDRESSES"] = f"local:{router_id}"
         gateway["FRONTS"] = json.dumps(fronts, default=str)
-        front = [[service("gateway", gateway, health="OPS_PORT", module=_FRONT, inner=router)]]
+        front = [[service("gateway", gateway, health="OPS_PORT", module=FRONT, inner=router)]]
     return [
         *front,
         [
@@ -236,10 +233,26 @@ def _fronts(
         own = {**router, "ROUTER_ID": name, "PREDECESSOR_ID": f"router-{index}{other}", "FRAMES_NAME": name}
         if index:
             own.pop("FRAMES_SOCKET", None)
+            own.pop("ADOPTED_LOGS", None)
         fronts.append({"router": own})
         if configuration.guests:
             fronts[-1]["guest"] = {"WORKER_ID": f"guest-{index}{mark}"}
     return fronts
+
+
+def _adopted(configuration: Configuration) -> dict[str, object]:
+    """Whose prediction logs the first router publishes: those of routers and workers that an earlier start
+    had and this one has not."""
+    counts = {"router": max(1, configuration.fronts), "worker": configuration.workers}
+    here = {
+        f"{kind}-{kind}-{index}{mark}"
+        for kind, count in counts.items()
+        for index in range(count)
+        for mark in ("", "b")
+    }
+    state = configuration.home / "state"
+    had = {log.parent.name for kind in counts for log in state.glob(f"{kind}-{kind}-*/spool")}
+    return {"ADOPTED_LOGS": ",".join(sorted(had - here))} if had - here else {}
 
 
 def _listening(variables: Mapping[str, object]) -> dict[str, int]:

@@ -13,6 +13,8 @@ from services.common.lifecycle import usable_cores
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PLATFORM_ENV = REPOSITORY / "deploy" / "platform.env"
+#: The module of a process with both gateway and router.
+FRONT = "deploy.embedded.front"
 MAX_WORKERS = 64
 MAX_FRONTS = 16
 WORKER_STRIDE = 3

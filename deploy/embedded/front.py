@@ -13,6 +13,8 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
+from deploy.embedded.configuration import FRONT
+from deploy.embedded.server import LOOPBACK
 from services.common.clock import SystemClock
 from services.common.lifecycle import (
     Health,
@@ -29,8 +31,6 @@ from services.gateway.settings import Settings as GatewaySettings
 from services.router.settings import Settings as RouterSettings
 from services.worker.settings import Settings as WorkerSettings
 
-MODULE = "deploy.embedded.front"
-_LOOPBACK = "127.0.0.1"
 #: What ending takes beside the gateway's drain: the router's log, snapshots, spans, connections to Kafka and
 #: Redis, of two services.
 _SLACK_S = 10.0
@@ -51,9 +51,9 @@ def main() -> None:
     # The gateway has drained before the router begins to, which has nothing to answer any more.
     drain_s = gateway.drain_notice_s + gateway.drain_s + _SLACK_S
     if len(fronts) == 1:
-        from deploy.embedded.front_process import Front, serve  # noqa: PLC0415 - not in the parent
+        from deploy.embedded.front_process import serve  # noqa: PLC0415 - not in the parent
 
-        run(lambda: serve(Front(gateway, router, guest), SystemClock()), drain_s=drain_s)
+        run(lambda: serve(gateway, router, guest, SystemClock()), drain_s=drain_s)
     else:
         run(lambda: _supervise(gateway, router, fronts), drain_s=drain_s + _SLACK_S)
 
@@ -64,7 +64,7 @@ async def _supervise(
     """Run a process for each of `fronts`, and answer the routers' ops port for all of them; the gateways'
     answers for itself."""
     async with AsyncExitStack() as stack:
-        held = [stack.enter_context(held_port(_LOOPBACK, 0)).getsockname()[1] for _ in fronts]
+        held = [stack.enter_context(held_port(LOOPBACK, 0)).getsockname()[1] for _ in fronts]
         own = [
             {
                 "FRONTS": json.dumps([{**front, "router": {**front["router"], "OPS_PORT": str(port)}}]),
@@ -73,9 +73,9 @@ async def _supervise(
             for front, port in zip(fronts, held, strict=True)
         ]
         group = await stack.enter_async_context(
-            gateway_processes(gateway, len(fronts), module=MODULE, own=own)
+            gateway_processes(gateway, len(fronts), module=FRONT, own=own)
         )
-        joint = JointOps(_LOOPBACK, held, Health(), lambda: group.restarts)
+        joint = JointOps(LOOPBACK, held, Health(), lambda: group.restarts)
         await stack.enter_async_context(
             serve_asgi(joint, router.host, router.ops_port, reuse_port=router.reuse_port)
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 
 from structlog.contextvars import bound_contextvars
 
@@ -20,19 +19,10 @@ from services.worker.guest import guest_worker
 from services.worker.settings import Settings as WorkerSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Front:
-    """What one process runs."""
-
-    gateway: GatewaySettings
-    router: RouterSettings
-    #: None: all versions are the worker processes'.
-    guest: WorkerSettings | None
-
-
-async def serve(front: Front, clock: Clock) -> None:
-    """Serve until told to stop."""
-    gateway, router = front.gateway, front.router
+async def serve(
+    gateway: GatewaySettings, router: RouterSettings, guest: WorkerSettings | None, clock: Clock
+) -> None:
+    """Serve until told to stop. Without `guest` all versions are the worker processes'."""
     if gateway.supervised:
         end_with_parent()
     follower = Follower(gateway.kafka_bootstrap_servers, "front")
@@ -40,9 +30,9 @@ async def serve(front: Front, clock: Clock) -> None:
     async with AsyncExitStack() as stack:
         with bound_contextvars(service="router"):  # of its tasks, and so of their lines in the log
             inner = await stack.enter_async_context(router_app(router, clock, follower=follower, guest=True))
-        if front.guest is not None:
+        if guest is not None:
             with bound_contextvars(service="worker"):
-                await _take_in(stack, front.guest, inner, clock, follower)
+                await _take_in(stack, guest, inner, clock, follower)
         await _known(inner.health, 2 * router.table_wait_s)
         await stack.enter_async_context(gateway_app(gateway, clock, follower=follower))
         await until_stopped()

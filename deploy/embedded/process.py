@@ -14,10 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-#: Niceness of the readers of events, which must not slow down those that answer: below the threads of batch
-#: jobs (10), since they hold an interpreter's lock now and then that requests wait for. Broker and PostgreSQL
-#: have none: it spared requests some waits of over 4 ms, but whoever does wait for these two waited longer.
-READERS = 15
 #: Loaded before any fork: nothing may be imported or allocated for long between fork and exec.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -31,8 +27,7 @@ class Command:
     """What to execute and how it wants to be ended.
 
     `death_signal` is what the kernel sends when the parent dies; `stop_signal` asks for a clean end.
-    `user` and `group` are numeric ids to drop to, None to stay. With more `niceness` it makes room for others
-    (`nice(2)`, 0 to 19).
+    `user` and `group` are numeric ids to drop to, None to stay.
     """
 
     argv: Sequence[str]
@@ -42,12 +37,10 @@ class Command:
     group: int | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     death_signal: signal.Signals = signal.SIGKILL
-    niceness: int = 0
 
 
-def die_with_parent(death_signal: signal.Signals, niceness: int = 0) -> Callable[[], None]:
-    """A `preexec_fn`: the kernel sends `death_signal` when the THREAD that forked ends (Linux only), and the
-    child has `niceness` more than we.
+def die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
+    """A `preexec_fn`: the kernel sends `death_signal` when the THREAD that forked ends (Linux only).
 
     Fork from a thread that lives as long as the program: the main one.
     """
@@ -59,7 +52,6 @@ def die_with_parent(death_signal: signal.Signals, niceness: int = 0) -> Callable
             _LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
             if os.getppid() != parent:  # it died between fork and prctl: nobody would tell us
                 os._exit(1)
-        os.nice(niceness)
 
     return arm
 
@@ -94,7 +86,7 @@ class Child:
                 env=dict(command.env),
                 cwd=command.cwd,
                 process_group=0,  # see the class for why it is no session
-                preexec_fn=die_with_parent(command.death_signal, command.niceness),  # noqa: PLW1509 - it only calls prctl
+                preexec_fn=die_with_parent(command.death_signal),  # noqa: PLW1509 - it only calls prctl
                 **identity,
             )
 

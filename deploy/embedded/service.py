@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.process import Command
 from deploy.embedded.server import LOOPBACK, Server
 
+# Below the threads of batch jobs (10): these hold an interpreter's lock now and then that requests wait for.
+_YIELDS = "15"
 #: How often a port that two processes share is asked, until the one that is meant answers: the kernel draws
 #: one for each connection.
 _ASKED = 16
@@ -21,8 +24,9 @@ _ASKED = 16
 
 class ServiceProcess(Server):
     """Each of `health_ports` answers /health/ready. `environment` is asked at each start: addresses and
-    passwords of the embedded servers exist only once those are prepared. `niceness` is as in Command; with
-    `compiled` it runs compiled modules where these are of the present sources."""
+    passwords of the embedded servers exist only once those are prepared. With `yields` it takes the processor
+    only when nobody else wants it, with `compiled` it runs compiled modules where these are of the present
+    sources."""
 
     def __init__(
         self,
@@ -33,7 +37,7 @@ class ServiceProcess(Server):
         ports: tuple[int, ...],
         health_ports: tuple[int, ...],
         environment: Callable[[], Mapping[str, str]],
-        niceness: int = 0,
+        yields: bool = False,
         compiled: bool = False,
     ) -> None:
         self.name = name
@@ -43,7 +47,8 @@ class ServiceProcess(Server):
         self._health_ports = health_ports
         self._environment = environment
         self._compiled = compiled
-        self._niceness = niceness
+        # On one machine the readers of events must not slow down those that answer.
+        self._yields = ("nice", "-n", _YIELDS) if yields and shutil.which("nice") else ()
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -63,10 +68,7 @@ class ServiceProcess(Server):
         if copy is not None:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(copy), environment["PYTHONPATH"])))
         return Command(
-            argv=[sys.executable, "-m", self._module],
-            env=environment,
-            cwd=copy or REPOSITORY,
-            niceness=self._niceness,
+            argv=[*self._yields, sys.executable, "-m", self._module], env=environment, cwd=copy or REPOSITORY
         )
 
     def ready(self) -> bool:

@@ -81,8 +81,7 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
         )  # fmt: skip
         await events.start()
         stack.push_async_callback(_close_log, events, clock, cfg.drain_s * _FLUSH_SHARE)
-        if cfg.predecessor is not None:
-            left = cfg.predecessor / "spool"
+        for left in cfg.left_logs:
             await stack.enter_async_context(
                 publishing_left(left, bus, PREDICTIONS.name, clock=clock, join=PredictionJoin())
             )

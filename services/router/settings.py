@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from services.common.settings import FrameTlsSettings, Port, ServiceSettings
+from services.common.settings import CommaSeparated, FrameTlsSettings, Port, ServiceSettings
 from services.router.outliers import OutlierPolicy
 
 
@@ -19,6 +19,9 @@ class Settings(ServiceSettings, FrameTlsSettings):
     #: The name that this router takes turns with where new processes take over from old ones: what is left in
     #: the prediction log under that name is published, too.
     predecessor_id: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,62})?$")] = ""
+    #: Folders in `state_dir` of routers and workers that are not there any more (`worker-worker-1`): what is
+    #: left in their prediction logs is published, too.
+    adopted_logs: CommaSeparated = ()
     frames_port: Port = 8010
     #: Where gateways of this machine find the frame stream as well (their `unix:/path`); empty: nowhere.
     frames_socket: Path | None = None
@@ -68,9 +71,10 @@ class Settings(ServiceSettings, FrameTlsSettings):
         return self.state_dir / f"router-{self.router_id}"
 
     @property
-    def predecessor(self) -> Path | None:
-        """That of the name that this router takes turns with."""
-        return self.state_dir / f"router-{self.predecessor_id}" if self.predecessor_id else None
+    def left_logs(self) -> list[Path]:
+        """Prediction logs of others that this router publishes where nobody has them."""
+        turns = [f"router-{self.predecessor_id}"] if self.predecessor_id else []
+        return [self.state_dir / folder / "spool" for folder in (*turns, *self.adopted_logs)]
 
     @property
     def outliers(self) -> OutlierPolicy:

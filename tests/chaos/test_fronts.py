@@ -5,11 +5,13 @@ how many there are."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +166,38 @@ async def test_fronts_take_versions_in_and_leave_them_under_load(stack: Stack, r
 
 async def _nobody(stack: Stack, version: str) -> bool:
     return not any((await who_can_answer(stack, version)).values())
+
+
+async def test_new_fronts_take_over_without_losing_a_request(stack: Stack) -> None:
+    """Each of the old ones closes a listener that the others share. Half of the clients make a connection for
+    each request, and meet those that close."""
+    await all_is_there(stack, "1", "2")
+    row = cancer.load().held_out_rows[0].tolist()
+    old = [psutil.Process(stack.pids()["gateway"]), *fronts(stack)]
+    renewed = asyncio.Event()
+    said: Counter[int] = Counter()
+
+    async def ask(client: httpx.AsyncClient, user: int, headers: dict[str, str]) -> None:
+        for number in itertools.count():
+            asked = {"model": MODEL, "inputs": [row], "user_id": f"renewed-{user}-{number}"}
+            said[(await client.post("/v1/predict", json=asked, headers=headers)).status_code] += 1
+            if renewed.is_set():
+                return
+            await asyncio.sleep(0.02)
+
+    async with caller(stack) as client:
+        before = await settled(stack, client, MODEL)
+        async with asyncio.TaskGroup() as asking:
+            for user in range(8):
+                asking.create_task(ask(client, user, {"connection": "close"} if user % 2 else {}))
+            await eventually(lambda: said[200] > 40)
+            assert await asyncio.to_thread(stack.renew)
+            renewed.set()
+        assert set(said) == {200}, said
+        assert all(gone(process) for process in old)
+        assert len(fronts(stack)) == FRONTS
+        await all_is_there(stack, "1", "2")
+        assert await counted_since(stack, client, before, said.total()) == said.total()
 
 
 async def test_fronts_end_with_their_parent_even_a_stopped_one(stack: Stack) -> None:

@@ -212,6 +212,41 @@ def test_each_process_with_a_router_has_names_of_its_own_and_takes_turns_with_it
     assert "FRAMES_SOCKET" not in environment
 
 
+@pytest.mark.parametrize(
+    ("environment", "adopted"),
+    [
+        ({"HEADRACE_ROUTER": "inside", "HEADRACE_FRONTS": "3"}, None),
+        ({"HEADRACE_ROUTER": "inside", "HEADRACE_FRONTS": "2"}, "router-router-2b"),
+        ({"HEADRACE_ROUTER": "apart"}, "router-router-1,router-router-2b"),
+        (
+            {"HEADRACE_ROUTER": "inside", "HEADRACE_FRONTS": "1", "HEADRACE_WORKERS": "1"},
+            "router-router-1,router-router-2b,worker-worker-1",
+        ),
+    ],
+)
+def test_the_first_router_publishes_what_those_left_that_are_not_there_any_more(
+    tmp_path: Path, environment: dict[str, str], adopted: str | None
+) -> None:
+    configuration = read(tmp_path, **ELSEWHERE, **environment)
+    for name in (
+        "router-router-0",
+        "router-router-1",
+        "router-router-2b",
+        "worker-worker-0b",
+        "worker-worker-1",
+    ):
+        (configuration.home / "state" / name / "spool").mkdir(parents=True)
+    (configuration.home / "state" / "worker-guest-7").mkdir()  # has no log
+    services = {service.name: service for service in draw(configuration, SECRETS).services}
+    if configuration.joint:
+        parts = json.loads(services["gateway"].command().env["FRONTS"])
+        first, *others = (part["router"] for part in parts)
+        assert not any("ADOPTED_LOGS" in other for other in others)
+    else:
+        first = services["router"].command().env
+    assert first.get("ADOPTED_LOGS") == adopted
+
+
 def test_without_guests_nothing_is_said_of_any(tmp_path: Path) -> None:
     inside = {"HEADRACE_ROUTER": "inside", "HEADRACE_FRONTS": "2", "HEADRACE_GUESTS": "off"}
     configuration = read(tmp_path, **inside, **ELSEWHERE)
