@@ -18,6 +18,7 @@ from benchmarks.report import FOLDER, write_report
 from benchmarks.results import Results
 from benchmarks.run import Benchmark
 from benchmarks.targets.catalogue import ONLY_FULL, TARGETS
+from deploy.embedded import native
 from deploy.embedded.blueprint import python_path
 
 #: What counting takes: three processes start under callgrind, each many times slower than usual.
@@ -102,10 +103,18 @@ def _batching(results: Results) -> None:
     """What `python -m benchmarks.batching` prints, a line of JSON for each model, size of request and way."""
     print("batching efficiency", flush=True)
     argv = [sys.executable, "-m", "benchmarks.batching", "--seconds", str(BATCHING_LOOP_S)]
-    environment = {**os.environ, "PYTHONPATH": python_path()}
+    copy = native.find()
+    path = os.pathsep.join([str(copy), python_path()] if copy else [python_path()])
+    environment = {**os.environ, "PYTHONPATH": path}
     try:
         done = subprocess.run(
-            argv, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=True
+            argv,
+            cwd=copy or REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
         )
     except subprocess.SubprocessError as error:
         results.absent["batching"] = f"batching efficiency: {error}"
@@ -122,6 +131,8 @@ def _batching(results: Results) -> None:
             "offline_batch": said["best_rows"],
             "served_rows_per_s": said["served_rows_per_s"],
             "efficiency": said["efficiency"],
+            "lowest": min(said["efficiencies"]),
+            "highest": max(said["efficiencies"]),
         }
 
 

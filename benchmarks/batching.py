@@ -8,8 +8,10 @@ a router's guest, under a closed loop of requests of `--rows` rows, enough of th
 second process over a socket of the machine. Without `--rows` and `--way`: requests of one row for ResNet-50;
 for digits, whose run is shorter than what a request of few rows costs anybody, requests of 64 rows, and
 requests as large as the best batch, over the socket and with their inputs in shared memory, where the client
-writes each anew. What is served is divided by what the best batch gave offline just before. ResNet-50 has the
-real one's layers with random weights: 25.5 M parameters, 4.1 G multiply-adds a row.
+writes each anew. In turns with it the best batch runs offline; what is served is divided by the mean of just
+before and just after, and of these ratios the median counts, since a machine's speed may change within
+seconds. `python -m benchmarks` runs this with the worker's hot path compiled, as `make up` does. ResNet-50
+has the real one's layers with random weights: 25.5 M parameters, 4.1 G multiply-adds a row.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import onnx
-import psutil
 import uvloop
 from headrace.v1.control_pb2 import LoadedVersion, WorkerStatus
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
@@ -69,6 +71,8 @@ class Model:
     signature: Signature
     row: tuple[int, ...]
     sizes: tuple[int, ...]
+    #: What is served is measured so often, and each time what the model gives alone just before and after.
+    turns: int
 
 
 def resnet50() -> Model:
@@ -123,7 +127,7 @@ def resnet50() -> Model:
         outputs=[TensorSpec(name="logits", datatype=FP32, shape=[-1, 1000])],
         batched=True,
     )
-    return Model("resnet50", model.SerializeToString(), signature, (3, 224, 224), (1, 2, 4, 8, 16))
+    return Model("resnet50", model.SerializeToString(), signature, (3, 224, 224), (1, 2, 4, 8, 16), turns=2)
 
 
 def digits() -> Model:
@@ -141,24 +145,27 @@ def digits() -> Model:
         ],
         batched=True,
     )
-    return Model("digits", data, signature, (8, 8), (1, 16, 64, 256, 1024, 4096))
+    return Model("digits", data, signature, (8, 8), (1, 16, 64, 256, 1024, 4096), turns=8)
 
 
-def offline(model: Model, seconds: float) -> dict[int, float]:
-    """Rows/s by batch size."""
+@contextmanager
+def offline(model: Model) -> Iterator[Callable[[int, float], float]]:
+    """Gives rows/s of batches of a size, measured for so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "model.onnx").write_bytes(model.data)
         backend = load(Path(folder), model.signature, BackendOptions())
-    rates: dict[int, float] = {}
-    for rows in model.sizes:
+
+    def rate(rows: int, seconds: float) -> float:
         x = np.zeros((rows, *model.row), np.float32)
         backend.run({model.signature.inputs[0].name: x}, ())
         runs, started = 0, time.perf_counter()
-        while time.perf_counter() - started < seconds / len(model.sizes):
+        while time.perf_counter() - started < seconds:
             backend.run({model.signature.inputs[0].name: x}, ())
             runs += 1
-        rates[rows] = runs * rows / (time.perf_counter() - started)
-    return rates
+        return runs * rows / (time.perf_counter() - started)
+
+    yield rate
+    backend.close()
 
 
 class Forgetful(MemoryBus):
@@ -253,34 +260,79 @@ def requests(model: Model, rows: int, in_flight: int, way: str) -> Iterator[Call
         yield write
 
 
-async def drive(
-    address: str, request_of: Callable[[int], bytes], rows: int, in_flight: int, seconds: float
-) -> float:
-    """Rows/s answered in the second part of a closed loop."""
+class Client:
+    """Keeps `in_flight` requests under way while it is told to."""
+
+    def __init__(self, calls: FrameCalls, request_of: Callable[[int], bytes], in_flight: int) -> None:
+        self.answered = self.failed = 0
+        self._calls = calls
+        self._request_of = request_of
+        self._in_flight = in_flight
+        self._under_way = 0
+        self._on = False
+        self._warm = asyncio.Event()
+        self._warm_at = 0
+        self._over = asyncio.Event()
+
+    async def rate(self, seconds: float) -> float:
+        """Requests a second answered in that long, after as many as are in flight at once were answered; at
+        the end none is under way."""
+        self._on = True
+        self._over.clear()
+        self._under_way = self._in_flight
+        self._warm.clear()
+        self._warm_at = self.answered + self._in_flight
+        for place in range(self._in_flight):
+            self._submit(place)
+        await self._warm.wait()
+        before, started = self.answered, time.perf_counter()
+        await asyncio.sleep(seconds)
+        rate = (self.answered - before) / (time.perf_counter() - started)
+        self._on = False
+        await self._over.wait()
+        return rate
+
+    def _submit(self, place: int) -> None:
+        def on_reply(reply: PredictReply) -> None:
+            self.answered += 1
+            self.failed += reply.code != 0
+            if self.answered == self._warm_at:
+                self._warm.set()
+            if self._on:
+                self._submit(place)
+                return
+            self._under_way -= 1
+            if not self._under_way:
+                self._over.set()
+
+        self._calls.submit_raw(self._request_of(place), None, on_reply)
+
+
+async def in_turns(
+    address: str,
+    request_of: Callable[[int], bytes],
+    in_flight: int,
+    alone: Callable[[], float],
+    turns: int,
+    seconds: float,
+) -> list[tuple[float, float]]:
+    """Requests a second, and what `alone` gives: the mean of just before and just after."""
     calls = FrameCalls(address, credential=TOKEN, role="router", instance="r")
     calls.start()
     await calls.wait_connected(5)
-    answered = failed = 0
-
-    def submit(place: int) -> None:
-        def on_reply(reply: PredictReply) -> None:
-            nonlocal answered, failed
-            answered += 1
-            failed += reply.code != 0
-            submit(place)
-
-        calls.submit_raw(request_of(place), None, on_reply)
-
-    for place in range(in_flight):
-        submit(place)
-    await asyncio.sleep(seconds / 3)
-    before, started = answered, time.perf_counter()
-    await asyncio.sleep(seconds)
-    rate = (answered - before) * rows / (time.perf_counter() - started)
-    if failed:
-        raise SystemExit(f"{failed} of {answered} requests failed")
+    client = Client(calls, request_of, in_flight)
+    await client.rate(seconds / 2)
+    pairs: list[tuple[float, float]] = []
+    before = await asyncio.to_thread(alone)
+    for _ in range(turns):
+        served = await client.rate(seconds)
+        after = await asyncio.to_thread(alone)
+        pairs.append((served, (before + after) / 2))
+        before = after
+    if client.failed:
+        raise SystemExit(f"{client.failed} of {client.answered} requests failed")
     await calls.close()
-    return rate
+    return pairs
 
 
 def measure(
@@ -294,23 +346,23 @@ def measure(
     process = context.Process(target=worker, args=(theirs, model, max(best, rows), payloads), daemon=True)
     process.start()
     address, own_best, own_rate = ours.recv()
-    lately = offline(replace(model, sizes=(best,)), max(1.0, seconds / 3))[best]
-    meter = psutil.Process(process.pid)
-    before, own = sum(meter.cpu_times()[:2]), time.process_time()
+    turns = model.turns
+    window = seconds / turns
     in_flight = max(2, 3 * -(-best // rows))
-    with requests(model, rows, in_flight, way) as request_of:
-        rate = uvloop.run(drive(address, request_of, rows, in_flight, seconds))
-    cpu, own = sum(meter.cpu_times()[:2]) - before, time.process_time() - own
+    with offline(model) as run, requests(model, rows, in_flight, way) as request_of:
+        pairs = uvloop.run(in_turns(address, request_of, in_flight, lambda: run(best, window), turns, window))
     ours.send("stop")
     mean_rows, inline, refused = ours.recv()
     process.join(20)
     if refused:
         raise SystemExit(f"{refused} requests were refused")
+    ratios = sorted(served * rows / alone for served, alone in pairs)
     line: dict[str, object] = {
-        "model": model.name, "way": way, "offline_rows_per_s": {**rates, best: lately}, "best_rows": best,
-        "request_rows": rows, "in_flight": in_flight, "served_rows_per_s": rate, "efficiency": rate / lately,
+        "model": model.name, "way": way, "best_rows": best, "request_rows": rows, "in_flight": in_flight,
+        "offline_rows_per_s": {**rates, best: median(alone for _, alone in pairs)},
+        "served_rows_per_s": median(served for served, _ in pairs) * rows,
+        "efficiency": median(ratios), "efficiencies": ratios,
         "mean_batch_rows": mean_rows, "inline": inline,
-        "worker_cpu_s": cpu, "client_cpu_s": own,
         "heartbeat_best_rows": own_best, "heartbeat_rows_per_s": own_rate,
     }  # fmt: skip
     return line
@@ -332,7 +384,8 @@ def main() -> None:
     keep_freed_memory()
     for name in given.only.split(","):
         model = {"digits": digits, "resnet50": resnet50}[name]()
-        rates = offline(model, given.seconds)
+        with offline(model) as run:
+            rates = {size: run(size, given.seconds / len(model.sizes)) for size in model.sizes}
         lines = [
             (rows, way)
             for rows, way in LINES[name]
