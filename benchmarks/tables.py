@@ -178,11 +178,11 @@ def batching(results: Results) -> list[str]:
             name,
             f"{said['offline_rows_per_s']:,.0f} (batch {said['offline_batch']})",
             f"{said['served_rows_per_s']:,.0f}",
-            f"{said['efficiency']:.1%}",
+            f"{said['efficiency']:.1%} ({said['lowest']:.0%} to {said['highest']:.0%})",
         ]
         for name, said in results.batching.items()
     ]
-    return table(["", "best offline rows/s", "served rows/s", "batching efficiency"], rows)
+    return table(["", "best offline rows/s", "served rows/s", "batching efficiency (turns)"], rows)
 
 
 def cpu(results: Results, workload: str, count: int) -> list[str]:
