@@ -1,4 +1,4 @@
-"""Marks for mypyc, which compiles the modules that every request runs through (deploy/native.py).
+"""Marks for mypyc, which compiles the modules that every request runs through (deploy/embedded/native.py).
 
 They change nothing where Python runs the source: mypyc reads them, and no service needs its package.
 """

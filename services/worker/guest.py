@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from headrace.v1.control_pb2 import ServedVersion, WorkerStatus
 from prometheus_client import CollectorRegistry
@@ -48,6 +48,9 @@ Announce = Callable[[bytes, bytes], None]
 
 #: A version of which one batch took longer is left to others.
 _SLOW_S = 0.25
+#: Of the time to drain, the share in which it answers what is queued. Its host's callers had theirs before,
+#: and its router needs some for the log after it: what is left then is refused, and asked of another worker.
+_ANSWER_SHARE = 0.25
 #: Kinds of artifacts that are run by one library call on a processor.
 _BACKENDS = frozenset({"onnx"})
 
@@ -110,7 +113,9 @@ async def guest_worker(
         finally:
             report.state = WorkerStatus.STATE_DRAINING
             await heartbeat.last(report())
-            await host.drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(cfg.drain_s * _ANSWER_SHARE):
+                    await host.drain()
 
 
 def _fits(served: ServedVersion, most_bytes: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack
 
 import numpy as np
@@ -14,11 +15,12 @@ from onnx import TensorProto, helper
 
 from services.worker import guest
 from services.worker.backends.port import LeftToOthers
+from services.worker.execution import Runner
 from services.worker.loading import VersionLoader
 from tests.fixtures.deployments import record
 from tests.fixtures.guests import FAILED, READY, Rig, rig
 from tests.fixtures.onnx_models import mlp
-from tests.fixtures.waiting import PATIENCE_S, eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
 __all__ = ["rig"]
 
@@ -101,6 +103,33 @@ async def test_what_waits_in_a_version_that_is_left_is_answered_when_the_guest_e
         await stack.aclose()
     replies = await asyncio.gather(*asked)
     assert [reply.code for reply in replies] == [Code.CODE_OK] * 5, replies
+
+
+async def test_a_run_that_does_not_end_is_not_waited_for_and_its_request_goes_elsewhere(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, free = threading.Event(), threading.Event()
+    execute = Runner.execute
+
+    def stuck_at_first(self: Runner, *given: object) -> object:
+        if not began.is_set():
+            began.set()
+            free.wait(PATIENCE_S)
+        return execute(self, *given)  # type: ignore[arg-type]
+
+    await rig.deploy("net", mlp())
+    try:
+        async with rig.worker() as worker:
+            async with patience("the guest's end", 30), rig.guest(drain_s=0.4, inline_below_us=0) as host:
+                await rig.until(host, "net", READY)
+                await rig.until_outside("net")
+                monkeypatch.setattr(Runner, "execute", stuck_at_first)
+                asked = asyncio.create_task(rig.ask("net", seconds=PATIENCE_S, x=ROW))
+                await eventually(began.is_set)
+            assert (await asked).code == Code.CODE_OK
+            assert [model.stats.rows for _, model in worker.host.serving()] == [1]
+    finally:
+        free.set()
 
 
 async def test_what_was_evicted_and_is_found_slow_is_not_loaded_again_and_again(

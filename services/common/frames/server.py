@@ -4,10 +4,12 @@ all of them."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import ssl as tls
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from headrace.v1.dataplane_pb2 import Hello
 
@@ -17,6 +19,13 @@ from services.common.frames.limits import Limits
 from services.common.frames.messages import PROTOCOL
 from services.common.frames.peer import FrameHandler, Peer
 from services.common.frames.server_connection import Accepted, ServerConnection
+from services.common.listening import adopt, close_listener
+
+
+class _Listening(NamedTuple):
+    server: asyncio.Server
+    ssl: tls.SSLContext | None
+    shared: bool
 
 
 class FrameServer:
@@ -46,7 +55,7 @@ class FrameServer:
         self.draining = False
         self._expected = f"Bearer {credential}".encode()
         self._ssl = ssl
-        self._servers: list[asyncio.Server] = []
+        self._listening: list[_Listening] = []
         self._paths: list[PathListener] = []
         self._names: list[tuple[asyncio.AbstractEventLoop, str]] = []
         self._connections: set[Accepted] = set()
@@ -68,7 +77,7 @@ class FrameServer:
             reuse_port=reuse_port or None,
             backlog=512,
         )
-        self._servers.append(server)
+        self._listening.append(_Listening(server, self._ssl, reuse_port))
         return int(server.sockets[0].getsockname()[1])
 
     async def start_unix(self, path: Path) -> str:
@@ -77,9 +86,10 @@ class FrameServer:
         loop = asyncio.get_running_loop()
         at = await asyncio.to_thread(PathListener, path)
         self._paths.append(at)
-        self._servers.append(
-            await loop.create_unix_server(lambda: ServerConnection(self, loop), sock=at.socket, backlog=512)
+        server = await loop.create_unix_server(
+            lambda: ServerConnection(self, loop), sock=at.socket, backlog=512
         )
+        self._listening.append(_Listening(server, None, shared=False))
         return f"unix:{path}"
 
     def start_local(self, name: str) -> str:
@@ -93,28 +103,35 @@ class FrameServer:
         self._names.append((loop, name))
         return address
 
-    def _stop_listening(self) -> None:
+    def _withdraw(self) -> list[_Listening]:
+        """Let nobody find this server any more; returns what is to be closed at once."""
         for loop, name in self._names:
             local.withdraw(loop, name, self)
         self._names.clear()
         for path in self._paths:
             path.remove()
         self._paths.clear()
-        for server in self._servers:
-            server.close()
+        listening, self._listening = self._listening, []
+        return listening
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new, answer what is open for at most `grace_s`, then close."""
+        """Take no connections but those that the kernel has accepted already, ask all of them for nothing
+        new, answer what is open for at most `grace_s`, then close."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + grace_s
         self.draining = True
-        self._stop_listening()
         for connection in list(self._connections):
             connection.say_draining()
-        await self._wait_lost(grace_s)
+        build = functools.partial(ServerConnection, self, loop)
+        last = [(close_listener(one.server, shared=one.shared), one.ssl) for one in self._withdraw()]
+        await asyncio.gather(*(adopt(build, taken, ssl) for taken, ssl in last))
+        await self._wait_lost(until - loop.time())
         await self.close()
 
     async def close(self) -> None:
         """End every connection and wait until the sockets are gone."""
-        self._stop_listening()
+        for one in self._withdraw():
+            one.server.close()
         for connection in list(self._connections):
             connection.shut()
         await self._wait_lost(self.limits.linger_s * 2)
@@ -132,6 +149,9 @@ class FrameServer:
     def admit(self, connection: Accepted) -> bool:
         """Count a new connection; False where there are too many already."""
         self._connections.add(connection)
+        if self.draining:
+            # Once it has heard with whom it speaks.
+            asyncio.get_running_loop().call_soon(connection.say_draining)
         return len(self._connections) <= self.limits.max_connections
 
     def forget(self, connection: Accepted) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import AsyncIterator, Generator
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from services.common.errors import Fatal
-from services.common.lifecycle.listening import accept_last, listen
+from services.common.listening import adopt, close_listener, listen
 
 _START_S = 30.0
 _CANCEL_S = 2.0
@@ -67,7 +66,7 @@ async def serve_asgi(  # noqa: PLR0913 - the knobs of an HTTP server, all named
         try:
             yield listener.getsockname()[1]
         finally:
-            await _stop_listening(server, listener, shared=reuse_port)
+            await _stop_listening(server, shared=reuse_port)
             await _all_asked(server)
     finally:
         server.should_exit = True
@@ -84,11 +83,9 @@ async def _started(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def _stop_listening(server: uvicorn.Server, listener: socket.socket, *, shared: bool) -> None:
+async def _stop_listening(server: uvicorn.Server, *, shared: bool) -> None:
     """Close the listener without losing a connection."""
-    last = accept_last(listener, shared=shared)
-    for one in server.servers:
-        one.close()
+    last = [taken for one in server.servers for taken in close_listener(one, shared=shared)]
     loop, config = asyncio.get_running_loop(), server.config
 
     def protocol() -> asyncio.Protocol:  # as uvicorn makes it
@@ -97,8 +94,7 @@ async def _stop_listening(server: uvicorn.Server, listener: socket.socket, *, sh
         )
         return made
 
-    adopted = (loop.connect_accepted_socket(protocol, one, ssl=config.ssl) for one in last)
-    await asyncio.gather(*adopted, return_exceptions=True)
+    await adopt(protocol, last, config.ssl)
 
 
 async def _all_asked(server: uvicorn.Server) -> None:

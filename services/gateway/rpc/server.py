@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
+from services.common.listening import adopt, close_listener
 from services.gateway.predict import PredictService
 from services.gateway.reading import BodyBudget
 from services.gateway.rpc.connection import RpcConnection
@@ -30,6 +31,7 @@ class RpcServer:
         self.tasks = Tasks(limits)
         self._connections: set[RpcConnection] = set()
         self._server: asyncio.Server | None = None
+        self._shared = False  # others listen at the port, too
 
     @property
     def bodies(self) -> BodyBudget:
@@ -44,6 +46,7 @@ class RpcServer:
     async def start(self, host: str, port: int, *, reuse_port: bool = False) -> int:
         """Listen; returns the port, which the system picks where `port` is 0. Raises OSError."""
         loop = asyncio.get_running_loop()
+        self._shared = reuse_port
         server = self._server = await loop.create_server(
             lambda: RpcConnection(self, loop), host, port, reuse_port=reuse_port or None, backlog=_BACKLOG
         )
@@ -67,11 +70,19 @@ class RpcServer:
             await asyncio.wait({task})
 
     async def stop(self, grace_s: float) -> None:
-        """Take nothing new, answer what is open for at most `grace_s`, then close."""
-        if self._server is not None:
-            self._server.close()
+        """Take no connections but those that the kernel has accepted already, answer what is open for at most
+        `grace_s`, then close."""
         for connection in list(self._connections):
             connection.drain()
+        if self._server is not None:
+            loop = asyncio.get_running_loop()
+            known = set(self._connections)
+            last = close_listener(self._server, shared=self._shared)
+            await adopt(lambda: RpcConnection(self, loop), last)
+            for connection in self._connections - known:
+                # Their first call is on its way: gRPC's client fails it, unless it may retry, where it hears
+                # of the end before it has sent it.
+                loop.call_later(self.limits.drain_notice_s, connection.drain)
         await self._wait_lost(grace_s)
         for connection in list(self._connections):
             connection.shut()

@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from services.common.lifecycle import Fatal, Health, ops_app, serve_asgi, until_stopped
-from services.common.lifecycle.listening import accept_last, listen
+from services.common.listening import accept_last, listen
 from tests.fixtures.waiting import PATIENCE_S, eventually, patience, until
 
 _ROOT = Path(__file__).resolve().parents[3]
