@@ -4,25 +4,18 @@ counted once, and nothing is refused that another part could answer."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import signal
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
 import httpx
-import psutil
 import pytest
-from open_inference.open_inference_pb2 import ModelInferRequest
-from open_inference.open_inference_pb2_grpc import GRPCInferenceServiceStub
 
 from deploy.embedded.stack import Stack
 from examples import cancer
 from tests.chaos.offered import (
     MODEL,
-    PATIENCE_S,
     RATE,
     SECONDS,
     counted_since,
@@ -32,7 +25,7 @@ from tests.chaos.offered import (
 )
 from tests.e2e.rest import caller, settled
 from tests.fixtures.platform import register_examples
-from tests.fixtures.waiting import eventually, eventually_of
+from tests.fixtures.waiting import eventually_of
 
 pytestmark = pytest.mark.timeout(600)  # a whole platform is started
 
@@ -113,49 +106,6 @@ async def test_versions_are_swapped_and_taken_away_under_load(stack: Stack, requ
         await eventually_of(
             lambda: client.post("/v1/predict", json=body), lambda answer: answer.json()["version"] == "2"
         )
-
-
-async def test_new_processes_take_over_without_losing_a_request(stack: Stack) -> None:
-    """As after the hot path was compiled behind a first start: the router goes with its gateway."""
-    row = cancer.load().held_out_rows[0].tolist()
-    old = {name: stack.pids()[name] for name in ("gateway", "worker-0", "worker-1")}
-    renewed = asyncio.Event()
-    said: Counter[str] = Counter()
-
-    async def over_rest(client: httpx.AsyncClient, user: int) -> None:
-        for number in itertools.count():
-            asked = {"model": MODEL, "inputs": [row], "user_id": f"taken-over-{user}-{number}"}
-            answer = await client.post("/v1/predict", json=asked)
-            said[f"REST {answer.status_code}"] += 1
-            if renewed.is_set():
-                return
-            await asyncio.sleep(0.02)
-
-    async def over_grpc() -> None:
-        asked = ModelInferRequest(model_name=MODEL)
-        features = asked.inputs.add(name="features", datatype="FP32", shape=[1, len(row)])
-        features.contents.fp32_contents[:] = row
-        key = [("authorization", f"Bearer {stack.admin_key}")]
-        async with grpc.aio.insecure_channel(stack.grpc_address) as channel:
-            stub = GRPCInferenceServiceStub(channel)  # type: ignore[no-untyped-call]
-            while not renewed.is_set():
-                await stub.ModelInfer(asked, metadata=key, timeout=PATIENCE_S)
-                said["gRPC"] += 1
-                await asyncio.sleep(0.02)
-
-    async with caller(stack) as client:
-        before = await settled(stack, client, MODEL)
-        async with asyncio.TaskGroup() as load:
-            for user in range(4):
-                load.create_task(over_rest(client, user))
-            load.create_task(over_grpc())
-            await eventually(lambda: said["REST 200"] > 20 and said["gRPC"] > 5)
-            assert await asyncio.to_thread(stack.renew)
-            renewed.set()
-        assert set(said) == {"REST 200", "gRPC"}, said
-        now = stack.pids()
-        assert not any(now[name] == pid or psutil.pid_exists(pid) for name, pid in old.items())
-        assert await counted_since(stack, client, before, said.total()) == said.total()
 
 
 async def test_a_killed_router_loses_and_doubles_nothing(
