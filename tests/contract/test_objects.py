@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -31,6 +33,16 @@ _KEYS = {"access_key_id": "test", "secret_access_key": "test", "region": "us-eas
 def s3_endpoint() -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    serving = server._server
+    assert serving is not None
+    answer, one_at_a_time = serving.app, threading.Lock()
+
+    def whole(environ: Any, start_response: Any) -> Any:
+        # It looks whether a key is there and creates it in two steps, and S3 in one.
+        with one_at_a_time:
+            return answer(environ, start_response)
+
+    serving.app = whole
     host, port = server.get_host_and_port()
     yield f"http://{host}:{port}"
     server.stop()
