@@ -69,8 +69,13 @@ class Snapshot:
     async def _write(self) -> None:
         self._dirty.clear()
         held = {part: records() for part, records in self._parts.items()}
+        writing = asyncio.create_task(asyncio.to_thread(_write, self._path, held))
         try:
-            await asyncio.to_thread(_write, self._path, held)
+            await asyncio.wait({writing})
+        finally:  # cancelled or not: whoever ends this is to find the file, and no second thread writes to it
+            await asyncio.wait({writing})
+        try:
+            writing.result()
         except OSError as error:
             log.warning("snapshot_not_written", path=str(self._path), reason=str(error))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
 
 from services.router.snapshot import Snapshot
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
 async def written(path: Path, records: dict[str, bytes]) -> None:
@@ -43,6 +44,27 @@ async def test_changes_are_written_while_it_runs(tmp_path: Path) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert (await restored(path))[1] == {b"a": b"1"}
+
+
+async def test_an_end_amid_writing_waits_for_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun, go_on = tmp_path / "routing.json", threading.Event(), threading.Event()
+
+    def slow(to: Path, held: object) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        to.write_text("written")
+
+    monkeypatch.setattr("services.router.snapshot._write", slow)
+    snapshot = Snapshot(path, {})
+    task = asyncio.create_task(snapshot.run())
+    snapshot.changed()
+    await eventually(begun.is_set)
+    task.cancel()
+    asyncio.get_running_loop().call_later(0.1, go_on.set)
+    await asyncio.gather(task, return_exceptions=True)
+    assert path.read_text() == "written"
 
 
 @pytest.mark.parametrize(
