@@ -53,7 +53,8 @@ class Peer:
         return f"{self.package} {self.environment.version(self.package)}"
 
     def command(self, workload: Workload, ports: Ports, folder: Path) -> Command:
-        """Arguments, further environment and working directory; `folder` is empty and the server's own."""
+        """Arguments, further environment and working directory; `folder` is empty and the server's own.
+        Every server has its own; this one stands for none."""
         raise NotImplementedError
 
     @contextmanager

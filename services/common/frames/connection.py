@@ -49,7 +49,7 @@ class Http2Connection(Outbound):
         self._in_place: InPlace | None = None
         self._whole_max = _WHOLE.size + min(limits.max_message_bytes, limits.max_http2_frame_bytes - 5)
 
-    # What subclasses fill in.
+    # What subclasses fill in; what raises here has no meaning without them.
 
     def _on_headers(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
         """A whole header block arrived."""

@@ -70,7 +70,7 @@ class Outbound(asyncio.Protocol):
         self._left_unread = 0  # bytes that the socket had not taken when it was looked at last
         self._linger: asyncio.TimerHandle | None = None
 
-    # What subclasses fill in.
+    # What subclasses fill in; what raises here has no meaning without them.
 
     def _on_open(self) -> None:
         """The socket (and TLS) is up."""
