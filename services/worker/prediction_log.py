@@ -58,7 +58,7 @@ class Entry:
     part: Part | None = None
     first_row: int = 0
 
-    def outputs(self) -> list[bytes]:
+    def outputs(self) -> list[Buffer]:
         """Its rows of every output."""
         columns = self.part.columns if self.part is not None else []
         return [column.rows(self.first_row, self.item.rows) for column in columns]
@@ -240,7 +240,7 @@ class PredictionRecords:
         return b"".join(pieces)
 
     def _add_tensors(
-        self, pieces: list[Buffer], part: Part, rows: int, inputs: Sequence[Buffer], outputs: list[bytes]
+        self, pieces: list[Buffer], part: Part, rows: int, inputs: Sequence[Buffer], outputs: Sequence[Buffer]
     ) -> None:
         """Without `inputs`: the outputs alone."""
         sizes = [len(given) for given in inputs] + [len(data) for data in outputs]

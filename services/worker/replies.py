@@ -10,7 +10,7 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from services.common.errors import HeadraceError
 from services.worker.execution import Part
 from services.worker.record_columns import Answered
-from services.worker.tensors import OutputColumn
+from services.worker.tensors import Buffer, OutputColumn
 from services.worker.wire import Kept, delimited, tag, tensor_head, varint
 
 _ID: Final = tag(PredictReply.ID_FIELD_NUMBER, 0)
@@ -51,7 +51,7 @@ class Replies:
             if item.queue_us != queue_us:
                 queue_us = item.queue_us
                 begin = self._named(variant, experiment) + varint(queue_us) + compute
-            pieces = [_ID, varint(item.id), begin]
+            pieces: list[Buffer] = [_ID, varint(item.id), begin]
             for position in range(len(columns)):
                 column, head = columns[position], heads[position]
                 data = column.rows(first, rows)

@@ -56,7 +56,8 @@ class Backend(Protocol):
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """The named outputs (all where none is named) for `inputs`, which match the signature; BYTES tensors
-        are object arrays of `bytes`. Row i of a batched output answers row i of the inputs.
+        are object arrays of `bytes`. Row i of a batched output answers row i of the inputs. The arrays are
+        the caller's: the next run writes into others.
 
         Raises InvalidArgument where the input's values are at fault; anything else is the model's failure."""
         ...

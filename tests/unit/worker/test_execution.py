@@ -147,3 +147,12 @@ def test_text_rows_are_found_by_where_they_start() -> None:
 def test_outputs_take_the_datatype_of_the_signature() -> None:
     column = to_column("y", FP32, np.array([1.5, 2.5]), 2, batched=True)
     assert np.frombuffer(column.rows(1, 1), np.float32).tolist() == [2.5]
+
+
+def test_many_rows_of_output_are_not_copied() -> None:
+    array = np.arange(16384, dtype=np.float32).reshape(4096, 4)
+    column = to_column("y", FP32, array, 4096, batched=True)
+    assert np.shares_memory(array, np.frombuffer(column.data, np.float32))
+    assert bytes(column.rows(7, 2)) == array[7:9].tobytes()
+    turned = array.reshape(4, 4096).T
+    assert bytes(to_column("y", FP32, turned, 4096, batched=True).rows(1, 1)) == turned[1].tobytes()
