@@ -54,6 +54,7 @@ async def gateway_processes(
                 for index, port in enumerate(ops)
             ],
             stop_s=cfg.drain_notice_s + cfg.drain_s + _SLACK_S,
+            hung_after_s=cfg.hung_after_s,
         )
         joint = JointOps(_LOOPBACK, ops, health, lambda: group.restarts)
         ops_port = await stack.enter_async_context(

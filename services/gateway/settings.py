@@ -26,6 +26,9 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSetting
     ops_host: str = ""
     #: Processes that share the ports; `auto`: one for every four cores.
     gateway_processes: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
+    #: Of several processes, one whose event loop stands still for so long is killed and replaced; 0: never,
+    #: as for a debugger. Time in which their parent did not run either does not count.
+    hung_after_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 30.0
     #: Gateways on all machines, each with all of its processes counted as one here, among which the limits of
     #: keys are divided as long as Redis was never reached; it knows better.
     limit_sharers: Annotated[int, Field(ge=1)] = 1

@@ -1,4 +1,5 @@
-"""Several gateways on one port: one of them may die under load, and all of them end with their parent."""
+"""Several gateways on one port: one of them may die under load or stand still, and all of them end with their
+parent."""
 
 from __future__ import annotations
 
@@ -72,6 +73,18 @@ class Group:
             return set(wanted) <= set(lines)
 
         await eventually(there, on=wanted)
+
+    async def until_all_answer(self) -> None:
+        """One that is ready is enough for the parent; wait for both."""
+        async with patience("both processes to answer"):
+            answered = 0
+            while answered < 20:
+                async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as one:
+                    try:
+                        answer = await one.post(f"{self.http}/v1/predict", json=BODY, headers=HEADERS)
+                        answered = answered + 1 if answer.status_code == 200 else 0
+                    except httpx.TransportError:
+                        answered = 0
 
 
 @dataclass
@@ -156,15 +169,7 @@ async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> Non
         httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client,
     ):
         await group.until(client, "headrace_processes_up 2.0")
-        async with patience("both processes to answer"):
-            answered = 0
-            while answered < 20:  # one that is ready is enough for the parent; here both must be
-                async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as one:
-                    try:
-                        answer = await one.post(f"{group.http}/v1/predict", json=BODY, headers=HEADERS)
-                        answered = answered + 1 if answer.status_code == 200 else 0
-                    except httpx.TransportError:
-                        answered = 0
+        await group.until_all_answer()
         assert (await client.get(f"{group.ops}/health/ready")).status_code == 200
         statuses: list[int] = []
         broken = 0
@@ -202,6 +207,25 @@ async def test_a_process_that_dies_under_load_is_replaced(tmp_path: Path) -> Non
         group.process.send_signal(signal.SIGTERM)
         async with patience("the end of the parent"):
             assert await group.process.wait() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc, and Linux for a fair share of connections")
+async def test_a_process_that_stands_still_is_replaced_and_counted(tmp_path: Path) -> None:
+    """The kernel gives it half of the connections until then."""
+    async with (
+        two_gateways(tmp_path, HUNG_AFTER_S="6") as group,
+        httpx.AsyncClient(trust_env=False, timeout=PATIENCE_S) as client,
+    ):
+        await group.until(client, "headrace_processes_up 2.0")
+        await group.until_all_answer()
+        frozen, other = group.children()
+        os.kill(frozen, signal.SIGSTOP)
+        await group.until(client, "headrace_processes_up 1.0", "headrace_process_restarts 0.0")
+        assert (await client.get(f"{group.ops}/health/ready")).status_code == 200
+        assert set(group.children()) == {frozen, other}
+        await group.until(client, "headrace_processes_up 2.0", "headrace_process_restarts 1.0")
+        await group.until_all_answer()
+        assert set(group.children()) & {frozen, other} == {other}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")

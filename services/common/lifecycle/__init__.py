@@ -1,7 +1,7 @@
 """Start and end of a service process. Read in this order: run.py (signals, exit codes), memory.py (what is
 kept of freed memory), health.py and watch.py (what is ready and why not), ops.py (health and metrics over
-HTTP), serving.py (uvicorn inside our own loop), processes.py and joint_ops.py (several processes of one
-service on the same ports)."""
+HTTP), serving.py (uvicorn inside our own loop), processes.py, liveness.py and joint_ops.py (several processes
+of one service on the same ports)."""
 
 from services.common.errors import Fatal
 from services.common.lifecycle.health import Health

@@ -3,12 +3,14 @@ together.
 
 The parent takes no requests. It holds the ports (bound, not listening), so that a port that somebody else has
 is told at once, and answers the ops port for all of them (`joint_ops`). A child whose parent is gone notices
-by the end of its standard input, and drains.
+by the end of its standard input, and drains. A child whose event loop stands still goes on being given
+connections by the kernel, which nobody answers: it is replaced as one that died.
 """
 
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import signal
 import socket
@@ -22,7 +24,8 @@ from typing import Any
 import structlog
 
 from services.common.errors import Fatal
-from services.common.lifecycle.run import ending_hard, told_by_parent
+from services.common.lifecycle.liveness import DUMP_SIGNAL, Line, Step, Watchdog, hear, tell
+from services.common.lifecycle.run import ending_hard, told_by_parent, when_started
 
 log = structlog.get_logger(__name__)
 
@@ -61,17 +64,29 @@ def held_port(host: str, port: int) -> socket.socket:
 
 def end_with_parent() -> None:
     """In a child: ask this process to drain when the parent is gone. Who ended that may have told this one,
-    and so may the parent: it is one wish, and takes nothing from what is in flight."""
-    told_by_parent()
-    loop = asyncio.get_running_loop()
+    and so may the parent: it is one wish, and takes nothing from what is in flight.
 
-    def ended() -> None:
-        if not os.read(sys.stdin.fileno(), 4096):
-            loop.remove_reader(sys.stdin.fileno())
+    Until then it answers the parent, once it has started: what a start loads may keep the loop for long. That
+    it has it says without being asked, since it may stand still before it is."""
+    told_by_parent()
+    faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+    loop = asyncio.get_running_loop()
+    parent = sys.stdin.fileno()
+    answering = False
+
+    def started() -> None:
+        nonlocal answering
+        answering = True
+        tell(parent)
+
+    def heard() -> None:
+        if not hear(parent, answering=answering):
+            loop.remove_reader(parent)
             log.warning("parent_gone")
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.add_reader(sys.stdin.fileno(), ended)
+    when_started(started)
+    loop.add_reader(parent, heard)
 
 
 @dataclass(slots=True)
@@ -80,6 +95,7 @@ class _Child:
 
     index: int
     process: asyncio.subprocess.Process | None = None
+    line: Line | None = None
     restarts: int = 0
 
 
@@ -93,12 +109,19 @@ class ProcessGroup:
     cores was then seen to wait for 12 to 70 ms."""
 
     def __init__(
-        self, argv: Sequence[str], environments: Sequence[Mapping[str, str]], *, stop_s: float
+        self,
+        argv: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        *,
+        stop_s: float,
+        hung_after_s: float = 0.0,
     ) -> None:
-        """`stop_s` is what the children have from SIGTERM to their end."""
+        """`stop_s` is what the children have from SIGTERM to their end. One that calls `end_with_parent` is
+        killed once its event loop stood still for `hung_after_s`; 0: never."""
         self._argv = list(argv)
         self._environments = environments
         self._stop_s = stop_s
+        self._hung_after_s = hung_after_s
         self._children = [_Child(index) for index in range(len(environments))]
         self._stopping = False
         self._keeping: asyncio.Task[None]
@@ -146,6 +169,8 @@ class ProcessGroup:
         async with asyncio.TaskGroup() as group:
             for child in self._children:
                 group.create_task(self._keep(child), name=f"process-{child.index}")
+            if self._hung_after_s:
+                group.create_task(self._end_hung(Watchdog(self._hung_after_s)), name="watchdog")
 
     async def _keep(self, child: _Child) -> None:
         """Start the child's process, and again whenever it ends."""
@@ -153,13 +178,17 @@ class ProcessGroup:
         pause_s, failures = _FIRST_PAUSE_S, 0
         while True:
             started = loop.time()
-            process = child.process = await asyncio.create_subprocess_exec(
-                *self._argv,
-                env={**os.environ, **self._environments[child.index]},
-                stdin=asyncio.subprocess.PIPE,
-                preexec_fn=os.setpgrp if _has_terminal() else None,  # uvloop knows no process_group
-            )
-            code = await process.wait()
+            with Line() as line:
+                process = child.process = await asyncio.create_subprocess_exec(
+                    *self._argv,
+                    env={**os.environ, **self._environments[child.index]},
+                    stdin=line.child_end.fileno(),
+                    preexec_fn=os.setpgrp if _has_terminal() else None,  # uvloop knows no process_group
+                )
+                line.child_end.close()
+                child.line = line
+                code = await process.wait()
+                child.line = None
             if self._stopping:
                 return
             lived_s = loop.time() - started
@@ -174,6 +203,30 @@ class ProcessGroup:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             child.restarts += 1
+
+    async def _end_hung(self, watchdog: Watchdog) -> None:
+        """Kill whose event loop stands still; `_keep` starts another."""
+        while True:
+            await asyncio.sleep(watchdog.every_s)
+            if self._stopping:  # which has a deadline of its own
+                return
+            asked = [(child, child.line) for child in self._children if child.line is not None]
+            for (child, line), step in zip(asked, watchdog.ask([line for _, line in asked]), strict=True):
+                if step is not Step.NOTHING:
+                    self._end_step(child, step, watchdog.silent_s(line))
+
+    def _end_step(self, child: _Child, step: Step, silent_s: float) -> None:
+        process = child.process
+        if process is None:
+            return
+        about = {"index": child.index, "pid": process.pid, "silent_s": silent_s}
+        with suppress(ProcessLookupError):
+            if step is Step.DUMP:
+                log.warning("process_silent", **about, stacks="in plain text, on standard error")
+                process.send_signal(DUMP_SIGNAL)
+            else:
+                log.error("process_hung", **about, hung_after_s=self._hung_after_s)
+                process.kill()
 
     async def _stop(self) -> None:
         running = [child.process for child in self._children if child.process is not None]

@@ -53,11 +53,19 @@ async def until_stopped() -> None:
     if stop is None:
         raise RuntimeError("until_stopped works inside services.common.lifecycle.run only")
     _settle_memory()
+    while stop.at_start:
+        stop.at_start.pop()()
     stop.waiters += 1
     try:
         await stop.asked.wait()
     finally:
         stop.waiters -= 1
+
+
+def when_started(call: Callable[[], None]) -> None:
+    """Call it once the service of the surrounding `run` has come as far as `until_stopped`."""
+    if _Stop.current is not None:
+        _Stop.current.at_start.append(call)
 
 
 def told_by_parent() -> None:
@@ -99,6 +107,7 @@ class _Stop:
         self.waiters = 0
         self.patient = False
         self._interrupts = 0
+        self.at_start: list[Callable[[], None]] = []
         self.at_hard_end: list[Callable[[], None]] = []
         self._main = main
         self._drain_s = drain_s

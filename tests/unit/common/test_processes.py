@@ -1,5 +1,5 @@
 """Several processes of one service: how they belong together. That they are replaced and end is in
-tests/contract/test_gateway_processes.py."""
+tests/contract/test_gateway_processes.py and tests/integration/test_hung_processes.py."""
 
 from __future__ import annotations
 
@@ -62,3 +62,16 @@ def test_they_share_the_parents_session_and_its_group_unless_a_terminal_would_si
                 os.kill(pid, 0)
 
     run_on(loop, play())
+
+
+@pytest.mark.parametrize("hung_after_s", [0.0, 30.0])
+async def test_nobody_is_asked_where_nobody_would_be_killed(hung_after_s: float) -> None:
+    group = ProcessGroup(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"],
+        [{}],
+        stop_s=PATIENCE_S,
+        hung_after_s=hung_after_s,
+    )
+    async with group.running():
+        await eventually(lambda: group.pids)
+        assert ("watchdog" in {task.get_name() for task in asyncio.all_tasks()}) == (hung_after_s > 0)
