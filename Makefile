@@ -5,6 +5,7 @@
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
+SERVICES := gateway router worker registry analytics drift
 # Processes at once. Tests wait half of their time for servers and processes, so there are more of them than cores.
 JOBS ?= 2
 TEST_JOBS ?= $(shell expr $(JOBS) + 1)
@@ -49,8 +50,10 @@ logs:
 	@test -x $(PY) || { echo "There is no .venv: Headrace was never started here." >&2; exit 1; }
 	@$(PY) -m deploy.embedded logs $(if $(FOLLOW),--follow) $(PART)
 
+# The unit tests of services run in environments that hold their own service's dependencies alone, and once is enough
+# (tests/integration/test_isolation.py; `make unit` runs them here).
 test: $(STAMP)
-	$(PY) -m pytest -n $(TEST_JOBS)
+	$(PY) -m pytest -n $(TEST_JOBS) $(SERVICES:%=--ignore=tests/unit/%)
 
 # The parts run side by side; a part's output appears when it is done.
 check: $(STAMP)

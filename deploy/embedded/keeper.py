@@ -20,6 +20,9 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.2, 10.0
 #: While the stack comes up, a part may end this often before the whole start is given up.
 STARTS_BEFORE_GIVING_UP = 3
 START_DEADLINE_S = 120.0
+#: A part that was ready and leaves so many checks in a row without any answer, a second each, stands still.
+#: They are counted, not seconds: a machine that slept checked nothing.
+HUNG_CHECKS = 60
 
 
 def backoff(failures: int) -> float:
@@ -66,6 +69,7 @@ class Keeper:
         self._around = around
         self._on_up = on_up
         self._failures = 0
+        self._silences = 0
         self._next: Server | None = None
 
     async def run(self) -> None:
@@ -161,6 +165,7 @@ class Keeper:
 
     async def _check(self, age: float) -> None:
         ready = await asyncio.to_thread(self.server.ready)
+        self._silences = self._silences + 1 if self.server.silent else 0
         if ready and self.status.state is State.STARTING and self._on_up is not None:
             try:
                 await self._on_up()
@@ -171,12 +176,22 @@ class Keeper:
             self._tell(State.READY)
         elif self.status.state in {State.READY, State.UNREADY}:
             self._tell(State.UNREADY, self.server.detail)
+            self._end_if_hung()
         else:
             self._tell(State.STARTING, self.server.detail)
             if age > START_DEADLINE_S and not self.came_up.is_set():
                 why = self.server.detail or "it gave no reason"
                 name, deadline = self.server.name, f"{START_DEADLINE_S:.0f} s"
                 raise EmbeddedError(f"{name} was not ready within {deadline}: {why}; see {self.server.log}.")
+
+    def _end_if_hung(self) -> None:
+        """End a part that stands still; it is started again as one that died. What it was about it writes to
+        its log first."""
+        if self._silences == HUNG_CHECKS - 1:
+            self._child().show_stacks()
+        elif self._silences >= HUNG_CHECKS:
+            self._around.note(f"{self.server.name} has left {self._silences} checks without an answer")
+            self._child().kill()
 
     async def _while_held(self) -> None:
         while self._around.is_held(self.server.name):

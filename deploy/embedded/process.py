@@ -109,6 +109,11 @@ class Child:
         if self.alive:
             self._process.send_signal(self.command.stop_signal)
 
+    def show_stacks(self) -> None:
+        """Have one of our services write to its log where its threads are."""
+        if self.alive:
+            self._process.send_signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """End it and whatever it started in its group, at once, and reap it. Also what it left behind."""
         # A number is not given out again while a group carries it, so this reaches no stranger.

@@ -92,6 +92,8 @@ class Server(ABC):
         self.child: Child | None = None
         #: Why `ready` said no the last time, as far as the server tells.
         self.detail = ""
+        #: Whether the last `ready` heard nothing from a server that took its question: it may stand still.
+        self.silent = False
 
     @property
     def ports(self) -> tuple[int, ...]:

@@ -84,6 +84,7 @@ class ServiceProcess(Server):
 
     def _asked(self, port: int) -> bool | None:
         """Whether it says that it is ready; None where another process answered."""
+        self.silent = False
         connection = http.client.HTTPConnection(LOOPBACK, port, timeout=1.0)
         try:
             connection.request("GET", "/health/ready")
@@ -91,6 +92,7 @@ class ServiceProcess(Server):
             body = response.read(4096)
         except (OSError, http.client.HTTPException) as error:
             self.detail = f"no answer on port {port} ({type(error).__name__})"
+            self.silent = isinstance(error, TimeoutError)
             return False
         finally:
             connection.close()

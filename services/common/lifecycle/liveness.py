@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-#: On this signal a child writes to its standard error where all of its threads are.
+#: On this signal a service writes to its standard error where all of its threads are.
 DUMP_SIGNAL = signal.SIGUSR1
 
 _EVERY_S = 1.0

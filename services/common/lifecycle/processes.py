@@ -10,7 +10,6 @@ connections by the kernel, which nobody answers: it is replaced as one that died
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import os
 import signal
 import socket
@@ -69,7 +68,6 @@ def end_with_parent() -> None:
     Until then it answers the parent, once it has started: what a start loads may keep the loop for long. That
     it has it says without being asked, since it may stand still before it is."""
     told_by_parent()
-    faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
     loop = asyncio.get_running_loop()
     parent = sys.stdin.fileno()
     answering = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import os
 import signal
@@ -15,6 +16,7 @@ import structlog
 import uvloop
 
 from services.common.errors import Fatal
+from services.common.lifecycle.liveness import DUMP_SIGNAL
 from services.common.telemetry.logs import flush_logs
 
 log = structlog.get_logger(__name__)
@@ -36,8 +38,9 @@ def run(service_main: Callable[[], Awaitable[None]], *, drain_s: float = 30.0) -
 
     Exit codes: 0 ended or drained, 2 configuration, 1 any other failure or a drain that took too long, 128
     + signal number when ended hard by a second signal. `Fatal` is logged as one sentence, anything else
-    with its traceback.
+    with its traceback. On SIGUSR1 it writes to standard error where all of its threads are, whatever they do.
     """
+    faulthandler.register(DUMP_SIGNAL, file=sys.stderr, all_threads=True)
     sys.setswitchinterval(_SWITCH_S)
     code = _run(service_main, drain_s)
     flush_logs()

@@ -97,6 +97,65 @@ def test_backoff_doubles_up_to_its_bound() -> None:
     assert FIRST_BACKOFF_S < MAX_BACKOFF_S
 
 
+class Stiff(Small):
+    """Takes questions and answers none, as long as `stiff` says so."""
+
+    stiff = False
+
+    def ready(self) -> bool:
+        self.silent = self.stiff
+        return self.answers and not self.stiff
+
+
+SHOWS = """
+import faulthandler, signal, sys, time
+faulthandler.register(signal.SIGUSR1, file=sys.stderr)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+async def test_what_stands_still_shows_where_and_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "HUNG_CHECKS", 20)
+    server, around = Stiff(tmp_path, SHOWS), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        await eventually(lambda: "begun" in server.log.read_text())
+        first = server.pid
+        server.stiff = True
+        await eventually(lambda: bool(around.notes))
+        assert around.notes[0] == "small has left 20 checks without an answer"
+        server.stiff = False
+        await eventually(lambda: keeper.status.state is State.READY and server.pid not in {None, first})
+        assert around.notes[1:] == ["small was ended by signal 9; starting it again in 0.0 s"]
+        assert "most recent call first" in server.log.read_text()
+
+
+async def test_what_is_silent_now_and_then_or_says_no_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "HUNG_CHECKS", 3)
+    asked = 0
+
+    class Now(Small):
+        def ready(self) -> bool:
+            nonlocal asked
+            asked += 1
+            self.silent = asked % 3 != 0
+            return asked < 3
+
+    server, around = Now(tmp_path, SHOWS), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        first = server.pid
+        await eventually(lambda: asked > 40)
+        assert keeper.status.state is State.UNREADY
+        assert server.pid == first
+        assert not around.notes
+
+
 async def test_what_dies_is_started_again_and_stopped_at_the_end(tmp_path: Path) -> None:
     server, around = Small(tmp_path), Around()
     async with keeping(server, around) as keeper:
