@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -24,15 +25,15 @@ READY_WITHIN_S = 120.0
 NAMES = ("cancer", "digits", "minilm")
 
 
-def register(client: httpx.Client) -> None:
-    """Push what is missing, deploy it, wait until it serves."""
-    missing = [name for name in NAMES if client.get(f"/v1/deployments/{name}").status_code != 200]
+def register(client: httpx.Client, names: Sequence[str] = NAMES) -> None:
+    """Push what is missing of `names`, deploy it, wait until it serves."""
+    missing = [name for name in names if client.get(f"/v1/deployments/{name}").status_code != 200]
     if missing:
         # The training libraries take seconds to import: only a first run pays for them.
         for example in import_module("examples.catalogue").EXAMPLES:
             if example.name in missing:
                 _push(client, example)
-    for name in NAMES:
+    for name in names:
         _wait_until_ready(client, name)
 
 
@@ -84,11 +85,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.register", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the gateway answers")
     parser.add_argument("--key-file", type=Path, default=Path(".headrace/admin.key"))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="not all of the models")
     arguments = parser.parse_args()
     key = arguments.key_file.read_text().strip()
     headers = {"authorization": f"Bearer {key}"}
     with httpx.Client(base_url=arguments.url, headers=headers, timeout=60) as client:
-        register(client)
+        register(client, arguments.only)
     return 0
 
 

@@ -112,7 +112,7 @@ async def test_a_killed_router_loses_and_doubles_nothing(
     new_platform: Callable[..., Stack], tmp_path: Path
 ) -> None:
     stack = await asyncio.to_thread(new_platform, workers=1, environment={"HEADRACE_ROUTER": "apart"})
-    await asyncio.to_thread(register_examples, stack)
+    await asyncio.to_thread(register_examples, stack, MODEL)
     requests_file = requests_of_users(tmp_path, stack)
     async with caller(stack) as client:
         before = await settled(stack, client, MODEL)

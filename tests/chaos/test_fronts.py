@@ -55,7 +55,7 @@ def stack(stacks_directory: Path) -> Iterator[Stack]:
     started = Stack.on_free_ports(home, workers=1, environment=chosen)
     try:
         started.start()
-        register_examples(started)
+        register_examples(started, MODEL)
         yield started
     finally:
         started.stop()

@@ -48,7 +48,7 @@ async def test_a_broker_away_for_ten_seconds_loses_nothing(new_platform: Callabl
     if home is None:
         pytest.skip("no Apache Kafka here: set KAFKA_HOME")
     stack = await asyncio.to_thread(new_platform, workers=1, kafka_home=Path(home))
-    await asyncio.to_thread(register_examples, stack)
+    await asyncio.to_thread(register_examples, stack, "cancer")
     async with caller(stack, at_once=64) as client:
         before = await settled(stack, client, "cancer")
         running = asyncio.create_task(load(client, 15.0))
