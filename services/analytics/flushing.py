@@ -34,6 +34,8 @@ from services.common.tasks import ended
 log = structlog.get_logger(__name__)
 
 _PERIOD_S = 2.0
+#: The same where nothing came for a while.
+_QUIET_PERIOD_S, _QUIET_AFTER_S = 5.0, 30.0
 _TAKEN_AT_ONCE = 5_000
 #: How many times smaller the objects of the lower tier are.
 _TIER = 8
@@ -190,6 +192,8 @@ class Flusher:
         self._retention = retention or Retention()
         self._leaps = Leaps(clock, _CLOCKS_APART.total_seconds())
         self._holder = new_id()
+        self._renew_at = float("-inf")
+        self._had_work_at = clock.monotonic()
         self._writer = writer
         self._files = files
         self._sizes = sizes
@@ -213,7 +217,7 @@ class Flusher:
         periods = looked_at = 0
         while True:
             await _tried(self._save)
-            if await _tried(partial(self._hold, _LEASE)):
+            if await self._has_turn():
                 await _tried(self.flush_due)
                 if self._writer.named - looked_at >= self._sizes.join_segments:
                     looked_at = self._writer.named
@@ -223,11 +227,19 @@ class Flusher:
                 periods += 1
             else:
                 self._leaps.forward()  # who has the turn allows for it
-            await asyncio.sleep(_PERIOD_S)
+            quiet = self._clock.monotonic() - self._had_work_at >= _QUIET_AFTER_S
+            await asyncio.sleep(_QUIET_PERIOD_S if quiet else _PERIOD_S)
 
     async def _save(self) -> int:
         await self._signatures.save(self._engine)
         return 0
+
+    async def _has_turn(self) -> bool:
+        """Whether it is this replica's turn, asked again when a third of the lease is over."""
+        now = self._clock.monotonic()
+        if now >= self._renew_at and await _tried(partial(self._hold, _LEASE)):
+            self._renew_at = now + _LEASE.total_seconds() / 3
+        return now < self._renew_at
 
     async def _hold(self, lease: timedelta) -> int:
         """1 where it is this replica's turn, for so long."""
@@ -246,6 +258,8 @@ class Flusher:
             if any(item.newest > now + _CLOCKS_APART for item in waiting):
                 await repository.restart_inbox(session, now, now + _CLOCKS_APART)
                 waiting = await repository.waiting(session)
+        if waiting:
+            self._had_work_at = self._clock.monotonic()
         self._metrics.inbox_rows.set(sum(item.rows for item in waiting))
         due = now - timedelta(seconds=self._sizes.flush_after_s)
         unknown_due = now - timedelta(seconds=self._sizes.signature_wait_s)

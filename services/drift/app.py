@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, check_database, engine, migrate, transaction
@@ -44,6 +45,8 @@ _TABLE_WAIT_S = 15.0
 #: A delivery costs the same for ten records as for a thousand; an alert may come this much later.
 _COLLECT_S = 1.0
 _HOUSEKEEPING = timedelta(seconds=15)
+#: What is committed here wakes the relay; this finds what a replica that was killed has left.
+_RELAY_POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,16 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         await stack.enter_async_context(watched(health, {"database": lambda: check_database(database)}))
         bus = await stack.enter_async_context(
             KafkaBus(
-                cfg.kafka_bootstrap_servers, "headrace-drift", session_timeout=cfg.kafka_session_timeout_s
+                cfg.kafka_bootstrap_servers,
+                "headrace-drift",
+                session_timeout=cfg.kafka_session_timeout_s,
+                # Records wait for the deployments and trials that they need.
+                follower=Follower(cfg.kafka_bootstrap_servers, "headrace-drift", quiet_wait_ms=1000),
             )
         )
-        relay = await stack.enter_async_context(OutboxRelay(database, Outbox, bus, clock))
+        relay = await stack.enter_async_context(
+            OutboxRelay(database, Outbox, bus, clock, poll_s=_RELAY_POLL_S)
+        )
         await stack.enter_async_context(WebhookSender(database, clock, metrics))
 
         app = FastAPI(title="Headrace drift", version="1")

@@ -18,6 +18,8 @@ from services.gateway.limiter import Bucket
 log = structlog.get_logger(__name__)
 
 _INTERVAL_S = 0.05
+#: The same once nothing was spent for a while: what is spent first is reported this much later.
+_IDLE_INTERVAL_S, _IDLE_AFTER_S = 0.2, 2.0
 _TIMEOUT_S = 0.5
 _RETRY_S = 1.0
 _BUCKETS_PER_TRIP = 1000
@@ -63,12 +65,13 @@ class Leases:
         # Where the next trip starts when one cannot take all.
         self._position = 0
 
-    async def settle(self, buckets: Iterable[Bucket]) -> None:
+    async def settle(self, buckets: Iterable[Bucket]) -> bool:
         """Report what `buckets` spent and take over what their keys have left; where they are too many for
-        one trip, in turn. Raises RedisError or TimeoutError; then nothing is lost."""
+        one trip, in turn. False where nothing was spent. Raises RedisError or TimeoutError; then nothing is
+        lost."""
         used = self._chosen(list(buckets))
         if not used:
-            return
+            return False
         reports = [bucket.report() for bucket in used]
         try:
             async with asyncio.timeout(_TIMEOUT_S):
@@ -92,6 +95,7 @@ class Leases:
                 bucket.granted(float(left), int(sharers), now)
         if failed is not None:
             raise failed
+        return True
 
     async def _asked(self, used: list[Bucket], reports: list[int]) -> list[Any]:
         """One answer, or what went wrong, for each bucket."""
@@ -124,10 +128,12 @@ class Leases:
     async def run(self, buckets: Callable[[], Iterable[Bucket]]) -> None:
         """Settle at intervals, for ever. Redis away: local shares."""
         known: list[Bucket] = []
+        used_at = self._clock.monotonic()
         while True:
             try:
                 known = list(buckets())
-                await self.settle(known)
+                if await self.settle(known):
+                    used_at = self._clock.monotonic()
             except (RedisError, TimeoutError, OSError) as error:
                 if self.available:
                     log.warning("limits_local", reason=str(error) or type(error).__name__)
@@ -140,7 +146,8 @@ class Leases:
                 await asyncio.sleep(_RETRY_S)
             else:
                 self.available = True
-                await asyncio.sleep(_INTERVAL_S)
+                idle = self._clock.monotonic() - used_at >= _IDLE_AFTER_S
+                await asyncio.sleep(_IDLE_INTERVAL_S if idle else _INTERVAL_S)
 
 
 @asynccontextmanager

@@ -51,6 +51,8 @@ from services.registry.workers import Workers, workers_followed
 
 SCHEMA = "registry"
 MIGRATIONS = Path(__file__).parent / "migrations"
+#: What is committed here wakes the relay; this finds what a registry that was killed has left.
+_RELAY_POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         bus = await stack.enter_async_context(
             KafkaBus(cfg.kafka_bootstrap_servers, "registry", session_timeout=cfg.kafka_session_timeout_s)
         )
-        relay = await stack.enter_async_context(OutboxRelay(database, ControlOutbox, bus, clock))
+        outbox = OutboxRelay(database, ControlOutbox, bus, clock, poll_s=_RELAY_POLL_S)
+        relay = await stack.enter_async_context(outbox)
         store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
         stack.push_async_callback(store.close)
         uploads = Uploads(
@@ -95,6 +98,7 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
             RetentionActor(timedelta(days=cfg.registry_keep_trials_days)),
         ]
         controller = await stack.enter_async_context(Controller(edge, actors))
+        edge.on_trials.append(controller.wake)
         # One after the other, with nothing between: the group is joined once for both.
         await stack.enter_async_context(alerts_followed(edge, bus))
         await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))

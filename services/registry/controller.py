@@ -1,5 +1,5 @@
 """What acts by itself: one loop that looks at every trial twice a second, once where none has anything to do,
-and whenever a verdict came.
+every five seconds where none is open, and whenever a verdict came or a trial was changed here.
 
 It keeps nothing: what is to be done follows from the database alone, so one that was killed goes on where it
 was, and several replicas do no harm, since whoever has a trial's model locked acts and the others pass on.
@@ -25,6 +25,8 @@ log = structlog.get_logger(__name__)
 INTERVAL_S: Final = 0.5
 #: How many times as long it waits while no trial has anything to do.
 _IDLE: Final = 2.0
+#: The same while none is open: then a look only finds what was begun at another registry.
+_NOTHING_OPEN: Final = 10.0
 _ACT_S: Final = 30.0
 _FIRST_BACKOFF_S: Final = 0.5
 _MAX_BACKOFF_S: Final = 30.0
@@ -37,6 +39,11 @@ class Actor(Protocol):
     @property
     def kind(self) -> str:
         """What metrics and logs call it."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last `candidates` saw any that will have something to do, now or later."""
         ...
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
@@ -82,19 +89,27 @@ class Controller:
     async def _run(self) -> None:
         while True:
             self._woken.clear()
-            found = 0
+            found, failed = 0, False
             for actor in self._actors:
                 try:
                     found += await self._round(actor)
                 except (HeadraceError, SQLAlchemyError, OSError) as error:
+                    failed = True
                     log.warning("trials_not_looked_at", kind=actor.kind, reason=str(error))
                 except Exception:
+                    failed = True
                     log.exception("trials_not_looked_at", kind=actor.kind)  # the next look must come
             try:
-                async with asyncio.timeout(self._interval_s if found else _IDLE * self._interval_s):
+                async with asyncio.timeout(self._pause_s(found, failed=failed)):
                     await self._woken.wait()
             except TimeoutError:
                 pass
+
+    def _pause_s(self, found: int, *, failed: bool) -> float:
+        if found:
+            return self._interval_s
+        waits = failed or any(actor.is_open for actor in self._actors)
+        return self._interval_s * (_IDLE if waits else _NOTHING_OPEN)
 
     async def _round(self, actor: Actor) -> int:
         """Let `actor` act once; how many trials had something to do."""

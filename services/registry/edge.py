@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from headrace.v1.registry_pb2 import ModelVersion
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, enqueue, transaction
 from services.common.objects import ArtifactStore
+from services.common.topics import TRIALS
 from services.registry import service
 from services.registry.artifacts import Artifacts, ReceivedFile
 from services.registry.metrics import Metrics
@@ -35,6 +36,8 @@ class Edge:
     uploads: Uploads
     metrics: Metrics
     clock: Clock
+    #: Called after each commit that changed a trial.
+    on_trials: list[Callable[[], None]] = field(default_factory=list)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Repository]:
@@ -48,6 +51,9 @@ class Edge:
             self.relay.wake()
             changed = [f"{record.topic}/{(record.key or b'').decode()}" for record in tx.records]
             log.info("control_state_changed", records=changed)
+        if any(record.topic == TRIALS.name for record in tx.records):
+            for told in self.on_trials:
+                told()
 
     async def add_version(
         self, model: str, wanted: VersionIn, files: Sequence[ReceivedFile]

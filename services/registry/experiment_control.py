@@ -33,6 +33,8 @@ class ExperimentActor:
     def __init__(self, edge: Edge, ready: Readiness) -> None:
         self._edge = edge
         self._ready = ready
+        #: Whether one is scheduled or runs. One that was stopped is closed by and by.
+        self.is_open = False
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
         """Experiments that have something to do now."""
@@ -40,6 +42,7 @@ class ExperimentActor:
         for status in _STATUSES:
             self._edge.metrics.experiments.labels(status).set(counts.get(status, 0))
         open_now = await tx.open_experiments()
+        self.is_open = any(row.status != "stopped" for row, _ in open_now)
         return [row.experiment_id for row, verdict in open_now if self._step(row, verdict, now) is not None]
 
     async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:

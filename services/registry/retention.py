@@ -15,6 +15,8 @@ class RetentionActor:
     """Forgets what was closed long ago, with its history and its verdict, and tells analytics to."""
 
     kind = "retention"
+    #: What was closed waits for nobody.
+    is_open = False
 
     def __init__(self, keep: timedelta) -> None:
         self._keep = keep

@@ -36,6 +36,8 @@ class RolloutActor:
         self._edge = edge
         self._workers = workers
         self._leaps = Leaps(edge.clock, CLOCK_SLACK.total_seconds())
+        #: Whether one is under way. One that has finished is closed by and by.
+        self.is_open = False
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
         """Rollouts that have something to do or to say now.
@@ -44,7 +46,9 @@ class RolloutActor:
         (Of a step one that was set back shows by itself, see `next_step`.)"""
         found = []
         leap = self._leaps.forward()
-        for row in await tx.open_rollouts():
+        rows = await tx.open_rollouts()
+        self.is_open = any(row.finished_at is None for row in rows)
+        for row in rows:
             if row.finished_at is None:
                 _allow_for_clock(row, leap, now)
             try:

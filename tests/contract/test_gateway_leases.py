@@ -109,3 +109,36 @@ async def test_a_redis_that_forgot_the_script_is_told_again(redis_url: str) -> N
             left = await redis.hget("headrace:limit:{forgetful}", "tokens")
             assert left is not None
             assert 10 - spent <= float(left) < 10 - spent + 1
+
+
+async def test_settling_says_whether_something_was_spent(redis_url: str) -> None:
+    clock = ManualClock()
+    async with Redis.from_url(redis_url) as redis:
+        await redis.flushdb()
+        lease, bucket = Leases(redis, clock, "gateway"), Bucket("told", 10.0, 10)
+        assert not await lease.settle([bucket])
+        bucket.admit(clock.monotonic())
+        assert await lease.settle([bucket])
+        assert not await lease.settle([bucket])
+
+
+async def test_what_is_spent_after_a_while_without_requests_is_reported(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody wakes the task: it looks four times less often then, and does look."""
+    monkeypatch.setattr("services.gateway.leases._IDLE_AFTER_S", 0.0)
+    bucket, clock = Bucket("rested", 10.0, 10), SystemClock()
+    looks = 0
+
+    def buckets() -> list[Bucket]:
+        nonlocal looks
+        looks += 1
+        return [bucket]
+
+    async with leased(redis_url, clock, "gateway", buckets) as leases:
+        await eventually(lambda: leases.available)
+        began, before = clock.monotonic(), looks
+        await eventually(lambda: looks >= before + 3)
+        assert clock.monotonic() - began > 0.25
+        bucket.admit(clock.monotonic())
+        await eventually(lambda: bucket.spent == 0)

@@ -26,6 +26,7 @@ from services.common.db import transaction
 from services.common.errors import HeadraceError
 from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.metrics import JobMetrics
+from services.gateway.jobs.pauses import Pauses
 from services.gateway.jobs.tables import DeliveryRow
 
 log = structlog.get_logger(__name__)
@@ -80,6 +81,7 @@ class CallbackSender:
         self._metrics = metrics
         self._posting: dict[asyncio.Task[None], str] = {}
         self._wake = asyncio.Event()
+        self._pauses = Pauses(clock, _POLL_S)
         self._task: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
 
@@ -108,6 +110,7 @@ class CallbackSender:
 
     def wake(self) -> None:
         """A job ended; do not wait for the next look."""
+        self._pauses.worked()
         self._wake.set()
 
     async def start_due(self) -> int:
@@ -192,7 +195,7 @@ class CallbackSender:
 
     def _posted(self, task: asyncio.Task[None]) -> None:
         self._posting.pop(task, None)
-        self._wake.set()
+        self.wake()
         if not task.cancelled() and task.exception() is not None:
             log.error("callback_crashed", exc_info=task.exception())
 
@@ -202,13 +205,13 @@ class CallbackSender:
             try:
                 # Again while some were begun: hosts that have their share now leave the rest to others.
                 while await self.start_due():
-                    pass
+                    self._pauses.worked()
             except HeadraceError as error:
                 log.warning("callbacks_wait", reason=error.message)
             except Exception:
                 log.exception("callbacks_failed")
             try:
-                async with asyncio.timeout(_POLL_S):
+                async with asyncio.timeout(self._pauses.next_s()):
                     await self._wake.wait()
             except TimeoutError:
                 continue

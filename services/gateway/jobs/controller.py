@@ -26,6 +26,7 @@ from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.decisions import OF_THE_JOB, Claim, Ending, allotted, next_step, window_of
 from services.gateway.jobs.metrics import JobMetrics
+from services.gateway.jobs.pauses import Pauses
 from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.publishing import ChunkPublisher
 from services.gateway.jobs.repository import JobRepository, Place
@@ -91,6 +92,7 @@ class Controller:
         self._wake = asyncio.Event()
         self._stopping = False
         self._measured_at = -_MEASURE_EVERY_S
+        self._pauses = Pauses(clock, _IDLE_S)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -129,6 +131,7 @@ class Controller:
 
     def wake(self) -> None:
         """Something changed; do not wait for the next look."""
+        self._pauses.worked()
         self._wake.set()
 
     async def tick(self) -> None:
@@ -351,7 +354,10 @@ class Controller:
     def _pause_s(self) -> float:
         if self._after is not None:
             return _TURN_S
-        return _TICK_S if self._jobs else _IDLE_S
+        if self._jobs:
+            self._pauses.worked()
+            return _TICK_S
+        return self._pauses.next_s()
 
 
 def _format(job: JobRow) -> InputFormat:

@@ -41,6 +41,7 @@ from services.gateway.jobs.openai_lines import EMBEDDINGS, Finding
 from services.gateway.jobs.openai_rows import LinePlan, Refused, compile_lines, first_line, plans
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
 from services.gateway.jobs.openai_threads import items_in_thread, no_items
+from services.gateway.jobs.pauses import Pauses
 from services.gateway.jobs.service import JobService
 from services.gateway.jobs.specs import JobSpec
 from services.gateway.jobs.views import Job
@@ -102,12 +103,15 @@ class OpenAISteps:
 
     async def running(self) -> None:
         """Take one step after another until cancelled. Run several for several batches at once."""
+        pauses = Pauses(self._clock, _IDLE_S)
         idle_s = _IDLE_S
         while True:
             try:
                 worked = await self.step()
-                idle_s = _IDLE_S
                 self._wait_for("")
+                if worked:
+                    pauses.worked()
+                idle_s = pauses.next_s()
             except HeadraceError as error:
                 self._wait_for(error.message)
                 worked, idle_s = False, min(2 * idle_s, _AWAY_S)
@@ -119,6 +123,7 @@ class OpenAISteps:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(idle_s):
                         await self._news.wait()
+                        pauses.worked()
 
     def _wait_for(self, reason: str) -> None:
         """Note why nothing can be done; the log is told when that changes."""

@@ -40,8 +40,11 @@ class Acting:
         self.kind = kind
         self.trials = list(trials)
         self.acted: list[str] = []
+        self.is_open = bool(trials)
+        self.looks = 0
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
+        self.looks += 1
         return list(self.trials)
 
     async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:
@@ -99,3 +102,23 @@ async def test_a_verdict_wakes_it() -> None:
         seen = len(actor.acted)
         running.wake()
         await eventually(lambda: len(actor.acted) > seen)
+
+
+async def test_what_is_open_is_looked_at_though_nothing_is_to_be_done() -> None:
+    actor = Acting()
+    actor.is_open = True
+    async with controller(Database(), actor, interval_s=0.01):
+        await eventually(lambda: actor.looks >= 5)
+
+
+async def test_without_an_open_trial_it_looks_seldom_and_when_it_is_woken() -> None:
+    actor = Acting()
+    async with controller(Database(), actor, interval_s=500.0) as running:
+        await eventually(lambda: actor.looks)
+        assert running._pause_s(0, failed=False) == 5000.0
+        assert running._pause_s(0, failed=True) == 1000.0
+        actor.trials, actor.is_open = ["a"], True
+        running.wake()
+        await eventually(lambda: actor.acted)
+        assert running._pause_s(0, failed=False) == 1000.0
+        assert running._pause_s(1, failed=False) == 500.0

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 from headrace.v1.control_pb2 import ServingConfig
 
 from services.common.bus import MemoryBus, Record
 from services.common.topics import DEPLOYMENTS
-from services.registry.publishing import TopicState, outdated
-from tests.fixtures.waiting import PATIENCE_S
+from services.registry import publishing
+from services.registry.edge import Edge
+from services.registry.metrics import Metrics
+from services.registry.publishing import Republisher, TopicState, outdated
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,68 @@ async def test_a_topic_state_forgets_what_the_broker_lost() -> None:
         bus.lose_everything()
         await bus.publish([])
         assert state.seen() == {}
+
+
+class Turns:
+    """The relay, which is asked for its age once in each turn."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @property
+    def oldest_pending_s(self) -> float:
+        self.count += 1
+        return 0.0
+
+
+class Counting(Republisher):
+    """Finds `wrong` records in each check."""
+
+    def __init__(self, bus: MemoryBus) -> None:
+        self.turns = Turns()
+        edge = SimpleNamespace(metrics=Metrics(), relay=self.turns)
+        super().__init__(cast(Edge, cast(Any, edge)), bus, 0.001)
+        self.checks = 0
+        self.wrong = 0
+
+    async def check(self) -> int:
+        self.checks += 1
+        return self.wrong
+
+
+async def test_topics_that_did_not_change_are_seldom_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "_SELDOM", 10)
+    async with Counting(MemoryBus()) as republisher:
+        await eventually(lambda: republisher.turns.count >= 40)
+        # One more where the first turn came before the topics had been read.
+        assert 4 <= republisher.checks <= 2 + republisher.turns.count / 10
+
+
+async def test_topics_are_compared_when_they_change_or_were_lost_or_were_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(publishing, "_SELDOM", 1 << 60)
+    bus = MemoryBus()
+    async with Counting(bus) as republisher:
+
+        async def settled() -> int:
+            turns = republisher.turns.count
+            await eventually(lambda: republisher.turns.count >= turns + 3)
+            return republisher.checks
+
+        before = await settled()
+        assert await settled() == before
+        await bus.publish([record("a", 1)])
+        changed = await settled()
+        assert changed == before + 1
+        bus.lose_everything()
+        await bus.publish([record("a", 1)])
+        lost = await settled()
+        assert lost > changed
+        republisher.wrong = 1
+        await bus.publish([record("a", 2)])
+        wrong = await settled()
+        assert wrong >= lost + 2
+        republisher.wrong = 0
+        healed = await settled()
+        assert await settled() == healed
