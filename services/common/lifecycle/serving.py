@@ -17,9 +17,27 @@ _START_S = 30.0
 _CANCEL_S = 2.0
 #: How long connections that have asked nothing yet are waited for.
 _ASK_S = 0.5
+#: How old the date in an answer may be.
+_DATE_S = 1.0
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._ending = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """Keep the date until `end`. uvicorn's own looks ten times a second whether it should."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_DATE_S):
+                    await self._ending.wait()
+
+    def end(self) -> None:
+        """Have `serve` shut down and return."""
+        self.should_exit = True
+        self._ending.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield  # signals belong to lifecycle.run
@@ -69,7 +87,7 @@ async def serve_asgi(  # noqa: PLR0913 - the knobs of an HTTP server, all named
             await _stop_listening(server, shared=reuse_port)
             await _all_asked(server)
     finally:
-        server.should_exit = True
+        server.end()
         await _ended(serving, drain_s + _CANCEL_S)
         listener.close()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from prometheus_client import CollectorRegistry, Counter
 
 from services.common.lifecycle import Fatal, Health, ops_app, serve_asgi, until_stopped
@@ -370,6 +371,29 @@ async def test_a_connection_that_asks_nothing_is_not_waited_for_long(monkeypatch
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert await reader.read() == b""
     writer.close()
+
+
+async def test_a_server_that_nobody_asks_turns_once_a_date_and_ends_without_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dates = 0
+    ticked = uvicorn.Server.on_tick
+
+    async def counted(server: uvicorn.Server, counter: int) -> bool:
+        nonlocal dates
+        dates += 1
+        return await ticked(server, counter)
+
+    monkeypatch.setattr(uvicorn.Server, "on_tick", counted)
+    monkeypatch.setattr("services.common.lifecycle.serving._DATE_S", 0.02)
+    async with serve_asgi(ops_app(Health(), CollectorRegistry()), "127.0.0.1", 0):
+        await eventually(lambda: dates > 3)  # the date goes on
+        monkeypatch.setattr("services.common.lifecycle.serving._DATE_S", 2 * PATIENCE_S)
+        before = dates
+        await asyncio.sleep(0.3)
+        assert dates - before <= 1
+        ending = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - ending < PATIENCE_S
 
 
 @pytest.mark.parametrize("shared", [True, False])
