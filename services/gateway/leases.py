@@ -62,6 +62,8 @@ class Leases:
         self._sharers = sharers
         self._script = sha1(_SETTLE.encode(), usedforsecurity=False).hexdigest()
         self.available = False
+        #: Set once `run` is to end. It is cancelled as well, of which redis-py may make an error of its own.
+        self.closing = False
         # Where the next trip starts when one cannot take all.
         self._position = 0
 
@@ -126,10 +128,10 @@ class Leases:
             bucket.alone(self._sharers)
 
     async def run(self, buckets: Callable[[], Iterable[Bucket]]) -> None:
-        """Settle at intervals, for ever. Redis away: local shares."""
+        """Settle at intervals until `closing`. Redis away: local shares."""
         known: list[Bucket] = []
         used_at = self._clock.monotonic()
-        while True:
+        while not self.closing:
             try:
                 known = list(buckets())
                 if await self.settle(known):
@@ -161,6 +163,7 @@ async def leased(
     try:
         yield leases
     finally:
+        leases.closing = True
         task.cancel()
         await asyncio.wait({task})
         await redis.aclose()
