@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
+
+#: A cancellation that was lost is said again after this long.
+_AGAIN_S: Final = 1.0
 
 
 @asynccontextmanager
@@ -26,3 +29,14 @@ async def ended(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.result()
+
+
+async def stopped(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel `tasks` until they have ended, whatever they end with. For those that ask what may lose a
+    cancellation, as redis-py does while it sends, and that have nothing to do at their end: it would be
+    cancelled, too."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _done, left = await asyncio.wait(left, timeout=_AGAIN_S)

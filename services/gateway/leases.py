@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from services.common.clock import Clock
+from services.common.tasks import stopped
 from services.gateway.limiter import Bucket
 
 log = structlog.get_logger(__name__)
@@ -62,8 +63,6 @@ class Leases:
         self._sharers = sharers
         self._script = sha1(_SETTLE.encode(), usedforsecurity=False).hexdigest()
         self.available = False
-        #: Set once `run` is to end. It is cancelled as well, of which redis-py may make an error of its own.
-        self.closing = False
         # Where the next trip starts when one cannot take all.
         self._position = 0
 
@@ -128,10 +127,10 @@ class Leases:
             bucket.alone(self._sharers)
 
     async def run(self, buckets: Callable[[], Iterable[Bucket]]) -> None:
-        """Settle at intervals until `closing`. Redis away: local shares."""
+        """Settle at intervals, for ever. Redis away: local shares."""
         known: list[Bucket] = []
         used_at = self._clock.monotonic()
-        while not self.closing:
+        while True:
             try:
                 known = list(buckets())
                 if await self.settle(known):
@@ -163,7 +162,5 @@ async def leased(
     try:
         yield leases
     finally:
-        leases.closing = True
-        task.cancel()
-        await asyncio.wait({task})
+        await stopped(task)
         await redis.aclose()

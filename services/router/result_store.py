@@ -21,6 +21,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from services.common.tasks import stopped
+
 log = structlog.get_logger(__name__)
 
 #: Called once with the value, or with None for a miss.
@@ -186,7 +188,5 @@ async def result_store(redis_url: str, budget_s: float) -> AsyncIterator[ResultS
     try:
         yield store
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        await stopped(*tasks)
         await redis.aclose()

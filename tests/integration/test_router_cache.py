@@ -16,11 +16,11 @@ from redis.asyncio import Redis
 from deploy.embedded.valkey import ValkeyServer
 from services.common.errors import ResourceExhausted
 from services.common.frames import Peer
-from services.router.result_store import ResultStore
+from services.router.result_store import ResultStore, result_store
 from tests.fixtures.router import FakeWorker, request, sole
 from tests.fixtures.router_platform import BOTH, Platform, platform, refuse, soon
 from tests.fixtures.servers import *  # noqa: F403 - fixtures
-from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of, patience
 
 
 @asynccontextmanager
@@ -247,3 +247,14 @@ async def test_a_store_that_does_not_answer_in_time_is_a_miss() -> None:
     for writer in connections:
         writer.close()
     server.close()
+
+
+@pytest.mark.parametrize("turns", range(7))
+async def test_a_store_ends_whatever_it_is_just_sending(redis_url: str, turns: int) -> None:
+    """redis-py loses a cancellation that comes while it sends."""
+    async with patience("the store's end"), result_store(redis_url, 0.5) as store:
+        await eventually(lambda: store.usable)
+        store.keep(b"headrace:ends", b"value", 1000)
+        store.ask(b"headrace:ends", lambda _value: None)
+        for _ in range(turns):
+            await asyncio.sleep(0)

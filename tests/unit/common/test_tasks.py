@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from services.common.errors import Unavailable
-from services.common.tasks import ended, running
+from services.common.tasks import ended, running, stopped
 
 
 async def _for_ever() -> None:
@@ -51,3 +51,28 @@ async def test_a_cancellation_of_who_waits_is_not_lost() -> None:
     go.set()
     await asyncio.wait({task})
     assert task.cancelled()
+
+
+async def test_a_task_that_loses_cancellations_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.common.tasks._AGAIN_S", 0.01)
+    lost = 0
+
+    async def deaf() -> None:
+        nonlocal lost
+        while True:
+            try:
+                await _for_ever()
+            except asyncio.CancelledError:
+                lost += 1
+                if lost > 2:
+                    raise
+
+    async def fails() -> None:
+        raise Unavailable("away")
+
+    tasks = [asyncio.create_task(work()) for work in (deaf, fails, _for_ever)]
+    await asyncio.sleep(0)
+    await stopped(*tasks)
+    assert lost == 3
+    assert [task.done() for task in tasks] == [True] * 3
+    assert isinstance(tasks[1].exception(), Unavailable)
