@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -467,6 +468,29 @@ class OverKafka(BusContract):
         assert await bus.standings([(absent, "g")]) == [None]
         with pytest.raises(Unavailable, match=absent.name):
             await bus.lag(absent, "g")
+
+    async def test_what_comes_while_threads_are_late_is_handled(
+        self, bus: Bus, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """FastStream tells a listener that is no coroutine of its partitions in a thread: once it did so after
+        their first records, which were then forgotten as those of the partitions before."""
+        late_s = 0.5
+        in_thread = anyio.to_thread.run_sync
+        seen: list[Record] = []
+
+        async def late(*args: Any, **options: Any) -> Any:
+            await asyncio.sleep(late_s)
+            return await in_thread(*args, **options)
+
+        async def handler(records: Sequence[Record]) -> None:
+            if not seen:
+                await asyncio.sleep(2 * late_s)
+            seen.extend(records)
+
+        monkeypatch.setattr(anyio.to_thread, "run_sync", late)
+        await bus.publish(numbered(topic, 40))
+        async with bus.consume(topic, topic.name, handler, max_records=5):
+            await eventually(partial(all_of, seen, 40), on=seen)
 
     async def test_a_group_that_committed_beyond_the_end_starts_over(
         self, bootstrap: str, bus: Bus, topic: Topic

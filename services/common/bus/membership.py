@@ -173,15 +173,19 @@ class Membership:
 
 
 class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka carries no types
-    """Tells of each change of what a member was given, before and after it."""
+    """Tells of each change of what a member was given, before and after it.
+
+    Coroutines, since FastStream calls a function in a thread, which may come late: what the new assignment
+    has brought meanwhile would be taken for what the old one left, and forgotten.
+    """
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
 
-    def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         self._on_change()
 
-    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         log.info("reading %s", ", ".join(sorted(f"{part.topic}/{part.partition}" for part in assigned)))
         self._on_change()
 

@@ -28,6 +28,8 @@ class TimedProtocol(HttpToolsProtocol):
     front: HotFront
     #: Seconds spent in the present phase, counted by the sweep.
     _ticks: int
+    #: Bytes of its answers that the client had not taken when the sweep came by; 0 while it takes them all.
+    _unread: int
     _in_head: bool
     _in_body: bool
     _lingering: bool
@@ -47,23 +49,26 @@ class TimedProtocol(HttpToolsProtocol):
 
     def tick(self) -> None:
         """A second has passed."""
-        if self.transport.is_closing():
-            self._ticks += 1
-            if self._ticks > self.front.limits.unread_s:
-                self.transport.abort()
-            return
         self._ticks += 1
         limits = self.front.limits
-        if self._lingering:
+        if self.transport.is_closing():
+            self._tick_unread(limits)
+        elif self._lingering:
             if self._ticks > limits.linger_s:
                 self.transport.close()
         elif self.flow.write_paused:
-            if self._ticks > limits.unread_s:
-                self.transport.abort()
+            self._tick_unread(limits)
         elif self._half_closed:
             self._ask_if_there()
         else:
             self._tick_phase(self.phase(), limits)
+
+    def _tick_unread(self, limits: HttpLimits) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread != self._unread:  # who goes on reading may take as long as a large answer needs
+            self._unread, self._ticks = unread, 0
+        elif self._ticks > limits.unread_s:
+            self.transport.abort()
 
     def _tick_phase(self, phase: Phase, limits: HttpLimits) -> None:
         if phase is Phase.IDLE:

@@ -35,7 +35,7 @@ class PipelinedProtocol(TimedProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.front = front
-        self._ticks = 0
+        self._ticks = self._unread = 0
         self._in_head = False
         self._in_body = False
         # Nothing that arrives after the present request is looked at.
@@ -89,6 +89,7 @@ class PipelinedProtocol(TimedProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._unread = 0
         if self._stalled:
             self._stalled = False
             self._advance()

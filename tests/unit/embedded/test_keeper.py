@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -196,6 +198,27 @@ async def test_not_answering_is_told_and_does_not_restart(tmp_path: Path) -> Non
         server.answers = True
         await eventually(lambda: keeper.status.state is State.READY)
         assert server.pid == pid
+
+
+class NoRoom(Small):
+    """Finds the disk full when it is to be started for the second time."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.prepared == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+async def test_what_cannot_be_started_again_for_now_is_tried_again(tmp_path: Path) -> None:
+    """Its keeper's end would be the end of the whole stack."""
+    server, around = NoRoom(tmp_path), Around()
+    async with keeping(server, around) as keeper:
+        await keeper.came_up.wait()
+        first = server.pid
+        server.kill()
+        await eventually(lambda: keeper.status.state is State.READY and server.pid not in {None, first})
+        assert server.prepared == 3
+        assert around.notes[1].startswith("small [Errno 28] No space left on device; starting it again in")
 
 
 async def test_what_never_comes_up_is_given_up_with_its_last_words(tmp_path: Path) -> None:

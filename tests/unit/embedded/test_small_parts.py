@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import fcntl
 import os
 import shutil
@@ -16,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from deploy.embedded import guard, lock
+from deploy.embedded import supervisor as supervisor_module
 from deploy.embedded.blueprint import make_directories
-from deploy.embedded.configuration import REPOSITORY
+from deploy.embedded.configuration import REPOSITORY, Configuration
 from deploy.embedded.kafka_probe import answers_kafka
 from deploy.embedded.log_files import choose, follow, tail, trim_logs
 from deploy.embedded.preflight import LEAST_FREE_BYTES, check_disk, check_python
@@ -25,9 +28,10 @@ from deploy.embedded.process import Child, Command, EmbeddedError
 from deploy.embedded.server import FREE_PORTS, free_port
 from deploy.embedded.stack import STOP_TIMEOUT_S
 from deploy.embedded.status import PartStatus, Phase, StackStatus, State, read_status
-from deploy.embedded.supervisor import DATABASE_GRACE_S, DRAIN_S, STOP_S, grace_s, memory_warning
+from deploy.embedded.supervisor import DATABASE_GRACE_S, DRAIN_S, STOP_S, Supervisor, grace_s, memory_warning
 from deploy.embedded.view import duration
-from tests.fixtures.waiting import PATIENCE_S
+from services.common.tasks import running
+from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
 def test_an_old_python_is_one_sentence() -> None:
@@ -123,6 +127,24 @@ def test_logs_are_chosen_tailed_and_kept_bounded(tmp_path: Path) -> None:
         writer.write(b"after\n")
     assert (tmp_path / "gateway.log").read_bytes() == b"after\n"
     assert (tmp_path / "gateway.log.1").read_text().endswith("gateway 49\n")
+
+
+async def test_a_full_disk_ends_nothing_where_logs_are_trimmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = 0
+
+    def trim(folder: Path) -> None:
+        nonlocal tried
+        tried += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    monkeypatch.setattr(supervisor_module, "trim_logs", trim)
+    monkeypatch.setattr(supervisor_module, "LOOK_EVERY_S", 0.001)
+    supervisor = Supervisor(Configuration.read({"HEADRACE_HOME": str(tmp_path)}), lock=-1)
+    async with asyncio.timeout(PATIENCE_S), running(supervisor._look_after(None), "looking") as looking:
+        await eventually(lambda: tried > 1 or looking.done())
+        assert not looking.done()
 
 
 def test_following_yields_whole_new_lines_also_of_new_logs(tmp_path: Path) -> None:

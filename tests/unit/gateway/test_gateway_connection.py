@@ -161,6 +161,18 @@ async def test_a_trickling_body_is_answered_408_and_a_wait_for_the_router_is_not
     assert other.statuses() == [b"200"]
 
 
+async def test_a_head_whose_end_we_do_not_read_yet_is_not_late(connection: Connection) -> None:
+    connection.feed((HEAD + BODY) * 2 + HEAD[:20])
+    assert connection.transport.reading_held
+    connection.ticks(60)  # what is asked first takes long
+    connection.channel.answer()
+    assert not connection.transport.reading_held
+    connection.feed(HEAD[20:] + BODY)
+    connection.channel.answer()
+    connection.channel.answer()
+    assert connection.statuses() == [b"200"] * 3
+
+
 @pytest.mark.parametrize("head", [b"GET /x HTTP/1.1\r\nX: ", b"GET /"])
 async def test_endless_heads(connection: Connection, head: bytes) -> None:
     connection.feed(head)
@@ -230,6 +242,36 @@ async def test_a_client_that_leaves_its_answers_unread_stops_its_own_pipeline(co
     assert connection.statuses() == [b"200"] * 3
     assert not connection.transport.reading_held
     connection.protocol.pause_writing()
+    connection.ticks(31)
+    assert connection.transport.aborted
+
+
+async def test_a_client_that_reads_slowly_may_take_as_long_as_it_needs(connection: Connection) -> None:
+    connection.feed(HEAD + BODY)
+    connection.ticks(100)  # an answer that takes long leaves its reader as much time as any other
+    for left in range(100, 0, -1):
+        connection.transport.unread = left
+        connection.protocol.pause_writing()
+        connection.ticks(30)
+        connection.protocol.resume_writing()
+    assert not connection.transport.aborted
+    connection.protocol.pause_writing()
+    for left in range(100, 0, -1):  # of one large answer, which the transport has as a whole
+        connection.transport.unread = left
+        connection.ticks(1)
+    assert not connection.transport.aborted
+    connection.ticks(31)
+    assert connection.transport.aborted
+
+
+async def test_what_is_left_of_the_last_answer_may_be_read_slowly(connection: Connection) -> None:
+    connection.feed(post(BODY, b"Connection: close\r\n"))
+    connection.channel.answer()
+    assert connection.transport.closed
+    for left in range(100, 0, -1):
+        connection.transport.unread = left
+        connection.ticks(1)
+    assert not connection.transport.aborted
     connection.ticks(31)
     assert connection.transport.aborted
 
