@@ -27,6 +27,7 @@ from services.analytics.settings import Settings
 from services.analytics.shadows import ShadowConsumer
 from services.analytics.signatures import Signatures
 from services.analytics.trials import Trials
+from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Table
 from services.common.clock import Clock
@@ -92,7 +93,11 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
         health.set_ready("artifact_store")
         bus = await stack.enter_async_context(
             KafkaBus(
-                cfg.kafka_bootstrap_servers, "headrace-analytics", session_timeout=cfg.kafka_session_timeout_s
+                cfg.kafka_bootstrap_servers,
+                "headrace-analytics",
+                session_timeout=cfg.kafka_session_timeout_s,
+                # Records wait for the deployments and trials that they need.
+                follower=Follower(cfg.kafka_bootstrap_servers, "headrace-analytics", quiet_wait_ms=1000),
             )
         )
 

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, check_database, engine, migrate, transaction
@@ -75,7 +76,11 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         await stack.enter_async_context(watched(health, {"database": lambda: check_database(database)}))
         bus = await stack.enter_async_context(
             KafkaBus(
-                cfg.kafka_bootstrap_servers, "headrace-drift", session_timeout=cfg.kafka_session_timeout_s
+                cfg.kafka_bootstrap_servers,
+                "headrace-drift",
+                session_timeout=cfg.kafka_session_timeout_s,
+                # Records wait for the deployments and trials that they need.
+                follower=Follower(cfg.kafka_bootstrap_servers, "headrace-drift", quiet_wait_ms=1000),
             )
         )
         relay = await stack.enter_async_context(

@@ -85,12 +85,18 @@ class Subscription:
 
         Kafka answers such a fetch with an error and the client resets; some brokers answer with nothing.
         """
+        lost = []
         for partition in self._partitions(consumer):
             end = consumer.highwater(partition)
-            if end is not None and await consumer.position(partition) > end and not self.is_busy:
-                log.warning("%s lost its records, reading from the beginning", partition)
-                self._buried.pop(partition, None)
-                await consumer.seek_to_beginning(partition)
+            if end is not None and await consumer.position(partition) > end:
+                lost.append(partition)
+        if not lost or self.is_busy:
+            return
+        for partition in lost:
+            log.warning("%s lost its records, reading from the beginning", partition)
+            self._buried.pop(partition, None)
+        # All at once: what the first one brings is worked at, and the others would wait for the next look.
+        await consumer.seek_to_beginning(*lost)
 
     async def stop(self, timeout: float) -> None:
         """Take no more, and wait for what is in work, `timeout` seconds at most."""

@@ -18,7 +18,15 @@ from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
 from services.common.bus.follower import Follower
 from services.common.bus.membership import Membership
-from services.common.bus.port import MAX_RECORD_BYTES, Handler, Record, Standing, Table, check_size
+from services.common.bus.port import (
+    MAX_RECORD_BYTES,
+    METADATA_MAX_AGE_MS,
+    Handler,
+    Record,
+    Standing,
+    Table,
+    check_size,
+)
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
 
@@ -61,6 +69,7 @@ class KafkaBus:
             graceful_timeout=5.0,
             request_timeout_ms=10_000,
             retry_backoff_ms=100,
+            # A topic that is made, or gets partitions, while a group reads is seen within this time.
             metadata_max_age_ms=3000,
             logger=_faststream_log,
         )
@@ -180,7 +189,7 @@ class KafkaBus:
             # Batches give up before their publish does: few arrive after their caller was told of failure.
             request_timeout_ms=int(self._deadline * 800),
             retry_backoff_ms=100,
-            metadata_max_age_ms=3000,
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
         )
 
     async def _drop_producer(self) -> None:

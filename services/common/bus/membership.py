@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
-from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
@@ -22,6 +22,7 @@ from faststream.message import StreamMessage
 
 from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
+from services.common.bus.fetch_wait import IDLE_LOOK_MS, FetchWait
 from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.bus.stopping import stop_consumer
 from services.common.tasks import ended
@@ -35,6 +36,8 @@ CHECK_TIMEOUT = 5.0
 STOP_TIMEOUT = 5.0
 #: Where one topic is left, the group is joined anew after this time: who ends leaves them all, one by one.
 REJOIN_AFTER = 1.0
+#: How long the loop that takes records sleeps at most where none come: it is woken when they do.
+_TAKE_WITHIN_MS = 1000
 
 
 class Membership:
@@ -53,6 +56,7 @@ class Membership:
         self._is_over = False
         self._task: asyncio.Task[None] | None = None
         self._subscriber: Any = None
+        self._wait = FetchWait(250, 500)
 
     def can_read(self, topic: str, group: str) -> bool:
         """Whether a subscription of `group` to `topic` may join. There is one to a topic at most."""
@@ -124,11 +128,13 @@ class Membership:
                     await subscription.rewind_if_lost(consumer)
             except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
                 log.debug("positions in %s not checked: %r", subscription.topic.name, error)
+        self._wait.look(consumer, asyncio.get_running_loop().time())
 
     async def _on_batch(self, batch: Batch) -> None:
         consumer = self._subscriber.consumer if self._subscriber is not None else None
         if consumer is None:
             return
+        self._wait.heard(consumer, asyncio.get_running_loop().time())
         by_topic: dict[str, list[ConsumerRecord]] = defaultdict(list)
         for partition, records in _by_partition(batch).items():
             # Since they were read, it may have been taken away, or rewound: what lies before them failed.
@@ -145,18 +151,19 @@ class Membership:
 
     def _new_subscriber(self) -> Any:
         collect_s = min(subscription.collect_s for subscription in self._subscriptions.values())
-        subscriber = self._broker.subscriber(
+        # One broker (Tansu) looks for news again and again while a fetch waits: idle followers are most of
+        # its work. With 250 ms a record arrives after 25 to 55 ms there (with 500 after 80 to 110), with 100
+        # after 20, at twice the work.
+        wait_ms = max(250, min(500, int(collect_s * 1000)))
+        self._wait = FetchWait(wait_ms, 1000 if collect_s else 500)
+        subscriber: Any = self._broker.subscriber(
             *self._subscriptions,
             batch=True,
             group_id=self._group,
             auto_offset_reset="earliest",
             ack_policy=AckPolicy.MANUAL,
-            # An idle FastStream loop waits this long twice, the second time deaf: this bounds the latency.
-            batch_timeout_ms=max(50, min(250, int(collect_s * 500))),
-            # One broker (Tansu) looks for news again and again while a fetch waits: idle followers are most
-            # of its work. With 250 ms a record arrives after 25 to 55 ms there (with 500 after 110), with 100
-            # after 20, at twice the work.
-            fetch_max_wait_ms=max(250, min(500, int(collect_s * 1000))),
+            fetch_max_wait_ms=wait_ms,
+            consumer_timeout_ms=IDLE_LOOK_MS,
             # All of a fetch is taken at once: this bounds what is held of it.
             fetch_max_bytes=MAX_RECORD_BYTES,
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
@@ -168,8 +175,16 @@ class Membership:
             decoder=_decode,
             persistent=False,
         )
+        subscriber.get_msg = _next_batch
         subscriber(self._on_batch)
         return subscriber
+
+
+async def _next_batch(consumer: AIOKafkaConsumer) -> Batch:
+    """What has come, nothing after a while. In place of FastStream's own, which after each wait for records
+    sleeps as long without taking any: it would have to wait shortly, and wake up twenty times a second."""
+    batches = await consumer.getmany(timeout_ms=_TAKE_WITHIN_MS)
+    return tuple(record for records in batches.values() for record in records)
 
 
 class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka carries no types

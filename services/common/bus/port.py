@@ -12,6 +12,9 @@ from services.common.topics import Topic
 
 #: Largest record, bytes of key, value and headers; topics and producers are told the same.
 MAX_RECORD_BYTES = 16 << 20
+#: How old what a client knows of the brokers may get where nothing says that it is wrong: a lost connection,
+#: a partition that is led by another and an unknown topic have it asked for at once.
+METADATA_MAX_AGE_MS = 30_000
 #: What the encoding adds to a record and to each of its headers, at most.
 _OVERHEAD_BYTES, _HEADER_OVERHEAD_BYTES = 64, 16
 
