@@ -44,8 +44,8 @@ GROUPS: Final = {
         *(
             f"services/common/frames/{name}.py"
             for name in (
-                "client", "client_connection", "connection", "deadlines", "header_blocks", "local",
-                "messages", "outbound", "outbox", "peer", "server_connection", "turn", "wire",
+                "client", "client_connection", "connection", "deadlines", "detached", "header_blocks",
+                "local", "messages", "outbound", "outbox", "peer", "server_connection", "turn", "wire",
             )
         ),
     ),

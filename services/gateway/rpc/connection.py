@@ -32,6 +32,8 @@ _STREAM_BITS: Final = wire.MAX_WINDOW
 #: Heads that a connection remembers, and the longest block it remembers one by.
 _REMEMBERED: Final = 16
 _MAX_REMEMBERED_BYTES: Final = 1024
+#: A DATA frame of this length is not waited for: what came of it is taken.
+_LONG_FRAME: Final = 4096
 
 
 class Acceptor(Around, Protocol):
@@ -65,6 +67,9 @@ class RpcConnection(Controlled):
         self._block_stream = 0  # stream whose header block is incomplete
         self._block_ends_stream = False
         self._block = bytearray()
+        # Of a DATA frame that has begun: what is still to come, and where it belongs.
+        self._data_left = 0
+        self._data_stream = self._data_flags = 0
         self._received = 0  # not yet granted again
         self._opened: list[Stream] = []  # in this turn, and not complete with it
         # Counted by the sweep.
@@ -131,9 +136,11 @@ class RpcConnection(Controlled):
     # Reading
 
     def _parse(self, data: bytes) -> int:
-        """Handle every whole frame in `data`; returns how many bytes that were."""
+        """Handle what `data` has of whole frames, and of a long one; returns how many bytes that were."""
         at, size = 0, len(data)
         largest = self._limits.max_frame_bytes
+        if self._data_left:
+            at = self._data_goes_on(data)
         while size - at >= wire.HEADER_BYTES and not self._ending:
             high, low, kind, flags, stream_id = _FRAME.unpack_from(data, at)
             length = high << 8 | low
@@ -141,14 +148,18 @@ class RpcConnection(Controlled):
                 raise Violation(ErrorCode.FRAME_SIZE_ERROR, "frame larger than MAX_FRAME_SIZE")
             start = at + wire.HEADER_BYTES
             end = start + length
-            if end > size:
-                break
-            at = end
             stream_id &= _STREAM_BITS
             if not self._settings_seen and (kind != wire.SETTINGS or flags & wire.ACK):
                 raise Violation(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")
             if self._block_stream and (kind != wire.CONTINUATION or stream_id != self._block_stream):
                 raise Violation(ErrorCode.PROTOCOL_ERROR, "a header block was interrupted")
+            if end > size:
+                if kind == wire.DATA and length >= _LONG_FRAME and size > start and not flags & wire.PADDED:
+                    self._data_stream, self._data_flags, self._data_left = stream_id, flags, end - size
+                    self._data(stream_id, flags & ~wire.END_STREAM, data, start, size)
+                    return size
+                break
+            at = end
             if kind == wire.DATA:
                 self._data(stream_id, flags, data, start, end)
             elif kind == wire.HEADERS:
@@ -158,6 +169,14 @@ class RpcConnection(Controlled):
             else:
                 self._control(kind, flags, stream_id, data[start:end])
         return at
+
+    def _data_goes_on(self, data: bytes) -> int:
+        """More of the long DATA frame that has begun; returns how many bytes of `data` are its own."""
+        count = min(self._data_left, len(data))
+        self._data_left -= count
+        flags = self._data_flags & ~wire.END_STREAM if self._data_left else self._data_flags
+        self._data(self._data_stream, flags, data, 0, count)
+        return count
 
     def _data(self, stream_id: int, flags: int, data: bytes, start: int, end: int) -> None:
         length = end - start

@@ -107,8 +107,7 @@ class InferExchange(Call, Stream):
 
     def _release(self) -> None:
         self.body = b""
-        self._partial = None
-        self._pieces = []
+        self._drop()
         if self.held:
             self.service.bodies.give(self.held)
             self.held = 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from headrace.v1.tensor_pb2 import Code
 
+from services.common.frames.in_place import IN_PLACE_BYTES, MOST_IN_PLACE, unwritten
 from services.common.native import trait
 from services.gateway.codecs.trailers import trailers
 from services.gateway.rpc.heads import CallHead
@@ -57,6 +58,9 @@ class Stream:
     #: is still to come, and whether it is compressed.
     _partial: bytearray | None
     _pieces: list[bytes | bytearray | memoryview]
+    #: Where a long one is put together instead, and what fills it.
+    _whole: bytes
+    _room: memoryview | None
     _missing: int
     _compressed: int
 
@@ -70,9 +74,8 @@ class Stream:
         self.complete = self.over = self.gone = self.headers_sent = False
         self.unsent = None
         self.trailers = b""
-        self._partial = None
-        self._pieces = []
         self._missing = self._compressed = 0
+        self._drop()
 
     @abstractmethod
     def on_message(self, payload: bytes | bytearray, *, compressed: bool) -> None:
@@ -112,8 +115,8 @@ class Stream:
             if self._missing:
                 self.on_piece(taken)
                 return
-            message = b"".join(self._pieces)
-            self._pieces = []
+            message = self._whole if self._room is not None else b"".join(self._pieces)
+            self._drop()
             self._pass_on(message, self._compressed)
             start += taken
             if self.over or start == end:
@@ -127,6 +130,8 @@ class Stream:
                     break
                 if stop > end:
                     self._missing, self._compressed = size, compressed
+                    if IN_PLACE_BYTES <= size <= MOST_IN_PLACE:
+                        self._whole, self._room = unwritten(size)
                     self._keep(data, start + PREFIX_BYTES, end)
                     self.on_piece(end - start)
                     return
@@ -141,12 +146,18 @@ class Stream:
         self._take_partial(partial, end - start)
 
     def _keep(self, data: bytes, start: int, end: int) -> None:
-        """Part of a message. Long pieces are copied once, when all are joined; short ones now, since a client
-        that sends bytes one by one must not make an object of each."""
+        """Part of a message. Of a long one it is put where it belongs. Else long pieces are copied once, when
+        all are joined; short ones now, since a client that sends bytes one by one must not make an object of
+        each."""
         if start == end:
             return
+        room, missing = self._room, self._missing
         self._missing -= end - start
         piece = memoryview(data)[start:end]
+        if room is not None:
+            at = len(room) - missing
+            room[at : at + end - start] = piece
+            return
         if end - start >= _LONG_PIECE:
             # A view keeps all of `data`, which other calls may have most of.
             self._pieces.append(piece if 2 * (end - start) >= len(data) else bytes(piece))
@@ -156,6 +167,12 @@ class Stream:
             last += piece
         else:
             self._pieces.append(bytearray(piece))
+
+    def _drop(self) -> None:
+        """Forget what came of a message that is not whole."""
+        self._partial = None
+        self._pieces = []
+        self._whole, self._room = b"", None
 
     def _take_partial(self, partial: bytearray, added: int) -> None:
         while len(partial) >= PREFIX_BYTES:
