@@ -472,8 +472,8 @@ class OverKafka(BusContract):
     async def test_what_comes_while_threads_are_late_is_handled(
         self, bus: Bus, topic: Topic, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """FastStream tells a listener that is no coroutine of its partitions in a thread: once it did so after
-        their first records, which were then forgotten as those of the partitions before."""
+        """FastStream calls a listener that is no coroutine in a thread. What new partitions had brought by
+        then was forgotten as that of the partitions before."""
         late_s = 0.5
         in_thread = anyio.to_thread.run_sync
         seen: list[Record] = []
