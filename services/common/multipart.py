@@ -32,7 +32,10 @@ async def read_parts(content_type: str, body: AsyncIterator[bytes], parts: Parts
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise MalformedBody(f"The body is multipart/form-data with {wanted}.")
     events = _Events()
-    parser = MultipartParser(options[b"boundary"], events.callbacks())  # type: ignore[arg-type]  # a TypedDict there
+    try:
+        parser = MultipartParser(options[b"boundary"], events.callbacks())  # type: ignore[arg-type]  # a TypedDict there
+    except ValueError as error:
+        raise MalformedBody("The boundary of the multipart body is too long.") from error
     async for chunk in body:
         try:
             parser.write(chunk)

@@ -45,8 +45,6 @@ _TABLE_WAIT_S = 15.0
 #: A delivery costs the same for ten records as for a thousand; an alert may come this much later.
 _COLLECT_S = 1.0
 _HOUSEKEEPING = timedelta(seconds=15)
-#: What is committed here wakes the relay; this finds what a replica that was killed has left.
-_RELAY_POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +81,7 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
                 follower=Follower(cfg.kafka_bootstrap_servers, "headrace-drift", quiet_wait_ms=1000),
             )
         )
-        relay = await stack.enter_async_context(
-            OutboxRelay(database, Outbox, bus, clock, poll_s=_RELAY_POLL_S)
-        )
+        relay = await stack.enter_async_context(OutboxRelay(database, Outbox, bus, clock))
         await stack.enter_async_context(WebhookSender(database, clock, metrics))
 
         app = FastAPI(title="Headrace drift", version="1")

@@ -6,8 +6,9 @@ rollout_endpoints.py (REST), servicer.py and grpc_server.py (gRPC), edge.py (tra
 deployments.py, serving_config.py and keys.py (the rules), repository.py, trial_queries.py, rollout_queries.py
 and tables.py (PostgreSQL), publishing.py (control topics), alerts.py (what drift found). uploads.py and
 artifacts.py bring files into the store; schemas.py and names.py are what callers send, views.py what they
-get; settings.py, metrics.py, http_metrics.py and readiness.py tell how it is doing. Pure: buckets.py (who
-moves when weights change), signatures.py, onnx_file.py and onnx_skeleton.py (what a file says of itself).
+get; settings.py, metrics.py, http_metrics.py and readiness.py tell how it is doing; bodies.py bounds what is
+read. Pure: buckets.py (who moves when weights change), signatures.py, onnx_file.py and onnx_skeleton.py (what
+a file says of itself).
 
 Trials: controller.py (the loop that lets them act), verdicts.py (what analytics says), trials.py (what it is
 asked), trial_schemas.py (metrics), workers.py (what is loaded), retention.py

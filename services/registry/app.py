@@ -23,6 +23,7 @@ from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.registry.alerts import alerts_followed
 from services.registry.artifacts import Artifacts
+from services.registry.bodies import BoundBodies
 from services.registry.controller import Actor, Controller
 from services.registry.edge import Edge
 from services.registry.endpoints import model_routes, version_routes
@@ -51,8 +52,6 @@ from services.registry.workers import Workers, workers_followed
 
 SCHEMA = "registry"
 MIGRATIONS = Path(__file__).parent / "migrations"
-#: What is committed here wakes the relay; this finds what a registry that was killed has left.
-_RELAY_POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +76,7 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         bus = await stack.enter_async_context(
             KafkaBus(cfg.kafka_bootstrap_servers, "registry", session_timeout=cfg.kafka_session_timeout_s)
         )
-        outbox = OutboxRelay(database, ControlOutbox, bus, clock, poll_s=_RELAY_POLL_S)
-        relay = await stack.enter_async_context(outbox)
+        relay = await stack.enter_async_context(OutboxRelay(database, ControlOutbox, bus, clock))
         store = ArtifactStore(cfg.artifact_store_url, cfg.artifact_store_options())
         stack.push_async_callback(store.close)
         uploads = Uploads(
@@ -139,6 +137,7 @@ def rest_app(edge: Edge, workers: Workers, health: Health, tracing: Tracing, tok
         holdout_routes(edge),
     ):
         app.include_router(routes)
+    app.add_middleware(BoundBodies)
     app.add_middleware(MeasureRequests, metrics=edge.metrics)
     app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(InternalAuth, token=token)

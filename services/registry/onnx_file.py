@@ -227,7 +227,7 @@ def _fits(count: int, spec: TensorSpec) -> bool:
 def _names(properties: dict[str, str], key: str) -> list[str]:
     try:
         names = json.loads(properties[key])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # RecursionError: nested too deep
         raise _unusable(f"{key} is not JSON") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _unusable(f"{key} is not a JSON list of texts")

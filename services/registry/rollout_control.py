@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from services.common.clock import Leaps
 from services.registry.edge import Edge
 from services.registry.repository import Repository
-from services.registry.rollout_plan import Action
+from services.registry.rollout_plan import Action, Status
 from services.registry.rollout_state import rollout_of, trial_of
 from services.registry.rollout_steps import CLOCK_SLACK, next_step
 from services.registry.rollouts import carry_out, facts_of, is_news, waits_for_workers
@@ -36,6 +36,7 @@ class RolloutActor:
         self._edge = edge
         self._workers = workers
         self._leaps = Leaps(edge.clock, CLOCK_SLACK.total_seconds())
+        self._looked = False
         #: Whether one is under way. One that has finished is closed by and by.
         self.is_open = False
 
@@ -43,14 +44,20 @@ class RolloutActor:
         """Rollouts that have something to do or to say now.
 
         Where the clock was set forward, so is when their steps and waiting began: nobody saw that time pass.
-        (Of a step one that was set back shows by itself, see `next_step`.)"""
+        (Of a step one that was set back shows by itself, see `next_step`.) Nor did anybody see what passed
+        before this registry looked first, and workers may have begun with it: they are waited for anew."""
         found = []
-        leap = self._leaps.forward()
         rows = await tx.open_rollouts()
+        # Asked once the rows are there: what is not told to them is lost, and a machine that was asleep finds
+        # its connection to the database gone.
+        leap = self._leaps.forward()
+        looked, self._looked = self._looked, True
         self.is_open = any(row.finished_at is None for row in rows)
         for row in rows:
             if row.finished_at is None:
                 _allow_for_clock(row, leap, now)
+                if not looked and waits_for_workers(row):
+                    row.waiting_since = now
             try:
                 due = await self._is_due(tx, row, now)
             except (DecodeError, ValueError) as error:
@@ -59,8 +66,9 @@ class RolloutActor:
                 continue
             if due:
                 found.append(row.rollout_id)
-        for status, count in (await tx.rollout_counts()).items():
-            self._edge.metrics.rollouts.labels(status).set(count)
+        counts = await tx.rollout_counts()
+        for status in Status:
+            self._edge.metrics.rollouts.labels(status).set(counts.get(status, 0))
         return found
 
     async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:
@@ -102,6 +110,8 @@ def _allow_for_clock(row: RolloutRow, leap: timedelta, now: datetime) -> None:
         log.warning("clock_set_forward", trial=row.rollout_id, seconds=leap.total_seconds())
         if row.clock_at is not None:
             row.clock_at += leap
+        if row.paused_at is not None:
+            row.paused_at += leap
         if row.waiting_since is not None:
             row.waiting_since += leap
     # Lacking where an older release decided; ahead where the clock was set back since.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Final
@@ -149,22 +149,24 @@ class Rollout:
 class Readiness:
     """Of the live workers of the model's pool: how many there are, how many can answer for the new version,
     what the first one that cannot load it says, and the first one that has no room for it now; and how many
-    `failed` to load it and try again."""
+    `failed` to load it and try again. While it is `settling` there may be others that were not heard of yet,
+    and nothing is said of all of them."""
 
     workers: int
     ready: int
     error: str = ""
     no_room: str = ""
     failed: int = 0
+    settling: bool = field(default=False, compare=False)
 
     @property
     def complete(self) -> bool:
-        return 0 < self.workers == self.ready
+        return 0 < self.workers == self.ready and not self.settling
 
     @property
     def hopeless(self) -> bool:
         """Nobody could load it: that is the version's fault and no worker's."""
-        return 0 < self.workers == self.failed
+        return 0 < self.workers == self.failed and not self.settling
 
 
 @dataclass(frozen=True, slots=True)

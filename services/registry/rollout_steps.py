@@ -132,7 +132,7 @@ def _missing(rollout: Rollout, facts: Facts, now: datetime, action: Action, caus
     how_far = loading(rollout, readiness)
     about = "failed" if readiness.failed else ""
     since = facts.waiting_since
-    if since is None or (now - since).total_seconds() < rollout.load_timeout_s:
+    if since is None or readiness.settling or (now - since).total_seconds() < rollout.load_timeout_s:
         return _stay(rollout, action, cause, how_far, about)
     if readiness.workers > 0 and readiness.ready >= rollout.load_quorum * readiness.workers:
         return None

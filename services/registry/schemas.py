@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,8 +22,8 @@ from services.common.problems import field_path
 from services.common.targeting import MAX_ATTRIBUTE_NAME
 from services.registry.names import AliasName, ModelName, PoolName, VersionText
 
-Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 #: No NUL: PostgreSQL cannot store one.
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
 Text = Annotated[str, StringConstraints(max_length=2000, pattern=r"^[^\x00]*$")]
 Tags = Annotated[dict[Label, Text], Field(max_length=100)]
 Datatype = Literal[
@@ -205,6 +205,15 @@ class DeployIn(Input):
     expected_revision: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
 
 
+def _storable_moment(moment: datetime) -> datetime:
+    """Columns hold UTC, in which an hour at the end of the last year is in one that is not there."""
+    try:
+        moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is beyond the year 9999 in UTC") from None
+    return moment
+
+
 class KeyIn(Input):
     """An API key to create. `rate_per_second` 0: no limit; `burst` 0: one second's worth; no models: all."""
 
@@ -213,7 +222,7 @@ class KeyIn(Input):
     rate_per_second: Annotated[FiniteFloat, Field(ge=0, le=1e6)] = 0.0
     burst: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     models: Annotated[list[ModelName], Field(max_length=1000)] = []
-    expires_at: AwareDatetime | None = None
+    expires_at: Annotated[AwareDatetime, AfterValidator(_storable_moment)] | None = None
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -125,7 +125,9 @@ async def _receive(
         received = await upload.end()
         if announced.digest and announced.digest != received.digest:
             raise InvalidArgument(f"{announced.path} has digest {received.digest}", field="files")
-    if waiting or [message async for message in messages if message.chunk]:
+    while not waiting and (message := await anext(messages, None)) is not None:
+        waiting = message.chunk
+    if waiting:
         raise InvalidArgument("more bytes came than the header announced", field="files")
 
 
@@ -147,7 +149,7 @@ def _override_values(signature: Signature) -> dict[str, Any]:
         "inputs": [_tensor_values(spec) for spec in signature.inputs],
         "outputs": [_tensor_values(spec) for spec in signature.outputs],
         "batched": signature.batched or None,
-        "task": _name(Task.Name(signature.task), "TASK_", signature.task, lower=True),
+        "task": _name(Task, "TASK_", signature.task, lower=True),
         "prediction_output": signature.prediction_output or None,
         "probability_output": signature.probability_output or None,
         "classes": list(signature.classes) or None,
@@ -157,7 +159,7 @@ def _override_values(signature: Signature) -> dict[str, Any]:
 def _tensor_values(spec: TensorSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
-        "datatype": _name(DataType.Name(spec.datatype), "DATA_TYPE_", spec.datatype),
+        "datatype": _name(DataType, "DATA_TYPE_", spec.datatype),
         "shape": list(spec.shape) or None,
         "columns": list(spec.columns) or None,
     }
@@ -202,14 +204,16 @@ def _deploy_values(request: pb.DeployRequest) -> dict[str, Any]:
     if request.pool:
         values["pool"] = request.pool
     if request.balancing:
-        values["balancing"] = _name(
-            Balancing.Name(request.balancing), "BALANCING_", request.balancing, lower=True
-        )
+        values["balancing"] = _name(Balancing, "BALANCING_", request.balancing, lower=True)
     return values
 
 
-def _name(enumerator: str, prefix: str, number: int, *, lower: bool = False) -> str | None:
+def _name(kind: Any, prefix: str, number: int, *, lower: bool = False) -> str | int | None:
+    """As REST has it; one of a later contract by its number, which is refused with its field."""
     if number == 0:
         return None
-    name = enumerator.removeprefix(prefix)
+    known = kind.DESCRIPTOR.values_by_number.get(number)
+    if known is None:
+        return number
+    name: str = known.name.removeprefix(prefix)
     return name.lower() if lower else name

@@ -128,7 +128,7 @@ def _check_tokenizer(files: Mapping[str, Path]) -> None:
         raise InvalidArgument(f"{TOKENIZER_FILE} is larger than any tokenizer", field="files")
     try:
         tokenizer = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise InvalidArgument(f"{TOKENIZER_FILE} is not JSON", field="files") from error
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
         raise InvalidArgument(f"{TOKENIZER_FILE} holds no tokenizer: it lacks `model`", field="files")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from services.registry.schemas import storable
 
 #: A worker that was not heard of for so many of its intervals is gone.
 MISSED: Final = 3
+#: Intervals within which all that live are heard of after the first of them, and seconds, at most.
+_ROUND: Final = 1.5
+_MOST_ROUND_S: Final = 1.5
 _LIVE: Final = frozenset({WorkerStatus.STATE_STARTING, WorkerStatus.STATE_READY})
 
 
@@ -37,7 +41,8 @@ class Workers:
 
     Whoever follows the topic from its start is told the last words of workers long dead as well: only what
     came after that counts, so that a registry that has just started knows of nobody for an interval. The same
-    words again are no heartbeat: after a fault the topic is read from its start once more.
+    words again are no heartbeat: after a fault the topic is read from its start once more. Who is heard of
+    first, after the start or a broker that was away, does not speak for the others: see Readiness.settling.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -45,6 +50,7 @@ class Workers:
         self._heard: dict[str, _Heard] = {}
         #: What the topic holds of every worker, dead ones included.
         self._said: dict[str, bytes] = {}
+        self._settled_at = -math.inf
         self.table: Table | None = None
 
     def apply(self, key: bytes, value: bytes | None) -> None:
@@ -62,7 +68,11 @@ class Workers:
     def hear(self, worker_id: str, status: WorkerStatus) -> None:
         """A heartbeat, now."""
         if status.state in _LIVE:
-            until = self._clock.monotonic() + MISSED * max(status.interval_ms, 1) / 1000
+            now, interval_s = self._clock.monotonic(), max(status.interval_ms, 1) / 1000
+            self._forget_silent(now)
+            if not self._heard:
+                self._settled_at = now + min(_ROUND * interval_s, _MOST_ROUND_S)
+            until = now + MISSED * interval_s
             before = self._heard.get(worker_id)
             failures = _failures(status, before.failures if before is not None else {})
             self._heard[worker_id] = _Heard(status, until, failures)
@@ -72,8 +82,7 @@ class Workers:
     def readiness(self, config: ServingConfig, version: str) -> Readiness:
         """How far the workers of `config`'s pool are with `version` of its model."""
         now = self._clock.monotonic()
-        for worker_id in [name for name, heard in self._heard.items() if heard.until < now]:
-            del self._heard[worker_id]
+        self._forget_silent(now)
         digest = next((v.artifact_digest for v in config.versions if v.version == version), "")
         ready, workers, failed, error, no_room = 0, 0, 0, "", ""
         for worker_id, heard in sorted(self._heard.items()):
@@ -96,11 +105,15 @@ class Workers:
             out = states.get(LoadedVersion.STATE_EVICTED)
             if out is not None and not no_room:
                 no_room = storable(f"{worker_id}: {out or 'it made room for another version'}")
-        return Readiness(workers, ready, error, no_room, failed)
+        return Readiness(workers, ready, error, no_room, failed, settling=now < self._settled_at)
 
     def is_ready(self, config: ServingConfig, version: str) -> bool:
         """Whether some worker of `config`'s pool can answer for `version` of its model."""
         return self.readiness(config, version).ready > 0
+
+    def _forget_silent(self, now: float) -> None:
+        for worker_id in [name for name, heard in self._heard.items() if heard.until < now]:
+            del self._heard[worker_id]
 
 
 def _failures(status: WorkerStatus, before: Mapping[_Key, str]) -> dict[_Key, str]:

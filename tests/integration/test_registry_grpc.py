@@ -154,6 +154,7 @@ async def test_errors_name_code_and_field(running: Running) -> None:
     assert await refusal(deploy(*both, fallback=Fallback(version="9"))) == (invalid, "fallback.version")
     unknown = Fallback(version="1", on=[99])  # type: ignore[list-item]  # of a later contract
     assert await refusal(deploy(*both, fallback=unknown)) == (invalid, "fallback.on[0]")
+    assert await refusal(deploy(("1", 10_000), balancing=99)) == (invalid, "balancing")
     assert await refusal(deploy(("1", 10_000), expected_revision=3)) == (
         grpc.StatusCode.ABORTED,
         "expected_revision",
@@ -179,6 +180,15 @@ async def test_an_upload_must_be_what_its_header_says(running: Running) -> None:
     content, invalid = linear(), grpc.StatusCode.INVALID_ARGUMENT
     assert await refusal(upload(running, header_of(content), content[:-1])) == (invalid, "files")
     assert await refusal(upload(running, header_of(content), content + b"x")) == (invalid, "files")
+    later = (
+        (Signature(task=99), "signature.task"),  # type: ignore[arg-type]  # of a later contract
+        (Signature(inputs=[TensorSpec(name="x", datatype=99)]), "signature.inputs[0].datatype"),  # type: ignore[arg-type]
+    )
+    for signature, field in later:
+        assert await refusal(upload(running, header_of(content, signature=signature), content)) == (
+            invalid,
+            field,
+        )
     lied = [pb.ArtifactFile(path="model.onnx", size=len(content), digest="sha256:" + "0" * 64)]
     assert await refusal(upload(running, header_of(content, files=lied), content)) == (invalid, "files")
     assert await refusal(upload(running, header_of(content, model="nobody"), content)) == (

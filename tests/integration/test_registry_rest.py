@@ -16,6 +16,7 @@ from headrace.v1.control_pb2 import ApiKey, ServingConfig
 from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
 from services.common.topics import DEPLOYMENTS, KEYS
+from services.registry.bodies import MAX_BODY_BYTES
 from tests.fixtures.onnx_files import classifier, encoder, linear, noisy
 from tests.fixtures.registry import Running, following, registry_settings, running_registry
 from tests.fixtures.waiting import PATIENCE_S, eventually
@@ -484,6 +485,12 @@ async def test_strange_names_are_answered_not_crashed_on(running: Running) -> No
     assert (await running.rest.get("/v1/models", params={"after": "\x00"})).status_code == 422
     tags = {"name": "a", "tags": {"k": "\x00"}}
     assert (await running.rest.post("/v1/models", json=tags)).status_code == 422
+    assert (await running.rest.post("/v1/models", json=tags | {"tags": {"\x00": "v"}})).status_code == 422
+    late = "9999-12-31T23:59:59-01:00"
+    for key in ({"name": "\x00"}, {"name": "late", "expires_at": late}):
+        assert (await running.rest.post("/v1/keys", json=key)).status_code == 422
     assert (
         await running.rest.post("/v1/models", content=b"{", headers={"content-type": "application/json"})
     ).status_code == 400
+    mistaken = await running.rest.post("/v1/models", content=bytes(MAX_BODY_BYTES + 1))
+    assert (mistaken.status_code, mistaken.json()["code"]) == (413, "INVALID_ARGUMENT")

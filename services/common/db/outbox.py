@@ -93,9 +93,9 @@ class OutboxRelay:
     """Publishes the rows of one outbox in id order and deletes them: each at least once, none that was
     rolled back.
 
-    Any number of replicas may run one; an advisory lock lets one at a time publish. It looks every `poll_s`
-    and at once after `wake`. While the broker or the database is away, or anything else fails, it tries again
-    with backoff and `failing` says why.
+    Any number of replicas may run one; an advisory lock lets one at a time publish. It looks at once after
+    `wake`, and every `poll_s` for what a replica that was killed has left. While the broker or the database
+    is away, or anything else fails, it tries again with backoff and `failing` says why.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class OutboxRelay:
         bus: Bus,
         clock: Clock,
         *,
-        poll_s: float = 2.0,
+        poll_s: float = 5.0,
         max_records: int = 500,
     ) -> None:
         self.failing: str | None = None

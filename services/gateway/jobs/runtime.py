@@ -45,8 +45,6 @@ _RETRY_S = 2.0
 _CLOSE_S = 15.0
 _RESULTS_AT_ONCE = 200
 _JOBS_AT_ONCE = 50
-#: It is woken by whoever adds a record; a gateway that died may have left some.
-_RELAY_POLL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +203,7 @@ class _Running:
             stack.push_async_callback(backend.sources.close)
             stack.push_async_callback(backend.engine.dispose)
             publisher = ChunkPublisher(bus, around.ensure, cfg.partitions, clock)
-            wakes.relay = await enter(OutboxRelay(backend.engine, Outbox, bus, clock, poll_s=_RELAY_POLL_S))
+            wakes.relay = await enter(OutboxRelay(backend.engine, Outbox, bus, clock))
             wakes.sender = await enter(
                 CallbackSender(backend.engine, self._rules, cfg.callback_secret, clock, self._metrics)
             )

@@ -59,7 +59,9 @@ def test_percent_becomes_exact_ten_thousandths(weight: Any, ten_thousandths: int
         (KeyIn, {"name": "k", "scopes": []}, "scopes"),
         (KeyIn, {"name": "k", "rate_per_second": -1}, "rate_per_second"),
         (KeyIn, {"name": "k", "expires_at": "2027-01-01T00:00:00"}, "expires_at"),
+        (KeyIn, {"name": "k", "expires_at": "9999-12-31T23:59:59-01:00"}, "expires_at"),
         (KeyIn, {"name": ""}, "name"),
+        (KeyIn, {"name": "k\0"}, "name"),
     ],
 )
 def test_the_first_wrong_field_is_named(kind: type[BaseModel], values: dict[str, Any], field: str) -> None:

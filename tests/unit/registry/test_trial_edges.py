@@ -12,10 +12,11 @@ from services.common.clock import ManualClock
 from services.common.experiments import holdout_salt, layer_salt
 from services.registry.experiment_endpoints import attribute_value
 from services.registry.rollout_config import begin, restore_shadow
-from services.registry.rollout_plan import Readiness
+from services.registry.rollout_plan import Action, Readiness
+from services.registry.rollout_steps import next_step
 from services.registry.rollout_words import loading
 from services.registry.workers import Workers
-from tests.fixtures.rollouts import a_rollout
+from tests.fixtures.rollouts import START, a_rollout, after, facts
 
 CONFIG = ServingConfig(
     model="m", pool="default", versions=[ServedVersion(version="2", artifact_digest="sha256:2")]
@@ -99,6 +100,45 @@ def test_a_dead_worker_is_not_heard_of_again_where_the_topic_is_read_once_more()
     workers.apply(b"w1", None)
     workers.apply(*dead)
     assert workers.readiness(CONFIG, "2").workers == 1
+
+
+def test_who_is_heard_of_first_after_a_silence_does_not_speak_for_the_others() -> None:
+    """The registry has started, or the broker was away: heartbeats come one after the other again."""
+    clock = ManualClock()
+    workers = Workers(clock)
+
+    def hear(worker_id: str, state: Any) -> Readiness:
+        loaded = LoadedVersion(model="m", version="2", artifact_digest="sha256:2", state=state, error="full")
+        status = WorkerStatus(
+            pool="default", state=WorkerStatus.STATE_READY, interval_ms=1000, versions=[loaded]
+        )
+        workers.hear(worker_id, status)
+        return workers.readiness(CONFIG, "2")
+
+    canary = a_rollout(step=1)
+    loading_it = a_rollout(entered_at=None, clock_at=None)
+    for _silence in range(2):
+        failed = hear("w1", LoadedVersion.STATE_FAILED)
+        assert next_step(canary, facts(canary, readiness=failed), START).action is Action.WAIT
+        late = facts(loading_it, readiness=failed, waiting_since=START)
+        assert next_step(loading_it, late, after(900)).action is Action.WAIT
+        hear("w2", LoadedVersion.STATE_READY)
+        clock.advance(1.5)
+        hear("w1", LoadedVersion.STATE_FAILED)
+        both = hear("w2", LoadedVersion.STATE_READY)
+        assert both == Readiness(2, 1, "w1: full", failed=1)
+        assert not both.settling
+        clock.advance(10)
+    ready = hear("w2", LoadedVersion.STATE_READY)
+    assert next_step(loading_it, facts(loading_it, readiness=ready), START).action is Action.WAIT
+    clock.advance(1.5)
+    alone = hear("w2", LoadedVersion.STATE_READY)
+    assert next_step(loading_it, facts(loading_it, readiness=alone), START).action is Action.ENTER
+    for _beat in range(2):
+        clock.advance(1.6)
+        hear("w1", LoadedVersion.STATE_FAILED)
+    hopeless = hear("w1", LoadedVersion.STATE_FAILED)
+    assert next_step(canary, facts(canary, readiness=hopeless), START).action is Action.ROLL_BACK
 
 
 def test_what_a_worker_says_can_be_stored() -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from headrace.v1 import registry_pb2 as pb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from services.common.errors import (
     ResourceExhausted,
 )
 from services.registry.artifacts import ReceivedFile, arranged, manifest
+from services.registry.servicer import _receive
 from services.registry.uploads import Uploads, receive_multipart
 
 TYPE = "multipart/form-data; boundary=----b"
@@ -69,6 +71,7 @@ def test_any_content_in_any_pieces_arrives_unchanged(tmp_path: Path, content: by
         ("application/json", b"{}", MalformedBody, None),
         ("multipart/form-data", END, MalformedBody, None),
         (TYPE, b"no boundary here", MalformedBody, None),
+        (f"multipart/form-data; boundary={'b' * 1000}", END, MalformedBody, None),
         (TYPE, part("files", b"abc", "a"), MalformedBody, None),
         (TYPE, part("files", b"abc", "a")[:-5], MalformedBody, None),
         (TYPE, part("other", b"1") + END, InvalidArgument, "other"),
@@ -147,3 +150,21 @@ def test_a_single_onnx_file_is_the_model_whatever_its_name() -> None:
 def test_a_path_stands_once() -> None:
     with pytest.raises(InvalidArgument, match="twice"):
         arranged([received("notes.txt"), received("notes.txt", "1")])
+
+
+async def test_of_more_than_was_announced_nothing_is_kept(tmp_path: Path) -> None:
+    """A stream that goes on for ever would fill the memory otherwise."""
+    came = 0
+
+    async def messages() -> AsyncIterator[pb.CreateVersionRequest]:
+        nonlocal came
+        for chunk in (b"abc", b"", *[b"more"] * 100):
+            came += 1
+            yield pb.CreateVersionRequest(chunk=chunk)
+
+    header = pb.CreateVersionHeader(files=[pb.ArtifactFile(path="model.onnx", size=3)])
+    async with uploads(tmp_path).receive() as upload:
+        with pytest.raises(InvalidArgument, match="more bytes came") as refused:
+            await _receive(header, messages(), upload)
+        assert refused.value.field == "files"
+    assert came == 3

@@ -1,0 +1,91 @@
+"""How often the flusher looks through the inbox: every two seconds, every five after half a quiet minute."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services import analytics
+from services.analytics import flushing
+from services.analytics.consumers import Consumers
+from services.analytics.flushing import Flusher, SegmentWriter, Sizes
+from services.analytics.metrics import Metrics
+from services.analytics.segments import SegmentFiles
+from services.analytics.signatures import Signatures
+from services.common.bus.port import Record
+from services.common.clock import ManualClock
+from services.common.db import engine, migrate
+from services.common.objects import ArtifactStore
+from services.common.telemetry import Tracing
+from services.common.topics import PREDICTIONS
+from tests.fixtures.prediction_log import prediction_batch
+from tests.fixtures.waiting import patience
+
+
+class Rests:
+    """`asyncio` as the flusher sees it: it sleeps until the test lets it go on, and so long by its clock."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self._wanted: asyncio.Queue[float] = asyncio.Queue()
+        self._over = asyncio.Semaphore(0)
+        self._resting = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        self._wanted.put_nowait(seconds)
+        await self._over.acquire()
+
+    async def next(self) -> float:
+        """How long the flusher rests behind its next look."""
+        if self._resting:
+            self._clock.advance(self._resting)
+            self._over.release()
+        async with patience("the flusher's next look"):
+            self._resting = await self._wanted.get()
+        return self._resting
+
+
+@asynccontextmanager
+async def parts(
+    database_url: str, folder: Path, clock: ManualClock
+) -> AsyncIterator[tuple[Consumers, Flusher]]:
+    """What takes records into the inbox, and what takes them out of it."""
+    await migrate(database_url, "analytics", Path(analytics.__path__[0]) / "migrations")
+    database, store = engine(database_url, "analytics"), ArtifactStore(f"file://{folder}/store")
+    metrics, signatures = Metrics(CollectorRegistry()), Signatures()
+    writer = SegmentWriter(database, store, signatures, clock, metrics)
+    files = SegmentFiles(store, folder / "cache")
+    sizes = Sizes(signature_wait_s=10.0)  # nobody says what the version answers with
+    try:
+        yield (
+            Consumers(database, writer, sizes, clock, Tracing("analytics", 0.0, None), metrics),
+            Flusher(database, writer, files, signatures, sizes, clock, metrics),
+        )
+    finally:
+        await store.close()
+        await database.dispose()
+
+
+async def test_it_rests_longer_after_half_a_minute_without_records(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    rests = Rests(clock)
+    monkeypatch.setattr(flushing, "asyncio", rests)
+    async with parts(database_url, tmp_path, clock) as (consumers, flusher), flusher:
+        assert [await rests.next() for _ in range(17)] == [2.0] * 15 + [5.0] * 2
+        batch = prediction_batch([1])
+        await consumers.on_predictions([Record(PREDICTIONS.name, b"cancer/1", batch.SerializeToString())])
+        # It lies there for ten seconds: found after five, seven, nine and eleven.
+        assert [await rests.next() for _ in range(4)] == [2.0] * 4
+        assert list((tmp_path / "store").rglob("*.parquet"))
+        assert [await rests.next() for _ in range(16)] == [2.0] * 14 + [5.0] * 2
