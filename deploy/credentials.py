@@ -37,7 +37,7 @@ def write(shared: Path, registry: Path, gateway: Path) -> None:
 
 
 def _keep(path: Path, fresh: str) -> str:
-    if not path.exists():
+    if not path.exists() or not path.read_text():  # empty: the disk was full when it was to be written
         path.write_text(fresh)
     # The services run as one user of their own, inside containers that share a volume.
     path.chmod(0o444)

@@ -64,6 +64,9 @@ if [ ! -d .venv ]; then
     }
 fi
 
+# One that was interrupted while it was made has no pip yet.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
+
 # uv links in seconds what takes pip minutes; where it cannot run, pip does it. Nothing is resolved: the list is
 # complete, and without the dependencies that it overrides (a training stack of 6 GB for the files of one model).
 if .venv/bin/python -m pip install --quiet --disable-pip-version-check uv &&

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -78,7 +79,8 @@ class Keeper:
             began = time.monotonic()
             try:
                 reason = await self._live_once()
-            except EmbeddedError as error:
+            except (EmbeddedError, OSError, subprocess.SubprocessError) as error:
+                # A disk that is full, a source that is being replaced: what else runs must go on.
                 if not self.came_up.is_set():
                     raise
                 reason = str(error)
@@ -134,6 +136,12 @@ class Keeper:
         except BaseException:
             await self.give_up(0.0)
             raise
+
+    def check_begun(self) -> None:
+        """Raises EmbeddedError where the server that was begun has ended since it was ready: nobody starts it
+        again before it took over."""
+        if self._next is not None and not self._next.alive:
+            raise EmbeddedError(f"{self.server.name} ended beside the one that runs; see {self._next.log}")
 
     async def take_over(self, grace: float) -> None:
         """Keep the server that was begun, and end the one before it, cleanly if it can within `grace`

@@ -177,6 +177,8 @@ class Supervisor:
                 async with asyncio.TaskGroup() as starting:
                     for server in group:
                         starting.create_task(self._keepers[server.name].begin_beside(server))
+            for keeper in keepers:  # the first of them have waited for the last
+                keeper.check_begun()
         except BaseException as error:
             write_turn(self._configuration.home, turn)
             for keeper in keepers:
@@ -223,7 +225,10 @@ class Supervisor:
     async def _look_after(self, broker: Server | None) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            await asyncio.to_thread(trim_logs, self._configuration.logs)
+            try:
+                await asyncio.to_thread(trim_logs, self._configuration.logs)
+            except OSError as error:  # a full disk must not end what runs
+                log.warning("the logs were not trimmed: %s", error)
             self._watch_memory(broker)
 
     def _watch_memory(self, broker: Server | None) -> None:

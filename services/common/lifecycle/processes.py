@@ -174,7 +174,7 @@ class ProcessGroup:
         """Start the child's process, and again whenever it ends."""
         loop = asyncio.get_running_loop()
         pause_s, failures = _FIRST_PAUSE_S, 0
-        while True:
+        while not self._stopping:  # one that began now would take requests, and nobody tell it to drain
             started = loop.time()
             with Line() as line:
                 process = child.process = await asyncio.create_subprocess_exec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator, Generator
 from typing import Any
@@ -25,6 +26,13 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._ending = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises Fatal where uvicorn would end the process: the application's own start failed."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            raise Fatal("The HTTP application failed to start; the reason stands in the log above.") from None
 
     async def main_loop(self) -> None:
         """Keep the date until `end`. uvicorn's own looks ten times a second whether it should."""
@@ -96,8 +104,7 @@ async def _started(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
     async with asyncio.timeout(_START_S):
         while not server.started:
             if serving.done():
-                serving.result()  # raises what uvicorn raised
-                raise Fatal("The HTTP application failed to start; the reason stands in the log above.")
+                serving.result()  # raises what its start raised
             await asyncio.sleep(0.005)
 
 

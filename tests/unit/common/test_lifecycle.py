@@ -315,6 +315,16 @@ async def test_a_taken_port_is_one_sentence() -> None:
                 pass
 
 
+async def test_an_application_that_fails_to_start_is_one_sentence() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (scope["type"], (await receive())["type"]) == ("lifespan", "lifespan.startup")
+        await send({"type": "lifespan.startup.failed", "message": "no model"})
+
+    with pytest.raises(Fatal, match="The HTTP application failed to start"):
+        async with serve_asgi(app, "127.0.0.1", 0):
+            pass
+
+
 async def test_leaving_lets_a_running_request_finish() -> None:
     entered = asyncio.Event()
     release = asyncio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,36 @@ def test_they_share_the_parents_session_and_its_group_unless_a_terminal_would_si
                 os.kill(pid, 0)
 
     run_on(loop, play())
+
+
+#: Marks each of its starts. Told to end, it does when the file RIVAL tells of two, or in a second.
+SLOW = """
+import os, pathlib, signal, sys, time
+starts, rival = (pathlib.Path(os.environ[name]) for name in ("STARTS", "RIVAL"))
+def drain(*_):
+    until = time.monotonic() + 1
+    while time.monotonic() < until and rival.read_text() != "..":
+        time.sleep(0.01)
+    sys.exit()
+signal.signal(signal.SIGTERM, drain)
+with starts.open("a") as file:
+    file.write(".")
+sys.stdin.read()
+"""
+
+
+async def test_what_ended_is_not_started_again_while_the_others_drain(tmp_path: Path) -> None:
+    starts = [tmp_path / name for name in ("one", "two")]
+    group = ProcessGroup(
+        [sys.executable, "-c", SLOW],
+        [{"STARTS": str(path), "RIVAL": str(starts[0])} for path in starts],
+        stop_s=PATIENCE_S,
+    )
+    async with group.running():
+        await eventually(lambda: all(path.exists() and path.read_text() for path in starts))
+        os.kill(group.pids[0], signal.SIGKILL)
+        await eventually(lambda: 0 not in group.pids)
+    assert [path.read_text() for path in starts] == [".", "."]
 
 
 @pytest.mark.parametrize("hung_after_s", [0.0, 30.0])

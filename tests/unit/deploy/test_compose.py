@@ -242,6 +242,18 @@ def test_only_its_owner_can_read_a_secret(owner: str, project: Composed, tmp_pat
     assert readers == {owner, "secrets"}
 
 
+def test_a_secret_that_could_not_be_written_is_made_at_the_next_start(tmp_path: Path) -> None:
+    """A disk that is full leaves an empty file, and every service would refuse to start for ever."""
+    volumes = [tmp_path / name for name in ("secrets", "registry-secrets", "gateway-secrets")]
+    empty = ((0, "internal_token"), (1, "bootstrap_admin_key"), (2, "internal_token"), (2, "callback_secret"))
+    for volume, name in empty:
+        volumes[volume].mkdir(exist_ok=True)
+        (volumes[volume] / name).touch()
+    credentials.write(*volumes)
+    assert all((volumes[volume] / name).read_text() for volume, name in empty)
+    assert len({(volume / "internal_token").read_text() for volume in volumes}) == 1
+
+
 def test_an_admin_key_that_was_shared_moves_to_the_registry(tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "bootstrap_admin_key").write_text("hr_before")

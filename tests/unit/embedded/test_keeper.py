@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -144,6 +145,8 @@ async def test_what_is_silent_now_and_then_or_says_no_is_left_alone(
     class Now(Small):
         def ready(self) -> bool:
             nonlocal asked
+            if "begun" not in self.log.read_text():  # it would end when it is to show where it is
+                return False
             asked += 1
             self.silent = asked % 3 != 0
             return asked < 3
@@ -200,25 +203,35 @@ async def test_not_answering_is_told_and_does_not_restart(tmp_path: Path) -> Non
         assert server.pid == pid
 
 
-class NoRoom(Small):
-    """Finds the disk full when it is to be started for the second time."""
+class Hindered(Small):
+    """Cannot be started for the second time."""
+
+    def __init__(self, directory: Path, hindrance: Exception) -> None:
+        super().__init__(directory)
+        self.hindrance = hindrance
 
     def prepare(self) -> None:
         super().prepare()
         if self.prepared == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise self.hindrance
 
 
-async def test_what_cannot_be_started_again_for_now_is_tried_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hindrance",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), subprocess.TimeoutExpired(["java", "-version"], 30)],
+)
+async def test_what_cannot_be_started_again_for_now_is_tried_again(
+    tmp_path: Path, hindrance: Exception
+) -> None:
     """Its keeper's end would be the end of the whole stack."""
-    server, around = NoRoom(tmp_path), Around()
+    server, around = Hindered(tmp_path, hindrance), Around()
     async with keeping(server, around) as keeper:
         await keeper.came_up.wait()
         first = server.pid
         server.kill()
         await eventually(lambda: keeper.status.state is State.READY and server.pid not in {None, first})
         assert server.prepared == 3
-        assert around.notes[1].startswith("small [Errno 28] No space left on device; starting it again in")
+        assert around.notes[1].startswith(f"small {hindrance}; starting it again in")
 
 
 async def test_what_never_comes_up_is_given_up_with_its_last_words(tmp_path: Path) -> None:
