@@ -119,7 +119,7 @@ def list_batches(
         table.add_row(
             batch.id, f"{batch.model}/{batch.version}", batch.status, _done(batch), str(batch.failed), rate
         )
-    Console().print(table)
+    Console().print(table, markup=False)
 
 
 @batch_app.command("watch")
@@ -149,7 +149,7 @@ def results(
             _print_joined(client, batch_id, join, output, partial=partial)
         elif output is not None:
             size = client.batches.download(batch_id, output, format=format, partial=partial)  # type: ignore[arg-type]  # the server says
-            Console(stderr=True).print(f"{output}: {size:,} bytes", highlight=False)
+            Console(stderr=True).print(f"{output}: {size:,} bytes", highlight=False, markup=False)
         elif format != "jsonl":
             raise CommandFailed(f"{format} is for a file: give --output.")
         else:
@@ -208,7 +208,7 @@ def list_files(
         table.add_column(column)
     for one in found:
         table.add_row(one.id, one.filename, one.purpose, f"{one.size:,}", f"{one.created_at:%Y-%m-%d %H:%M}")
-    Console().print(table)
+    Console().print(table, markup=False)
 
 
 @files_app.command("download")
@@ -222,7 +222,7 @@ def download(
     with connected(url, key) as client:
         to = output or Path(client.files.get(file_id).filename)
         size = client.files.download(file_id, to)
-    Console(stderr=True).print(f"{to}: {size:,} bytes", highlight=False)
+    Console(stderr=True).print(f"{to}: {size:,} bytes", highlight=False, markup=False)
 
 
 @files_app.command("delete")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from headrace_client.batch_cli import batch_app, dlq_app, files_app
@@ -138,21 +140,33 @@ def deploy(
     """Serve a model by these versions. All else of its deployment stays as it is."""
     weights = dict(_share(text) for text in shares)
     with connected(url, key) as client:
-        options = _kept(client, name) | ({"pool": pool} if pool else {})
-        deployed = client.deploy(name, weights, **options)
+        before = _deployed(client, name)
+        kept = {option: before[option] for option in _OPTIONS if before.get(option) is not None}
+        options = kept | ({"pool": pool} if pool else {})
+        deployed = client.deploy(name, weights, variants=_called(before, weights), **options)
     if as_json:
         print_json(deployed)
         return
     Console().print(f"{name}: {split_of(deployed)} (revision {deployed['revision']})", highlight=False)
 
 
-def _kept(client: Headrace, model: str) -> dict[str, Any]:
-    """What `model` is deployed with beside its versions: a PUT would set it back, without a word."""
+def _deployed(client: Headrace, model: str) -> dict[str, Any]:
+    """How `model` is deployed, empty where it is not: a PUT would set all of it back, without a word."""
     try:
-        deployed = client.deployment(model)
+        return client.deployment(model)
     except NotFound:
         return {}
-    return {name: deployed[name] for name in _OPTIONS if deployed.get(name) is not None}
+
+
+def _called(deployed: dict[str, Any], weights: Iterable[str]) -> dict[str, str]:
+    """Those of `weights`, versions and aliases, that are called otherwise than their version, and how."""
+    called = {it["version"]: it.get("variant") or it["version"] for it in deployed.get("versions", ())}
+    version_of = {name: deployed.get("aliases", {}).get(name, name) for name in weights}
+    return {
+        name: called[version]
+        for name, version in version_of.items()
+        if called.get(version, version) != version
+    }
 
 
 @app.command()
@@ -209,9 +223,9 @@ def compare(
         print_json(found)
         return
     console = Console()
-    console.print(found["summary"], highlight=False, soft_wrap=True)
+    console.print(found["summary"], highlight=False, markup=False, soft_wrap=True)
     for warning in found["warnings"]:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -255,7 +269,7 @@ def list_keys(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) 
         rate, state = one["rate_per_second"], "revoked" if one["revoked"] else "valid"
         models, scopes = ", ".join(one["models"]) or "all", ", ".join(one["scopes"])
         table.add_row(one["key_id"], one["name"], scopes, models, f"{rate:g}" if rate else "", state)
-    Console().print(table)
+    Console().print(table, markup=False)
 
 
 @keys_app.command("revoke")
@@ -286,7 +300,9 @@ def create_key(
             name, tuple(scope or ("predict",)), rate_per_second=rate, burst=burst, models=tuple(model or ())
         )
     Console(stderr=True).print(
-        f"{made.name}: {', '.join(made.scopes)}; keep it, it is not shown again:", highlight=False
+        f"{made.name}: {', '.join(made.scopes)}; keep it, it is not shown again:",
+        highlight=False,
+        markup=False,  # what a name may hold would end this before the key was shown
     )
     typer.echo(made.key)
 

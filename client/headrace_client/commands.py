@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,10 +66,21 @@ def value_of(text: str, option: str) -> Any:
 
 
 def pair_of(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=")
+    name, equals, value = text.partition("=")  # a value may have more of them
     if not equals or not name:
         raise CommandFailed(f"{option} {text!r} must look like name=value.")
     return name, value
+
+
+def share_of(percent: float) -> float:
+    """With the digits that were written and no others, which the server would refuse: 1.1 / 100 is
+    0.011000000000000001."""
+    return float(Decimal(str(percent)) / 100)
+
+
+def percent_of(share: float) -> str:
+    """A share as people read it: `0.5%`."""
+    return f"{100 * share:g}%"
 
 
 def attributes_of(given: Sequence[str] | None) -> dict[str, Any] | None:

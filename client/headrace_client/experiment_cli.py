@@ -20,7 +20,9 @@ from headrace_client.commands import (
     attributes_of,
     connected,
     pair_of,
+    percent_of,
     print_json,
+    share_of,
     value_of,
 )
 from headrace_client.experiments import variants_of
@@ -61,7 +63,7 @@ def create(  # noqa: PLR0913 - options of a command line
     """A new experiment; prints its id."""
     options = _object(spec)
     if traffic != 100.0:
-        options["traffic"] = traffic / 100
+        options["traffic"] = share_of(traffic)
     if metric:
         options["metrics"] = [*options.get("metrics", []), *map(_success, metric)]
     options |= {field: value for field, value in (("unit", unit), ("name", name)) if value is not None}
@@ -70,7 +72,9 @@ def create(  # noqa: PLR0913 - options of a command line
     if weight is not None:
         if len(weight) != len(shares):
             raise CommandFailed(f"{len(weight)} weights for {len(shares)} variants.")
-        shares = [share | {"weight": percent / 100} for share, percent in zip(shares, weight, strict=True)]
+        shares = [
+            share | {"weight": share_of(percent)} for share, percent in zip(shares, weight, strict=True)
+        ]
     with connected(url, key) as client:
         made = client.experiments.create(model, shares, start=start, **options)
     typer.echo(made["experiment_id"])
@@ -248,7 +252,7 @@ def list_rollouts(
             one["model"],
             f"{one['previous_version']} → {one['version']}",
             one["status"],
-            f"{one['weight']:.0%}",
+            percent_of(one["weight"]),
             one["reason"],
         )
         for one in found
@@ -322,7 +326,7 @@ def _follow(client: Headrace, rollout_id: str) -> None:
 
 def _show(event: Json) -> None:
     when = str(event["at"])[11:19]
-    _line(f"{when}  {event['weight']:>4.0%}  {event['action']}: {event['reason']}")
+    _line(f"{when}  {percent_of(event['weight']):>4}  {event['action']}: {event['reason']}")
 
 
 def _say(one: Json) -> None:
@@ -354,11 +358,11 @@ def _steps(text: str, limits: dict[str, Any]) -> list[Json]:
         percents = [float(part) for part in text.split(",")]
     except ValueError:
         raise CommandFailed(f"--steps {text!r} must look like 1,5,25,100.") from None
-    return [{"weight": percent / 100, **(limits if percent < 100 else {})} for percent in percents]
+    return [{"weight": share_of(percent), **(limits if percent < 100 else {})} for percent in percents]
 
 
 def _shares(variants: Sequence[Json]) -> str:
-    return ", ".join(f"{one['name']} ({one['version']}) {one['weight']:.0%}" for one in variants)
+    return ", ".join(f"{one['name']} ({one['version']}) {percent_of(one['weight'])}" for one in variants)
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -367,4 +371,4 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console().print(table, markup=False)

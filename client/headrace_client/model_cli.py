@@ -87,7 +87,7 @@ def list_models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False
     for model in found:
         aliases = ", ".join(f"{alias} → {version}" for alias, version in model["aliases"].items())
         table.add_row(model["name"], aliases, model["description"])
-    Console().print(table)
+    Console().print(table, markup=False)
 
 
 @models_app.command("show")
@@ -119,7 +119,7 @@ def show(name: str, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = F
             ", ".join(f"{metric} {value:g}" for metric, value in one["metrics"].items()),
             taken_and_given(one["signature"]),
         )
-    Console().print(table)
+    Console().print(table, markup=False)
 
 
 @models_app.command("alias")

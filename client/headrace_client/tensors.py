@@ -74,12 +74,20 @@ def decode_answer(content: bytes, json_length: int | None) -> Inference:
 
 def _raw(name: str, array: NDArray[Any]) -> tuple[str, bytes]:
     if array.dtype.kind in "OSU":
-        items = [item.encode() if isinstance(item, str) else bytes(item) for item in array.ravel()]
+        items = [_item(name, item) for item in array.ravel()]
         return "BYTES", b"".join(struct.pack("<I", len(item)) + item for item in items)
     datatype = _NAMES.get(array.dtype.name)
     if datatype is None:
         raise ValueError(f"{name}: there is no datatype for {array.dtype}")
     return datatype, np.ascontiguousarray(array, dtype=_DTYPES[datatype]).tobytes()
+
+
+def _item(name: str, item: object) -> bytes:
+    if isinstance(item, str):
+        return item.encode()
+    if not isinstance(item, bytes | bytearray | memoryview):  # bytes(3) would be three zeros
+        raise ValueError(f"{name}: {item!r} is neither text nor bytes")  # noqa: TRY004 - as of other datatypes
+    return bytes(item)
 
 
 def _from_json(tensor: dict[str, Any]) -> NDArray[np.generic]:

@@ -128,12 +128,12 @@ def test_push_uploads_and_sets_the_alias(
     )
     gateway.answers["PUT", "/v1/models/m/aliases/champion"] = (200, {})
     words = ["models", "push", "m", str(model), "--metrics", '{"f1": 0.5}', "--alias", "champion"]
-    words += ["--feature-names", "a,b", "--input-name", "x", "--tag", "team=blue"]
+    words += ["--feature-names", "a,b", "--input-name", "x", "--tag", "team=blue", "--tag", "query=a=b"]
     assert run(monkeypatch, *words) == 0
     body = gateway.asked[1][3]
     assert b'"metrics": {"f1": 0.5}' in body
     assert b'"signature": {"inputs": [{"name": "x", "columns": ["a", "b"]}]}' in body
-    assert b'"tags": {"team": "blue"}' in body
+    assert b'"tags": {"team": "blue", "query": "a=b"}' in body
     assert json.loads(gateway.asked[2][3]) == {"version": "3"}
     assert "m version 3" in capsys.readouterr().out
 
@@ -270,6 +270,23 @@ def test_keys_are_listed_page_by_page(
     assert second.split()[-1] == "revoked"
 
 
+def test_brackets_in_words_of_others_are_brackets(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key is shown once: whatever stands in its name, it must be."""
+    name = "ci [/prod] [read]"
+    made = {"key": "hr_made", "key_id": "made", "name": name, "scopes": ["predict"]}
+    gateway.answers["POST", "/v1/keys"] = (201, made)
+    assert run(monkeypatch, "keys", "create", name) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "hr_made\n"
+    assert name in shown.err
+    one = {"name": "m", "aliases": {}, "description": name}
+    gateway.answers["GET", "/v1/models"] = (200, {"models": [one], "next": None})
+    assert run(monkeypatch, "models", "list") == 0
+    assert name in capsys.readouterr().out
+
+
 def test_a_comparison_is_told_in_words(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,3 +338,21 @@ def test_deploy_leaves_the_rest_of_a_deployment_as_it_is(
     assert json.loads(gateway.asked[-1][3]) == {"versions": shares, **settings}
     assert run(monkeypatch, "deploy", "m", "1=100", "--pool", "cpu") == 0
     assert json.loads(gateway.asked[-1][3])["pool"] == "cpu"
+
+
+def test_deploy_leaves_variants_their_names(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = [
+        {"version": "1", "weight": 50.0, "variant": "old"},
+        {"version": "2", "weight": 50.0, "variant": "new"},
+        {"version": "3", "weight": 0.0, "variant": "3"},
+    ]
+    told = {"versions": versions, "revision": 4, "aliases": {"champion": "1"}}
+    gateway.answers["GET", "/v1/deployments/m"] = (200, told)
+    gateway.answers["PUT", "/v1/deployments/m"] = (200, told)
+    assert run(monkeypatch, "deploy", "m", "champion=80", "2=10", "3=5", "4=5") == 0
+    assert json.loads(gateway.asked[-1][3])["versions"] == [
+        {"version": "champion", "weight": 80.0, "variant": "old"},
+        {"version": "2", "weight": 10.0, "variant": "new"},
+        {"version": "3", "weight": 5.0},
+        {"version": "4", "weight": 5.0},
+    ]

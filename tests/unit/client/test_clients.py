@@ -219,6 +219,9 @@ def test_infer_carries_arrays_both_ways() -> None:
 def test_an_array_without_a_datatype_is_named() -> None:
     with pytest.raises(ValueError, match="x: there is no datatype for complex128"):
         encode_request({"x": np.array([1j])})
+    for item in (3, True, None, 1.5):
+        with pytest.raises(ValueError, match=f"x: {item} is neither text nor bytes"):
+            encode_request({"x": np.array(["a", item], dtype=object)})
 
 
 def test_an_answer_in_json_alone_is_read() -> None:

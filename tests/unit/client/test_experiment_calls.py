@@ -179,6 +179,36 @@ def test_an_experiment_from_the_command_line(
     }
 
 
+def test_percents_keep_the_digits_they_were_written_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server takes four decimals of a share, and 1.1 / 100 has more."""
+    gateway = rollout("completed")
+    assert run(monkeypatch, gateway, "rollouts", "start", "m", "2", "--steps", "0.07,1.1,100") == 0
+    assert [step["weight"] for step in gateway.asked[0][2]["steps"]] == [0.0007, 0.011, 1.0]
+    gateway = Gateway({"POST /v1/experiments": EXPERIMENT})
+    words = ["experiments", "create", "m", "a=1", "b=2", "--weight", "1.1", "--weight", "98.9"]
+    assert run(monkeypatch, gateway, *words, "--traffic", "2.2") == 0
+    body = gateway.asked[0][2]
+    assert [variant["weight"] for variant in body["variants"]] == [0.011, 0.989]
+    assert body["traffic"] == 0.022
+
+
+def test_a_share_below_one_percent_is_not_shown_as_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"rollout_id": "rol_1", "model": "m", "previous_version": "1", "version": "2", "weight": 0.005}
+    listed = {"rollouts": [one | {"status": "running", "reason": "because"}], "next": None}
+    assert run(monkeypatch, Gateway({"GET /v1/rollouts": listed}), "rollouts", "list") == 0
+    assert " 0.5% " in capsys.readouterr().out
+    variants = [
+        {"name": "a", "version": "1", "weight": 0.6667},
+        {"name": "b", "version": "2", "weight": 0.3333},
+    ]
+    shown = {"model": "m", "name": "", "status": "running", "variants": variants}
+    listed = {"experiments": [{**EXPERIMENT, **shown}], "next": None}
+    assert run(monkeypatch, Gateway({"GET /v1/experiments": listed}), "experiments", "list") == 0
+    assert "a (1) 66.67%, b (2) 33.33%" in capsys.readouterr().out
+
+
 def test_results_are_words_and_the_assignment_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
