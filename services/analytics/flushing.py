@@ -225,8 +225,6 @@ class Flusher:
                 for step in rare if periods % _RARE == 0 else ():
                     await _tried(step)
                 periods += 1
-            else:
-                self._leaps.forward()  # who has the turn allows for it
             quiet = self._clock.monotonic() - self._had_work_at >= _QUIET_AFTER_S
             await asyncio.sleep(_QUIET_PERIOD_S if quiet else _PERIOD_S)
 
@@ -245,16 +243,21 @@ class Flusher:
         """1 where it is this replica's turn, for so long."""
         now = self._clock.now()
         async with transaction(self._engine) as session:
-            return await repository.hold(session, "flusher", self._holder, now, now + lease)
+            held = await repository.hold(session, "flusher", self._holder, now, now + lease)
+        if not held:
+            self._leaps.forward()  # who has the turn allows for it
+        return held
 
     async def flush_due(self) -> int:
         """Write what the inbox has held for long enough or enough of; how many objects' worth. Time that
         nobody saw pass, since a clock was set, does not count."""
-        now, leap = self._clock.now(), self._leaps.forward()
+        now = self._clock.now()
         async with transaction(self._engine) as session:
-            if leap:
-                await repository.put_off_inbox(session, leap, now)
             waiting = await repository.waiting(session)
+            # Asked once the database has answered: a machine that was asleep finds its connection gone.
+            if leap := self._leaps.forward():
+                await repository.put_off_inbox(session, leap, now)
+                waiting = await repository.waiting(session)
             if any(item.newest > now + _CLOCKS_APART for item in waiting):
                 await repository.restart_inbox(session, now, now + _CLOCKS_APART)
                 waiting = await repository.waiting(session)

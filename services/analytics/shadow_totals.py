@@ -23,6 +23,9 @@ _LOG_BASE = math.log(_BASE)
 #: 1e-12 to 1e12.
 _LIMIT = 1400
 
+#: What no sum exceeds: PostgreSQL's JSON has no infinity.
+_LARGEST = float(np.finfo(np.float64).max)
+
 #: Of a totals' slices; what comes beyond is counted together.
 MOST_SLICES = 50
 _OTHERS = "other"
@@ -122,6 +125,7 @@ class OutputTotals:
         self.kind = self.kind or other.kind
         for name in _OUTPUT_SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.sum_of_means = min(self.sum_of_means, _LARGEST)
         self.largest = max(self.largest, other.largest)
         self.differences.merge(other.differences)
 
@@ -302,7 +306,8 @@ def _output(output: OutputComparison, rows: NDArray[np.int64], n: int) -> Output
         requests=int(compared.sum()),
     )
     if numbers:
-        totals.sum_of_means = float(np.sum(means[compared & np.isfinite(means)]))
+        with np.errstate(over="ignore"):
+            totals.sum_of_means = min(float(np.sum(means[compared & np.isfinite(means)])), _LARGEST)
         totals.largest = float(np.max(largest[compared & np.isfinite(largest)], initial=0.0))
         totals.differences.add(largest[compared])
     return totals

@@ -78,7 +78,11 @@ class Stream:
         return windows
 
     def _is_full(self, cadence: Cadence) -> bool:
-        lasted_us = self.pane.last_us - (self.panes[-1].last_us if self.panes else self.pane.first_us)
+        begun_us = self.pane.first_us
+        if self.panes:
+            # A clock that was ahead has ended the last pane in times to come: none would be full until then.
+            begun_us = min(begun_us, self.panes[-1].last_us)
+        lasted_us = self.pane.last_us - begun_us
         return self.pane.rows >= cadence.pane_rows and lasted_us >= cadence.pane_s * 1e6
 
     def _close_pane(self, reference: Sample, cadence: Cadence, thresholds: Thresholds) -> Window:

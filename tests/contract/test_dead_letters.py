@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import CoordinatorLoadInProgressError
+from aiokafka.protocol.commit import OffsetFetchRequest, OffsetFetchResponse_v3
 
 from services.common.bus import DeadLetters, KafkaBus, Malformed, Record
 from services.common.bus.admin import ensure_topics
+from services.common.bus.port import MAX_RECORD_BYTES
 from services.common.errors import NotFound, Unavailable
-from services.common.topics import Topic, dead_letters
+from services.common.topics import REPLAY, Topic, dead_letters
 from tests.fixtures.waiting import eventually
 
 
@@ -70,6 +76,67 @@ class OverBroker:
             offset=last.offset,
             timestamp_ms=last.timestamp_ms,
         )
+
+    async def test_what_was_replayed_is_known_to_a_broker_that_loads_its_groups(
+        self, bootstrap: str, bus: KafkaBus, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It says so for a while after it has started; aiokafka takes that for a group without a mark."""
+        office = DeadLetters(bootstrap, bus.publish)
+        queue = dead_letters(topic, topic.name).name
+        await bus.publish([Record(queue, b"k", b"v", (("dlq-topic", topic.name.encode()),))])
+        assert await office.replay(queue, 10) == 1
+        send, loading = AIOKafkaClient.send, 0
+
+        async def answered(self: AIOKafkaClient, node_id: int, request: Any, **options: Any) -> Any:
+            nonlocal loading
+            if isinstance(request, OffsetFetchRequest) and loading:
+                loading -= 1
+                return OffsetFetchResponse_v3(0, [], CoordinatorLoadInProgressError.errno)
+            return await send(self, node_id, request, **options)
+
+        monkeypatch.setattr(AIOKafkaClient, "send", answered)
+        loading = 2
+        assert await office.replay(queue, 10) == 0
+        loading = 2
+        assert await office.letters(queue, 10) == []
+        loading = 2
+        assert await _waiting(office, queue) == 0
+        loading = 2
+        assert await bus.lag(Topic(queue), REPLAY) == 0
+        assert loading == 0
+
+    @pytest.mark.parametrize(
+        ("value", "headers"),
+        [(b"bad", [("content-type", None)]), (bytes(MAX_RECORD_BYTES + 1000), [("name", b"v")])],
+        ids=["null header", "too large"],
+    )
+    async def test_whatever_a_broker_takes_from_others_fits_into_the_queue(
+        self,
+        bootstrap: str,
+        bus: KafkaBus,
+        topic: Topic,
+        value: bytes,
+        headers: list[tuple[str, bytes | None]],
+    ) -> None:
+        """What could not be buried would hold up everything behind it for ever."""
+        seen: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            for index, record in enumerate(records):
+                if record.value != b"good":
+                    raise Malformed(index, "cannot be read")
+            seen.extend(records)
+
+        async with AIOKafkaProducer(bootstrap_servers=bootstrap, max_request_size=32 << 20) as others:
+            await others.send_and_wait(topic.name, value, key=b"k", headers=headers)
+            await others.send_and_wait(topic.name, b"good", key=b"k")
+        async with bus.consume(topic, topic.name, handler):
+            await eventually(lambda: len(seen) == 1)
+        queue = dead_letters(topic, topic.name).name
+        (letter,) = await DeadLetters(bootstrap, bus.publish).letters(queue, 10)
+        assert (letter.topic, letter.record.key) == (topic.name, b"k")
+        assert letter.reason.endswith("cannot be read")
+        assert value.startswith(letter.record.value or b"none")
 
     async def test_only_queues_can_be_replayed(self, bootstrap: str, bus: KafkaBus, topic: Topic) -> None:
         office = DeadLetters(bootstrap, bus.publish)

@@ -1,4 +1,5 @@
-"""How often the flusher looks through the inbox: every two seconds, every five after half a quiet minute."""
+"""When the flusher looks through the inbox: every two seconds, every five after half a quiet minute; and what
+it makes of a clock that was set."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -21,6 +23,7 @@ from services.analytics.signatures import Signatures
 from services.common.bus.port import Record
 from services.common.clock import ManualClock
 from services.common.db import engine, migrate
+from services.common.errors import Unavailable
 from services.common.objects import ArtifactStore
 from services.common.telemetry import Tracing
 from services.common.topics import PREDICTIONS
@@ -89,3 +92,21 @@ async def test_it_rests_longer_after_half_a_minute_without_records(
         assert [await rests.next() for _ in range(4)] == [2.0] * 4
         assert list((tmp_path / "store").rglob("*.parquet"))
         assert [await rests.next() for _ in range(16)] == [2.0] * 14 + [5.0] * 2
+
+
+async def test_a_clock_set_forward_is_allowed_for_though_the_database_is_away_just_then(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was asleep: the connection is gone, and what waits for its signature was not waiting."""
+    clock = ManualClock()
+    async with parts(database_url, tmp_path, clock) as (consumers, flusher):
+        batch = prediction_batch([1])
+        await consumers.on_predictions([Record(PREDICTIONS.name, b"cancer/1", batch.SerializeToString())])
+        clock.set(3600.0)
+        with monkeypatch.context() as away:
+            away.setattr(flushing.repository, "waiting", AsyncMock(side_effect=Unavailable("away")))
+            with pytest.raises(Unavailable):
+                await flusher.flush_due()
+        assert await flusher.flush_due() == 0
+        clock.advance(11.0)
+        assert await flusher.flush_due() == 1

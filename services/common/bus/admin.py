@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -113,17 +113,27 @@ def _by_group(wanted: Sequence[tuple[Topic, str]], known: Collection[str]) -> di
     return found
 
 
+async def committed(
+    bootstrap: str, group: str, partitions: list[TopicPartition]
+) -> dict[TopicPartition, OffsetAndMetadata]:
+    """What `group` has committed in each of `partitions`, offset -1 where nothing."""
+    async with _admin(bootstrap) as admin:
+        return await _committed(admin, group, partitions)
+
+
 async def _committed(
     admin: AIOKafkaAdminClient, group: str, partitions: list[TopicPartition]
 ) -> dict[TopicPartition, OffsetAndMetadata]:
     while True:
-        try:
-            found: dict[TopicPartition, OffsetAndMetadata]
+        found: dict[TopicPartition, OffsetAndMetadata] = {}
+        # A new broker makes its topic of groups when first asked.
+        with suppress(GroupCoordinatorNotAvailableError):
             found = await admin.list_consumer_group_offsets(group, partitions=partitions)
-        except GroupCoordinatorNotAvailableError:  # a new broker makes its topic of groups when first asked
-            await asyncio.sleep(0.1)
-        else:
+        # One that has yet to load its groups says so of the whole answer, where aiokafka does not look: then
+        # nothing is in it, not even that nothing was committed.
+        if found.keys() >= set(partitions):
             return found
+        await asyncio.sleep(0.1)
 
 
 async def partition_counts(bootstrap: str, *, timeout: float = 5.0) -> dict[str, int]:

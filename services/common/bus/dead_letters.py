@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from services.common.bus.admin import REQUEST_TIMEOUT_MS, high_watermarks, next_offset
+from services.common.bus.admin import REQUEST_TIMEOUT_MS, committed, high_watermarks, next_offset
 from services.common.bus.port import Record
 from services.common.bus.stopping import stop_consumer
 from services.common.errors import NotFound, Unavailable
@@ -104,12 +104,9 @@ class DeadLetters:
     async def _waiting(self, topic: str, partitions: int) -> int:
         async with self._consumer() as consumer:
             parts = [TopicPartition(topic, number) for number in range(partitions)]
-            marks = [await consumer.committed(part) for part in parts]
+            marks = await committed(self._bootstrap, REPLAY, parts)
             starts, ends = await high_watermarks(consumer, parts)
-        return sum(
-            ends[part] - next_offset(starts[part], ends[part], mark)
-            for part, mark in zip(parts, marks, strict=True)
-        )
+        return sum(ends[part] - next_offset(starts[part], ends[part], marks[part].offset) for part in parts)
 
     @asynccontextmanager
     async def _reading(self, topic: str) -> AsyncIterator[tuple[AIOKafkaConsumer, dict[TopicPartition, int]]]:
@@ -119,10 +116,11 @@ class DeadLetters:
             raise NotFound(f"There is no dead-letter queue {topic[:256]!r}.", field="topic")
         parts = [TopicPartition(topic, number) for number in range(partitions)]
         async with self._consumer() as consumer:
-            marks = [await consumer.committed(part) for part in parts]
+            # Not the consumer's `committed`: a broker that has yet to load its groups has none for it.
+            marks = await committed(self._bootstrap, REPLAY, parts)
             starts, ends = await high_watermarks(consumer, parts)
-            for part, mark in zip(parts, marks, strict=True):
-                consumer.seek(part, next_offset(starts[part], ends[part], mark))
+            for part in parts:
+                consumer.seek(part, next_offset(starts[part], ends[part], marks[part].offset))
             yield consumer, ends
 
     @asynccontextmanager

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
-from services.common.bus.port import Handler, Malformed, Record
+from services.common.bus.port import MAX_RECORD_BYTES, Handler, Malformed, Record, check_size
+from services.common.errors import InvalidArgument
 from services.common.topics import Topic, dead_letters
 
 DeadLetter = Callable[[Record, str], Awaitable[None]]
 
 #: How many times as long as handling a reader rests, and how many times as long as asked for at most.
 _RESTS, _MOST_COLLECTING = 8.0, 4.0
+
+#: Of a record that is too large for its queue: what is kept of its key, and what is left to key and headers.
+_MOST_KEY, _BESIDE_VALUE = 64 << 10, 128 << 10
 
 
 async def deliver(records: Sequence[Record], handler: Handler, bury: DeadLetter) -> None:
@@ -34,18 +39,44 @@ async def deliver(records: Sequence[Record], handler: Handler, bury: DeadLetter)
 
 
 def dead_letter(record: Record, topic: Topic, group: str, reason: str) -> Record:
-    """`record` for the dead-letter queue: unchanged, its headers saying where it came from and why."""
-    return Record(
+    """`record` for the dead-letter queue: unchanged, its headers saying where it came from and why.
+
+    Whatever a broker has taken from somebody else's producer has to fit there, or it would hold up everything
+    behind it for ever: a header that is null is empty there, and a record larger than ours may be is cut.
+    """
+    letter = Record(
         topic=dead_letters(topic, group).name,
         key=record.key,
         value=record.value if record.value is not None or record.key is not None else b"",
         headers=(
-            *record.headers,
-            ("dlq-topic", record.topic.encode()),
-            ("dlq-partition", str(record.partition).encode()),
-            ("dlq-offset", str(record.offset).encode()),
-            ("dlq-reason", reason.encode()[:1000]),
+            *[(name, value if value is not None else b"") for name, value in record.headers],
+            *_marks(record, reason),
         ),
+    )
+    try:
+        check_size(letter)
+    except InvalidArgument:
+        return _cut(record, letter, reason)
+    return letter
+
+
+def _marks(record: Record, reason: str) -> tuple[tuple[str, bytes], ...]:
+    return (
+        ("dlq-topic", record.topic.encode()),
+        ("dlq-partition", str(record.partition).encode()),
+        ("dlq-offset", str(record.offset).encode()),
+        ("dlq-reason", reason.encode()[:1000]),
+    )
+
+
+def _cut(record: Record, letter: Record, reason: str) -> Record:
+    """The beginning of a record that is too large, without its own headers."""
+    key, value = record.key, record.value
+    return replace(
+        letter,
+        key=key[:_MOST_KEY] if key is not None else None,
+        value=value[: MAX_RECORD_BYTES - _BESIDE_VALUE] if value is not None else letter.value,
+        headers=_marks(record, f"cut, since it is too large: {reason}"),
     )
 
 

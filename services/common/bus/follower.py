@@ -14,7 +14,7 @@ from services.common.bus.admin import partition_counts
 from services.common.bus.delivery import Backoff
 from services.common.bus.fetch_wait import IDLE_LOOK_MS, FetchWait, News
 from services.common.bus.port import MAX_RECORD_BYTES, METADATA_MAX_AGE_MS, Table
-from services.common.bus.stopping import stop_consumer
+from services.common.bus.stopping import has_broken, stop_consumer
 from services.common.bus.table import KafkaTable
 from services.common.bus.topic_log import Lost, TopicLog
 from services.common.errors import Unavailable
@@ -111,6 +111,8 @@ class Follower:
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         """What one fetch brings, for every topic."""
         now = asyncio.get_running_loop().time()
+        if has_broken(consumer):
+            raise KafkaError("a task of the client has ended")
         if any(not following.partitions for following in self._logs.values()) and now >= self._ask_at:
             await self._ask_for_partitions()
         if not self._is_assigned:

@@ -27,6 +27,7 @@ from services.common.bus.port import (
     Table,
     check_size,
 )
+from services.common.bus.stopping import has_broken
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
 
@@ -163,6 +164,8 @@ class KafkaBus:
     async def _started_producer(self) -> AIOKafkaProducer:
         """The one producer, started. The caller's timeout bounds the wait for a broker that is away."""
         async with self._starting:
+            if self._producer is not None and has_broken(self._producer):
+                await self._drop_producer()
             backoff = Backoff(0.1, 1.0)
             while self._producer is None:
                 producer = self._new_producer()
@@ -199,7 +202,7 @@ class KafkaBus:
         try:
             # stop() first sends what is buffered, which with the broker away would wait for its expiry
             await asyncio.wait_for(producer.stop(), 2.0)
-        except (KafkaError, OSError, TimeoutError) as error:
+        except Exception as error:  # what ended it may come again here, and the next one is wanted
             log.warning("producer closed with records unsent: %r", error)
 
 

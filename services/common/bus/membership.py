@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import IllegalStateError, KafkaError
+from aiokafka.errors import CorruptRecordException, IllegalStateError, KafkaError, UnsupportedCodecError
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
 from faststream.message import StreamMessage
@@ -24,7 +24,7 @@ from services.common.bus.consume import Subscription
 from services.common.bus.delivery import Backoff
 from services.common.bus.fetch_wait import IDLE_LOOK_MS, FetchWait
 from services.common.bus.port import MAX_RECORD_BYTES
-from services.common.bus.stopping import stop_consumer
+from services.common.bus.stopping import has_broken, stop_consumer
 from services.common.tasks import ended
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,10 @@ CHECK_TIMEOUT = 5.0
 STOP_TIMEOUT = 5.0
 #: Where one topic is left, the group is joined anew after this time: who ends leaves them all, one by one.
 REJOIN_AFTER = 1.0
+#: When a partition is read again whose records could not be: a codec is missing here, or a checksum is wrong.
+UNREADABLE_REST_S = 5.0
 #: How long the loop that takes records sleeps at most where none come: it is woken when they do.
-_TAKE_WITHIN_MS = 1000
+_TAKE_WITHIN_S = 1.0
 
 
 class Membership:
@@ -122,11 +124,15 @@ class Membership:
         consumer = self._subscriber.consumer if self._subscriber is not None else None
         if consumer is None:
             return
+        if has_broken(consumer):
+            log.warning("a task of the client has ended: joining %s anew", self._group)
+            self._changed.set()
+            return
         for subscription in list(self._subscriptions.values()):
             try:
                 async with asyncio.timeout(CHECK_TIMEOUT):
                     await subscription.rewind_if_lost(consumer)
-            except (KafkaError, IllegalStateError, OSError, TimeoutError) as error:
+            except (KafkaError, IllegalStateError, AssertionError, OSError, TimeoutError) as error:
                 log.debug("positions in %s not checked: %r", subscription.topic.name, error)
         self._wait.look(consumer, asyncio.get_running_loop().time())
 
@@ -182,9 +188,43 @@ class Membership:
 
 async def _next_batch(consumer: AIOKafkaConsumer) -> Batch:
     """What has come, nothing after a while. In place of FastStream's own, which after each wait for records
-    sleeps as long without taking any: it would have to wait shortly, and wake up twenty times a second."""
-    batches = await consumer.getmany(timeout_ms=_TAKE_WITHIN_MS)
-    return tuple(record for records in batches.values() for record in records)
+    sleeps as long without taking any: it would have to wait shortly, and wake up twenty times a second.
+
+    One partition is asked after another: where one's records cannot be read, aiokafka forgets what it has
+    taken of others in the same asking, and goes on behind it. That partition rests, and holds up no other.
+    """
+    taken: list[ConsumerRecord] = []
+    each: list[tuple[TopicPartition, ...]] = [(partition,) for partition in consumer.assignment()]
+    for asked in each or [()]:  # where it has none, for the errors of its group
+        try:
+            found = await consumer.getmany(*asked)
+        except (UnsupportedCodecError, CorruptRecordException) as error:
+            log.warning("%s cannot be read, again in %g s: %r", asked, UNREADABLE_REST_S, error)
+            _rest(consumer, asked)
+        except KafkaError:
+            if not taken:
+                raise
+            break  # it comes again
+        else:
+            taken += [record for records in found.values() for record in records]
+    if not taken:
+        waiter = consumer._fetcher._create_fetch_waiter()  # noqa: SLF001 - getmany would take, too
+        await asyncio.wait({waiter}, timeout=_TAKE_WITHIN_S)
+        if not waiter.done():
+            waiter.cancel()
+        else:
+            waiter.result()  # an error of the group's
+    return tuple(taken)
+
+
+def _rest(consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> None:
+    def go_on() -> None:
+        with suppress(IllegalStateError):  # it went to somebody else meanwhile
+            consumer.resume(*partitions)
+
+    with suppress(IllegalStateError):
+        consumer.pause(*partitions)
+    asyncio.get_running_loop().call_later(UNREADABLE_REST_S, go_on)
 
 
 class _Assignment(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka carries no types

@@ -1,4 +1,4 @@
-"""Stopping consumers without being stopped by them."""
+"""Stopping consumers without being stopped by them, and telling which clients have stopped by themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,29 @@ async def stop_consumer(
     """
     await _apart(stop or consumer.stop)
     await _apart(consumer._client.close)  # noqa: SLF001 - stop() does it last, and may not come that far
+
+
+def has_broken(client: AIOKafkaConsumer | AIOKafkaProducer) -> bool:
+    """Whether a task has ended without which `client` reads or sends no more. aiokafka tells nobody, or the
+    same again and again, and goes on as if nothing came.
+
+    Its tasks expect errors of its own only. On uvloop a connection that was just reset raises a RuntimeError
+    where something is sent before the client has seen it.
+    """
+    if isinstance(client, AIOKafkaProducer):
+        return _ended(client.client._sync_task) or _ended(client._sender.sender_task)  # noqa: SLF001
+    group = client._coordinator  # noqa: SLF001
+    of_group = [getattr(group, name, None) for name in ("_heartbeat_task", "_commit_refresh_task")]
+    return (
+        any(_ended(task) for task in (client._client._sync_task, client._fetcher._fetch_task))  # noqa: SLF001
+        or _ended(getattr(group, "_coordination_task", None))
+        # These end when they are no longer needed, too.
+        or any(_ended(task) and not task.cancelled() and task.exception() for task in of_group if task)
+    )
+
+
+def _ended(task: asyncio.Task[None] | None) -> bool:
+    return task is not None and task.done()
 
 
 async def _apart(stop: Callable[[], Awaitable[None]]) -> None:

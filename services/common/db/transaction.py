@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from asyncpg.exceptions import QueryCanceledError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -27,9 +28,11 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
     to be had or a statement took too long, Aborted where a concurrent transaction won; integrity errors come
     as SQLAlchemy raises them.
     """
+    committing = False
     try:
         async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
             yield session
+            committing = True
     except PoolTimeout as error:
         raise DatabaseUnavailable("Every database connection is in use.", retry_after_ms=1000) from error
     except DBAPIError as error:
@@ -38,10 +41,18 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
         if getattr(error.orig, "sqlstate", None) == _TOO_LONG:
             raise DatabaseUnavailable("The database took too long to answer.", retry_after_ms=1000) from error
         if error.connection_invalidated or _is_connection_error(error):
-            raise DatabaseUnavailable("The database does not answer.", retry_after_ms=1000) from error
+            raise _unreachable(committing=committing) from error
         raise
+    except QueryCanceledError as error:  # of a COPY, which is asked of the driver itself
+        raise DatabaseUnavailable("The database took too long to answer.", retry_after_ms=1000) from error
     except (ConnectionError, TimeoutError) as error:
-        raise DatabaseUnavailable("The database does not answer.", retry_after_ms=1000) from error
+        raise _unreachable(committing=committing) from error
+
+
+def _unreachable(*, committing: bool) -> DatabaseUnavailable:
+    """Whether a commit was made whose answer is lost nobody knows. So nobody is told when to try it again:
+    callers do that by themselves where they are."""
+    return DatabaseUnavailable("The database does not answer.", retry_after_ms=None if committing else 1000)
 
 
 def is_refused(error: DBAPIError) -> bool:

@@ -103,6 +103,13 @@ class Spool:
             os.close(self._lock)
             self._lock = -1
             raise FailedPrecondition(f"another process writes the event log in {self._directory}") from None
+        try:
+            self._take_over()
+        except BaseException:
+            self.close()  # who held the lock on would keep everybody out, himself included
+            raise
+
+    def _take_over(self) -> None:
         first, offset = self._cursor.open()
         self._marked = self._publishing.open()
         last = first

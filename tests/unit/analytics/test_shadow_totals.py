@@ -78,6 +78,15 @@ def test_totals_are_the_same_in_any_order_and_after_storage() -> None:
     assert one == other
 
 
+def test_differences_beyond_all_numbers_can_be_stored() -> None:
+    """PostgreSQL's JSON has no infinity: a record that came to one would come again for ever."""
+    record = comparison(np.random.default_rng(2), 10)
+    record.outputs[0].mean_difference[:] = record.outputs[0].largest_difference[:] = [1.7e308] * 10
+    whole = total([record, record])
+    json.dumps(whole.to_json(), allow_nan=False)
+    assert whole.outputs["p"].sum_of_means == np.finfo(np.float64).max
+
+
 def test_the_report_covers_what_is_true() -> None:
     rng = np.random.default_rng(2)
     said = report("cancer", "1", "2", total([comparison(rng, 100) for _ in range(50)]), 0.05)

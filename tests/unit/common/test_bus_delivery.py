@@ -8,6 +8,7 @@ import pytest
 
 from services.common.bus import Malformed, Record
 from services.common.bus.delivery import Backoff, dead_letter, deliver, pause_s
+from services.common.bus.port import MAX_RECORD_BYTES, check_size
 from services.common.topics import Topic
 
 TOPIC = Topic("test.events.v1")
@@ -85,6 +86,25 @@ def test_a_dead_letter_says_where_it_came_from_and_keeps_its_content() -> None:
         "dlq-offset": b"17",
         "dlq-reason": b"cut short",
     }
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Record(TOPIC.name, b"k", bytes(MAX_RECORD_BYTES)),
+        Record(TOPIC.name, bytes(MAX_RECORD_BYTES), None),
+        Record(TOPIC.name, bytes(MAX_RECORD_BYTES // 2), bytes(MAX_RECORD_BYTES)),
+        Record(TOPIC.name, b"k", b"v", (("name", bytes(MAX_RECORD_BYTES)),)),
+        Record(TOPIC.name, b"k", b"v", tuple([("n" * 1000, b"")] * 20_000)),
+    ],
+    ids=["value", "key", "key and value", "header", "headers"],
+)
+def test_a_dead_letter_that_would_be_too_large_is_cut(record: Record) -> None:
+    letter = dead_letter(record, TOPIC, "drift", "cut short")
+    check_size(letter)
+    assert dict(letter.headers)["dlq-reason"] == b"cut, since it is too large: cut short"
+    assert len(letter.key or b"") == min(len(record.key or b""), 64 << 10)
+    assert (letter.value is None) == (record.value is None)
 
 
 def test_backoff_doubles_up_to_its_cap_and_starts_over() -> None:

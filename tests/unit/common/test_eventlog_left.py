@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from services.common.bus import MemoryBus
 from services.common.clock import SystemClock
-from services.common.eventlog import EventLog, publish_left
+from services.common.eventlog import EventLog, publish_left, spool
 from services.common.eventlog import left as left_module
 from services.common.topics import Topic
 from tests.fixtures.waiting import eventually
@@ -77,3 +79,29 @@ async def test_where_nobody_was_nothing_is_made(tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
     task.cancel()
     await asyncio.wait({task})
+
+
+async def test_a_directory_that_could_not_be_opened_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are too many open files, or no room for another one: it passes, and the log is published
+    by whoever comes first."""
+    bus = MemoryBus([TOPIC])
+    owner = await leave(tmp_path, b"first")
+    await owner.close(CLOCK.monotonic())
+    failing, begin = [True], spool.Spool._begin
+
+    def full(self: spool.Spool, number: int) -> None:
+        if failing:
+            failing.pop()
+            raise OSError(errno.EMFILE, "Too many open files")
+        begin(self, number)
+
+    monkeypatch.setattr(spool.Spool, "_begin", full)
+    before = len(os.listdir("/proc/self/fd"))
+    task = asyncio.create_task(publish_left(tmp_path, bus, TOPIC.name, clock=CLOCK, every_s=0.01))
+    await eventually(lambda: not failing)
+    await eventually(lambda: arrived(bus) == [b"first"])
+    task.cancel()
+    await asyncio.wait({task})
+    assert len(os.listdir("/proc/self/fd")) <= before

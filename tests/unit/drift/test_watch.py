@@ -139,6 +139,17 @@ def test_under_load_panes_grow_instead_of_following_faster() -> None:
     assert [window.rows for window in windows] == [1100, 1000]
 
 
+def test_a_clock_that_was_ahead_ends_no_watch() -> None:
+    rng = np.random.default_rng(9)
+    stream = Stream(reference=sample(rows(rng, 200)))
+    cadence = Cadence(reference_rows=200, pane_rows=100, window_panes=1, pane_s=1.0)
+    a_day = 86_400_000_000
+    tenths = range(1, 61)  # 1,000 rows a second, for 6 s; once from a worker whose clock is a day ahead
+    seen = [(rows(rng, 100), round(tenth * 1e5) + (a_day if tenth == 15 else 0)) for tenth in tenths]
+    windows = stream.feed(given(seen), cadence, THRESHOLDS)
+    assert [window.rows for window in windows] == [1100, 400, 1100, 1000, 1000, 1000]
+
+
 def finding(severity: Severity) -> Finding:
     return Finding("b", "psi", severity, 0.3, 0.2, 0.05, 0.0)
 

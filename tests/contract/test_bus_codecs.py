@@ -1,0 +1,76 @@
+"""Records of other producers, which may be compressed."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+import aiokafka.codec
+import pyarrow as pa
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.record import default_records
+
+from services.common.bus import KafkaBus, Record, membership
+from services.common.bus.admin import ensure_topics
+from services.common.topics import Topic
+from tests.fixtures.waiting import eventually_of
+
+NAMES = {2: "snappy", 4: "zstd"}
+
+
+def compressed(value: bytes, codec: int, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A batch of one record, as other clients write it."""
+    name = NAMES[codec]
+    with monkeypatch.context() as patched:
+        patched.setattr(aiokafka.codec, f"has_{name}", lambda: True)
+        patched.setattr(
+            default_records, f"{name}_encode", lambda data: pa.compress(bytes(data), codec=name, asbytes=True)
+        )
+        builder = default_records._DefaultRecordBatchBuilderPy(
+            2,
+            codec,
+            is_transactional=0,
+            producer_id=-1,
+            producer_epoch=-1,
+            base_sequence=-1,
+            batch_size=1 << 20,
+        )
+        builder.append(0, 1_750_000_000_000, b"k", value, [])
+        return bytes(builder.build())
+
+
+@pytest.mark.parametrize("codec", NAMES)
+async def test_a_topic_that_cannot_be_read_costs_no_other_of_its_group_its_records(
+    kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch, codec: int
+) -> None:
+    """aiokafka forgets what it has taken of some partitions where the next one's cannot be read."""
+    group = uuid.uuid4().hex[:12]
+    jobs, results = (Topic(f"{name}.{group}.v1", partitions=1) for name in ("jobs", "results"))
+    await ensure_topics(kafka_bootstrap, [jobs, results])
+    monkeypatch.setattr(aiokafka.codec, f"has_{NAMES[codec]}", lambda: False)
+    monkeypatch.setattr(membership, "UNREADABLE_REST_S", 0.1)
+    seen: list[bytes | None] = []
+
+    async def handler(records: Sequence[Record]) -> None:
+        seen.extend(record.value for record in records)
+
+    async def submitted(records: Sequence[Record]) -> None:
+        raise AssertionError(f"it can be read: {records}")
+
+    async with AIOKafkaProducer(bootstrap_servers=kafka_bootstrap) as others:
+        await others.partitions_for(jobs.name)
+        batch = compressed(b"{}" * 2000, codec, monkeypatch)
+        request = ProduceRequest(None, -1, 5000, [(jobs.name, [(0, batch)])])
+        await others.client.send(others.client.get_random_node(), request)
+    numbers = [b"%d" % number for number in range(100)]
+    async with (
+        KafkaBus(kafka_bootstrap, "test", session_timeout=2.0) as bus,
+        bus.consume(results, group, handler),
+        bus.consume(jobs, group, submitted),
+    ):
+        for number in numbers:
+            await bus.publish([Record(results.name, b"k", number)])
+        await eventually_of(lambda: bus.lag(results, group), lambda lag: lag == 0)
+    assert list(dict.fromkeys(seen)) == numbers
