@@ -122,8 +122,8 @@ class Call(Routed):
             endpoint.in_flight -= 1
             endpoint.calls.cancel(self._local_id)
             if late:
-                self._held_too_long(endpoint, now)
                 self._judge(endpoint, PredictReply(code=Code.CODE_DEADLINE_EXCEEDED), self.sent_at, now)
+                self._held_too_long(endpoint, now)
             elif self.group.outliers.breakers:
                 self.group.judge(endpoint, Verdict.NOTHING, self.sent_at, self.sent_at)
         else:
@@ -307,13 +307,14 @@ class Call(Routed):
     def _judge(self, endpoint: Endpoint, reply: PredictReply, sent_at: float, now: float) -> None:
         """Tell the version's endpoints how this one did."""
         group, code = self.group, reply.code
+        usual_s = group.outliers.usual(endpoint, endpoint.latency.value(now), sent_at)
         said = verdict(
             code,
             lost=code == Code.CODE_UNAVAILABLE and lost(reply),
             held_s=now - sent_at,
-            expected_s=endpoint.latency.value(now),
+            expected_s=usual_s,
         )
-        group.judge(endpoint, said, sent_at, now)
+        group.judge(endpoint, said, sent_at, now, usual_s)
 
     def _try_again(self, endpoint: Endpoint, reply: PredictReply, now: float) -> bool:
         """Whether the request is on its way to another endpoint, or waits for one."""

@@ -6,6 +6,7 @@ for small requests, where the deployment leaves it to the router who answers fir
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -182,10 +183,12 @@ class Group:
             self._picker = picker(balancing, self._rng)
         return self._picker.pick(members, unit_hash, now)
 
-    def judge(self, endpoint: Endpoint, said: Verdict, sent_at: float, now: float) -> None:
-        """Take what a reply says about `endpoint`."""
+    def judge(
+        self, endpoint: Endpoint, said: Verdict, sent_at: float, now: float, usual_s: float = math.inf
+    ) -> None:
+        """Take what a reply says about `endpoint`, where an answer usually takes `usual_s` seconds."""
         before = self.outliers.ejected_total
-        if self.outliers.judge(endpoint, said, len(self.ready), sent_at, now):
+        if self.outliers.judge(endpoint, said, len(self.ready), sent_at, now, usual_s):
             self.fill(self.ready)
         if self.outliers.ejected_total > before:
             log.warning(

@@ -74,6 +74,10 @@ class Breaker:
     since: float = -math.inf
     state: State = State.CLOSED
     failures: int = 0
+    #: What an answer usually took before the first error since the last answer, seconds; and when the last
+    #: error came.
+    usual_s: float = math.inf
+    failed_at: float = -math.inf
     ejections: int = 0
     #: Open: when it ends. Closed: when the next ejection is taken back.
     until: float = 0.0
@@ -110,9 +114,20 @@ class Outliers(Generic[E]):
         #: Endpoints that would have been ejected, had not enough been out already.
         self.spared_total = 0
 
-    def judge(self, endpoint: E, said: Verdict, count: int, sent_at: float, now: float) -> bool:
-        """Take one reply to a request sent at `sent_at`, of a version with `count` endpoints; whether
-        `offered` would now say something else."""
+    def usual(self, endpoint: E, estimate_s: float, sent_at: float) -> float:
+        """What an answer to a request sent at `sent_at` usually takes, by an estimate that follows what was
+        never answered, too. Where errors were known by then, it is what it was before them: else an endpoint
+        that hangs would be given ever more time."""
+        breaker = self.breakers.get(endpoint)
+        if breaker is None or sent_at < breaker.failed_at:
+            return estimate_s
+        return min(estimate_s, breaker.usual_s)
+
+    def judge(
+        self, endpoint: E, said: Verdict, count: int, sent_at: float, now: float, usual_s: float = math.inf
+    ) -> bool:
+        """Take one reply to a request sent at `sent_at`, of a version with `count` endpoints, where an answer
+        usually takes `usual_s`; whether `offered` would now say something else."""
         breaker = self.breakers.get(endpoint)
         if breaker is None:
             if said is not Verdict.FAILED or not self._policy.consecutive:
@@ -129,6 +144,7 @@ class Outliers(Generic[E]):
                 self.due.append(endpoint)
         elif breaker.state is State.CLOSED and said is Verdict.FAILED:
             breaker.failures += 1
+            breaker.usual_s, breaker.failed_at = min(breaker.usual_s, usual_s), now
             if breaker.failures >= self._policy.consecutive:
                 breaker.failures = 0
                 if self._out >= max(1, int(self._policy.share * count)):
@@ -174,7 +190,7 @@ class Outliers(Generic[E]):
             self.due.remove(endpoint)
 
     def _answered(self, endpoint: E, breaker: Breaker, now: float) -> bool:
-        breaker.failures = 0
+        breaker.failures, breaker.usual_s = 0, math.inf
         if breaker.state is State.CLOSED:
             return False
         # Also straight from open, which takes requests where all of its peers are out, too.

@@ -88,7 +88,7 @@ class InputLayout:
             if (
                 tensor.name == plain.name
                 and tensor.datatype == plain.datatype
-                and (size == self._plain_row or size[1:] == self._plain_shape)
+                and (size == self._plain_row or (size and size[1:] == self._plain_shape))
                 and len(content) == size[0] * (plain.row_bytes or 0)
                 and size[0] > 0
                 and not request.outputs

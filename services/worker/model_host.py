@@ -234,8 +234,10 @@ class ModelHost:
         if slot.stats is not None:
             model.stats = slot.stats
         model.configure(slot.desired.policy)
-        self._serving[slot.name] = model
         parked, slot.parked = slot.parked, None
+        # One that was taken away meanwhile does not stand in for who was deployed after it, and was sooner.
+        if not slot.unwanted or self._serving.get(slot.name) is parked:
+            self._serving[slot.name] = model
         if parked is not None:
             parked.hand_over(model)
         self._enter(slot, LoadedVersion.STATE_READY)

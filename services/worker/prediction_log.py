@@ -12,6 +12,7 @@ from typing import Final
 from headrace.v1.events_pb2 import PredictionBatch
 from headrace.v1.tensor_pb2 import Code
 
+from services.common.eventlog.log import MAX_EVENT_BYTES
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout, MergeKey
 from services.worker.item import Item
@@ -32,14 +33,16 @@ _INPUTS: Final = tag(PredictionBatch.INPUTS_FIELD_NUMBER, 2)
 _OUTPUTS: Final = tag(PredictionBatch.OUTPUTS_FIELD_NUMBER, 2)
 _MOST_KEPT: Final = 1024
 _MOST_SAID: Final = 64
+#: Tensors of one request, which are never parted: the log takes no larger event, and some of it is columns.
+_MOST_BYTES: Final = MAX_EVENT_BYTES - (64 << 10)
 
 
 @dataclass(frozen=True, slots=True)
 class PayloadPolicy:
     """What of the tensors is logged, in bytes. Of requests with inputs larger than `small_bytes` (images,
     many rows) some have them in the log, as many as fit into `large_bytes_per_s`, the others their outputs
-    alone; which ones depends on the time only. Outputs larger than `request_bytes` are left out. No record is
-    larger than about `record_bytes`."""
+    alone; which ones depends on the time only, but for those that no record can hold. Outputs larger than
+    `request_bytes` are left out. No record of several requests is larger than about `record_bytes`."""
 
     enabled: bool = True
     small_bytes: int = 1 << 12
@@ -190,11 +193,12 @@ class PredictionRecords:
         size, chunk_inputs = 0, True
         for entry in entries:
             outputs = sum(map(len, entry.outputs()))
-            if not policy.enabled or entry.part is None or outputs > policy.request_bytes:
+            if not policy.enabled or entry.part is None or outputs > min(policy.request_bytes, _MOST_BYTES):
                 bare.append(entry)
                 made.omitted += policy.enabled and entry.code == _OK
                 continue
-            inputs = self._with_inputs(entry.item.nbytes, times.finished, policy)
+            fits = outputs + entry.item.nbytes <= _MOST_BYTES
+            inputs = fits and self._with_inputs(entry.item.nbytes, times.finished, policy)
             made.omitted += not inputs
             nbytes = outputs + entry.item.nbytes * inputs
             if chunk and (

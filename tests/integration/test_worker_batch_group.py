@@ -130,6 +130,23 @@ class GroupContract:
         await settled(pool)
         assert second.taken
 
+    async def test_who_has_enough_during_a_rebalance_reads_on_later(self, pool: Pool) -> None:
+        """Its partitions are paused then, and librdkafka leaves them so."""
+        chunks = KafkaChunks(
+            pool.bootstrap, "test", pool.topic, pool.group, assignment=pool.assignment, session_timeout=2.0
+        )
+        async with chunks:
+            first = Member(chunks)
+            await pool.put(0, 120)
+            await eventually(lambda: chunks._paused)
+            second = await pool.join()
+            await eventually(lambda: second.chunks.partitions > 0)
+            await eventually(lambda: chunks.partitions + second.chunks.partitions == PARTITIONS)
+            taking = asyncio.create_task(first.run())
+            await eventually(lambda: len(set(first.values) | set(second.values)) == 120)
+            await settled(pool)
+            taking.cancel()
+
     async def test_work_in_hand_during_a_rebalance_is_not_begun_again_here(self, pool: Pool) -> None:
         first = await pool.join(settles=False)
         await pool.put(0, 16)

@@ -7,7 +7,15 @@ import asyncio
 from collections.abc import Callable
 from unittest.mock import patch
 
-from headrace.v1.control_pb2 import BucketRange, Hedging, LoadedVersion, ServedVersion, ServingConfig
+import pytest
+from headrace.v1.control_pb2 import (
+    Balancing,
+    BucketRange,
+    Hedging,
+    LoadedVersion,
+    ServedVersion,
+    ServingConfig,
+)
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code, Tensor
 from hypothesis import given, settings
@@ -107,7 +115,14 @@ class Refusals:
 class World:
     """Three workers, one router, callers that count their answers."""
 
-    def __init__(self, *, hedging: bool, fallback: bool, near: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        hedging: bool,
+        fallback: bool,
+        near: bool = False,
+        balancing: Balancing = Balancing.BALANCING_UNSPECIFIED,
+    ) -> None:
         """`near`: the last worker is in the router's process."""
         self.now = 1000.0
         self.workers: list[Worker] = []
@@ -120,6 +135,7 @@ class World:
             revision=1,
             versions=[ServedVersion(version="1"), ServedVersion(version="2")],
             buckets=[BucketRange(first=0, last=9999, version="1")],
+            balancing=balancing,
         )
         if hedging:
             config.hedging.CopyFrom(Hedging(quantile=0.5))
@@ -299,4 +315,44 @@ async def test_a_hedge_that_fails_too_leaves_it_to_the_fallback() -> None:
         next(worker for worker in world.workers if worker.held).answer(0, Code.CODE_OK)
     (answer,) = world.answers[1]
     assert (answer.code, answer.version, answer.fallback) == (Code.CODE_OK, "2", True)
+    world.dispatcher.close()
+
+
+@pytest.mark.parametrize("told", ["by the caller", "by the router"])
+async def test_a_worker_that_never_answers_is_left_out(told: str) -> None:
+    """What it did not answer says nothing of how long an answer takes: five in a row are five."""
+    world = World(hedging=False, fallback=False, balancing=Balancing.BALANCING_ROUND_ROBIN)
+    hangs, *others = world.workers
+    kept = 0
+    with patch("services.router.call._monotonic", lambda: world.now):
+        for number in range(1, 31):
+            world.ask(1, 0)
+            world.now += 0.01
+            for worker in others:
+                worker.answer(0, Code.CODE_OK)
+            if not hangs.held:
+                continue
+            kept += 1
+            world.now += TIMEOUT_S
+            if told == "by the caller":  # whose patience ends first
+                world.cancel(number - 1, 0)
+            else:
+                hangs.expire()
+        group = world.dispatcher.endpoints.group(("m", "1"))
+        assert {member.worker_id for member in group.members} == {"b", "c"}
+        assert (kept, group.outliers.ejected_total) == (5, 1)
+    world.dispatcher.close()
+
+
+async def test_one_burst_that_is_late_leaves_nobody_out() -> None:
+    """A worker that has too much to do is not one that hangs."""
+    world = World(hedging=False, fallback=False)
+    with patch("services.router.call._monotonic", lambda: world.now):
+        for _ in range(60):
+            world.ask(1, 0)
+        world.now += TIMEOUT_S
+        for worker in world.workers:
+            worker.expire()
+    assert len(world.answers) == 60
+    assert world.dispatcher.endpoints.group(("m", "1")).outliers.ejected_total == 0
     world.dispatcher.close()

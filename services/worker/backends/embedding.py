@@ -57,7 +57,7 @@ class EmbeddingBackend:
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         texts = [self._text(row) for row in inputs[self._input].flat]
-        encodings = self._tokenizer.encode_batch_fast(texts)
+        encodings = self._encoded(texts)
         longest = max(len(encoding.ids) for encoding in encodings)
         feed = {name: self._column(name, encodings, longest) for name in self._columns}
         names = [name for name in outputs if name != TOKENS] or list(self._outputs)
@@ -69,6 +69,16 @@ class EmbeddingBackend:
 
     def close(self) -> None:
         del self._session
+
+    def _encoded(self, texts: list[str]) -> list[Encoding]:
+        try:
+            return self._tokenizer.encode_batch_fast(texts)
+        except Exception:
+            raise
+        except BaseException as panic:
+            # Of the library's Rust, such as an expression that gives up on a text. It is no Exception, and
+            # who runs models in threads expects nothing else.
+            raise RuntimeError(f"the tokenizer panicked: {panic}") from panic
 
     def _text(self, row: bytes) -> str:
         try:

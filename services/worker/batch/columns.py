@@ -106,7 +106,7 @@ def _custom_ids(table: pa.Table, inputs: Inputs) -> list[str | None] | None:
         return None
     try:
         ids: list[str | None] = table.column(CUSTOM_ID).cast(pa.string()).to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
         where = f"inputs.{CUSTOM_ID}"
         kind = table.column(CUSTOM_ID).type
         raise InvalidArgument(f"{where} must hold strings, not {kind}.", field=where) from None
@@ -211,7 +211,8 @@ def _typed(
         array = pc.fill_null(array, "" if spec.text else pa.scalar(0, pa.uint8()).cast(array.type))
     if spec.text:
         texts = np.empty(len(array), object)
-        texts[:] = [value.encode() if isinstance(value, str) else bytes(value) for value in array.to_pylist()]
+        # Not by way of str: Parquet's strings may be anything, and what is no text fails in its row's run.
+        texts[:] = array.cast(pa.large_binary()).to_pylist()
         return texts
     values: Array = array.to_numpy(zero_copy_only=False)
     return _narrowed(spec, values, fail)

@@ -292,11 +292,14 @@ class KafkaChunks:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         numbers = [part.partition for part in partitions]
-        self._paused = False  # the new ones are not: all are looked at again
         if self._cooperative:
             consumer.incremental_assign(partitions)
         else:
             consumer.assign(partitions)
+        # librdkafka keeps a partition paused over a rebalance, even where it goes and comes back, and new
+        # ones are not: all are looked at again.
+        consumer.resume(consumer.assignment())
+        self._paused = False
         self._given_none = self._lost and not numbers
         self._rejoin_at = time.monotonic() + _REJOIN_S * 2**self._rejoins
         self._begin(numbers)

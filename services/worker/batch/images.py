@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -18,6 +19,9 @@ _MAX_PIXELS = 32 << 20
 #: What all images of a chunk may take once they are decoded.
 MAX_BYTES = 1 << 30
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What Pillow takes for damage itself while it opens a file, but not while it reads what follows the pixels.
+_STUMBLED = (LookupError, TypeError, EOFError, struct.error)
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, *_STUMBLED)
 
 
 def rows_of_images(
@@ -89,7 +93,7 @@ def _pixels(spec: InputSpec, content: bytes, room: int) -> Array:
             if image.width * image.height * abs(channels) * spec.dtype.itemsize > room:
                 raise InvalidArgument(f"the images of its chunk take more than {MAX_BYTES} bytes.")
             pixels = np.asarray(image.convert(_MODES[abs(channels)]))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except _DAMAGED:
         raise InvalidArgument("it is no PNG or JPEG image.") from None
     if len(spec.shape) == 3:
         pixels = pixels.reshape(*pixels.shape[:2], abs(channels))

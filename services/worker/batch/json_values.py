@@ -50,9 +50,11 @@ def to_rows(spec: InputSpec, flat: list[Any], shape: tuple[int, ...]) -> Array |
         return None
     if dtype.kind == "f" and dtype != np.float64:
         with np.errstate(over="ignore"):
-            array = array.astype(dtype)
-        if not np.isfinite(array).all():  # JSON has no infinity: the number was too large
+            narrow = array.astype(dtype)
+        finite = np.isfinite(narrow)
+        if not finite.all() and np.isfinite(array[~finite]).any():  # the number was too large
             return None
+        array = narrow
     return array.reshape(shape)
 
 

@@ -49,6 +49,8 @@ class TableFile:
         self._kept: tuple[int, pa.Table] | None = None
         self._reading: _Reading | None = None
         self._parquet: pq.ParquetFile | None = None
+        #: By group, what `_estimate` said of it.
+        self._estimates: dict[int, int | None] = {}
         try:
             if parquet:
                 metadata = pq.read_metadata(pa.PythonFile(file, "r"))
@@ -75,7 +77,7 @@ class TableFile:
                 if taken > 0:
                     part = self._slice(group, offset, taken, size)
                     if part.num_rows != taken:  # what a damaged file says of itself need not fit together
-                        raise InvalidArgument("The input has fewer rows than it says.", field=_FIELD)
+                        raise _fewer()
                     taking += _plain_bytes(part)
                     _check(taking, "Rows of a chunk of the input take")
                     parts.append(_plain(part))
@@ -116,15 +118,23 @@ class TableFile:
         )
 
     def _decoded(self, parquet: pq.ParquetFile, group: int) -> int | None:
-        """Bytes that the chosen columns of `group` take in memory, None where its metadata do not say. The
-        size that the group itself states is that of its encoding: a million equal values are a few bytes."""
+        """Bytes that the chosen columns of `group` take in memory, None where its metadata do not say."""
+        if group not in self._estimates:
+            self._estimates[group] = self._estimate(parquet, group)
+        return self._estimates[group]
+
+    def _estimate(self, parquet: pq.ParquetFile, group: int) -> int | None:
+        """By the metadata. The size that the group itself states is that of its encoding: a million equal
+        values are a few bytes."""
+        # Asked for a column whose metadata contradict themselves pyarrow ends the process; to read fails.
+        next(parquet.iter_batches(1, [group], columns=self._columns, use_threads=False), None)
         metadata = parquet.metadata.row_group(group)
         total = 0
-        for index in range(metadata.num_columns):
-            column = metadata.column(index)
-            name = column.path_in_schema
+        for index in range(len(parquet.schema)):
+            name = parquet.schema.column(index).path
             if not any(name == chosen or name.startswith(f"{chosen}.") for chosen in self._columns):
                 continue
+            column = metadata.column(index)
             kind = column.physical_type
             if kind == "BYTE_ARRAY" and name in self._texts:
                 total += column.total_uncompressed_size + 4 * column.num_values
@@ -162,7 +172,9 @@ class TableFile:
         taken: list[pa.RecordBatch] = []
         taking = 0
         while rows > 0:
-            batch = reading.rest.pop() if reading.rest else next(reading.batches)
+            batch = reading.rest.pop() if reading.rest else next(reading.batches, None)
+            if batch is None:  # as above; and a StopIteration would never get out of a thread
+                raise _fewer()
             skipped = min(max(0, offset - reading.at), batch.num_rows)
             used = min(rows, batch.num_rows - skipped)
             if used:
@@ -214,6 +226,10 @@ def _plain(table: pa.Table) -> pa.Table:
             name = table.column_names[index]
             table = table.set_column(index, name, column.cast(column.type.value_type))
     return table
+
+
+def _fewer() -> InvalidArgument:
+    return InvalidArgument("The input has fewer rows than it says.", field=_FIELD)
 
 
 def _check(size: int, what: str) -> None:

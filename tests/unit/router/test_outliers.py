@@ -172,6 +172,18 @@ def test_what_a_reply_says(code: Code, lost: bool, held_s: float, expected: Verd
     assert verdict(code, lost=lost, held_s=held_s, expected_s=1.0) is expected
 
 
+def test_what_is_usual_does_not_follow_errors() -> None:
+    r = room()
+    judge, usual = r.outliers.judge, r.outliers.usual
+    assert usual("a", 0.1, sent_at=0) == 0.1
+    judge("a", FAILED, 10, sent_at=0, now=1, usual_s=0.1)
+    assert usual("a", 5.0, sent_at=0.5) == 5.0  # sent before anything was wrong
+    assert usual("a", 5.0, sent_at=1) == 0.1
+    assert usual("b", 5.0, sent_at=1) == 5.0
+    judge("a", ANSWERED, 10, sent_at=1, now=2)
+    assert usual("a", 5.0, sent_at=2) == 5.0
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(NAMES[:5]), st.sampled_from(Verdict), st.floats(0, 40)), max_size=200),
     st.floats(0, 1),

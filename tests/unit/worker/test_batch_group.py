@@ -18,20 +18,30 @@ TOPIC = Topic("batch.chunks.test.v1", 2)
 
 
 class Broker:
-    """Stands for the client: takes assignments, and keeps what is committed."""
+    """Stands for the client: takes assignments, and keeps what is committed, and what was paused."""
 
     def __init__(self) -> None:
         self.committed: list[tuple[int, int]] = []
         self.joins = 0
+        self.assigned: list[TopicPartition] = []
+        self.paused: set[int] = set()
 
     def unsubscribe(self) -> None: ...
 
     def subscribe(self, topics: list[str], **_callbacks: Any) -> None:
         self.joins += 1
 
-    def assign(self, partitions: list[TopicPartition]) -> None: ...
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self.assigned = partitions
 
-    def unassign(self) -> None: ...
+    def unassign(self) -> None:
+        self.assigned = []
+
+    def assignment(self) -> list[TopicPartition]:
+        return self.assigned
+
+    def resume(self, partitions: list[TopicPartition]) -> None:
+        self.paused -= {part.partition for part in partitions}
 
     def commit(self, *, offsets: list[TopicPartition], asynchronous: bool) -> None:
         self.committed += [(part.partition, part.offset) for part in offsets]
@@ -79,6 +89,17 @@ async def test_what_was_done_before_the_partitions_were_lost_is_not_committed() 
     chunks.settle(await delivered(chunks, 1, 0))
     chunks._commit(broker)
     assert broker.committed == [(1, 1)]
+
+
+async def test_what_was_paused_before_a_rebalance_is_read_after_it() -> None:
+    chunks = KafkaChunks("127.0.0.1:1", "test", TOPIC, "test", assignment="range")
+    broker: Any = Broker()
+    assigned(chunks, broker, 0, 1)
+    broker.paused, chunks._paused = {0, 1}, True
+    chunks._on_revoke(broker, [TopicPartition(TOPIC.name, number) for number in (0, 1)])
+    assigned(chunks, broker, 0)
+    assert not chunks._paused
+    assert broker.paused == {1}
 
 
 async def test_a_member_that_lost_all_and_was_given_nothing_joins_again() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -207,6 +208,15 @@ class TestTables:
         assert only(rows_of_table(table, model, 0))["t"].tolist() == [b"a", b"b", b"a"]
         assert only(rows_of_table(table, model, 0))["d"].tolist() == [1, 2, 3]
 
+    def test_strings_that_are_no_text_come_as_they_are(self) -> None:
+        """Parquet does not check them: the model's own row fails, if it minds."""
+        strings = pa.array([b"\xff", b"a"]).view(pa.string())
+        rows = rows_of_table(pa.table({"t": strings}), inputs(("t", BYTES, [-1])), 0)
+        assert only(rows)["t"].tolist() == [b"\xff", b"a"]
+        with pytest.raises(InvalidArgument) as caught:
+            rows_of_table(pa.table({"t": ["a", "b"], "custom_id": strings}), inputs(("t", BYTES, [-1])), 0)
+        assert caught.value.field == "inputs.custom_id"
+
     def test_nan_is_a_number(self) -> None:
         rows = rows_of_table(pa.table({"a": [float("nan")], "b": [float("inf")], "c": [1.0]}), TABULAR, 0)
         assert np.isnan(only(rows)["x"][0, 0])
@@ -230,6 +240,12 @@ class TestCsv:
             1: ("inputs[6].b", "inputs[6].b must be a number, not a string."),
             2: ("inputs[7]", "inputs[7] has 2 values where 3 columns are named."),
         }
+
+    def test_beside_a_line_that_is_wrong_nan_is_a_number_still(self) -> None:
+        rows = rows_of_csv(b"1,nan,3\n1,two,3\n4,inf,6\n7,1e300,9\n", ["a", "b", "c"], TABULAR, 0)
+
+        assert [str(value) for value in only(rows)["x"][:, 1]] == ["nan", "inf"]
+        assert list(rows.failures) == [1, 3]
 
     def test_lists_are_written_as_json(self) -> None:
         rows = rows_of_csv(b'"[1, 2, 3]"\n"[4, 5]"\n', ["x"], TABULAR, 0)
@@ -293,6 +309,16 @@ class TestImages:
                 "inputs[7] (d): the image has shape [9, 9, 3] where [2, 3, 3] is expected.",
             ),
         }
+
+    def test_a_file_that_the_decoder_stumbles_over_fails_alone(self) -> None:
+        good = picture("PNG")
+        end = good.rindex(b"\0\0\0\0IEND")
+        profile = b"\0\0\0\0iCCP" + crc32(b"iCCP").to_bytes(4, "big")  # empty, and behind the pixels
+        files = [good, good[:end] + profile + good[end:]]
+        rows = rows_of_images(["a", "b"], files, inputs(("image", UINT8, [-1, 2, 3, 3])), 0)
+
+        assert rows.groups[0].places.tolist() == [0]
+        assert reasons(rows) == {1: ("inputs[1]", "inputs[1] (b): it is no PNG or JPEG image.")}
 
     def test_sizes_that_differ_make_groups(self) -> None:
         files = [picture("PNG"), picture("PNG", (1, 1)), picture("PNG")]

@@ -88,6 +88,31 @@ def test_damaged_pages_are_an_error_of_the_input() -> None:
         TableFile(io.BytesIO(bytes(content)), chosen, parquet=True).read(0, 0, 100)
 
 
+def test_metadata_that_contradict_themselves_are_an_error_of_the_input() -> None:
+    """pyarrow ends the process of whoever asks for them."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"n": [1.0, 2.0]}), sink)
+    content = sink.getvalue()
+    damaged = content.replace(b"%\2\x18\1n", b"%\0\x18\1n")  # the column is not optional any more
+    assert damaged != content
+    with pytest.raises(InvalidArgument, match="cannot be read"):
+        TableFile(io.BytesIO(damaged), list, parquet=True).read(0, 0, 2)
+
+
+def test_a_group_that_holds_fewer_rows_than_it_says_is_an_error_of_the_input() -> None:
+    """Also where it is read in steps."""
+    table = pa.table({"n": [["a", "b"]] * 300})
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    # Of the footer, where the last number of rows is that of the group: 300, now 600.
+    before, rows, behind = sink.getvalue().rpartition(b"\xd8\x04")
+    assert rows
+    file = TableFile(io.BytesIO(before + b"\xb0\x09" + behind), list, parquet=True)
+    assert file.read(0, 0, 300).num_rows == 300
+    with pytest.raises(InvalidArgument, match="fewer rows than it says"):
+        file.read(0, 0, 600)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     group_rows=st.integers(1, 1000),

@@ -11,7 +11,7 @@ import pytest
 from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from services.common.errors import InvalidArgument
 from services.worker.backends.embedding import EmbeddingBackend, load
@@ -97,6 +97,18 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument) as refused:
         embedded(loaded(artifact(tmp_path)), b"one", b"\xff")
     assert refused.value.field == "inputs.text"
+
+
+def test_a_text_that_the_tokenizer_panics_at_fails_like_any_other(tmp_path: Path) -> None:
+    """What it raises then is no Exception."""
+    directory = artifact(tmp_path)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"(\w+\s?)+$"), "isolated")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    backend = loaded(directory)
+    with pytest.raises(RuntimeError, match="panicked"):
+        embedded(backend, b"one", b"word " * 30 + b"!")
+    assert embedded(backend, b"one").tolist() == [[2, 1]]
 
 
 def test_an_artifact_without_a_tokenizer_says_so(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_inputs_come_back_in_the_order_of_the_signature() -> None:
     assert one.named_shapes(key, rows) == [(b"a", FP32, (1,)), (b"b", FP32, (1,))]
 
 
+@pytest.mark.parametrize("data", [b"", bytes(4)])
+def test_a_tensor_without_dimensions_has_no_rows(data: bytes) -> None:
+    """Also where a row has no dimension of its own."""
+    with pytest.raises(InvalidArgument) as refused:
+        layout(("x", FP32, [-1])).take(PredictRequest(inputs=[tensor("x", FP32, [], data)]))
+    assert refused.value.field == "inputs.x"
+
+
 def test_a_model_without_rows_takes_whole_tensors() -> None:
     one = layout(("x", FP32, [2, -1]), batched=False)
     rows, key, data = one.take(PredictRequest(inputs=[tensor("x", FP32, [2, 3], bytes(24))]))

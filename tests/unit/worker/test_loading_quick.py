@@ -1,5 +1,6 @@
 """Versions that a guest leaves to others: those that are slow, or that nobody knows to be quick, and those
-that ended a process. Real artifacts and models, in a host of one process."""
+that ended a process; and one that is taken away and deployed again while it comes. Real artifacts and models,
+in a host of one process."""
 
 from __future__ import annotations
 
@@ -245,3 +246,29 @@ async def test_the_mark_is_gone_when_loading_is_given_up(
         await rig.host.drain()
         await eventually(lambda: not rig.mark.exists())
         gate.set()
+
+
+async def test_who_is_overtaken_by_its_own_next_deployment_takes_nothing_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closings: list[OnnxBackend]
+) -> None:
+    fetch, gate, asked = ArtifactCache.fetch, asyncio.Event(), 0
+
+    async def first_held(cache: ArtifactCache, digest: str) -> Path:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            await gate.wait()
+        return await fetch(cache, digest)
+
+    monkeypatch.setattr(ArtifactCache, "fetch", first_held)
+    async with hosting(tmp_path, 0.0) as rig:
+        rig.deploy(mlp())
+        await eventually(lambda: asked == 1)
+        rig.deploy(None, revision=2)
+        rig.deploy(mlp(), revision=3)
+        await eventually(lambda: rig.host.find("net", "1") is not None)
+        serving = rig.host.find("net", "1")
+        gate.set()
+        await eventually(lambda: len(closings) == 1)  # the first one came, and went
+        assert rig.state()[0] == READY
+        assert rig.host.find("net", "1") is serving

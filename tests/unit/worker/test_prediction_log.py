@@ -9,6 +9,7 @@ from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 from numpy.typing import NDArray
 
 from services.common.eventlog.forms import learn
+from services.common.eventlog.log import MAX_EVENT_BYTES
 from services.worker.execution import Part
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Item
@@ -193,6 +194,16 @@ def test_outputs_too_large_are_left_out_too() -> None:
     bare = [record for record in read(made) if not record.outputs]
     assert [(list(record.rows), len(record.inputs)) for record in bare] == [([60], 0)]
     assert sorted(row for record in read(made) for row in record.rows) == [1, 1, 60]
+    assert made.omitted == 1
+
+
+def test_inputs_that_no_record_can_hold_are_left_out() -> None:
+    """Else the log would take none of the batch, and all of it would be refused."""
+    records = PredictionRecords("worker-7", "net", "3", "sha256:abc", InputLayout(SIGNATURE))
+    large = item(2, MAX_EVENT_BYTES // 8)
+    made = records.of_part(part(item(1, 1), large), TIMES, PayloadPolicy(request_bytes=MAX_EVENT_BYTES))
+    assert max(map(len, made.records)) < MAX_EVENT_BYTES
+    assert [(list(one.rows), len(one.inputs)) for one in read(made)] == [([1], 1), ([large.rows], 0)]
     assert made.omitted == 1
 
 
