@@ -193,7 +193,7 @@ async def gateway_app(
             health.start_draining()
             front.draining = True
             jobs.close()
-            await oip.announce_end()
+            oip.announce_end()
             await asyncio.sleep(cfg.drain_notice_s)
 
 

@@ -58,7 +58,8 @@ class InferPlan:
 
     def knows(self, size: int) -> bool:
         """Whether messages of about `size` bytes, names included, were learned."""
-        return any(known <= size <= known + _NAMES_BYTES for known in self._forms)
+        # Of what is known now: a thread that reads a large body may learn another size meanwhile.
+        return any(known <= size <= known + _NAMES_BYTES for known in tuple(self._forms))
 
     def wants(self, body: bytes) -> bool:
         """Whether to learn the form of `body`: the second of its size, unless nothing comes of learning."""

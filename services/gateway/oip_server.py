@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from open_inference import open_inference_pb2 as oip_pb2
 from open_inference import open_inference_pb2_grpc as oip_grpc
@@ -34,6 +34,7 @@ from services.gateway.rest.v2_routes import (
     repository_index,
     server_version,
 )
+from services.gateway.rpc.health import HealthServicer
 from services.gateway.rpc.limits import RpcLimits
 from services.gateway.rpc.methods import Methods
 from services.gateway.rpc.server import RpcServer
@@ -227,7 +228,7 @@ class OipServer:
     """A running server and the port that it got."""
 
     port: int
-    announce_end: Callable[[], Awaitable[None]]
+    announce_end: Callable[[], None]
     """Say by gRPC's own health service that the end is near; calls go on."""
 
 
@@ -247,13 +248,11 @@ async def serve_oip(
     methods = Methods()
     methods.guard(_SERVICE, _door(servicer.keys), but=_OPEN)
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, methods)  # type: ignore[no-untyped-call]
-    serving = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
-    health_pb2_grpc.add_HealthServicer_to_server(serving, methods)
     names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+    serving = HealthServicer(("", *names))
+    health_pb2_grpc.add_HealthServicer_to_server(serving, methods)
     described = reflection.aio.ReflectionServicer((*names, reflection.SERVICE_NAME))  # type: ignore[attr-defined]
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, methods)
-    for name in ("", *names):
-        await serving.set(name, health_pb2.HealthCheckResponse.SERVING)
     limits = RpcLimits(
         max_message_bytes=service.limits.max_body_bytes + _MESSAGE_SLACK, max_connections=max_connections
     )
@@ -264,9 +263,9 @@ async def serve_oip(
         raise Fatal(f"Cannot listen on {host}:{port} for gRPC: the port is taken.") from error
     async with server.sweeping():
         try:
-            yield OipServer(chosen, serving.enter_graceful_shutdown)
+            yield OipServer(chosen, serving.announce_end)
         finally:
-            await serving.enter_graceful_shutdown()
+            serving.announce_end()
             await server.stop(drain_s)
 
 

@@ -193,6 +193,28 @@ async def test_health_is_watched_and_reflection_answers_in_turn(gateway: Gateway
         assert said[2].error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
+async def test_who_watches_hears_of_the_end_though_another_watcher_has_left(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path) as running:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{running.gateway.grpc_port}")
+        health = health_pb2_grpc.HealthStub(channel)
+        asked = health_pb2.HealthCheckRequest(service="inference.GRPCInferenceService")
+        leaves, stays = health.Watch(asked), health.Watch(asked)
+        async with patience("the first states"):
+            for watch in (leaves, stays):
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        leaves.cancel()
+        await health.Check(asked, timeout=PATIENCE_S)  # the gateway has read of it by then
+
+        async def last() -> int:
+            status = (await stays.read()).status
+            stays.cancel()  # the connection's end waits for it
+            return int(status)
+
+        heard = asyncio.create_task(last())
+    assert await heard == health_pb2.HealthCheckResponse.NOT_SERVING
+    await channel.close(None)
+
+
 async def test_a_call_under_way_is_answered_while_the_gateway_ends(tmp_path: Path) -> None:
     async with running_gateway(tmp_path, drain_s=PATIENCE_S) as running:
         running.router.answer = lambda _request: None

@@ -786,6 +786,21 @@ def test_metrics_count_by_route_model_and_status(gateway: GatewayThread) -> None
     assert "/no/such/path" not in text
 
 
+@pytest.mark.parametrize("path", ["/v1/outcomes", "/v1/batch", "/v2/repository/index"])
+def test_who_leaves_before_the_body_is_whole_makes_no_failure_of_ours(
+    gateway: GatewayThread, path: str
+) -> None:
+    def answered(status: int) -> bool:
+        url = f"http://127.0.0.1:{gateway.running.gateway.ops_port}/metrics"
+        text = httpx.get(url, trust_env=False, timeout=PATIENCE_S).text
+        return f'headrace_gateway_requests_total{{model="",route="{path}",status="{status}"}}' in text
+
+    with socket.create_connection(("127.0.0.1", gateway.running.port), PATIENCE_S) as leaving:
+        leaving.sendall(message(b" " * 100, path=path.encode())[:-50])
+    until(lambda: answered(499) or answered(500))
+    assert not answered(500)
+
+
 def test_a_restricted_key_is_shown_its_own_models_only(gateway: GatewayThread) -> None:
     def index(key: str) -> set[str]:
         answer = gateway.request("POST", "/v2/repository/index", {}, authorization=f"Bearer {key}")

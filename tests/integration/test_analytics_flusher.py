@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services import analytics
-from services.analytics import flushing
+from services.analytics import flushing, repository
 from services.analytics.consumers import Consumers
 from services.analytics.flushing import Flusher, SegmentWriter, Sizes
 from services.analytics.metrics import Metrics
@@ -104,7 +104,7 @@ async def test_a_clock_set_forward_is_allowed_for_though_the_database_is_away_ju
         await consumers.on_predictions([Record(PREDICTIONS.name, b"cancer/1", batch.SerializeToString())])
         clock.set(3600.0)
         with monkeypatch.context() as away:
-            away.setattr(flushing.repository, "waiting", AsyncMock(side_effect=Unavailable("away")))
+            away.setattr(repository, "waiting", AsyncMock(side_effect=Unavailable("away")))
             with pytest.raises(Unavailable):
                 await flusher.flush_due()
         assert await flusher.flush_due() == 0

@@ -175,6 +175,28 @@ async def test_what_is_old_is_forgotten(database_url: str, tmp_path: Path) -> No
     await store.close()
 
 
+async def test_the_key_of_a_job_that_was_removed_makes_another(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+
+        async def submitted() -> str:
+            body = {"model": "cancer", "inputs": [{"x": 1}]}
+            answer = await here.rest.post("/v1/batch", json=body, headers={"idempotency-key": "once"})
+            assert answer.status_code == 202, answer.text
+            return str(answer.json()["batch_id"])
+
+        first = await submitted()
+        await here.ended(first)
+        assert await submitted() == first
+        store = ArtifactStore(f"file://{tmp_path}/artifacts")
+        backend = Backend(engine(database_url, "gateway"), store, InputSources(store, ()))
+        clock = ManualClock(SystemClock().unix_us() + 2 * 3600 * 1_000_000)
+        assert await Retention(backend, clock, timedelta(hours=1)).look() == 1
+        assert await submitted() != first
+        await backend.engine.dispose()
+        await backend.sources.close()
+        await store.close()
+
+
 async def test_a_gateway_does_not_start_with_a_wrong_allow_list(tmp_path: Path) -> None:
     store = f"file://{tmp_path}/artifacts"
     settings: dict[str, Any] = {

@@ -61,6 +61,10 @@ async def upload(here: Jobs, requests: list[Json], key: str | None = None, **fie
     )
 
 
+def kept_for(seconds: int) -> Json:
+    return {"anchor": "created_at", "seconds": seconds}
+
+
 async def started(here: Jobs, requests: list[Json], **more: Any) -> str:
     file = (await upload(here, requests)).json()
     body = {"input_file_id": file["id"], "endpoint": ENDPOINT, "completion_window": "24h", **more}
@@ -98,7 +102,8 @@ async def test_lines_of_many_rows_are_answered_under_their_ids(database_url: str
     ]
     async with jobs(database_url, tmp_path) as here:
         here.worker.instead = benign_below_15(here.worker.store)
-        batch = await ended(here, await started(here, requests, metadata={"a": "b"}))
+        more = {"metadata": {"a": "b"}, "output_expires_after": kept_for(3600)}
+        batch = await ended(here, await started(here, requests, **more))
         assert batch["status"] == "completed", batch
         assert batch["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
         assert (batch["model"], batch["metadata"]) == ("cancer", {"a": "b"})
@@ -112,6 +117,8 @@ async def test_lines_of_many_rows_are_answered_under_their_ids(database_url: str
         assert bad["fails"]["body"]["error"]["message"] == "no"
         files = (await here.rest.get("/v1/files")).json()["data"]
         assert {one["purpose"] for one in files} == {"batch", "batch_output"}  # nothing of its own is left
+        outputs = [one for one in files if one["purpose"] == "batch_output"]
+        assert {one["expires_at"] - one["created_at"] for one in outputs} == {3600}
 
 
 async def test_a_file_of_refused_lines_needs_no_job(database_url: str, tmp_path: Path) -> None:
@@ -153,6 +160,8 @@ async def test_what_cannot_run_says_why(database_url: str, tmp_path: Path) -> No
             ({"endpoint": "/v1/chat/completions"}, "endpoint"),
             ({"completion_window": "1h"}, "completion_window"),
             ({"metadata": {"k" * 65: "v"}}, "metadata"),
+            ({"output_expires_after": kept_for(60)}, "output_expires_after.seconds"),
+            ({"output_expires_after": kept_for(1 << 63)}, "output_expires_after.seconds"),
             ({"input_file_id": "file-none"}, "input_file_id"),
             ({"colour": "red"}, "colour"),
         ):

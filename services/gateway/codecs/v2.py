@@ -206,7 +206,8 @@ def fill_parameters(request: PredictRequest, parameters: dict[str, Scalar] | Non
     the class. What experiments target is looked for among the parameters too."""
     for name, value in (parameters or {}).items():
         if name == "user_id":
-            request.unit = str(value)[:512]
+            if value is not None:  # nobody is said, and must not become a user called None
+                request.unit = str(value)[:512]
         elif name == "session_id":
             if value is not None:
                 request.session = session_of(str(value), "parameters.session_id")

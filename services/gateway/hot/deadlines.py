@@ -75,7 +75,7 @@ class TimedProtocol(HttpToolsProtocol):
             if self._ticks > (limits.drain_idle_s if self.front.draining else limits.keep_alive_s):
                 self.transport.close()
         elif phase is Phase.HEAD:
-            if self._ticks > limits.head_s:
+            if self._ticks > limits.head_s and not self.flow.read_paused:  # or it is us who do not read
                 self._refuse_rest(RequestTimeout("The request's headers did not arrive in time."))
         elif phase is Phase.BODY and self._ticks > limits.body_s:
             self._body_late()

@@ -206,7 +206,7 @@ class PipelinedProtocol(TimedProtocol):
             return
         self._last = True
         self._drop_pipeline()
-        if exchange.complete or exchange.expects_continue:
+        if exchange.complete or (exchange.expects_continue and not exchange.continued):
             self.transport.close()
         else:
             # Closing with unread bytes would reset the connection before the client has read why.

@@ -15,12 +15,13 @@ from services.common.errors import InvalidArgument, NotFound
 from services.gateway.catalogue import Catalogue
 from services.gateway.codecs import native
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
-from services.gateway.jobs.openai_answers import RowReader, native_body
+from services.gateway.jobs.openai_answers import RowReader, native_body, shown_of, signature_of
 from services.gateway.jobs.openai_rows import rows_of
 from services.gateway.jobs.service import JobService
-from services.gateway.jobs.specs import PRIORITIES, JobSpec
+from services.gateway.jobs.specs import PRIORITIES, SHOWN, JobSpec
 from services.gateway.jobs.views import Job, error_json
 from services.gateway.keys import Key
+from services.gateway.signature import ModelSignature
 
 KIND: Literal["async"] = "async"
 MAX_ROWS = 1000
@@ -100,13 +101,17 @@ class AsyncRequests:
         if wanted:
             names = orjson.loads(wanted)
             outputs = {name: array for name, array in outputs.items() if name in names}
-        served = self._catalogue.model(job.model)
-        version = served.versions.get(job.version, served.default)
+        signature = self._signature(job)
         single = _SINGLE in job.metadata
-        answer["result"] = native_body(
-            job.job_id, job.model, job.version, version.signature, outputs, single=single
-        )
+        answer["result"] = native_body(job.job_id, job.model, job.version, signature, outputs, single=single)
         return answer
+
+    def _signature(self, job: Job) -> ModelSignature:
+        """By which the answer is shown: that of the version that gave it, which may be in service no more."""
+        if SHOWN in job.metadata:
+            return signature_of(job.metadata[SHOWN])
+        served = self._catalogue.model(job.model)  # accepted by an older release
+        return served.versions.get(job.version, served.default).signature
 
     def _spec(self, model: str, raw: bytes, idempotency_key: str) -> JobSpec:
         try:
@@ -137,6 +142,7 @@ class AsyncRequests:
             expires_in_s=body.expires_in_s,
             kind=KIND,
             idempotency_key=idempotency_key,
+            shown=shown_of(signature),
         )
 
 

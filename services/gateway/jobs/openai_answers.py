@@ -6,6 +6,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,7 +19,7 @@ from services.common.problems import http_status
 from services.gateway.codecs.openai import TOKENS, embeddings_answer
 from services.gateway.codecs.results import Array, nested, result_of_arrays
 from services.gateway.errors import openai_error
-from services.gateway.jobs.openai_rows import LinePlan
+from services.gateway.jobs.openai_rows import LinePlan, plans
 from services.gateway.signature import ModelSignature
 
 Outputs = dict[str, Array]
@@ -100,6 +101,19 @@ def write_answers(
         counts.failed += not good
         first = end
     return counts
+
+
+def write_files(
+    rendering: Rendering,
+    plans_at: Path,
+    results: Iterator[pa.RecordBatch],
+    errors: Iterator[tuple[int, HeadraceError]],
+    outputs_at: Path,
+    errors_at: Path,
+) -> Counts:
+    """The same from the file of plans to the two files."""
+    with plans_at.open("rb") as planned, outputs_at.open("wb") as outputs, errors_at.open("wb") as failed:
+        return write_answers(rendering, map(plans.decode, planned), results, errors, outputs, failed)
 
 
 def _answer(

@@ -18,7 +18,7 @@ from services.common.ids import id_text, new_id
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
 from services.gateway.jobs.backend import Backend
-from services.gateway.jobs.openai_files import Files, Reader, known_id
+from services.gateway.jobs.openai_files import Files, Reader, check_kept, known_id
 from services.gateway.jobs.openai_lines import GENERATING, model_of_endpoint
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
 
@@ -76,6 +76,8 @@ def decode_batch(raw: bytes) -> BatchRequest:
             "endpoint must be /v1/embeddings, /v1/predict or /v1/models/{model}/predict.", field="endpoint"
         )
     _check_metadata(request.metadata or {})
+    if request.output_expires_after is not None:
+        check_kept(request.output_expires_after.seconds, "output_expires_after.seconds")
     return request
 
 

@@ -221,10 +221,8 @@ class Files:
         file_id: str | None = None,
     ) -> StoredFile:
         """`source` as a file. With `file_id` given, doing it again changes nothing."""
-        if expires_after_s is not None and not _HOUR_S <= expires_after_s <= _MOST_S:
-            raise InvalidArgument(
-                f"Files are kept {_HOUR_S} to {_MOST_S} seconds.", field="expires_after[seconds]"
-            )
+        if expires_after_s is not None:
+            check_kept(expires_after_s, "expires_after[seconds]")
         now = self._clock.now()
         file = StoredFile(
             file_id=file_id or f"file-{id_text(new_id())}",
@@ -356,6 +354,12 @@ def known_id(text: str, kind: str, field: str = "id") -> str:
     if not _ID.fullmatch(text):
         raise NotFound(f"No such {kind}.", field=field)
     return text
+
+
+def check_kept(seconds: int, field: str) -> None:
+    """Raise InvalidArgument where files are not kept for so long, or for longer."""
+    if not _HOUR_S <= seconds <= _MOST_S:
+        raise InvalidArgument(f"Files are kept {_HOUR_S} to {_MOST_S} seconds.", field=field)
 
 
 def safe_name(filename: str) -> str:

@@ -159,13 +159,22 @@ def record_batch(
 
 
 def _column(kind: pa.DataType, spec: InputSpec, tensors: Sequence[Tensor]) -> pa.Array:
-    datatype = spec.datatype
-    if datatype is BYTES or any(size < 0 for size in spec.row_shape):
+    if spec.datatype is BYTES:
         return pa.array([row for tensor in tensors for row in rows_of(tensor)], kind)
-    data = b"".join([tensor.data for tensor in tensors])
-    array: pa.Array = pa.array(np.frombuffer(data, datatype.dtype))
-    for at in range(len(spec.row_shape) - 1, -1, -1):
-        array = pa.FixedSizeListArray.from_arrays(array, spec.row_shape[at])
+    if any(size < 0 for size in spec.row_shape):
+        return pa.concat_arrays([_numbers(spec, tensor.data, tensor.shape[1:]) for tensor in tensors])
+    return _numbers(spec, b"".join([tensor.data for tensor in tensors]), spec.row_shape)
+
+
+def _numbers(spec: InputSpec, data: bytes, shape: Sequence[int]) -> pa.Array:
+    """Rows of `shape`, as lists in lists. Not by pyarrow's own way from rows, which takes no array of two
+    dimensions for a list of lists."""
+    array: pa.Array = pa.array(np.frombuffer(data, spec.datatype.dtype))
+    for size, declared in reversed(list(zip(shape, spec.row_shape, strict=True))):
+        if declared >= 0:
+            array = pa.FixedSizeListArray.from_arrays(array, size)
+        else:
+            array = pa.ListArray.from_arrays(np.arange(0, len(array) + 1, size, dtype=np.int32), array)
     return array
 
 

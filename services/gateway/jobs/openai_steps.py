@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow as pa
 import structlog
 from headrace.v1.batch_pb2 import InputFormat
 from headrace.v1.tensor_pb2 import Code
-from sqlalchemy import select, update
+from sqlalchemy import or_, select, update
 
 from services.common.clock import Clock
 from services.common.db import transaction
@@ -34,11 +33,11 @@ from services.common.errors import (
 )
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.jobs.backend import Backend
-from services.gateway.jobs.openai_answers import Counts, Rendering, shown_of, signature_of, write_answers
+from services.gateway.jobs.openai_answers import Rendering, shown_of, signature_of, write_files
 from services.gateway.jobs.openai_batches import OPEN
 from services.gateway.jobs.openai_files import INTERNAL, OUTPUT, Files, Reader, StoredFile
 from services.gateway.jobs.openai_lines import EMBEDDINGS, Finding
-from services.gateway.jobs.openai_rows import LinePlan, Refused, compile_lines, first_line, plans
+from services.gateway.jobs.openai_rows import Refused, compile_lines, first_line
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
 from services.gateway.jobs.openai_threads import items_in_thread, no_items
 from services.gateway.jobs.pauses import Pauses
@@ -55,6 +54,8 @@ _IDLE_S = 2.0
 _AWAY_S = 30.0
 _LOOK_S = 0.5
 _LEASE_S = 60.0
+#: A lease that would last so many times as long as one does is none.
+_LEASES_LAST = 4
 _RENEW_S = 20.0
 _RETRY_S = 3.0
 #: Its file is read again each time.
@@ -154,24 +155,29 @@ class OpenAISteps:
 
     async def _next(self, row: OpenAIBatchRow) -> Change:
         if row.state == "validating":
-            return self._ended("cancelled") if row.cancelling_at is not None else await self._validate(row)
+            return await self._validate(row)
         if row.state == "running":
             return await self._follow(row)
         return await self._finalize(row)
 
     async def _validate(self, row: OpenAIBatchRow) -> Change:
         """Read the file, and make a job of its rows."""
+        accepted = await self._accepted(row)
+        if row.cancelling_at is not None and accepted is None:
+            return self._ended("cancelled")
         async with self._files.workspace() as folder:
             source, rows_at, plans_at = folder / "lines", folder / "rows", folder / "plans"
             file = await self._files.get(row.input_file_id, _PLATFORM_READS)
             await self._files.download(file, source)
             model, version = await asyncio.to_thread(first_line, source, row.endpoint)
-            key, served = self._served(row, model, version)
+            key, served = self._served(row, model, version if accepted is None else accepted.version)
             compiled = await asyncio.to_thread(
                 compile_lines, source, row.endpoint, served.signature, rows_at, plans_at
             )
-            await self._keep(row, "plans", plans_at)
-            rows = await self._keep(row, "rows", rows_at) if compiled.rows else None
+            rows: StoredFile | None = None
+            if accepted is None:  # or the job reads what is kept already, and must not find it replaced
+                await self._keep(row, "plans", plans_at)
+                rows = await self._keep(row, "rows", rows_at) if compiled.rows else None
         values = {
             "model": model,
             "version": served.name,
@@ -180,12 +186,14 @@ class OpenAISteps:
             "shown": shown_of(served.signature),
             "in_progress_at": self._clock.now(),
         }
+        if accepted is not None:
+            return Change(values | {"state": "running", "job_id": accepted.job_id}, _LOOK_S)
         if rows is None:
             return Change(values | {"state": "finalizing", "finalizing_at": self._clock.now()})
         left = max(1, int((row.expires_at - self._clock.now()).total_seconds()))
         spec = JobSpec(
             model=model,
-            version=version,
+            version=served.name,  # by whose signature the rows were read, whatever is deployed meanwhile
             input_uri=rows.uri,
             input_format=InputFormat.INPUT_FORMAT_ARROW,
             expires_in_s=left,
@@ -200,12 +208,20 @@ class OpenAISteps:
             raise Refused([Finding("invalid_request", error.message)]) from None
         return Change(values | {"state": "running", "job_id": job.job_id, "version": job.version}, _LOOK_S)
 
+    async def _accepted(self, row: OpenAIBatchRow) -> Job | None:
+        """The job of a step whose end was not written; None mostly."""
+        try:
+            job = await self._jobs.get(row.batch_id, PLATFORM)
+        except NotFound:
+            return None
+        return job if job.key_id == row.key_id else None
+
     async def _follow(self, row: OpenAIBatchRow) -> Change:
         job = await self._jobs.get(row.job_id or "", PLATFORM)
         if not job.ended:
             if row.cancelling_at is not None:
                 await self._jobs.cancel(job.job_id, PLATFORM)
-            return Change({}, _LOOK_S)
+            return Change({"attempts": 0}, _LOOK_S)
         if job.state == "failed":
             message = job.error.message if job.error is not None else "The job failed."
             code = Code.Name(job.error.code).removeprefix("CODE_").lower() if job.error else "internal_error"
@@ -233,7 +249,7 @@ class OpenAISteps:
             results = no_items() if job is None else self._jobs.result_batches(job, extra=True)
             errors = no_items() if job is None else self._row_errors(job)
             counts = await asyncio.to_thread(
-                _write,
+                write_files,
                 rendering,
                 plans_at,
                 items_in_thread(loop, results),
@@ -313,11 +329,12 @@ class OpenAISteps:
                 return self._ended("expired")
             log.warning("openai_batch_waits", batch=row.batch_id, reason=error.message)
             return Change({}, _NO_ROOM_S)
-        if not isinstance(error, Unavailable):
-            log.error("openai_batch_step_failed", batch=row.batch_id, state=row.state, exc_info=error)
-            if row.attempts + 1 >= _MAX_ATTEMPTS:
-                message = "The platform failed to handle this batch."
-                return self._failed([Finding("internal_error", message).as_json()])
+        if isinstance(error, Unavailable):  # what is away says nothing of the batch
+            return Change({}, _RETRY_S)
+        log.error("openai_batch_step_failed", batch=row.batch_id, state=row.state, exc_info=error)
+        if row.attempts + 1 >= _MAX_ATTEMPTS:
+            message = "The platform failed to handle this batch."
+            return self._failed([Finding("internal_error", message).as_json()])
         return Change({"attempts": row.attempts + 1}, _RETRY_S)
 
     def _failed(self, found: list[dict[str, Any]]) -> Change:
@@ -328,9 +345,11 @@ class OpenAISteps:
 
     async def _claim(self) -> OpenAIBatchRow | None:
         now = self._clock.now()
+        # What would wait for far longer than anything here does was put off before the clock was set back.
+        put_off = OpenAIBatchRow.due_at > now + _LEASES_LAST * timedelta(seconds=_LEASE_S)
         due = (
             select(OpenAIBatchRow)
-            .where(OpenAIBatchRow.state.in_(OPEN), OpenAIBatchRow.due_at <= now)
+            .where(OpenAIBatchRow.state.in_(OPEN), or_(OpenAIBatchRow.due_at <= now, put_off))
             .order_by(OpenAIBatchRow.due_at)
             .limit(1)
             .with_for_update(skip_locked=True)
@@ -371,23 +390,6 @@ class OpenAISteps:
                 .where(OpenAIBatchRow.batch_id == batch_id, OpenAIBatchRow.state.in_(OPEN))
                 .values(due_at=due, **values)
             )
-
-
-def _write(
-    rendering: Rendering,
-    plans_at: Path,
-    results: Iterator[pa.RecordBatch],
-    errors: Iterator[tuple[int, HeadraceError]],
-    outputs_at: Path,
-    errors_at: Path,
-) -> Counts:
-    with plans_at.open("rb") as planned, outputs_at.open("wb") as outputs, errors_at.open("wb") as failed:
-        return write_answers(rendering, _plans(planned), results, errors, outputs, failed)
-
-
-def _plans(lines: Iterable[bytes]) -> Iterator[LinePlan]:
-    for line in lines:
-        yield plans.decode(line)
 
 
 def _file_id(row: OpenAIBatchRow, name: str) -> str:

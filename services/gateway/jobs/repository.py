@@ -167,6 +167,8 @@ class JobRepository:
     async def delete(self, job_ids: Collection[str]) -> None:
         """Remove jobs with everything that was known of them."""
         await self._session.execute(delete(JobRow).where(JobRow.job_id.in_(job_ids)))
+        # Or the same request would be refused for as long as keys are kept.
+        await self._session.execute(delete(IdempotencyKeyRow).where(IdempotencyKeyRow.job_id.in_(job_ids)))
 
     # chunks
 

@@ -134,7 +134,7 @@ class JobService:
             "output_format": spec.output_format,
             "callback_url": spec.callback_url,
             "priority": spec.priority,
-            "metadata": dict(spec.metadata),
+            "metadata": spec.kept,
             "exclude_from_drift": spec.exclude_from_drift,
             "exclude_from_experiments": spec.exclude_from_experiments,
             "run_rows": self._run_rows(model, version),
@@ -391,7 +391,8 @@ def _digest(spec: JobSpec) -> bytes:
     """What makes two requests the same one."""
     metadata = dict(sorted(spec.metadata.items()))
     told = replace(spec, job_id="", idempotency_key="", metadata=metadata, inputs=None)
-    digest = hashlib.sha256(orjson.dumps([getattr(told, one.name) for one in fields(told)]))
+    said = [getattr(told, one.name) for one in fields(told) if one.name != "shown"]
+    digest = hashlib.sha256(orjson.dumps(said))
     if spec.inputs is not None:
         digest.update(spec.inputs)
     return digest.digest()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from headrace.v1.batch_pb2 import BatchJob, InputFormat, OutputFormat
@@ -43,6 +43,9 @@ _BY_ENDING = {
     ".feather": InputFormat.INPUT_FORMAT_ARROW,
 }
 
+#: Where the metadata of a stored job keep `JobSpec.shown`.
+SHOWN: Final = "headrace.shown"
+
 DAY_S = 24 * 3600
 _MAX_EXPIRES_S = 30 * DAY_S
 _MAX_METADATA = 16
@@ -57,7 +60,8 @@ _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 @dataclass(frozen=True, slots=True)
 class JobSpec:
     """One job. Exactly one of `inputs` (a JSON array of rows) and `input_uri` is set. Enumerations are those
-    of batch.proto; their zero means the default. `expires_in_s` 0: a day. `job_id` empty: one is made."""
+    of batch.proto; their zero means the default. `expires_in_s` 0: a day. `job_id` empty: one is made.
+    `shown`: what is kept for showing its answer."""
 
     model: str
     version: str = ""
@@ -74,6 +78,12 @@ class JobSpec:
     job_id: str = ""
     kind: Kind = "batch"
     idempotency_key: str = ""
+    shown: Mapping[str, Any] | None = None
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Metadata as they are stored."""
+        return dict(self.metadata) if self.shown is None else {**self.metadata, SHOWN: self.shown}
 
 
 _ABSENT = msgspec.Raw(b"")

@@ -12,7 +12,7 @@ from headrace.v1.dataplane_pb2 import Priority
 from headrace.v1.tensor_pb2 import Code
 
 from services.gateway.jobs.progress import rows_per_s, time_left_s
-from services.gateway.jobs.specs import INPUT_FORMATS, OUTPUT_FORMATS, PRIORITIES
+from services.gateway.jobs.specs import INPUT_FORMATS, OUTPUT_FORMATS, PRIORITIES, SHOWN
 from services.gateway.jobs.tables import JobRow
 
 State = Literal["validating", "in_progress", "cancelling", "completed", "failed", "cancelled", "expired"]
@@ -64,7 +64,7 @@ class Job:
     output_format: OutputFormat
     priority: Priority
     callback_url: str
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     exclude_from: tuple[str, ...]
     error: JobError | None
     created_at: datetime
@@ -144,7 +144,7 @@ def job_json(job: Job) -> dict[str, Any]:
         "input_uri": job.input_uri or None,
         "input_format": _INPUT_NAMES[job.input_format],
         "output_format": _OUTPUT_NAMES[job.output_format],
-        "metadata": dict(job.metadata),
+        "metadata": {name: value for name, value in job.metadata.items() if name != SHOWN},
         "exclude_from": list(job.exclude_from),
         "created_at": _time(job.created_at),
         "in_progress_at": _time(job.in_progress_at),

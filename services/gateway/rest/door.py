@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,6 +93,7 @@ def install_errors(app: FastAPI) -> None:
     for kind in (HeadraceError, HTTPException):
         usual: Handler = app.exception_handlers[kind]  # type: ignore[assignment]  # both are coroutines
         app.add_exception_handler(kind, _by_path(usual))
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
 
 def _by_path(usual: Handler) -> Handler:
@@ -113,6 +115,11 @@ def _by_path(usual: Handler) -> Handler:
         return Response(body, answer.status_code, media_type="application/json")
 
     return handle
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    """The client left before its body was whole: nobody reads the answer, and nothing failed here."""
+    return Response(status_code=499)
 
 
 def _shape_of(path: str) -> Callable[[HeadraceError], tuple[int, bytes]] | None:

@@ -74,6 +74,12 @@ def test_v2_parameters_name_session_and_user_and_the_others_can_be_targeted() ->
     assert caught.value.field == "parameters.session_id"
 
 
+def test_v2_parameters_that_are_null_name_nobody() -> None:
+    request = PredictRequest()
+    v2.fill_parameters(request, {"user_id": None, "session_id": None})
+    assert (request.unit, request.session) == ("", "")
+
+
 def test_an_attribute_hides_the_parameter_of_its_name() -> None:
     request = PredictRequest()
     v2.fill_parameters(request, {"country": "DE"})

@@ -390,6 +390,17 @@ async def test_a_refused_expectation_closes_at_once(connection: Connection) -> N
     assert connection.transport.closed
 
 
+async def test_a_body_that_was_asked_for_and_is_refused_is_read_for_a_while() -> None:
+    connection = Connection(max_held_bytes=100)
+    connection.feed(post(b" " * 200, b"Expect: 100-continue\r\n")[:-200])
+    assert connection.statuses() == [b"100"]
+    connection.feed(b" " * 150)
+    assert connection.statuses() == [b"100", b"503"]
+    assert not connection.transport.closed  # or its sender would be reset before it has read why
+    connection.feed(b" " * 50)
+    assert connection.transport.closed
+
+
 async def test_draining_closes_idle_connections_and_finishes_running_ones(connection: Connection) -> None:
     connection.feed(HEAD + BODY)
     connection.front.draining = True

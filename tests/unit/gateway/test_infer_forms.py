@@ -4,7 +4,10 @@ same."""
 from __future__ import annotations
 
 import struct
+import sys
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,3 +319,25 @@ def test_answers_that_say_something_of_one_request_take_the_ordinary_way() -> No
         answer_form("cancer", PredictReply(outputs=[Tensor(datatype=DataType.DATA_TYPE_BYTES, data=b"1")]))
         is None
     )
+
+
+def test_sizes_are_looked_through_while_a_thread_learns_more() -> None:
+    plan, ended = InferPlan(served()), threading.Event()
+
+    def learn() -> None:
+        size = 0
+        while not ended.is_set():
+            size += 1
+            form: Any = SimpleNamespace(size=size, used=True)
+            plan.learn(form)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    learning = threading.Thread(target=learn)
+    learning.start()
+    try:
+        assert not any(plan.knows(-1) for _ in range(5000))
+    finally:
+        ended.set()
+        learning.join()
+        sys.setswitchinterval(interval)

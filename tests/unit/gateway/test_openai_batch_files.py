@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,34 @@ def test_lines_of_any_form_become_rows_of_one_table(tmp_path: Path) -> None:
     assert kept[3].status == 400
     assert kept[3].error is not None
     assert kept[3].error["param"] == "inputs[0]"
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "second"),
+    [
+        ([-1, -1], [[1, 2], [3, 4]], [[5]]),
+        ([-1, -1, 2], [[[1, 2], [3, 4]]], [[[5, 6]], [[7, 8]]]),
+        ([-1, 2, -1], [[[1], [2]]], [[[3, 4, 5], [6, 7, 8]]]),
+        ([-1, -1, -1], [[[1, 2]], [[3, 4]]], [[[5], [6], [7]]]),
+        ([-1, 1, -1, -1], [[[[1, 2], [3, 4]]]], [[[[5, 6, 7]]]]),
+    ],
+)
+@pytest.mark.parametrize("datatype", ["DATA_TYPE_FP32", "DATA_TYPE_INT16", "DATA_TYPE_BYTES"])
+def test_rows_of_any_shape_become_lists_in_lists(
+    tmp_path: Path, datatype: str, shape: list[int], first: list[Any], second: list[Any]
+) -> None:
+    outputs = [TensorSpec(name="y", datatype="DATA_TYPE_FP32", shape=[-1])]
+    signature = compile_signature(
+        Signature(
+            inputs=[TensorSpec(name="x", datatype=datatype, shape=shape)],
+            outputs=outputs,
+            batched=True,
+        )
+    )
+    if datatype == "DATA_TYPE_BYTES":
+        first, second = (json.loads(re.sub(r"(\d)", r'"\1"', json.dumps(rows))) for rows in (first, second))
+    table, _kept = compiled(tmp_path, [line("a", inputs=first), line("b", inputs=second)], signature)
+    assert table.column("x").to_pylist() == first + second
 
 
 def test_texts_of_embeddings_become_rows(tmp_path: Path) -> None:
