@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 
@@ -11,11 +12,12 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record import default_records
+from confluent_kafka import Producer
 
 from services.common.bus import KafkaBus, Record, membership
 from services.common.bus.admin import ensure_topics
 from services.common.topics import Topic
-from tests.fixtures.waiting import eventually_of
+from tests.fixtures.waiting import eventually, eventually_of
 
 NAMES = {2: "snappy", 4: "zstd"}
 
@@ -39,6 +41,25 @@ def compressed(value: bytes, codec: int, monkeypatch: pytest.MonkeyPatch) -> byt
         )
         builder.append(0, 1_750_000_000_000, b"k", value, [])
         return bytes(builder.build())
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+async def test_what_librdkafka_compresses_is_read(kafka_bootstrap: str, codec: str) -> None:
+    topic = Topic(f"{codec}.{uuid.uuid4().hex[:12]}.v1", partitions=1)
+    await ensure_topics(kafka_bootstrap, [topic])
+    values = [b'{"job": %d, "inputs": [[1.0, 2.0], [1.0, 2.0]]}' % number for number in range(200)]
+    seen: list[bytes | None] = []
+
+    async def handler(records: Sequence[Record]) -> None:
+        seen.extend(record.value for record in records)
+
+    others = Producer({"bootstrap.servers": kafka_bootstrap, "compression.type": codec, "linger.ms": 100})
+    for value in values:
+        others.produce(topic.name, value)
+    await asyncio.to_thread(others.flush)
+    async with KafkaBus(kafka_bootstrap, "test") as bus, bus.consume(topic, topic.name, handler):
+        await eventually(lambda: len(seen) >= len(values), on=seen)
+    assert seen == values
 
 
 @pytest.mark.parametrize("codec", NAMES)
