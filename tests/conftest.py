@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.fixtures import examples, reruns
+from tests.fixtures import examples, forks, reruns
 from tests.fixtures.platform import (
     SharedPlatform,
     _shared_platform,
@@ -47,6 +47,7 @@ __all__ = [
     "bare_platform",
     "database_url",
     "examples",
+    "forks",
     "kafka_bootstrap",
     "new_apache_kafka",
     "new_platform",
