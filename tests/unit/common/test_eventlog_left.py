@@ -11,7 +11,7 @@ import pytest
 
 from services.common.bus import MemoryBus
 from services.common.clock import SystemClock
-from services.common.eventlog import EventLog, publish_left, spool
+from services.common.eventlog import EventLog, publish_left
 from services.common.eventlog import left as left_module
 from services.common.topics import Topic
 from tests.fixtures.waiting import eventually
@@ -89,15 +89,15 @@ async def test_a_directory_that_could_not_be_opened_is_let_go(
     bus = MemoryBus([TOPIC])
     owner = await leave(tmp_path, b"first")
     await owner.close(CLOCK.monotonic())
-    failing, begin = [True], spool.Spool._begin
+    failing, opened = [True], os.open
 
-    def full(self: spool.Spool, number: int) -> None:
-        if failing:
+    def full(path: Path, flags: int, *mode: int) -> int:
+        if failing and flags & os.O_EXCL:  # a new segment
             failing.pop()
             raise OSError(errno.EMFILE, "Too many open files")
-        begin(self, number)
+        return opened(path, flags, *mode)
 
-    monkeypatch.setattr(spool.Spool, "_begin", full)
+    monkeypatch.setattr(os, "open", full)
     before = len(os.listdir("/proc/self/fd"))
     task = asyncio.create_task(publish_left(tmp_path, bus, TOPIC.name, clock=CLOCK, every_s=0.01))
     await eventually(lambda: not failing)

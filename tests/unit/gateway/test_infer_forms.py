@@ -7,7 +7,7 @@ import struct
 import sys
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from open_inference.open_inference_pb2 import ModelInferRequest, ModelInferRespo
 
 from services.gateway.catalogue import Catalogue, ServedModel
 from services.gateway.codecs import oip
-from services.gateway.codecs.infer_forms import answer_form, named, names_of, request_form
+from services.gateway.codecs.infer_forms import RequestForm, answer_form, named, names_of, request_form
 from services.gateway.infer_plans import InferPlan
 from services.gateway.signature import ModelSignature, compile_signature
 from tests.fixtures.gateway import configs
@@ -323,13 +323,14 @@ def test_answers_that_say_something_of_one_request_take_the_ordinary_way() -> No
 
 def test_sizes_are_looked_through_while_a_thread_learns_more() -> None:
     plan, ended = InferPlan(served()), threading.Event()
+    asked = PredictRequest(inputs=[Tensor()])
+    forms = [RequestForm([b"", bytes(size)], [0], asked, [0], 1.0) for size in range(500)]
 
     def learn() -> None:
-        size = 0
-        while not ended.is_set():
-            size += 1
-            form: Any = SimpleNamespace(size=size, used=True)
+        for form in cycle(forms):
             plan.learn(form)
+            if ended.is_set():
+                return
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
