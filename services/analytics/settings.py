@@ -25,9 +25,9 @@ class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
     analytics_join_segments: Annotated[int, Field(ge=2)] = 8
     #: Predictions go after so many days, and the oldest before that where they take more bytes; outcomes go
     #: so many days after they came.
-    analytics_keep_days: Annotated[float, Field(gt=0)] = 90.0
+    analytics_keep_days: Annotated[float, Field(gt=0, le=36_500)] = 90.0
     analytics_keep_bytes: Annotated[int, Field(ge=1)] = 1 << 40
-    analytics_keep_outcomes_days: Annotated[float, Field(gt=0)] = 90.0
+    analytics_keep_outcomes_days: Annotated[float, Field(gt=0, le=36_500)] = 90.0
     #: Share of one core that goes into looks at experiments and rollouts, and into the placebos beside them.
     analytics_looks_share: Annotated[float, Field(gt=0, le=1)] = 0.08
     analytics_placebo_share: Annotated[float, Field(gt=0, le=1)] = 0.02

@@ -45,8 +45,9 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Environment(BaseSettings):
-    # An empty variable is an absent one: `OTEL_EXPORTER_OTLP_ENDPOINT=` in a file switches tracing off.
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+    # An empty variable is an absent one: `OTEL_EXPORTER_OTLP_ENDPOINT=` in a file switches tracing off. No
+    # number is infinite: neither timers nor dates can be.
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class ServiceSettings(_Environment):
@@ -135,6 +136,9 @@ def load(kind: type[S], other: Mapping[str, str] | None = None) -> S:
     the variables, in lower case, as container platforms mount secrets. A variable wins over a file, and
     `other` over both: variables as they are for this service, where another one shares its process. Raises
     ConfigurationError, which names every variable that is missing or wrong and never shows a value."""
+    # S3's client reads these itself, and takes an empty one for a value: an address, a token.
+    for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
+        del os.environ[name]
     given: dict[str, Any] = {name.lower(): value for name, value in (other or {}).items() if value}
     try:
         return kind(_secrets_dir=os.environ.get("SECRETS_DIR") or None, **given)

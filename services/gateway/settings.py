@@ -82,7 +82,7 @@ class Settings(ServiceSettings, RedisSettings, ArtifactSettings, FrameTlsSetting
     max_file_bytes: Annotated[int, Field(gt=0)] = 8 << 30
     batch_max_jobs_per_key: Annotated[int, Field(gt=0)] = 1000
     #: How long jobs and their results are kept after their end.
-    batch_retention_s: Annotated[float, Field(gt=0)] = 30 * 24 * 3600.0
+    batch_retention_s: Annotated[float, Field(gt=0, le=36_500 * 24 * 3600)] = 30 * 24 * 3600.0
     #: Hosts that callbacks may go to, wherever they lie; `public` stands for every public address.
     callback_allow: CommaSeparated = ("public",)
     #: Signs callbacks; without it jobs with a callback are refused.

@@ -21,6 +21,6 @@ class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
     max_upload_bytes: Annotated[int, Field(ge=1)] = 20 << 30
     upload_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     #: Experiments and rollouts are forgotten, with what was found, so many days after they were closed.
-    registry_keep_trials_days: Annotated[float, Field(gt=0)] = 365.0
+    registry_keep_trials_days: Annotated[float, Field(gt=0, le=36_500)] = 365.0
     #: How often the control topics are compared with the database.
     republish_check_s: Annotated[float, Field(gt=0)] = 5.0

@@ -57,11 +57,15 @@ def unpooled_engine(database_url: str, schema: str) -> AsyncEngine:
 def asyncpg_url(database_url: str) -> URL:
     """`postgresql://…` for the driver used here. Raises Fatal where it is no address."""
     try:
-        return make_url(database_url).set(drivername="postgresql+asyncpg")
+        url = make_url(database_url).set(drivername="postgresql+asyncpg")
     except ArgumentError:
         raise Fatal(
             "DATABASE_URL is not of the form postgresql://user:password@host:port/database."
         ) from None
+    # How libpq calls it, and so whoever lends databases; as an argument the driver knows it by another name.
+    if (mode := url.query.get("sslmode")) is not None:
+        url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
+    return url
 
 
 def connect_args(schema: str, statement_timeout_s: float) -> dict[str, object]:

@@ -126,6 +126,8 @@ class _Joined(Collector):
         families: dict[str, Metric] = {}
         for index, text in self._texts.items():
             for family in text_string_to_metric_families(text):
+                if family.name.endswith("_created"):
+                    continue  # a gauge in this format; OpenMetrics takes none of that name beside the counter
                 joint = families.get(family.name)
                 if joint is None:
                     joint = families[family.name] = Metric(family.name, family.documentation, family.type)

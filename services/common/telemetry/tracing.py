@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,7 +43,9 @@ class Tracing:
         self.enabled = processor is not None
         self._processor = processor
         self._sampled_below = round(sample_ratio * _TRACE_ID_LIMIT)
-        self._resource = Resource.create({"service.name": service, "service.instance.id": str(os.getpid())})
+        # A process id alone is the same in every container of a service.
+        instance = f"{socket.gethostname()}-{os.getpid()}"
+        self._resource = Resource.create({"service.name": service, "service.instance.id": instance})
         self._scope = InstrumentationScope("headrace")
 
     def start(self, parent: SpanContext | None = None) -> SpanContext | None:
@@ -143,9 +147,21 @@ class Tracing:
         if self._processor is None:
             return
         processor, self._processor, self.enabled = self._processor, None, False
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut() -> None:
+            try:
+                processor.shutdown()
+            finally:
+                with suppress(RuntimeError):  # the loop did not wait so long
+                    loop.call_soon_threadsafe(over.set)
+
+        # Not a thread of the loop's pool, whose end a loop waits for: with a collector that is away, this
+        # takes half a minute.
+        threading.Thread(target=shut, name="tracing-close", daemon=True).start()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
-                await asyncio.to_thread(processor.shutdown)
+                await over.wait()
 
 
 def setup_tracing(

@@ -1,4 +1,4 @@
-"""Whether several processes are ready, where one of them says nothing."""
+"""Whether several processes are ready, where one of them says nothing; and what they measured, together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import time
 from typing import Any
 
-from services.common.lifecycle import Health, JointOps
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from services.common.lifecycle import Health, JointOps, ops_app, serve_asgi
 
 
 async def said(ops: JointOps) -> tuple[int, dict[str, Any]]:
@@ -81,3 +84,28 @@ async def test_where_nobody_is_ready_each_is_asked_once_and_says_why() -> None:
             "process-2": "does not answer",
         }
         assert times == 1
+
+
+async def test_metrics_of_all_are_what_openmetrics_allows() -> None:
+    """A family `x_created` beside the counter `x` is refused by who reads it to the letter."""
+    registry = CollectorRegistry()
+    Counter("rows", "Rows.", ["outcome"], registry=registry).labels("done").inc(3)
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing to receive")
+
+    async with serve_asgi(ops_app(Health(), registry), "127.0.0.1", 0) as port:
+        accept = [(b"accept", b"application/openmetrics-text;version=1.0.0")]
+        asked_for = {"type": "http", "method": "GET", "path": "/metrics", "headers": accept}
+        await JointOps("127.0.0.1", [port, port], Health(), lambda: 0)(asked_for, receive, send)
+    body = sent[1]["body"].decode()
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families(body)  # type: ignore[no-untyped-call]
+    }
+    rows = [(sample.labels["process"], sample.value) for sample in families["rows"].samples]
+    assert rows == [("0", 3.0), ("1", 3.0)]

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import obstore
 import pytest
 
+from services.common.objects import ArtifactStore
 from services.common.settings import (
     ArtifactSettings,
     CommaSeparated,
@@ -105,3 +109,16 @@ def test_only_given_options_reach_the_artifact_store(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
     options = load(ArtifactSettings).artifact_store_options()
     assert options == {"endpoint": "http://127.0.0.1:9000", "region": "us-east-1"}
+
+
+def test_an_empty_address_of_s3_is_aws_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of S3 reads the variables, too: an empty address became one that no request can go to."""
+    monkeypatch.setenv("ARTIFACT_STORE_URL", "s3://bucket/prefix")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    settings = load(ArtifactSettings)
+    store = ArtifactStore(settings.artifact_store_url, settings.artifact_store_options())
+    address = obstore.sign(store._store, "GET", "x", timedelta(minutes=1))  # type: ignore[call-overload]
+    assert urlsplit(address).hostname == "s3.eu-central-1.amazonaws.com"

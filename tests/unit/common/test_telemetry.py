@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -12,6 +15,8 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, SpanKind, StatusCode, TraceFlags
 
@@ -28,6 +33,7 @@ from services.common.telemetry import (
     trace_bytes_of_traceparent,
     traceparent,
 )
+from services.common.telemetry import tracing as tracing_module
 from services.common.telemetry.asgi import TraceRequests
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -184,6 +190,41 @@ async def test_after_close_nothing_is_recorded() -> None:
     tracing.record_span("late", 1, 2)
     assert tracing.start() is None
     assert exporter.get_finished_spans() == ()
+
+
+def test_a_collector_that_is_away_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor goes on for half a minute; neither `close` nor the end of the loop waits for it."""
+    monkeypatch.setattr(tracing_module, "_CLOSE_S", 0.01)
+    back, gave_up = threading.Event(), threading.Event()
+
+    class Away(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            back.wait(3)
+            gave_up.set()
+            return SpanExportResult.FAILURE
+
+    async def service() -> None:
+        tracing = setup_tracing("test", None, 1.0, Away())
+        tracing.record_span("x", 1, 2)
+        await tracing.close()
+
+    asyncio.run(service())
+    waited = gave_up.is_set()
+    back.set()
+    assert not waited
+
+
+async def test_processes_of_two_containers_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each the service has the same process id."""
+    seen = set()
+    for host in ("3f2a", "91bc"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        tracing, exporter = _tracing()
+        tracing.record_span("x", 1, 2)
+        await tracing.close()
+        (span,) = exporter.get_finished_spans()
+        seen.add(span.resource.attributes["service.instance.id"])
+    assert len(seen) == 2
 
 
 async def test_http_requests_become_server_spans_of_their_callers_trace() -> None:

@@ -60,6 +60,13 @@ def test_every_alert_says_what_is_wrong_and_how_urgent_it_is() -> None:
         assert rule["annotations"].keys() == {"summary", "description"}, rule["alert"]
 
 
+def test_only_predictions_are_asked_how_long_they_took() -> None:
+    """Who waits for an async answer or follows a job is answered late by wish, and counted without model."""
+    asked = [one for one in promql.expressions() if "headrace_gateway_request_seconds_bucket" in one]
+    assert len(asked) > 1
+    assert [one for one in asked if 'model!=""' not in one] == []
+
+
 if PROMTOOL is not None:
 
     @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from headrace.v1.control_pb2 import ServingConfig
 
 from services.common.bus import MemoryBus, Record
-from services.common.topics import DEPLOYMENTS
+from services.common.topics import DEPLOYMENTS, Topic
 from services.registry import publishing
 from services.registry.edge import Edge
 from services.registry.metrics import Metrics
@@ -120,3 +120,42 @@ async def test_topics_are_compared_when_they_change_or_were_lost_or_were_wrong(
         republisher.wrong = 0
         healed = await settled()
         assert await settled() == healed
+
+
+class Waiting:
+    """A database whose one deployment waits in the outbox."""
+
+    async def __aenter__(self) -> Waiting:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    async def pending(self, topic: Topic) -> set[str]:
+        return {"a"} if topic is DEPLOYMENTS else set()
+
+    async def deployed_revisions(self) -> dict[str, int]:
+        return {"a": 1}
+
+    async def last_revisions(self) -> dict[str, int]:
+        return {"a": 1}
+
+    async def key_revisions(self) -> dict[str, int]:
+        return {}
+
+    trial_revisions = key_revisions
+
+
+async def test_what_waits_in_the_outbox_is_missing_on_the_broker_and_not_put_there_again() -> None:
+    """An alert looks for records that stay missing; a broker that takes none leaves them in the outbox."""
+    metrics = Metrics()
+    edge = SimpleNamespace(metrics=metrics, relay=Turns(), transaction=Waiting)
+    of_deployments = {"topic": DEPLOYMENTS.name}
+
+    def missing() -> float | None:
+        return metrics.registry.get_sample_value("headrace_registry_control_missing", of_deployments)
+
+    async with Republisher(cast(Edge, cast(Any, edge)), MemoryBus(), 3600.0):
+        await eventually(lambda: missing() is not None)
+        assert missing() == 1
+    assert not metrics.registry.get_sample_value("headrace_registry_republished_total", of_deployments)
