@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.common.errors import Fatal
 from services.common.grpc_auth import Interceptor, InternalAuthInterceptor
+from services.common.grpc_health import HealthServicer
 
 _MAX_MESSAGE_BYTES = 64 << 20
 
@@ -40,7 +41,7 @@ async def serve_grpc(
         ],
     )
     add(server)
-    healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs know only the sync one
+    healthy = HealthServicer(("", service))
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection((service, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
@@ -48,10 +49,8 @@ async def serve_grpc(
     except RuntimeError as error:
         raise Fatal(f"port {port} of {host} is in use; set GRPC_PORT to another") from error
     await server.start()
-    for name in ("", service):
-        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     try:
         yield bound
     finally:
-        await healthy.enter_graceful_shutdown()
+        healthy.announce_end()
         await server.stop(drain_s)

@@ -64,9 +64,15 @@ def to_array(data: Buffer, datatype: int, shape: Sequence[int]) -> Array:
     """
     try:
         if datatype == _BYTES:
-            array = np.empty(prod(shape), dtype=object)
-            array[:] = decode_bytes(bytes(data))
-            return array.reshape(shape)
+            return _texts(decode_bytes(bytes(data)), shape)
         return np.frombuffer(data, NUMPY_TYPES[datatype]).reshape(shape)
     except (ValueError, KeyError) as error:
         raise InvalidArgument(f"{len(data)} bytes do not fill a tensor of shape {list(shape)}") from error
+
+
+def _texts(elements: list[bytes], shape: Sequence[int]) -> Array:
+    if len(elements) != prod(shape):  # numpy would repeat a single one
+        raise ValueError("the elements are not as many as the shape says")
+    array = np.empty(len(elements), dtype=object)
+    array[:] = elements
+    return array.reshape(shape)

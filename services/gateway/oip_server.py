@@ -21,6 +21,7 @@ from open_inference import open_inference_pb2_grpc as oip_grpc
 from services.common.clock import Clock
 from services.common.errors import Fatal, HeadraceError, Internal, NotFound, Unimplemented
 from services.common.frames.header_blocks import Field
+from services.common.grpc_health import HealthServicer
 from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key, KeyRing, Scope
@@ -34,7 +35,6 @@ from services.gateway.rest.v2_routes import (
     repository_index,
     server_version,
 )
-from services.gateway.rpc.health import HealthServicer
 from services.gateway.rpc.limits import RpcLimits
 from services.gateway.rpc.methods import Methods
 from services.gateway.rpc.server import RpcServer

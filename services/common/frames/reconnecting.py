@@ -107,7 +107,7 @@ class Reconnecting:
         try:
             async with asyncio.timeout(self._limits.handshake_s):
                 await self._where.connect(build, self._ssl)
-        except (OSError, TimeoutError, tls.SSLError) as error:
+        except (OSError, TimeoutError, ValueError) as error:  # ValueError: no host can have that name
             self.last_error = str(error) or "no answer in time"
             return None
         return connection

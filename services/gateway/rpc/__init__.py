@@ -3,6 +3,6 @@
 Read in this order: limits (bounds of one connection), statuses (what calls end with, as bytes), methods (what
 is served beside the hot one), heads (what a call's header block says), streams (one call on its connection),
 sending, control and connection (the data path), exchange (ModelInfer: a hot call, for which no task is made),
-tasks (every other method, by the servicers that grpcio's generated code registers), health (one of these),
-server (listening, the sweep that enforces deadlines, draining).
+tasks (every other method, by the servicers that grpcio's generated code registers), server (listening, the
+sweep that enforces deadlines, draining).
 """

@@ -97,6 +97,19 @@ class TestRefusedHere:
             with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1 cannot be reached"):
                 await calls.wait_connected(0.05)
 
+    @pytest.mark.parametrize("new_loop", LOOPS)
+    @pytest.mark.parametrize("host", ["worker..svc", f"{'w' * 64}.svc"])
+    def test_a_host_of_no_possible_name_is_said_and_tried_again(self, new_loop: Loop, host: str) -> None:
+        """The resolver raises UnicodeError, which is no OSError."""
+
+        async def scenario() -> None:
+            async with calling(f"{host}:9000", connect=False) as calls:
+                await eventually(lambda: "idna" in calls.last_error)
+                with pytest.raises(Unavailable, match=r"cannot be reached: .*idna"):
+                    await calls.wait_connected(0.05)
+
+        run_on(new_loop, scenario())
+
     async def test_deadline_already_over(self, serves: Serving) -> None:
         async with serves(Echoes()) as (_, address), calling(address) as calls:
             reply = await calls.predict(PredictRequest(), now() - 1)

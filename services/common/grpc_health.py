@@ -1,7 +1,8 @@
 """gRPC's health service, open to everybody.
 
-Not grpcio's own: there all who watch a service wait for one condition, which is forgotten when the first of
-them leaves, so that the others never hear of the end.
+Not grpcio's own: there all who watch a service wait for one condition. It is forgotten when the first of them
+leaves, so that the others never hear of the end; and one who takes no message holds it for as long as he
+likes, so that the others hear nothing and the server cannot end.
 """
 
 # ruff: noqa: N802 - the names of the methods are the protocol's
@@ -14,8 +15,6 @@ from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from services.gateway.rpc.tasks import RpcContext
 
 _SERVING: Final = health_pb2.HealthCheckResponse(status="SERVING")
 _NOT_SERVING: Final = health_pb2.HealthCheckResponse(status="NOT_SERVING")
@@ -33,12 +32,16 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # t
         """Nothing is served any more, which those who watch are told."""
         self._ending.set()
 
-    async def Check(self, request: health_pb2.HealthCheckRequest, context: RpcContext) -> Any:
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Any:
         if request.service not in self._names:
             await context.abort(grpc.StatusCode.NOT_FOUND)
         return _NOT_SERVING if self._ending.is_set() else _SERVING
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: RpcContext) -> None:
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
         if request.service not in self._names:
             await context.write(_UNKNOWN)
         else:
