@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import duckdb
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.analytics import arm_queries, queries, schemas, shadows
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 #: As `comparison.Missing`.
 Missing = Literal["zero", "exclude"]
-Name = Annotated[str, Query(min_length=1, max_length=64)]
+#: PostgreSQL takes no zeros within text.
+_TEXT = r"^[^\x00]*$"
+Name = Annotated[str, Query(min_length=1, max_length=64, pattern=_TEXT)]
+Model = Annotated[str, Path(pattern=_TEXT)]
 Instant = Annotated[datetime | None, Query()]
 
 _BUILT_IN = {"error_rate": None, "latency_ms": None, "accuracy": "label"}
@@ -39,7 +42,7 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
     router = APIRouter(prefix="/v1/analytics", tags=["analytics"])
 
     @router.get("/models/{model}")
-    async def show_model(model: str, since: Instant = None, until: Instant = None) -> Json:
+    async def show_model(model: Model, since: Instant = None, until: Instant = None) -> Json:
         """Per version, variant and experiment of the requests that callers sent: counts, error rate with its
         Wilson interval, latency quantiles, outcome means. Shadow and batch requests are counted apart."""
         since_us, until_us = _period(since, until, clock)
@@ -65,7 +68,7 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
 
     @router.get("/models/{model}/compare")
     async def compare_versions(
-        model: str,
+        model: Model,
         a: Name,
         b: Name,
         metric: Name = "error_rate",
@@ -136,7 +139,7 @@ def shadow_routes(engine: AsyncEngine, clock: Clock) -> APIRouter:
 
     @router.get("/{model}")
     async def show_shadows(
-        model: str,
+        model: Model,
         version: Name | None = None,
         shadow_version: Name | None = None,
         alpha: Annotated[float, Query(gt=0, lt=0.5)] = 0.05,

@@ -17,7 +17,7 @@ from services.drift.detectors.sketches import QuantileSketch
 from services.drift.evaluation import Severity
 from services.drift.recording import alert_json, tell
 from services.drift.sample import Sample
-from services.drift.schemas import ReferenceBody, WebhookBody
+from services.drift.schemas import ReferenceBody, Text, WebhookBody
 from services.drift.stream import Cadence
 from services.drift.tables import StreamRow, WebhookRow, WindowRow
 
@@ -41,7 +41,7 @@ def routes(engine: AsyncEngine, relay: OutboxRelay, clock: Clock, cadence: Caden
 
 def _add_models(router: APIRouter, engine: AsyncEngine, cadence: Cadence) -> None:
     @router.get("/models/{model}")
-    async def show_model(model: str) -> Json:
+    async def show_model(model: Text) -> Json:
         """Every version that was seen: how far its reference is, and what its newest window says."""
         async with transaction(engine) as session:
             found = await repository.streams(session, model)
@@ -60,7 +60,7 @@ def _add_models(router: APIRouter, engine: AsyncEngine, cadence: Cadence) -> Non
         return {"model": model, "versions": versions}
 
     @router.get("/models/{model}/versions/{version}/windows")
-    async def list_windows(model: str, version: str, limit: Limit = 20) -> Json:
+    async def list_windows(model: Text, version: Text, limit: Limit = 20) -> Json:
         """The newest comparisons, newest first."""
         async with transaction(engine) as session:
             await repository.find_stream(session, model, version)
@@ -72,7 +72,7 @@ def _add_references(router: APIRouter, engine: AsyncEngine, relay: OutboxRelay, 
     path = "/models/{model}/versions/{version}/reference"
 
     @router.get(path)
-    async def show_reference(model: str, version: str) -> Json:
+    async def show_reference(model: Text, version: Text) -> Json:
         """What the live stream is compared with."""
         async with transaction(engine) as session:
             row = await repository.find_stream(session, model, version)
@@ -89,7 +89,7 @@ def _add_references(router: APIRouter, engine: AsyncEngine, relay: OutboxRelay, 
         }
 
     @router.put(path)
-    async def upload_reference(model: str, version: str, body: ReferenceBody) -> Json:
+    async def upload_reference(model: Text, version: Text, body: ReferenceBody) -> Json:
         """Compare with this sample from now on. What was remembered of the stream so far is dropped."""
         now = clock.now()
         sample = Sample()
@@ -103,7 +103,7 @@ def _add_references(router: APIRouter, engine: AsyncEngine, relay: OutboxRelay, 
         return {"model": model, "version": version, "source": "upload", "rows": sample.rows}
 
     @router.delete(path, status_code=204)
-    async def relearn_reference(model: str, version: str) -> Response:
+    async def relearn_reference(model: Text, version: Text) -> Response:
         """Learn a new reference from the next predictions."""
         now = clock.now()
         async with transaction(engine) as session:
@@ -118,7 +118,7 @@ def _add_references(router: APIRouter, engine: AsyncEngine, relay: OutboxRelay, 
 
 def _add_alerts(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
     @router.get("/alerts")
-    async def list_alerts(model: str | None = None, state: State | None = None, limit: Limit = 100) -> Json:
+    async def list_alerts(model: Text | None = None, state: State | None = None, limit: Limit = 100) -> Json:
         """The newest first."""
         async with transaction(engine) as session:
             found = await repository.alerts(session, model, state, limit)
@@ -202,5 +202,7 @@ def _webhook_json(row: WebhookRow) -> Json:
 
 
 def _quantiles(sketch: QuantileSketch) -> Json:
+    if not sketch.count:  # no row of the reference had a number there
+        return {f"p{share * 100:g}": None for share in _SHOWN_SHARES}
     values = sketch.quantiles(_SHOWN_SHARES)
     return {f"p{share * 100:g}": float(value) for share, value in zip(_SHOWN_SHARES, values, strict=True)}

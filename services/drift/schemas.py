@@ -6,12 +6,23 @@ import math
 from ipaddress import ip_address
 from typing import Annotated, Any
 
-from pydantic import AnyHttpUrl, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AnyHttpUrl,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from services.drift.observations import Observations
 
 #: A larger sample says nothing more about a distribution, and has to fit one request.
 MAX_SAMPLE_ROWS = 1_000_000
+
+#: What PostgreSQL and JSON can hold: no zeros, no halves of a pair of surrogates.
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 
 class Strict(BaseModel):
@@ -24,7 +35,7 @@ class ReferenceBody(Strict):
     """A sample of what the model was trained on: columns of numbers or of strings, all equally long. Use the
     names that `GET …/reference` and the windows show; answers are `prediction`."""
 
-    features: Annotated[dict[str, list[float] | list[str]], Field(min_length=1)]
+    features: Annotated[dict[Text, list[float] | list[Text]], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _columns_fit(self) -> ReferenceBody:
@@ -54,7 +65,7 @@ class WebhookBody(Strict):
     """Where alerts of `model` (of every model where it is absent) are to be posted."""
 
     url: AnyHttpUrl
-    model: Annotated[str | None, Field(max_length=63)] = None
+    model: Annotated[Text | None, Field(max_length=63)] = None
 
     @field_validator("url")
     @classmethod

@@ -43,6 +43,11 @@ class Key:
     #: (`infer_plans.InferPlan`); forgotten with the key.
     plans: dict[str | bytes, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether what belongs to other keys is its to see, whatever model it is about."""
+        return Scope.ADMIN in self.scopes and not self.models
+
     def require(self, scope: Scope) -> None:
         """Raise PermissionDenied without `scope`."""
         if scope not in self.scopes:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import grpc
 import structlog
@@ -26,11 +27,13 @@ log = structlog.get_logger(__name__)
 SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _MAX_REQUEST_BYTES = 8 << 20
+#: What metadata take as it is; a field may hold a name that its sender chose. As gRPC writes its messages.
+_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class DomainErrors(Interceptor):
-    """Gives each domain error its status, the field in the trailing metadata `headrace-field`; anything else
-    is INTERNAL without details, and logged."""
+    """Gives each domain error its status, the field in the trailing metadata `headrace-field`, escaped as in
+    addresses where it is not ASCII; anything else is INTERNAL without details, and logged."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -53,7 +56,7 @@ class DomainErrors(Interceptor):
                 return await inner(request, context)
             except HeadraceError as error:
                 code = error.code
-                trailing = (("headrace-field", error.field),) if error.field else ()
+                trailing = (("headrace-field", quote(error.field, _PLAIN)),) if error.field else ()
                 await context.abort(_STATUS[int(code)], error.message, trailing)
             except (asyncio.CancelledError, grpc.aio.AbortError):
                 code = Code.CODE_CANCELLED

@@ -89,7 +89,7 @@ async def ensure_admin_key(tx: Repository, text: str, clock: Clock) -> None:
 
     Raises InvalidArgument where it is no key.
     """
-    match = KEY_TEXT.match(text)
+    match = KEY_TEXT.fullmatch(text)  # a line break behind it would be part of what is digested
     if match is None:
         raise InvalidArgument("BOOTSTRAP_ADMIN_KEY is not of the form hr_<12 characters>_<43 characters>")
     digest = hashlib.sha256(text.encode()).digest()

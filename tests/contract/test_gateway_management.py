@@ -172,6 +172,24 @@ def test_a_key_for_some_models_changes_nothing_by_naming_one_in_the_query(gatewa
 
 
 @pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/dlq"),
+        ("GET", "/v1/dlq/inference.predictions.v1.drift.dlq"),
+        ("POST", "/v1/dlq/inference.predictions.v1.drift.dlq/replay"),
+        ("POST", "/v2/repository/models/cancer/load"),
+        ("POST", "/v2/repository/models/none/unload"),
+    ],
+)
+def test_an_admin_for_some_models_is_none_for_the_others(
+    gateway: GatewayThread, method: str, path: str
+) -> None:
+    answer = gateway.request(method, path, authorization=f"Bearer {ADMIN_DIGITS}")
+    assert answer.status_code == 403
+    assert "This key is " in answer.text
+
+
+@pytest.mark.parametrize(
     ("path", "status"),
     [
         ("/v1/models/digits/versions/1", 200),

@@ -263,9 +263,15 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
         ({"a": "1", "b": "2", "metric": "accuracy", "missing": "zero"}, 422, "missing"),
         ({"a": "1"}, 422, "b"),
         ({"a": "1", "b": "2", "since": "2026-01-01T00:00:00"}, 422, "since"),
+        ({"a": "1", "b": "2", "metric": "\0"}, 422, "metric"),
     ):
         answer = await client.get(path, params=params)
         assert (answer.status_code, answer.json()["field"]) == (status, field), answer.text
+    for odd in ("analytics/models/%00", "analytics/models/%00/compare", "shadows/%00"):
+        answer = await client.get(f"/v1/{odd}", params={"a": "1", "b": "2"})
+        assert (answer.status_code, answer.json()["field"]) == (422, "model"), odd
+    answer = await client.get("/v1/analytics/query", params={"model": "\0"})
+    assert (answer.status_code, answer.json()["field"]) == (422, "model")
     assert (await client.get("/v1/analytics/models/unknown")).status_code == 404
     assert (await client.get(path, headers={"authorization": "Bearer wrong"})).status_code == 401
     assert (await client.get("/health/ready")).json()["ready"]

@@ -188,6 +188,20 @@ async def test_bad_input_names_the_field(database_url: str, kafka_bootstrap: str
         assert (inner.status_code, inner.json()["field"]) == (422, "url")
         assert (await client.get("/v1/drift/models/none")).status_code == 404
         assert (await client.get("/v1/drift/alerts?limit=0")).status_code == 422
+        for odd, field in (
+            ("models/%00", "model"),
+            ("models/a/versions/%00/windows", "version"),
+            ("models/a/versions/%00/reference", "version"),
+            ("alerts?model=%00", "model"),
+        ):
+            refused = await client.get(f"/v1/drift/{odd}")
+            assert (refused.status_code, refused.json()["field"]) == (422, field), odd
+        hook = await client.post("/v1/drift/webhooks", json={"url": "http://a/", "model": "\0"})
+        assert (hook.status_code, hook.json()["field"]) == (422, "model")
+        for features in (b'{"\\ud800": [1, 2]}', b'{"a": ["\\ud800", "b"]}', b'{"\\u0000": [1, 2]}'):
+            body = b'{"features": %b}' % features
+            unwritten = await client.put(path, content=body, headers={"content-type": "application/json"})
+            assert unwritten.status_code == 422, features
         stranger = await client.get("/v1/drift/alerts", headers={"authorization": "Bearer wrong"})
         assert stranger.status_code == 401
         assert (await client.get("/metrics", headers={"authorization": ""})).status_code == 200

@@ -15,11 +15,11 @@ from headrace.v1.batch_pb2 import BatchChunkResult, BatchJob
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.bus import Record
-from services.common.topics import JOB_RESULTS, JOBS, dead_letters
-from tests.fixtures.gateway import OTHER_MODEL, PREDICT_ONLY, READ_ONLY
+from services.common.topics import JOB_RESULTS, JOBS, KEYS, dead_letters
+from tests.fixtures.gateway import OTHER_MODEL, PREDICT_ONLY, READ_ONLY, api_key
 from tests.fixtures.gateway_jobs import Jobs, jobs
 from tests.fixtures.jobs import arrow_of, lines_of, numbers, parquet_of
-from tests.fixtures.waiting import eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 
 async def test_every_format_gives_every_row_once(database_url: str, tmp_path: Path) -> None:
@@ -166,6 +166,33 @@ async def test_uploaded_files_belong_to_their_key_however_they_are_written(share
             answer = await here.rest.post("/v1/batch", json=asked, headers=own)
             assert answer.status_code in (403, 404, 422), (written, answer.text)
             assert answer.json()["field"] == "input_uri"
+
+
+async def test_an_admin_for_some_models_sees_nobody_elses_files_and_batches(shared_jobs: Jobs) -> None:
+    """What is in them may be about any model."""
+    here = shared_jobs
+    some = "hr_admincancerx_" + "C" * 43
+    key = api_key(some, ["admin"], models=["cancer"])
+    await here.running.bus.publish([Record(KEYS.name, key.key_id.encode(), key.SerializeToString())])
+    theirs = {"authorization": f"Bearer {some}"}
+    await eventually_of(
+        lambda: here.rest.get("/v1/files", headers=theirs), lambda said: said.status_code != 401, PATIENCE_S
+    )
+    line = b'{"custom_id": "a", "method": "POST", "url": "/v1/predict", "body": {"model": "none"}}\n'
+    made = await here.rest.post("/v1/files", files={"file": ("x.jsonl", line)}, data={"purpose": "batch"})
+    file_id = made.json()["id"]
+    asked = {"input_file_id": file_id, "endpoint": "/v1/predict", "completion_window": "24h"}
+    batch_id = (await here.rest.post("/v1/batches", json=asked)).json()["id"]
+    for path in (f"/v1/files/{file_id}", f"/v1/files/{file_id}/content", f"/v1/batches/{batch_id}"):
+        assert (await here.rest.get(path)).status_code == 200, path
+        assert (await here.rest.get(path, headers=theirs)).status_code == 404, path
+    for path in ("/v1/files", "/v1/batches"):
+        assert (await here.rest.get(path, headers=theirs)).json()["data"] == []
+    assert (await here.rest.delete(f"/v1/files/{file_id}", headers=theirs)).status_code == 404
+    assert (await here.rest.post(f"/v1/batches/{batch_id}/cancel", headers=theirs)).status_code == 404
+    body = {"model": "cancer", "input_uri": made.json()["uri"]}
+    answer = await here.rest.post("/v1/batch", json=body, headers=theirs)
+    assert (answer.status_code, answer.json()["field"]) == (404, "input_uri")
 
 
 async def test_the_list_is_paged_and_filtered(shared_jobs: Jobs) -> None:

@@ -169,6 +169,9 @@ async def test_errors_name_code_and_field(running: Running) -> None:
     assert await refusal(
         call.SetAlias(pb.SetAliasRequest(model="churn", alias="7", version="1"), metadata=credential)
     ) == (invalid, "alias")
+    for key, named in (("a b", "a b"), ("a\nb%", "a%0Ab%25"), ("é", "%C3%A9")):
+        tagged = pb.CreateModelRequest(name="tagged", tags={key: "\0"})
+        assert await refusal(call.CreateModel(tagged, metadata=credential)) == (invalid, f"tags.{named}")
     assert await refusal(call.CreateModel(pb.CreateModelRequest(name="churn"), metadata=credential)) == (
         grpc.StatusCode.ALREADY_EXISTS,
         "name",

@@ -173,10 +173,12 @@ async def test_the_bootstrap_key_is_let_in_once_and_stays_revoked(
         await running.rest.delete("/v1/keys/abcdefgh2345")
     async with running_registry(cfg) as running:
         assert (await running.rest.get("/v1/keys")).json()["keys"][0]["revoked"] is True
-    wrong = registry_settings(database_url, kafka_bootstrap, tmp_path, bootstrap_admin_key="secret")
-    with pytest.raises(Fatal, match="BOOTSTRAP_ADMIN_KEY"):
-        async with running_registry(wrong):
-            pass
+    # With a line break behind it, it would open nothing for whoever sends it without.
+    for text in ("secret", f"{ADMIN_KEY}\n"):
+        wrong = registry_settings(database_url, kafka_bootstrap, tmp_path, bootstrap_admin_key=text)
+        with pytest.raises(Fatal, match="BOOTSTRAP_ADMIN_KEY"):
+            async with running_registry(wrong):
+                pass
 
 
 class Process:

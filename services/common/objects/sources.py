@@ -257,7 +257,10 @@ def _allowed(prefix: str) -> tuple[str, str, str]:
 
 def _split(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and path. Raises InvalidArgument for everything that could be read in two ways."""
-    parts = urlsplit(uri) if len(uri) <= _MAX_URI else None
+    try:
+        parts = urlsplit(uri) if len(uri) <= _MAX_URI else None
+    except ValueError:  # brackets of no IPv6 address, or a host that Unicode writes in two ways
+        parts = None
     if parts is None or parts.scheme not in _SCHEMES or any(ord(letter) < 32 for letter in uri):
         raise InvalidArgument("An input is store://…, file:///… or s3://bucket/….", field=FIELD)
     # What urlsplit forgives (capitals, blanks in front) would be another text for whoever compares texts.

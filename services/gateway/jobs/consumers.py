@@ -188,7 +188,7 @@ def result_of(number: int, record: Record) -> BatchChunkResult:
         raise Malformed(number, "The id of the job is none.")
     prefix = f"{output_prefix(result.job_id)}/"
     for path in (result.results_object, result.errors_object):
-        if path and not (path.startswith(prefix) and _OBJECT.fullmatch(path) and ".." not in path):
+        if path and not (path.startswith(prefix) and _OBJECT.fullmatch(path) and ".." not in path.split("/")):
             raise Malformed(number, f"The object {path[:200]!r} is not one of the job's.")
     return result
 

@@ -60,7 +60,7 @@ _MAX_NAME = 128
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Who asks. `everything`: an admin, who sees the files of all keys."""
+    """Who asks. `everything`: an admin for all models, who sees the files of all keys."""
 
     key_id: str
     everything: bool = False

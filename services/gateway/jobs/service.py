@@ -343,7 +343,7 @@ class JobService:
             )
         async with transaction(backend.engine) as session:
             file = await JobRepository(session).file(file_id)
-        is_theirs = file is not None and (file.key_id == caller.key_id or Scope.ADMIN in caller.scopes)
+        is_theirs = file is not None and (file.key_id == caller.key_id or caller.sees_all)
         if file is None or not file.readable(self._clock.now()) or not is_theirs:
             raise NotFound("There is no such input.", field="input_uri")
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from services.common.bus import Letter, Queue
 from services.common.clock import Clock
-from services.common.errors import InvalidArgument
+from services.common.errors import InvalidArgument, PermissionDenied
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
 from services.gateway.keys import KeyRing, Scope
@@ -52,15 +52,22 @@ def dead_letter_routes(
     """Routes for dead-letter queues."""
     router = APIRouter(tags=["dead letters"])
 
+    def admitted(request: Request) -> None:
+        caller = authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        if not caller.sees_all:
+            raise PermissionDenied(
+                "This key is for some models only; dead letters are of all.", field="model"
+            )
+
     @router.get("/v1/dlq", summary="Dead-letter queues, and how much waits in each")
     async def queues(request: Request) -> Response:
-        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        admitted(request)
         found = await office.queues()
         return _json({"queues": [{"topic": queue.topic, "waiting": queue.waiting} for queue in found]})
 
     @router.get("/v1/dlq/{topic}", summary="Records that wait, oldest first")
     async def letters(request: Request, topic: str) -> Response:
-        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        admitted(request)
         text = request.query_params.get("limit", str(_SHOWN))
         limit = int(text) if text.isascii() and text.isdigit() and len(text) < 9 else 0
         _check(limit, _MOST_SHOWN)
@@ -68,7 +75,7 @@ def dead_letter_routes(
 
     @router.post("/v1/dlq/{topic}/replay", summary="Send records back to the topics they came from")
     async def replay(request: Request, topic: str) -> Response:
-        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        admitted(request)
         raw = await bounded_body(request, _BODY_BYTES, bodies)
         try:
             wanted = _replay.decode(raw) if raw else ReplayBody()

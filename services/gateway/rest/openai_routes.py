@@ -34,7 +34,7 @@ def openai_routes(parts: OpenAIParts, keys: KeyRing, clock: Clock, bodies: BodyB
 
     def reader_of(request: Request) -> Reader:
         key = authenticated(request, keys, Scope.PREDICT, clock.monotonic())
-        return Reader(key.key_id, everything=Scope.ADMIN in key.scopes)
+        return Reader(key.key_id, everything=key.sees_all)
 
     _add_files(router, parts.files, reader_of)
     _add_batches(router, parts, reader_of, bodies)

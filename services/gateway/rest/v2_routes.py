@@ -126,12 +126,12 @@ def v2_routes(
         return _json(repository_index(catalogue, key))
 
     async def load(request: Request, model: str) -> Response:
-        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        authenticated(request, keys, Scope.ADMIN, clock.monotonic()).require_model(model)
         catalogue.model(model)  # what is deployed is loaded already
         return Response(status_code=200)
 
     async def unload(request: Request, model: str) -> Response:
-        authenticated(request, keys, Scope.ADMIN, clock.monotonic())
+        authenticated(request, keys, Scope.ADMIN, clock.monotonic()).require_model(model)
         served = catalogue.model(model)
         raise Unimplemented(f"Undeploy it: DELETE /v1/deployments/{served.name}.")
 

@@ -45,6 +45,7 @@ RULES = CallbackRules(())
         "http://[2002:7f00:1::]/",
         "http://[fe80::1]/",
         "http://[fd00::1]/",
+        "http://[fec0::1]/",
         "http://[ff02::1]/",
         "https://127.0.0.1./",
     ],

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from headrace.v1.batch_pb2 import BatchChunkResult
 
-from services.common.bus import Record
+from services.common.bus import Malformed, Record
 from services.common.bus.delivery import deliver
 from services.common.clock import ManualClock
 from services.common.errors import Aborted, HeadraceError, ResourceExhausted, Unavailable
-from services.gateway.jobs.consumers import MAX_TRIES, SubmittedJobs
-from services.gateway.jobs.specs import JobSpec
+from services.gateway.jobs.consumers import MAX_TRIES, SubmittedJobs, result_of
+from services.gateway.jobs.publishing import output_prefix
+from services.gateway.jobs.specs import JobSpec, is_job_id
 from services.gateway.keys import KeyRing
 
 
@@ -89,3 +91,18 @@ async def test_everything_waits_for_the_database() -> None:
     anything: Any = service
     handler = SubmittedJobs(anything, KeyRing(ManualClock()), lambda: True)
     assert await rounds(handler, 30) == (31, [])
+
+
+@pytest.mark.parametrize("job_id", ["a", "a.", "2026-11-01..07"])
+def test_whatever_id_a_producer_may_give_its_results_are_taken(job_id: str) -> None:
+    """A job whose results are refused would run until its time is over."""
+    assert is_job_id(job_id)
+
+    def told(path: str) -> Record:
+        result = BatchChunkResult(job_id=job_id, results_object=f"{output_prefix(job_id)}/{path}")
+        return Record("batch.results.v1", b"", result.SerializeToString())
+
+    assert result_of(0, told("results/0")).job_id == job_id
+    for path in ("../b/0", "results/..", "/0"):
+        with pytest.raises(Malformed):
+            result_of(0, told(path))
