@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -88,6 +89,9 @@ def compare(
         warnings.append("An arm has fewer than two units: nothing can be said yet.")
         return Comparison(estimates[0], estimates[1], None, None, None, ratio, assumptions, warnings)
     absolute = effect(sides[0], sides[1])
+    if not math.isfinite(absolute.std_error):
+        warnings.append("Values are so large that their spread is beyond what a float holds.")
+        return Comparison(estimates[0], estimates[1], None, None, None, ratio, assumptions, warnings)
     varies = absolute.std_error > 0
     enough = min(estimates[0].units, estimates[1].units) >= _FEW_UNITS
     if not varies:
@@ -172,11 +176,12 @@ def _counted(side: Observations, missing: Missing) -> Observations:
 def _summary(side: Observations, *, binary: bool, clustered: bool) -> Arm | None:
     if side.units.size == 0:
         return None
-    if clustered:
-        return Arm.ratio(PairedMoments.of(side.totals, side.counts))
-    if binary:
-        return Arm.proportion(float(side.totals.sum()), side.units.size)
-    return Arm.from_moments(Moments.of(side.totals))
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge values, which have no spread then
+        if clustered:
+            return Arm.ratio(PairedMoments.of(side.totals, side.counts))
+        if binary:
+            return Arm.proportion(float(side.totals.sum()), side.units.size)
+        return Arm.from_moments(Moments.of(side.totals))
 
 
 def _estimate(
@@ -198,8 +203,9 @@ def _estimate(
     else:
         spread = float(stats.norm.isf(alpha / 2)) * summary.error_variance**0.5
         ci = (summary.mean - spread, summary.mean + spread)
-    shown = ci if summary.n > 1 else None
-    return ArmEstimate(name, exposed, measured, summary.n, observations, summary.mean, shown)
+    shown = ci if summary.n > 1 and all(map(math.isfinite, ci)) else None
+    mean = summary.mean if math.isfinite(summary.mean) else None
+    return ArmEstimate(name, exposed, measured, summary.n, observations, mean, shown)
 
 
 def _fixed(arms: Arms, absolute: Effect, *, binary: bool, clustered: bool, alpha: float) -> Inference | None:

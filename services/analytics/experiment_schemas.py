@@ -13,6 +13,8 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]
 _SLACK = 1e-6
+#: Of a share, and of an effect (of a mean: in its spread), the least that is planned for: sizes stay numbers.
+_LEAST = 1e-9
 
 
 class _Input(BaseModel):
@@ -26,7 +28,7 @@ class PlanIn(_Input):
     metric: Literal["proportion", "mean"] = "proportion"
     baseline: FiniteFloat | None = None
     mean: FiniteFloat | None = None
-    sd: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    sd: Annotated[FiniteFloat, Field(ge=1e-100, le=1e100)] | None = None
     effect: FiniteFloat | None = None
     relative_effect: FiniteFloat | None = None
     alpha: Annotated[FiniteFloat, Field(gt=0, lt=0.5)] = 0.05
@@ -37,7 +39,7 @@ class PlanIn(_Input):
     ratio: Annotated[FiniteFloat, Field(ge=0.001, le=1000)] = 1.0
     sequential: bool = True
     looks: Annotated[int, Field(ge=1, le=50)] = 5
-    units_per_day: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    units_per_day: Annotated[FiniteFloat, Field(ge=1e-6)] | None = None
     units_per_variant: Annotated[int, Field(ge=2, le=10**12)] | None = None
 
     def question(self) -> Question:
@@ -58,6 +60,9 @@ class PlanIn(_Input):
             if self.metric == "proportion" and not 0 <= base + effect <= 1:
                 name = "effect" if self.effect is not None else "relative_effect"
                 raise InvalidArgument(f"A share of {base + effect:g} does not exist.", field=name)
+            if not _LEAST <= abs(effect) / (self.sd or 1.0) <= 1 / _LEAST:
+                name = "effect" if self.effect is not None else "relative_effect"
+                raise InvalidArgument(f"No size is planned for a change of {effect:g}.", field=name)
         return Question(
             metric=self.metric,
             base=base,
@@ -86,6 +91,8 @@ class PlanIn(_Input):
             raise InvalidArgument(f"A {self.metric} is planned from its {wanted}.", field=wanted)
         if self.metric == "proportion" and not 0 < base < 1:
             raise InvalidArgument("A share lies between 0 and 1.", field=wanted)
+        if base and abs(base) < (_LEAST if self.metric == "proportion" else 1e-100):
+            raise InvalidArgument(f"Nothing is planned from {base:g}.", field=wanted)
         return base
 
 

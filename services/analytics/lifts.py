@@ -114,10 +114,11 @@ class Line:
         they have no bound."""
         if not math.isfinite(radius):
             return None
-        square = radius * radius
-        lead = self.slope**2 - square * self.c
-        middle = self.slope**2 * self.root + square * self.b / 2
-        rest = self.slope**2 * self.root**2 - square * self.a
+        # Divided twice: the square of a large or small slope is beyond what a float holds.
+        a, b, c = (radius * radius * one / self.slope / self.slope for one in (self.a, self.b, self.c))
+        lead = 1 - c
+        middle = self.root + b / 2
+        rest = self.root * self.root - a
         inside = middle * middle - lead * rest
         if lead <= 0 or inside < 0:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from headrace.v1.trials_pb2 import TrialMetric
 
@@ -76,6 +78,10 @@ def _of_shadow_errors(totals: ShadowTotals, whose: str, weight: float) -> tuple[
     )
 
     def wealth(bound: float, side: Side, relative: bool) -> float:
+        # A share of the version's rate is less than as many points: beyond them it is beyond that as well,
+        # while within them it need not be within that.
+        if relative and (bound < 0 if side == "above" else bound > 0):
+            return -math.inf
         return float(bets.randomised_share(pairs, 2 * bound, side))
 
     rates = [count / totals.requests for count in (totals.errors, totals.shadow_errors)]

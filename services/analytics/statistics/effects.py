@@ -6,6 +6,7 @@ Knoblich & Lu, "Applying the delta method in metric analytics", KDD 2018).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,7 +96,9 @@ def effect(control: Arm, treatment: Arm, difference: Difference = "absolute") ->
         if control.mean == 0:
             raise ValueError("a relative effect needs a control other than zero")
         base = control.mean
-        variance = treatment.error_variance / base**2 + control.error_variance * treatment.mean**2 / base**4
+        ratio = treatment.mean / base
+        # Divided twice: the square of a large or small base is beyond what a float holds.
+        variance = (treatment.error_variance + control.error_variance * ratio * ratio) / base / base
         gap = gap / base
     else:
         variance = treatment.error_variance + control.error_variance
@@ -112,10 +115,11 @@ def effect(control: Arm, treatment: Arm, difference: Difference = "absolute") ->
 
 def welch_degrees_of_freedom(control: Arm, treatment: Arm) -> float:
     """Satterthwaite (1946), Welch (1947). Infinite where neither arm varies."""
-    left, right = control.error_variance, treatment.error_variance
-    if left + right <= 0 or control.n < 2 or treatment.n < 2:
-        return float("inf")
-    return (left + right) ** 2 / (left**2 / (control.n - 1) + right**2 / (treatment.n - 1))
+    whole = control.error_variance + treatment.error_variance
+    if not 0 < whole < math.inf or control.n < 2 or treatment.n < 2:
+        return math.inf
+    left, right = control.error_variance / whole, treatment.error_variance / whole
+    return 1 / (left * left / (control.n - 1) + right * right / (treatment.n - 1))
 
 
 def _no_less_than_none(variance: float) -> float:

@@ -223,7 +223,9 @@ def _pooled(
     on: (sum e^2)^2 / sum e^4 of them all, times the smaller arm's share. k rare events among many units count
     as k."""
     square = residuals**2
-    fourth = float(square @ square)
-    everybody = float(square.sum()) ** 2 / fourth if fourth > 0 else 0.0
+    largest = float(square.max(initial=0.0))
+    # As shares of the largest: the squares of squares of large values are beyond what a float holds.
+    shares = square / largest if 0 < largest < math.inf else np.zeros_like(square)
+    everybody = float(shares.sum()) ** 2 / float(shares @ shares) if shares.any() else 0.0
     smaller = min(int(treated.sum()), int((~treated).sum())) / max(1, treated.size)
     return float(square.mean()) if square.size else 0.0, everybody * smaller

@@ -73,7 +73,12 @@ class QuantileSketch:
     def cumulative(self, points: ArrayLike, *, inclusive: bool = True) -> NDArray[np.float64]:
         """Share of values at or below each point, or below it. Raises ValueError while empty."""
         flat = np.atleast_1d(np.asarray(points, dtype=np.float64))
-        ordered, places = np.unique(flat.astype(np.float32), return_inverse=True)
+        # To the side on which no value of single precision lies between: a point just above a value stays so.
+        with np.errstate(over="ignore"):  # above the largest value lies infinity
+            single = flat.astype(np.float32)
+            wrong = single > flat if inclusive else single < flat
+            single[wrong] = np.nextafter(single[wrong], np.float32(-np.inf if inclusive else np.inf))
+        ordered, places = np.unique(single, return_inverse=True)
         return self.cumulative_at(ordered.tolist(), inclusive=inclusive)[places]
 
     def cumulative_at(self, points: Sequence[float], *, inclusive: bool = True) -> NDArray[np.float64]:

@@ -94,6 +94,11 @@ def test_rare_events_are_told() -> None:
         ({"metric": "mean", "mean": 0, "sd": 1, "relative_effect": 0.1}, "relative_effect"),
         ({"metric": "mean", "baseline": 1, "mean": 1, "sd": 1, "effect": 1}, "baseline"),
         ({"baseline": 0.1, "effect": 0.1, "units_per_variant": 10}, "units_per_variant"),
+        ({"baseline": 0.1, "effect": 1e-20}, "effect"),
+        ({"baseline": 1e-320, "effect": 0.5}, "baseline"),
+        ({"metric": "mean", "mean": 1, "sd": 1, "effect": 1e-300}, "effect"),
+        ({"metric": "mean", "mean": 1, "sd": 1, "effect": 1e200}, "effect"),
+        ({"metric": "mean", "mean": 1e-320, "sd": 1, "effect": 1}, "mean"),
     ],
 )
 def test_what_does_not_fit_is_named(body: dict[str, object], field: str) -> None:
@@ -106,8 +111,9 @@ def test_what_does_not_fit_is_named(body: dict[str, object], field: str) -> None
     "body",
     [
         {"baseline": 0.1, "effect": 0.1, name: value}
-        for name, value in [("alpha", 0), ("power", 1), ("variants", 1)]
+        for name, value in [("alpha", 0), ("power", 1), ("variants", 1), ("units_per_day", 1e-320)]
     ]
+    + [{"metric": "mean", "mean": 1, "sd": sd, "effect": 1} for sd in (1e-300, 1e300)]
     + [{"baseline": "nan", "effect": 0.1}, {"baseline": 0.1, "effect": 0.1, "colour": "red"}],
 )
 def test_values_out_of_range_are_refused(body: dict[str, object]) -> None:

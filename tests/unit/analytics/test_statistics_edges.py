@@ -1,17 +1,24 @@
 """What the functions say where there is little or nothing to say, and one-sided and unequal forms of them."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from services.analytics.arm_queries import Arms, Observations
+from services.analytics.comparison import compare
+from services.analytics.lifts import lift
+from services.analytics.schemas import comparison_json
 from services.analytics.statistics import bounded, counts, means, power, proportions, quantiles, sequential
 from services.analytics.statistics.boundaries import BetaBinomialMixture
 from services.analytics.statistics.effects import Arm, Difference, cuped, effect
 from services.analytics.statistics.fixed_horizon import equivalence, non_inferiority, t_test, z_test
 from services.analytics.statistics.moments import Moments, PairedMoments
+from services.analytics.statistics.stratified import Cells, stratified_effect
 
+SIZES = [1e-100, 1e78, 1e100, 1e150]
 SIDES = [(0, 0), (0, 10), (10, 10), (3, 10), (1, 1)]
 
 
@@ -122,3 +129,46 @@ def test_the_least_detectable_effect_inverts_the_sample_size() -> None:
     assert power.detectable_proportion(3, 0.5) is None
     assert power.detectable_mean(power.sample_size_mean(0.1, 2.0), 2.0) == pytest.approx(0.1, rel=1e-6)
     assert power.sample_size_mean(100.0, 1.0) == 2
+
+
+def cells(scale: float) -> Cells:
+    n, rng = 400, np.random.default_rng(7)
+    places = np.arange(n)
+    return Cells(
+        places.astype(np.uint64), places % 2, np.zeros(n, dtype=np.int64), rng.random(n) * scale, np.ones(n)
+    )
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_the_unit_of_a_value_changes_no_statement_however_large_it_is(scale: float) -> None:
+    """Any float is an outcome: one that ends the arithmetic would end every look at its trial."""
+    usual, scaled = stratified_effect(cells(1.0)), stratified_effect(cells(scale))
+    assert usual is not None
+    assert scaled is not None
+    assert scaled.normal
+    assert scaled.contributing == pytest.approx(usual.contributing)
+    one, other = (lift(cells(size), alpha=0.05, tuning=5000.0) for size in (1.0, scale))
+    assert one is not None
+    assert other is not None
+    assert other.relative == pytest.approx(one.relative)
+    assert other.fixed.p_value == pytest.approx(one.fixed.p_value)
+    assert other.fixed.relative_interval == pytest.approx(one.fixed.relative_interval)
+
+
+@pytest.mark.parametrize("scale", [*SIZES, 1e200, 1e308])
+def test_two_versions_are_compared_on_values_of_any_size(scale: float) -> None:
+    values, arms = cells(scale), cells(scale).arms
+    sides = [
+        Observations(
+            units=values.units[arms == arm],
+            totals=values.totals[arms == arm],
+            counts=values.counts[arms == arm],
+            revisions=np.ones(200, dtype=np.uint64),
+            propensities=np.full(200, 0.5),
+            binary=False,
+        )
+        for arm in (0, 1)
+    ]
+    found = compare(Arms(sides[0], sides[1], 0), "revenue", ("a", "b"))
+    assert (found.fixed is None) == (scale > 1e150)
+    json.dumps(comparison_json("m", "revenue", found), allow_nan=False)

@@ -244,6 +244,22 @@ def test_shadows_are_judged_by_what_they_answer_differently_and_fail_alone() -> 
     assert all(one.units == 0 for one in weigh(made, nothing_observed(made, good)))
 
 
+def test_a_share_of_the_versions_errors_is_not_taken_for_points() -> None:
+    """Half more failures than the version's 1% are 1.5%, not 51%: a shadow that fails in 20% is not safe."""
+    metric = TrialMetric(name="shadow_error_rate", role=GUARDRAIL, direction=DECREASE, margin=0.5)
+    metric.margin_is_relative = True
+    made = trial([metric])
+    made.shadow_version = "2"
+    worse = ShadowTotals(
+        requests=3_000, failed=630, errors=30, shadow_errors=600, only_errors=30, only_shadow_errors=600
+    )
+    (judged,) = settle(made, weigh(made, nothing_observed(made, worse)), {})
+    assert judged.finding == Evidence.FINDING_UNDECIDED
+    broken = replace(worse, failed=3_000, shadow_errors=3_000, only_errors=0, only_shadow_errors=2_970)
+    (judged,) = settle(made, weigh(made, nothing_observed(made, broken)), {})
+    assert judged.finding == Evidence.FINDING_HARMFUL
+
+
 def test_a_split_that_is_not_as_promised_is_told_and_a_drifting_one_is_not() -> None:
     shares = Strata(np.array([[0.99, 0.01], [0.5, 0.5], [np.nan, 1.0]]), 1)
     fine = Tally(np.array([[990.0, 10], [500, 510], [0, 7]]), np.zeros((3, 2)))

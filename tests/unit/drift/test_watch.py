@@ -8,6 +8,7 @@ from scipy import stats
 from services.drift import evaluation
 from services.drift.alerting import Change, Finding, Persistence, Signal, decide, findings, sentence
 from services.drift.detectors.ks import limit_tail
+from services.drift.endpoints import _quantiles
 from services.drift.evaluation import FeatureReport, Profile, Severity, Thresholds
 from services.drift.observations import Observations
 from services.drift.sample import MAX_CATEGORIES, OTHER, Sample, merged
@@ -85,6 +86,22 @@ def test_a_value_never_seen_before_counts_as_shift() -> None:
     reports = {r.feature: r for r in evaluate(before, after, THRESHOLDS)}
     assert reports["n"].psi_severity is Severity.CRITICAL
     assert reports["prediction"].psi_severity is Severity.CRITICAL
+
+
+def test_numbers_above_all_that_few_valued_features_had_count_as_shift() -> None:
+    for before, after in (([5.0], [7.0]), ([0.0, 1.0], [0.0, 2.0]), ([0.1], [0.2]), ([3e39], [-3e39])):
+        sides = [
+            sample(Observations(400, {"x": np.resize(np.array(values), 400)})) for values in (before, after)
+        ]
+        (report,) = evaluate(sides[0], sides[1], Thresholds())
+        assert report.psi_severity is Severity.CRITICAL, (before, after)
+        (same,) = evaluate(sides[0], sides[0], Thresholds())
+        assert same.psi.value == 0
+
+
+def test_a_reference_column_without_any_number_is_shown_as_such() -> None:
+    empty = sample(Observations(3, {"x": np.full(3, np.nan)})).numeric["x"]
+    assert set(_quantiles(empty).values()) == {None}
 
 
 def test_the_first_rows_teach_then_panes_slide() -> None:
