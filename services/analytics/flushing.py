@@ -216,7 +216,7 @@ class Flusher:
         rare = (self.join_small, self.forget_claims, self.forget_old, self.forget, self.sweep)
         periods = looked_at = 0
         while True:
-            await _tried(self._save)
+            await _tried(partial(self._signatures.save, self._engine))
             if await self._has_turn():
                 await _tried(self.flush_due)
                 if self._writer.named - looked_at >= self._sizes.join_segments:
@@ -227,10 +227,6 @@ class Flusher:
                 periods += 1
             quiet = self._clock.monotonic() - self._had_work_at >= _QUIET_AFTER_S
             await asyncio.sleep(_QUIET_PERIOD_S if quiet else _PERIOD_S)
-
-    async def _save(self) -> int:
-        await self._signatures.save(self._engine)
-        return 0
 
     async def _has_turn(self) -> bool:
         """Whether it is this replica's turn, asked again when a third of the lease is over."""
@@ -367,11 +363,11 @@ class Flusher:
         return len(given_up)
 
 
-async def _tried(step: Callable[[], Awaitable[int]]) -> int:
-    """What `step` returns, 0 where it fails: one that fails again and again must stop neither the others nor
-    the service. Nothing is lost by it, the next period tries again."""
+async def _tried(step: Callable[[], Awaitable[int | None]]) -> int:
+    """What `step` returns, 0 where that is nothing or it fails: one that fails again and again must stop
+    neither the others nor the service. Nothing is lost by it, the next period tries again."""
     try:
-        return await step()
+        return await step() or 0
     except HeadraceError as error:
         log.info("flush_later", reason=error.message)
     except Exception:
