@@ -246,6 +246,15 @@ async def test_a_client_that_leaves_its_answers_unread_stops_its_own_pipeline(co
     assert connection.transport.aborted
 
 
+def read_slowly_and_then_stop(connection: Connection) -> None:
+    for left in range(100, 0, -1):
+        connection.transport.unread = left
+        connection.ticks(1)
+    assert not connection.transport.aborted
+    connection.ticks(31)
+    assert connection.transport.aborted
+
+
 async def test_a_client_that_reads_slowly_may_take_as_long_as_it_needs(connection: Connection) -> None:
     connection.feed(HEAD + BODY)
     connection.ticks(100)  # an answer that takes long leaves its reader as much time as any other
@@ -256,24 +265,14 @@ async def test_a_client_that_reads_slowly_may_take_as_long_as_it_needs(connectio
         connection.protocol.resume_writing()
     assert not connection.transport.aborted
     connection.protocol.pause_writing()
-    for left in range(100, 0, -1):  # of one large answer, which the transport has as a whole
-        connection.transport.unread = left
-        connection.ticks(1)
-    assert not connection.transport.aborted
-    connection.ticks(31)
-    assert connection.transport.aborted
+    read_slowly_and_then_stop(connection)  # one large answer, which the transport has as a whole
 
 
 async def test_what_is_left_of_the_last_answer_may_be_read_slowly(connection: Connection) -> None:
     connection.feed(post(BODY, b"Connection: close\r\n"))
     connection.channel.answer()
     assert connection.transport.closed
-    for left in range(100, 0, -1):
-        connection.transport.unread = left
-        connection.ticks(1)
-    assert not connection.transport.aborted
-    connection.ticks(31)
-    assert connection.transport.aborted
+    read_slowly_and_then_stop(connection)
 
 
 async def test_a_lost_connection_cancels_what_runs_and_drops_what_waits(connection: Connection) -> None:

@@ -49,10 +49,14 @@ class Looking(RolloutActor):
         return False
 
 
+def looking(clock: ManualClock, metrics: Metrics | None = None) -> Looking:
+    edge = cast("Edge", SimpleNamespace(clock=clock, metrics=metrics or Metrics()))
+    return Looking(edge, Workers(clock))
+
+
 async def test_a_clock_that_is_set_forward_shortens_no_step() -> None:
     clock = ManualClock()
-    edge = cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics()))
-    actor = Looking(edge, Workers(clock))
+    actor = looking(clock)
     began = clock.now()
     running = RolloutRow(rollout_id="running", clock_at=began, finished_at=None, decided=IN_ITS_STEP)
     waiting = RolloutRow(rollout_id="waiting", clock_at=None, finished_at=None, decided="")
@@ -75,8 +79,7 @@ async def test_a_clock_that_is_set_forward_shortens_no_step() -> None:
 
 async def test_only_time_that_passed_is_given_a_version_to_load() -> None:
     clock = ManualClock()
-    edge = cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics()))
-    actor = Looking(edge, Workers(clock))
+    actor = looking(clock)
     row = RolloutRow(rollout_id="r", clock_at=None, finished_at=None, decided=LOADING)
     tx = cast("Repository", Open(row))
     await actor.candidates(tx, clock.now())
@@ -95,8 +98,7 @@ async def test_only_time_that_passed_is_given_a_version_to_load() -> None:
 
 async def test_a_machine_that_slept_is_allowed_for_though_its_connection_is_gone() -> None:
     clock = ManualClock()
-    edge = cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics()))
-    actor = Looking(edge, Workers(clock))
+    actor = looking(clock)
     began = clock.now()
     row = RolloutRow(rollout_id="r", clock_at=began, finished_at=None, decided=IN_ITS_STEP)
     tx = Open(row)
@@ -113,10 +115,9 @@ async def test_a_machine_that_slept_is_allowed_for_though_its_connection_is_gone
 async def test_the_time_without_a_registry_is_not_given_a_version_to_load() -> None:
     """Else one that comes back after it goes back at once, before any worker was heard of."""
     clock = ManualClock()
-    edge = cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics()))
     began = clock.now()
     clock.advance(86_400)
-    actor = Looking(edge, Workers(clock))
+    actor = looking(clock)
     row = RolloutRow(rollout_id="r", clock_at=None, finished_at=None, decided=LOADING, waiting_since=began)
     tx = cast("Repository", Open(row))
     await actor.candidates(tx, clock.now())
@@ -128,7 +129,7 @@ async def test_the_time_without_a_registry_is_not_given_a_version_to_load() -> N
 
 async def test_a_status_that_no_rollout_has_any_more_counts_none() -> None:
     clock, metrics, tx = ManualClock(), Metrics(), Open()
-    actor = Looking(cast("Edge", SimpleNamespace(clock=clock, metrics=metrics)), Workers(clock))
+    actor = looking(clock, metrics)
     for counts in ({"running": 2}, {"running": 1, "completed": 1}, {"completed": 2}):
         tx.counts = counts
         await actor.candidates(cast("Repository", tx), clock.now())
@@ -174,7 +175,7 @@ class Steered(Open, Noting):
 
 async def test_a_machine_that_slept_takes_nothing_from_the_step_of_a_paused_rollout() -> None:
     clock = ManualClock()
-    actor = Looking(cast("Edge", SimpleNamespace(clock=clock, metrics=Metrics())), Workers(clock))
+    actor = looking(clock)
     row = running_row(clock)
     row.entered_at = row.clock_at = clock.now()
     tx = cast("Repository", Steered(row))
