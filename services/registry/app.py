@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 
+from services.common.bodies import BoundBodies
 from services.common.bus import KafkaBus
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, engine, migrate
@@ -23,7 +24,7 @@ from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
 from services.registry.alerts import alerts_followed
 from services.registry.artifacts import Artifacts
-from services.registry.bodies import BoundBodies
+from services.registry.bodies import MAX_BODY_BYTES, is_upload
 from services.registry.controller import Actor, Controller
 from services.registry.edge import Edge
 from services.registry.endpoints import model_routes, version_routes
@@ -137,7 +138,7 @@ def rest_app(edge: Edge, workers: Workers, health: Health, tracing: Tracing, tok
         holdout_routes(edge),
     ):
         app.include_router(routes)
-    app.add_middleware(BoundBodies)
+    app.add_middleware(BoundBodies, max_bytes=MAX_BODY_BYTES, passes=is_upload)
     app.add_middleware(MeasureRequests, metrics=edge.metrics)
     app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(InternalAuth, token=token)

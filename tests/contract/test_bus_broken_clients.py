@@ -19,7 +19,7 @@ from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.produce import ProduceRequest
 
-from services.common.bus import Follower, KafkaBus, Record
+from services.common.bus import Follower, KafkaBus, Record, membership, stopping
 from services.common.bus.admin import ensure_topics
 from services.common.errors import Unavailable
 from services.common.topics import Topic
@@ -31,20 +31,24 @@ class Breaking:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._kind: type | None = None
+        self._before = 0
         self._error: Exception = RuntimeError()
         send = AIOKafkaConnection.send
 
         def sent(connection: AIOKafkaConnection, request: Any, *args: Any, **options: Any) -> Any:
             if self._kind is not None and isinstance(request, self._kind):
-                self._kind = None
-                raise self._error
+                self._before -= 1
+                if self._before < 0:
+                    self._kind = None
+                    raise self._error
             return send(connection, request, *args, **options)
 
         monkeypatch.setattr(AIOKafkaConnection, "send", sent)
 
-    def next(self, kind: type, error: Exception | None = None) -> None:
-        """By default as where uvloop has closed the transport already."""
+    def next(self, kind: type, error: Exception | None = None, *, before: int = 0) -> None:
+        """By default as where uvloop has closed the transport already. `before` of them go well first."""
         self._kind = kind
+        self._before = before
         self._error = error or RuntimeError("unable to perform operation on <TCPTransport>")
 
     async def happened(self) -> None:
@@ -54,6 +58,20 @@ class Breaking:
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> Breaking:
     return Breaking(monkeypatch)
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[AIOKafkaConnection]:
+    """All that are made."""
+    made: list[AIOKafkaConnection] = []
+    connect = AIOKafkaConnection.connect
+
+    async def recorded(connection: AIOKafkaConnection) -> None:
+        made.append(connection)
+        await connect(connection)
+
+    monkeypatch.setattr(AIOKafkaConnection, "connect", recorded)
+    return made
 
 
 @pytest.fixture
@@ -74,6 +92,15 @@ async def test_publishing_goes_on_where_nothing_was_sent_any_more(
         await bus.publish([Record(topic.name, b"k", b"3")])
 
 
+async def test_publishing_goes_on_where_the_connection_is_lost_while_it_is_made(
+    kafka_bootstrap: str, topic: Topic, breaking: Breaking
+) -> None:
+    breaking.next(MetadataRequest)
+    async with KafkaBus(kafka_bootstrap, "test") as bus:
+        await bus.publish([Record(topic.name, b"k", b"1")])
+    await breaking.happened()
+
+
 async def test_publishing_goes_on_where_brokers_were_asked_for_no_more(
     kafka_bootstrap: str, topic: Topic, breaking: Breaking
 ) -> None:
@@ -86,6 +113,27 @@ async def test_publishing_goes_on_where_brokers_were_asked_for_no_more(
         # A connection that is lost has them asked for again.
         breaking.next(ProduceRequest, KafkaConnectionError("as it happens"))
         await bus.publish([Record(topic.name, b"k", b"2")])
+
+
+async def test_no_connection_is_kept_where_brokers_were_asked_for_no_more(
+    kafka_bootstrap: str, topic: Topic, breaking: Breaking, connections: list[AIOKafkaConnection]
+) -> None:
+    async def handler(records: Sequence[Record]) -> None:
+        seen.append(len(records))
+
+    seen: list[int] = []
+    async with KafkaBus(kafka_bootstrap, "test", session_timeout=2.0) as bus:
+        await bus.publish([Record(topic.name, b"k", b"1")])
+        assert bus._producer is not None
+        breaking.next(MetadataRequest)
+        bus._producer.client.force_metadata_update()
+        await breaking.happened()
+        async with bus.consume(topic, "group", handler):
+            await eventually(lambda: seen, on=seen)
+            breaking.next(MetadataRequest)
+            await breaking.happened()
+    assert connections
+    assert [connection for connection in connections if connection.connected()] == []
 
 
 async def test_following_goes_on(kafka_bootstrap: str, topic: Topic, breaking: Breaking) -> None:
@@ -116,6 +164,34 @@ async def test_consuming_goes_on(kafka_bootstrap: str, topic: Topic, breaking: B
             await breaking.happened()
         await bus.publish([Record(topic.name, b"k", b"4")])
         await eventually(lambda: b"4" in seen, on=seen)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+async def test_consuming_begins_though_the_connection_is_lost_while_the_group_is_joined(
+    kafka_bootstrap: str,
+    topic: Topic,
+    breaking: Breaking,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: int,
+) -> None:
+    """What is lost is the connection for the first look around, or, in vain waited for, one of the next."""
+    monkeypatch.setattr(stopping, "STOP_TIMEOUT_S", 1.0)
+    patience_s = membership.START_TIMEOUT
+    monkeypatch.setattr(membership, "START_TIMEOUT", 0.5)
+    seen: list[bytes | None] = []
+
+    async def handler(records: Sequence[Record]) -> None:
+        seen.extend(record.value for record in records)
+
+    async with KafkaBus(kafka_bootstrap, "test", session_timeout=2.0) as bus:
+        await bus.publish([Record(topic.name, b"k", b"1")])
+        breaking.next(MetadataRequest, before=before)
+        async with bus.consume(topic, "group", handler):
+            await breaking.happened()
+            await eventually(lambda: membership.__name__ in {record.name for record in caplog.records})
+            monkeypatch.setattr(membership, "START_TIMEOUT", patience_s)  # a join that goes well takes longer
+            await eventually(lambda: seen == [b"1"], on=seen)
 
 
 async def test_what_was_read_is_handled_though_a_commit_was_not_sent(

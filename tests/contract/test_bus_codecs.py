@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import aiokafka.codec
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record import default_records
+from aiokafka.record.util import calc_crc32c
 from confluent_kafka import Producer
 
 from services.common.bus import KafkaBus, Record, membership
@@ -20,6 +22,8 @@ from services.common.topics import Topic
 from tests.fixtures.waiting import eventually, eventually_of
 
 NAMES = {2: "snappy", 4: "zstd"}
+#: Where a batch has its checksum, which is of all that stands behind it.
+_CRC = slice(17, 21)
 
 
 def compressed(value: bytes, codec: int, monkeypatch: pytest.MonkeyPatch) -> bytes:
@@ -30,17 +34,44 @@ def compressed(value: bytes, codec: int, monkeypatch: pytest.MonkeyPatch) -> byt
         patched.setattr(
             default_records, f"{name}_encode", lambda data: pa.compress(bytes(data), codec=name, asbytes=True)
         )
-        builder = default_records._DefaultRecordBatchBuilderPy(
-            2,
-            codec,
-            is_transactional=0,
-            producer_id=-1,
-            producer_epoch=-1,
-            base_sequence=-1,
-            batch_size=1 << 20,
-        )
-        builder.append(0, 1_750_000_000_000, b"k", value, [])
-        return bytes(builder.build())
+        return bytes(batch_builder(codec, value).build())
+
+
+def batch_builder(codec: int, value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> Any:
+    builder = default_records._DefaultRecordBatchBuilderPy(
+        2,
+        codec,
+        is_transactional=0,
+        producer_id=-1,
+        producer_epoch=-1,
+        base_sequence=-1,
+        batch_size=1 << 20,
+    )
+    builder.append(0, 1_750_000_000_000, b"k", value, list(headers))
+    return builder
+
+
+def garbled(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A batch said to be compressed that is not."""
+    with monkeypatch.context() as patched:
+        patched.setattr(default_records, "gzip_encode", lambda data: b"no gzip" + bytes(data)[:100])
+        return bytes(batch_builder(1, b"{}" * 2000).build())
+
+
+def misnamed(_monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A batch whose record has a header of a name that is no UTF-8, which no broker and few clients mind."""
+    batch = bytearray(batch_builder(0, b"{}", [("\u00ff", b"value")]).build())
+    at = batch.index(b"\xc3\xbf")
+    batch[at : at + 2] = b"\xff\xff"
+    batch[_CRC] = calc_crc32c(bytes(batch[_CRC.stop :])).to_bytes(4, "big")
+    return bytes(batch)
+
+
+async def publish_batch(bootstrap: str, topic: Topic, batch: bytes) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap) as others:
+        await others.partitions_for(topic.name)
+        request = ProduceRequest(None, -1, 5000, [(topic.name, [(0, batch)])])
+        await others.client.send(others.client.get_random_node(), request)
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
@@ -80,11 +111,39 @@ async def test_a_topic_that_cannot_be_read_costs_no_other_of_its_group_its_recor
     async def submitted(records: Sequence[Record]) -> None:
         raise AssertionError(f"it can be read: {records}")
 
-    async with AIOKafkaProducer(bootstrap_servers=kafka_bootstrap) as others:
-        await others.partitions_for(jobs.name)
-        batch = compressed(b"{}" * 2000, codec, monkeypatch)
-        request = ProduceRequest(None, -1, 5000, [(jobs.name, [(0, batch)])])
-        await others.client.send(others.client.get_random_node(), request)
+    batch = compressed(b"{}" * 2000, codec, monkeypatch)
+    await publish_batch(kafka_bootstrap, jobs, batch)
+    numbers = [b"%d" % number for number in range(100)]
+    async with (
+        KafkaBus(kafka_bootstrap, "test", session_timeout=2.0) as bus,
+        bus.consume(results, group, handler),
+        bus.consume(jobs, group, submitted),
+    ):
+        for number in numbers:
+            await bus.publish([Record(results.name, b"k", number)])
+        await eventually_of(lambda: bus.lag(results, group), lambda lag: lag == 0)
+    assert list(dict.fromkeys(seen)) == numbers
+
+
+@pytest.mark.parametrize("spoilt", [garbled, misnamed])
+async def test_what_no_client_of_ours_can_parse_costs_no_other_topic_its_records(
+    kafka_bootstrap: str,
+    monkeypatch: pytest.MonkeyPatch,
+    spoilt: Callable[[pytest.MonkeyPatch], bytes],
+) -> None:
+    group = uuid.uuid4().hex[:12]
+    jobs, results = (Topic(f"{name}.{group}.v1", partitions=1) for name in ("jobs", "results"))
+    await ensure_topics(kafka_bootstrap, [jobs, results])
+    monkeypatch.setattr(membership, "UNREADABLE_REST_S", 0.1)
+    seen: list[bytes | None] = []
+
+    async def handler(records: Sequence[Record]) -> None:
+        seen.extend(record.value for record in records)
+
+    async def submitted(records: Sequence[Record]) -> None:
+        raise AssertionError(f"it can be read: {records}")
+
+    await publish_batch(kafka_bootstrap, jobs, spoilt(monkeypatch))
     numbers = [b"%d" % number for number in range(100)]
     async with (
         KafkaBus(kafka_bootstrap, "test", session_timeout=2.0) as bus,

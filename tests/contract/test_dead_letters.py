@@ -138,6 +138,20 @@ class OverBroker:
         assert letter.reason.endswith("cannot be read")
         assert value.startswith(letter.record.value or b"none")
 
+    async def test_a_header_that_is_null_is_no_obstacle(
+        self, bootstrap: str, bus: KafkaBus, topic: Topic
+    ) -> None:
+        """Of a record that was put into the queue by others, by a tool for such queues, say."""
+        queue = dead_letters(topic, topic.name).name
+        headers = [("dlq-topic", topic.name.encode()), ("dlq-reason", None), ("content-type", None)]
+        async with AIOKafkaProducer(bootstrap_servers=bootstrap) as others:
+            await others.send_and_wait(queue, b"v", key=b"k", headers=headers)
+        office = DeadLetters(bootstrap, bus.publish)
+        (letter,) = await office.letters(queue, 10)
+        assert (letter.topic, letter.reason) == (topic.name, "")
+        assert letter.record.headers == (("content-type", b""),)
+        assert await office.replay(queue, 10) == 1
+
     async def test_only_queues_can_be_replayed(self, bootstrap: str, bus: KafkaBus, topic: Topic) -> None:
         office = DeadLetters(bootstrap, bus.publish)
         for name in (topic.name, "nothing.dlq"):

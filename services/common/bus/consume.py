@@ -142,9 +142,14 @@ class Subscription:
             log.warning("handler of %s as %s failed, again in %.1f s: %r",
                         self.topic.name, self._group, wait, error)  # fmt: skip
             if epoch == self._epoch:
-                _rewind(consumer, [*batch, *self._pending])
-                self._pending.clear()
+                self._give_back(consumer, batch)
             return wait
+        except asyncio.CancelledError:
+            # Where it is not `stop`, the handler waited for something that was cancelled. Whatever comes next
+            # would be committed, and this batch with it.
+            if epoch == self._epoch:
+                self._give_back(consumer, batch)
+            raise
         self._backoff.reset()
         took = asyncio.get_running_loop().time() - began
         # Offsets from before the change may be those of a log that a memory-only broker has lost: in the next
@@ -154,6 +159,11 @@ class Subscription:
         if not self.collect_s or len(batch) >= self._max_records:
             return 0.0
         return pause_s(self.collect_s, took, taken=len(batch), left=_left(consumer, batch))
+
+    def _give_back(self, consumer: AIOKafkaConsumer, batch: Sequence[ConsumerRecord]) -> None:
+        """`batch`, and what was read behind it, is read again."""
+        _rewind(consumer, [*batch, *self._pending])
+        self._pending.clear()
 
     async def _commit(self, consumer: AIOKafkaConsumer, batch: Sequence[ConsumerRecord]) -> None:
         """Commit behind the batch. A failure is no harm: the records come again, and handlers expect that."""

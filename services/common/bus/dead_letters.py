@@ -183,7 +183,7 @@ async def _some(consumer: AIOKafkaConsumer, ends: Mapping[TopicPartition, int], 
                     one.topic,
                     one.key,
                     one.value,
-                    tuple(one.headers),
+                    tuple((name, value or b"") for name, value in one.headers),  # it may be null
                     partition=one.partition,
                     offset=one.offset,
                     timestamp_ms=one.timestamp,

@@ -27,7 +27,7 @@ from services.common.bus.port import (
     Table,
     check_size,
 )
-from services.common.bus.stopping import has_broken
+from services.common.bus.stopping import has_broken, stop_producer
 from services.common.errors import InvalidArgument, Unavailable
 from services.common.topics import Topic
 
@@ -171,7 +171,8 @@ class KafkaBus:
                 producer = self._new_producer()
                 try:
                     await producer.start()
-                except (KafkaError, OSError):
+                except Exception as error:  # uvloop's too, which is none of aiokafka's: see has_broken
+                    log.debug("the producer is not started yet: %r", error)
                     await producer.stop()
                     await asyncio.sleep(backoff.next())
                 except BaseException:
@@ -197,13 +198,8 @@ class KafkaBus:
 
     async def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
-        if producer is None:
-            return
-        try:
-            # stop() first sends what is buffered, which with the broker away would wait for its expiry
-            await asyncio.wait_for(producer.stop(), 2.0)
-        except Exception as error:  # what ended it may come again here, and the next one is wanted
-            log.warning("producer closed with records unsent: %r", error)
+        if producer is not None:
+            await stop_producer(producer)
 
 
 def _retrieve(future: asyncio.Future[object]) -> None:

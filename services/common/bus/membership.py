@@ -15,7 +15,13 @@ from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import CorruptRecordException, IllegalStateError, KafkaError, UnsupportedCodecError
+from aiokafka.errors import (
+    ConsumerStoppedError,
+    CorruptRecordException,
+    IllegalStateError,
+    KafkaError,
+    UnsupportedCodecError,
+)
 from faststream import AckPolicy
 from faststream.kafka import KafkaBroker, KafkaMessage
 from faststream.message import StreamMessage
@@ -34,6 +40,9 @@ Batch = tuple[ConsumerRecord, ...]
 CHECK_INTERVAL = 2.0
 CHECK_TIMEOUT = 5.0
 STOP_TIMEOUT = 5.0
+#: How long one try to join the group may take. Who waits there for a client of which a task has ended (see
+#: `has_broken`) would wait for ever.
+START_TIMEOUT = 30.0
 #: Where one topic is left, the group is joined anew after this time: who ends leaves them all, one by one.
 REJOIN_AFTER = 1.0
 #: When a partition is read again whose records could not be: a codec is missing here, or a checksum is wrong.
@@ -85,17 +94,31 @@ class Membership:
         return True
 
     async def _run(self) -> None:
+        backoff = Backoff(0.2, 2.0)
         try:
             while True:
-                self._changed.clear()
-                await self._started()
-                while not self._changed.is_set():
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._changed.wait(), CHECK_INTERVAL)
-                    await self._check()
-                await self._stopped()
+                try:
+                    await self._read_until_changed()
+                    backoff.reset()
+                except Exception:
+                    # Nobody would notice that nothing is read any more
+                    log.exception("reading as %s failed, joining anew", self._group)
+                    await self._stopped()
+                    await asyncio.sleep(backoff.next())
         finally:
             await self._stopped()
+
+    async def _read_until_changed(self) -> None:
+        """Be a member of the group until it is to be joined anew."""
+        self._changed.clear()
+        await self._started()
+        while not self._changed.is_set():
+            with suppress(TimeoutError):
+                # Not wait_for: before Python 3.12 it can lose the cancellation by a leave.
+                async with asyncio.timeout(CHECK_INTERVAL):
+                    await self._changed.wait()
+            await self._check()
+        await self._stopped()
 
     async def _started(self) -> None:
         """Join once the broker answers."""
@@ -103,8 +126,9 @@ class Membership:
         while not self._changed.is_set():
             self._subscriber = self._new_subscriber()
             try:
-                await self._subscriber.start()
-            except (KafkaError, OSError) as error:
+                async with asyncio.timeout(START_TIMEOUT):
+                    await self._subscriber.start()
+            except (KafkaError, OSError) as error:  # also where it took too long
                 log.warning("cannot consume as %s yet: %r", self._group, error)
                 await self._stopped()
                 await asyncio.sleep(backoff.next())
@@ -143,8 +167,9 @@ class Membership:
         self._wait.heard(consumer, asyncio.get_running_loop().time())
         by_topic: dict[str, list[ConsumerRecord]] = defaultdict(list)
         for partition, records in _by_partition(batch).items():
-            # Since they were read, it may have been taken away, or rewound: what lies before them failed.
-            with suppress(IllegalStateError):
+            # Since they were read, it may have been taken away, or rewound: what lies before them failed. Or
+            # it has no position, and is read again: no error of the group's may cost others their records.
+            with suppress(KafkaError):
                 if await consumer.position(partition) > records[-1].offset:
                     by_topic[partition.topic] += records
         for topic, of_topic in by_topic.items():
@@ -199,12 +224,13 @@ async def _next_batch(consumer: AIOKafkaConsumer) -> Batch:
         try:
             found = await consumer.getmany(*asked)
         except (UnsupportedCodecError, CorruptRecordException) as error:
-            log.warning("%s cannot be read, again in %g s: %r", asked, UNREADABLE_REST_S, error)
-            _rest(consumer, asked)
-        except KafkaError:
+            _rest(consumer, asked, error)
+        except (KafkaError, ConsumerStoppedError):
             if not taken:
                 raise
             break  # it comes again
+        except Exception as error:  # of what parses records: a header's name that is no UTF-8, and what not
+            _rest(consumer, asked, error)
         else:
             taken += [record for records in found.values() for record in records]
     if not taken:
@@ -217,7 +243,9 @@ async def _next_batch(consumer: AIOKafkaConsumer) -> Batch:
     return tuple(taken)
 
 
-def _rest(consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> None:
+def _rest(consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition], error: Exception) -> None:
+    log.warning("%s cannot be read, again in %g s: %r", partitions, UNREADABLE_REST_S, error)
+
     def go_on() -> None:
         with suppress(IllegalStateError):  # it went to somebody else meanwhile
             consumer.resume(*partitions)

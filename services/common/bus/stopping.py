@@ -1,4 +1,4 @@
-"""Stopping consumers without being stopped by them, and telling which clients have stopped by themselves."""
+"""Stopping clients without being stopped by them, and telling which of them have stopped by themselves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.client import AIOKafkaClient
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
+#: What a producer has to send what is buffered, which without a broker waits until it expires.
+_FLUSH_S = 2.0
+_CLOSE_S = 1.0
 
 
 async def stop_consumer(
@@ -23,8 +27,27 @@ async def stop_consumer(
     cancellation through, so that whoever stops such a consumer would end as if somebody had cancelled him,
     in silence, and the connections would stay open.
     """
-    await _apart(stop or consumer.stop)
-    await _apart(consumer._client.close)  # noqa: SLF001 - stop() does it last, and may not come that far
+    await _apart(stop or consumer.stop, STOP_TIMEOUT_S)
+    # stop() does it last, and may not come that far.
+    await _apart(lambda: _close(consumer._client), STOP_TIMEOUT_S)  # noqa: SLF001
+
+
+async def stop_producer(producer: AIOKafkaProducer) -> None:
+    """Stop `producer`, close its connections and end its tasks, within seconds whether or not it could send
+    what it holds. Raises nothing but the caller's own cancellation."""
+    await _apart(producer.stop, _FLUSH_S)
+    await _apart(producer._sender.close, _CLOSE_S)  # noqa: SLF001
+    await _apart(lambda: _close(producer.client), _CLOSE_S)
+
+
+async def _close(client: AIOKafkaClient) -> None:
+    """Close its connections. By itself it would raise first what its task has failed of."""
+    task = client._sync_task  # noqa: SLF001
+    if task is not None and task.done():
+        if not task.cancelled():
+            task.exception()  # else asyncio reports it as forgotten
+        client._sync_task = None  # noqa: SLF001
+    await client.close()
 
 
 def has_broken(client: AIOKafkaConsumer | AIOKafkaProducer) -> bool:
@@ -50,18 +73,18 @@ def _ended(task: asyncio.Task[None] | None) -> bool:
     return task is not None and task.done()
 
 
-async def _apart(stop: Callable[[], Awaitable[None]]) -> None:
+async def _apart(stop: Callable[[], Awaitable[None]], within_s: float) -> None:
     """Run `stop` in a task of its own: what it ends of stays there."""
 
     async def stopping() -> None:
         await stop()
 
-    task = asyncio.create_task(stopping(), name="stop a consumer")
+    task = asyncio.create_task(stopping(), name="stop a client")
     try:
-        await asyncio.wait({task}, timeout=STOP_TIMEOUT_S)
+        await asyncio.wait({task}, timeout=within_s)
     finally:
         task.cancel()
     if not task.done():
-        log.warning("a consumer did not stop within %g s", STOP_TIMEOUT_S)
+        log.warning("a client did not stop within %g s", within_s)
     elif not task.cancelled() and (error := task.exception()) is not None:
-        log.warning("a consumer did not stop as it should: %r", error)
+        log.warning("a client did not stop as it should: %r", error)

@@ -42,7 +42,9 @@ class KafkaTable:
     async def ready(self, timeout: float) -> None:
         """See Table."""
         try:
-            await asyncio.wait_for(self._caught_up.wait(), timeout)
+            # Not wait_for: before Python 3.12 it can lose a cancellation.
+            async with asyncio.timeout(timeout):
+                await self._caught_up.wait()
         except TimeoutError:
             raise Unavailable(f"{self._topic.name} was not read within {timeout:g} s") from None
 

@@ -1,6 +1,6 @@
-"""PostgreSQL through SQLAlchemy 2 on asyncpg. engine.py: pools bound to one schema. transaction.py: the
-unit of work. migrate.py: Alembic at start, safe with replicas. outbox.py: rows that become Kafka
-records. claims.py: records that were taken in before."""
+"""PostgreSQL through SQLAlchemy 2 on asyncpg. address.py and engine.py: pools bound to one schema.
+transaction.py: the unit of work. migrate.py: Alembic at start, safe with replicas. outbox.py: rows that
+become Kafka records. claims.py: records that were taken in before."""
 
 from services.common.db.claims import ClaimRow, claim, claimed, forget_claims
 from services.common.db.engine import DatabaseUnavailable, check_database, engine

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from sqlalchemy import event, text
-from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from services.common.errors import Fatal, Unavailable
+from services.common.db.address import address, connect_timeout, within_address
+from services.common.errors import Unavailable
 
 _CONNECT_S = 5.0
 _STATEMENT_S = 30.0
@@ -26,15 +26,16 @@ def engine(
     database_url: str, schema: str, *, pool_size: int = 10, statement_timeout_s: float = _STATEMENT_S
 ) -> AsyncEngine:
     """A pool of at most `pool_size` connections with `search_path = schema`. Connecting takes 5 s at most,
-    a statement `statement_timeout_s`, waiting for a connection 10 s. Connections that PostgreSQL closed
-    meanwhile are replaced before use. Dispose of it with `await engine.dispose()`."""
+    or what the address says, a statement `statement_timeout_s`, waiting for a connection 10 s. Connections
+    that PostgreSQL closed meanwhile are replaced before use. Dispose of it with `await engine.dispose()`."""
+    url, given = address(database_url)
     pooled = create_async_engine(
-        asyncpg_url(database_url),
+        url,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=_POOL_WAIT_S,
         pool_recycle=1800,
-        connect_args=connect_args(schema, statement_timeout_s),
+        connect_args=connect_args(schema, statement_timeout_s, given),
     )
     event.listen(pooled.sync_engine, "checkout", _replace_if_closed)
     return pooled
@@ -50,31 +51,18 @@ def _replace_if_closed(connection: DBAPIConnection, _record: object, _proxy: obj
 def unpooled_engine(database_url: str, schema: str) -> AsyncEngine:
     """An engine that opens a connection per use, without a statement timeout: migrations and long-lived
     locks."""
-    args = connect_args(schema, 0)
-    return create_async_engine(asyncpg_url(database_url), poolclass=NullPool, connect_args=args)
+    url, given = address(database_url)
+    return create_async_engine(url, poolclass=NullPool, connect_args=connect_args(schema, 0, given))
 
 
-def asyncpg_url(database_url: str) -> URL:
-    """`postgresql://…` for the driver used here. Raises Fatal where it is no address."""
-    try:
-        url = make_url(database_url).set(drivername="postgresql+asyncpg")
-    except ArgumentError:
-        raise Fatal(
-            "DATABASE_URL is not of the form postgresql://user:password@host:port/database."
-        ) from None
-    # How libpq calls it, and so whoever lends databases; as an argument the driver knows it by another name.
-    if (mode := url.query.get("sslmode")) is not None:
-        url = url.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
-    return url
-
-
-def connect_args(schema: str, statement_timeout_s: float) -> dict[str, object]:
-    """What asyncpg is told about each connection."""
+def connect_args(schema: str, statement_timeout_s: float, given: dict[str, str]) -> dict[str, object]:
+    """What asyncpg is told about each connection, beside the address; `given` are parameters of this."""
     return {
-        "timeout": _CONNECT_S,
+        "dsn": within_address(given),
+        "timeout": connect_timeout(given, _CONNECT_S),
         "server_settings": {
             "search_path": schema,
-            "application_name": f"headrace-{schema}",
+            "application_name": given.get("application_name", f"headrace-{schema}"),
             "statement_timeout": str(round(statement_timeout_s * 1000)),
             "timezone": "UTC",
         },

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 from zlib import crc32
@@ -31,13 +32,16 @@ class Cursor:
 
     def open(self) -> tuple[int, int]:
         """The position, (0, 0) where there is none. Blocking. An unreadable file is logged: all that is there
-        is published again then, which loses nothing."""
+        is published again then, which loses nothing. The file gets its full size here: once the disk is full
+        of events, it must still be written, or none of them could be published to make room."""
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         data = os.pread(self._fd, 2 * _SLOT, 0)
+        with suppress(OSError):  # the disk is full already
+            os.pwrite(self._fd, bytes(2 * _SLOT - len(data)), len(data))
         slots = [_read(data[start : start + _SLOT]) for start in (0, _SLOT)]
         whole = [slot for slot in slots if slot is not None]
         if not whole:
-            if data:
+            if any(data):
                 log.error("the cursor %s is unreadable: publishing all that is there", self._path)
             return 0, 0
         self._sequence, number, offset = max(whole)
@@ -51,9 +55,10 @@ class Cursor:
 
     def close(self) -> None:
         """Let the file go."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # it is closed all the same
+                os.close(fd)
 
 
 def _read(slot: bytes) -> tuple[int, int, int] | None:

@@ -76,6 +76,7 @@ class Spool:
         self._segments: deque[Segment] = deque()
         self._offset = 0  # of the cursor, in the first segment
         self._cursor = Cursor(directory / "cursor")
+        self._remembers = True
         # Up to where events are being published, to be repeated as they were after a crash.
         self._publishing = Cursor(directory / "publishing")
         self._marked = (0, 0)
@@ -86,6 +87,8 @@ class Spool:
         self._keeping = False
         self._lock = -1
         self._fd = -1
+        # Whether the last segment may end with a part of an event.
+        self._is_torn = False
         self.pending_bytes = 0
         self.pending_events = 0
         self.dropped_bytes = 0
@@ -117,7 +120,7 @@ class Spool:
             number = int(path.stem)
             last = max(last, number)
             if number < first:
-                path.unlink()  # published, the deletion was cut off
+                _delete(path)  # published, the deletion was cut off
                 continue
             self._recover(Segment(number, path, 0), offset if number == first else 0)
         if self._segments and self._segments[0].number == first:
@@ -154,15 +157,14 @@ class Spool:
         """The segment at whose end `buffers` are now. Raises as `append`."""
         segment = self._segments[-1]
         try:
-            if segment.size >= self._segment_bytes:
+            if segment.size >= self._segment_bytes or self._is_torn:
                 self._begin(segment.number + 1)
                 segment = self._segments[-1]
             written = os.writev(self._fd, buffers)
             if self._fsync:
                 os.fdatasync(self._fd)
         except OSError as error:
-            with suppress(OSError):
-                self._cut(segment)
+            self._cut(segment)
             full = error.errno in _NO_SPACE
             reason = "is full" if full else f"does not take anything: {error.strerror}"
             raise ResourceExhausted(f"the disk of the event log {reason}", retry_after_ms=1000) from error
@@ -183,7 +185,7 @@ class Spool:
             return False
         if not self.pending_events:
             self._skip_read_segments()
-            self._cursor.write(self._segments[0].number, self._offset)
+            self._remember()
         return True
 
     def set_aside(self, record: Record) -> None:
@@ -232,7 +234,8 @@ class Spool:
         self._publishing.write(*self._marked)
 
     def advance(self, events: Sequence[Event]) -> None:
-        """Move the cursor behind `events`, the next at it, and delete the segments it left."""
+        """Move the cursor behind `events`, the next at it, and delete the segments it left. Raises nothing
+        where the disk fails: what was published must not be counted twice."""
         size = sum([event.size for event in events])
         if self._kept and self._kept[0] is events[0]:
             for _ in events:
@@ -243,44 +246,66 @@ class Spool:
         self.pending_bytes -= size
         self.pending_events -= len(events)
         self._skip_read_segments()
-        self._cursor.write(self._segments[0].number, self._offset)
+        self._remember()
 
     def close(self) -> None:
         """Release the directory, leaving no segment where everything was published."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            self._close_segment()
             if self.pending_events == 0:
                 number = self._segments[-1].number
                 self._segments.append(Segment(number + 1, self._directory / f"{number + 1:020d}.log", 0))
                 while len(self._segments) > 1:
                     self._retire()
-                self._cursor.write(self._segments[0].number, self._offset)
+                self._remember()
         self._cursor.close()
         self._publishing.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     def _begin(self, number: int) -> None:
         path = self._directory / f"{number:020d}.log"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        if self._fd >= 0:
-            os.close(self._fd)
+        self._close_segment()
         self._fd = fd
+        self._is_torn = False
         self._segments.append(Segment(number, path, 0))
 
+    def _close_segment(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # it is closed all the same
+                os.close(fd)
+
     def _cut(self, segment: Segment) -> None:
-        """Take back what a failed write left, or the events behind it could not be read."""
-        os.ftruncate(self._fd, segment.size)
+        """Take back what a failed write left, or the events behind it could not be read. Where that fails,
+        too, they go to another file."""
+        try:
+            os.ftruncate(self._fd, segment.size)
+        except OSError:
+            self._is_torn = True
 
     def _skip_read_segments(self) -> None:
         while self._offset == self._segments[0].size and len(self._segments) > 1:
             self._retire()
 
     def _retire(self) -> None:
-        self._segments.popleft().path.unlink(missing_ok=True)
+        path = self._segments.popleft().path
         self._offset = 0
+        _delete(path)
+
+    def _remember(self) -> None:
+        """Write where the cursor is. Where the disk does not take that, the next time does; after a crash
+        before it, what was published is published again."""
+        try:
+            self._cursor.write(self._segments[0].number, self._offset)
+        except OSError as error:
+            if self._remembers:
+                log.warning("the cursor in %s cannot be written: %r", self._directory, error)
+            self._remembers = False
+        else:
+            self._remembers = True
 
     def _recover(self, segment: Segment, offset: int) -> None:
         """Take over a segment of an earlier process from `offset` on, without what is torn at its end."""
@@ -296,3 +321,11 @@ class Spool:
         self.pending_bytes += max(0, segment.size - offset)
         self.pending_events += len(events)
         self._segments.append(segment)
+
+
+def _delete(path: Path) -> None:
+    """Remove a segment that was published. Where that fails, whoever opens the directory next tries again."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s was published and is not deleted: %r", path.name, error)

@@ -89,7 +89,8 @@ class JointOps:
         }
         registry = CollectorRegistry()
         registry.register(_Joined(texts, len(self._ports), self._restarts()))
-        return 200, content_type, encode(registry)
+        # In a thread: with thousands of models it takes seconds, and who asks about health has no time.
+        return 200, content_type, await asyncio.to_thread(encode, registry)
 
     async def _everybody(self, path: str) -> dict[int, _Said | None]:
         answers = await asyncio.gather(*(self._ask(port, path) for port in self._ports))

@@ -3,13 +3,16 @@ has them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from services.common.lifecycle.health import Health
 
@@ -47,23 +50,37 @@ class OpsEndpoints:
         elif scope["method"] not in {"GET", "HEAD"}:
             await respond(scope, send, 405, _JSON, b'{"error":"only GET and HEAD"}')
         else:
-            await respond(scope, send, *answer(scope))
+            await respond(scope, send, *await answer(scope))
 
-    def _answers(self, scope: Scope) -> Callable[[Scope], tuple[int, str, bytes]] | None:
+    def _answers(self, scope: Scope) -> Callable[[Scope], Awaitable[tuple[int, str, bytes]]] | None:
         if scope["type"] != "http":
             return None
         routes = {"/health/live": _live, "/health/ready": self._ready, "/metrics": self._metrics}
         return routes.get(scope["path"])
 
-    def _ready(self, _scope: Scope) -> tuple[int, str, bytes]:
+    async def _ready(self, _scope: Scope) -> tuple[int, str, bytes]:
         reasons = self._health.reasons()
         body = {"ready": not reasons, "reasons": reasons}
         return (503 if reasons else 200), _JSON, json.dumps(body).encode()
 
-    def _metrics(self, scope: Scope) -> tuple[int, str, bytes]:
+    async def _metrics(self, scope: Scope) -> tuple[int, str, bytes]:
+        """Collected on the loop, where what is counted changes, and written down in a thread: with thousands
+        of versions that takes most of a second, and requests would wait for it."""
         accept = b",".join(value for name, value in scope["headers"] if name == b"accept").decode("latin-1")
         encode, content_type = choose_encoder(accept)
-        return 200, content_type, encode(self._registry)
+        collected = _Collected(list(self._registry.collect()))
+        return 200, content_type, await asyncio.to_thread(encode, collected)
+
+
+class _Collected(Collector):
+    """What was collected, to be written down."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics as they were."""
+        return self._metrics
 
 
 def ops_app(health: Health, registry: CollectorRegistry, *, guest: bool = False) -> App:
@@ -71,7 +88,7 @@ def ops_app(health: Health, registry: CollectorRegistry, *, guest: bool = False)
     return OpsEndpoints(_nothing, health, registry, guest=guest)
 
 
-def _live(_scope: Scope) -> tuple[int, str, bytes]:
+async def _live(_scope: Scope) -> tuple[int, str, bytes]:
     return 200, _JSON, b'{"live":true}'
 
 

@@ -176,21 +176,14 @@ class ProcessGroup:
         pause_s, failures = _FIRST_PAUSE_S, 0
         while not self._stopping:  # one that began now would take requests, and nobody tell it to drain
             started = loop.time()
-            with Line() as line:
-                process = child.process = await asyncio.create_subprocess_exec(
-                    *self._argv,
-                    env={**os.environ, **self._environments[child.index]},
-                    stdin=line.child_end.fileno(),
-                    preexec_fn=os.setpgrp if _has_terminal() else None,  # uvloop knows no process_group
-                )
-                line.child_end.close()
-                child.line = line
-                code = await process.wait()
-                child.line = None
+            process = await self._lived(child)
             if self._stopping:
                 return
             lived_s = loop.time() - started
-            log.error("process_ended", index=child.index, pid=process.pid, code=code, lived_s=lived_s)
+            code = None
+            if process is not None:
+                code = process.returncode
+                log.error("process_ended", index=child.index, pid=process.pid, code=code, lived_s=lived_s)
             if code == _CONFIGURATION:
                 raise _WrongConfiguration("The environment does not fit; the reason stands in the log above.")
             if lived_s >= _LIVED_S:
@@ -201,6 +194,25 @@ class ProcessGroup:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             child.restarts += 1
+
+    async def _lived(self, child: _Child) -> asyncio.subprocess.Process | None:
+        """A process of the child's, once it has ended; None where it could not be started."""
+        try:
+            with Line() as line:
+                process = child.process = await asyncio.create_subprocess_exec(
+                    *self._argv,
+                    env={**os.environ, **self._environments[child.index]},
+                    stdin=line.child_end.fileno(),
+                    preexec_fn=os.setpgrp if _has_terminal() else None,  # uvloop knows no process_group
+                )
+                line.child_end.close()
+                child.line = line
+                await process.wait()
+                child.line = None
+                return process
+        except OSError as error:  # for want of memory, processes or descriptors: the others live on
+            log.warning("process_not_started", index=child.index, reason=str(error))
+            return None
 
     async def _end_hung(self, watchdog: Watchdog) -> None:
         """Kill whose event loop stands still; `_keep` starts another."""

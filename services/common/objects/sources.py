@@ -182,7 +182,10 @@ class InputSources:
             inside = not prefix or path == prefix or path.startswith(f"{prefix.rstrip('/')}/")
             if kind == scheme and name == bucket and inside:
                 return _Address(scheme, bucket, path, prefix)
-        raise PermissionDenied("Inputs from there are not allowed here.", field=FIELD)
+        raise PermissionDenied(
+            "Inputs from there are not allowed here (BATCH_INPUT_ALLOW): upload the file (POST /v1/files).",
+            field=FIELD,
+        )
 
     def _objects(self, at: _Address) -> ArtifactStore:
         if at.scheme == "store":

@@ -13,6 +13,8 @@ from services.common.bus.stopping import stop_consumer
 
 
 class _Client:
+    _sync_task = None
+
     def __init__(self) -> None:
         self.closed = 0
 

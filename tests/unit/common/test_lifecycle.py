@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import MutableMapping
+import threading
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -18,6 +19,8 @@ import httpx
 import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from services.common.lifecycle import Fatal, Health, ops_app, serve_asgi, until_stopped
 from services.common.listening import accept_last, listen
@@ -305,6 +308,48 @@ async def test_of_two_services_in_one_process_one_says_what_it_uses(guest: bool)
     body = said[1]["body"]
     assert b"served_total 1.0" in body
     assert (b"process_cpu_seconds_total" in body) is not guest
+
+
+class Noting(list[Any]):
+    """Samples; notes who collected them, and who reads them."""
+
+    def __init__(self, samples: list[Any], readers: list[int]) -> None:
+        super().__init__(samples)
+        self._readers = readers
+
+    def __iter__(self) -> Iterator[Any]:
+        self._readers.append(threading.get_ident())
+        return super().__iter__()
+
+
+class Noted(Collector):
+    def __init__(self) -> None:
+        self.collected: list[int] = []
+        self.read: list[int] = []
+
+    def collect(self) -> Iterator[Metric]:
+        self.collected.append(threading.get_ident())
+        gauge = GaugeMetricFamily("served", "Requests", value=3.0)
+        gauge.samples = Noting(gauge.samples, self.read)
+        yield gauge
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text; version=1.0.0"])
+async def test_metrics_are_collected_on_the_loop_and_written_down_in_a_thread(accept: str) -> None:
+    noted, registry = Noted(), CollectorRegistry()
+    registry.register(noted)
+    async with (
+        serve_asgi(ops_app(Health(), registry), "127.0.0.1", 0) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,
+    ):
+        assert "served 3.0" in (await client.get("/metrics", headers={"accept": accept})).text
+    loop = threading.get_ident()
+    assert noted.collected == [loop]
+    assert noted.read
+    assert loop not in noted.read
 
 
 async def test_a_taken_port_is_one_sentence() -> None:

@@ -4,11 +4,13 @@ tests/contract/test_gateway_processes.py and tests/integration/test_hung_process
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,3 +108,32 @@ async def test_nobody_is_asked_where_nobody_would_be_killed(hung_after_s: float)
     async with group.running():
         await eventually(lambda: group.pids)
         assert ("watchdog" in {task.get_name() for task in asyncio.all_tasks()}) == (hung_after_s > 0)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_start_that_fails_is_tried_again_and_ends_no_other(
+    monkeypatch: pytest.MonkeyPatch, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """As where the machine has no memory or no process to give just then."""
+    start, starts = asyncio.create_subprocess_exec, 0
+
+    async def scarce(*argv: str, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal starts
+        starts += 1
+        if starts == 3:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return await start(*argv, **options)
+
+    async def play() -> None:
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", scarce)
+        group = ProcessGroup(
+            [sys.executable, "-c", "import sys; sys.stdin.read()"], [{}, {}], stop_s=PATIENCE_S
+        )
+        async with group.running():
+            await eventually(lambda: len(group.pids) == 2)
+            other = group.pids[1]
+            os.kill(group.pids[0], signal.SIGKILL)
+            await eventually(lambda: starts == 4 and len(group.pids) == 2)
+            assert group.pids[1] == other
+
+    run_on(loop, play())

@@ -6,7 +6,8 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from services.registry.bodies import MAX_BODY_BYTES, BoundBodies
+from services.common.bodies import BoundBodies
+from services.registry.bodies import MAX_BODY_BYTES, is_upload
 
 PIECE = 1 << 20
 
@@ -32,9 +33,9 @@ async def test_a_body_without_end_is_refused_at_the_bound_unless_it_is_received_
     scope = {"type": "http", "method": "POST", "path": path}
     if bounded:
         with pytest.raises(HTTPException) as refused:
-            await BoundBodies(app)(scope, receive, send)
+            await BoundBodies(app, MAX_BODY_BYTES, is_upload)(scope, receive, send)
         assert refused.value.status_code == 413
         assert read == MAX_BODY_BYTES + PIECE
     else:
-        await BoundBodies(app)(scope, receive, send)
+        await BoundBodies(app, MAX_BODY_BYTES, is_upload)(scope, receive, send)
         assert read == most
