@@ -75,18 +75,22 @@ class Deployments:
 
     def desired(self) -> dict[VersionKey, Desired]:
         """Every version that this pool should serve."""
+        return {key: one for model in self._configs for key, one in self.desired_of(model).items()}
+
+    def desired_of(self, model: str) -> dict[VersionKey, Desired]:
+        """Every version of `model` that this pool should serve."""
         found: dict[VersionKey, Desired] = {}
-        for model, config in self._configs.items():
-            if config.pool and config.pool != self._pool:
+        config = self._configs.get(model)
+        if config is None or (config.pool and config.pool != self._pool):
+            return found
+        arms = {arm.version for experiment in config.experiments for arm in experiment.variants}
+        for served in config.versions:
+            if not self._takes(served):
                 continue
-            arms = {arm.version for experiment in config.experiments for arm in experiment.variants}
-            for served in config.versions:
-                if not self._takes(served):
-                    continue
-                key = VersionKey(model, served.version, served.artifact_digest)
-                carries = bool(served.weight) or served.held or served.version in arms
-                policy = self._policy(config, batched=served.signature.batched)
-                found[key] = Desired(key, served, policy, carries)
+            key = VersionKey(model, served.version, served.artifact_digest)
+            carries = bool(served.weight) or served.held or served.version in arms
+            policy = self._policy(config, batched=served.signature.batched)
+            found[key] = Desired(key, served, policy, carries)
         return found
 
     def _policy(self, config: ServingConfig, *, batched: bool) -> ServingPolicy:

@@ -34,10 +34,13 @@ def victims(
     first, the longest unused before the others. A version that carries traffic goes only for one that is
     `demanded`, for which a request waits. Nothing is evicted in vain, and no more than is needed."""
     able = [resident for resident in residents if not resident.busy and resident.memory_bytes > 0]
-    spare = [resident for resident in able if not resident.carries or resident.unused >= long_idle]
-    needed = [resident for resident in able if resident not in spare] if demanded else []
+    spare: list[Resident] = []
+    needed: list[Resident] = []
+    for resident in able:
+        is_spare = not resident.carries or resident.unused >= long_idle
+        (spare if is_spare else needed).append(resident)
     chosen: list[VersionKey] = []
-    for resident in sorted(spare, key=_unused) + sorted(needed, key=_unused):
+    for resident in sorted(spare, key=_unused) + (sorted(needed, key=_unused) if demanded else []):
         if missing <= 0:
             break
         chosen.append(resident.key)

@@ -50,6 +50,10 @@ class Heartbeat:
                 if self._reached:
                     log.warning("heartbeat_failed", reason=error.message)
                 self._reached = False
+            except Exception:
+                # Routers would take a worker that says nothing more for gone, and nobody here would notice.
+                log.exception("heartbeat_failed")
+                self._reached = False
             else:
                 self._reached = True
             with suppress(TimeoutError):

@@ -82,7 +82,7 @@ class ModelHost:
         """Take in one record of control.deployments.v1; False where a newer one is known."""
         taken = self._deployments.apply(key, value)
         if taken:
-            self.reconcile()
+            self.reconcile(key.decode(errors="replace"))
         return taken
 
     def find(self, model: str, version: str) -> LoadedModel | Parked | None:
@@ -130,16 +130,17 @@ class ModelHost:
             return "; ".join(f"{slot.key.model}/{slot.key.version}: {slot.error}" for slot in wanted)
         return None
 
-    def reconcile(self) -> None:
-        """Begin to load what is missing and to unload what is served no more."""
+    def reconcile(self, model: str) -> None:
+        """Begin to load what is missing of `model` and to unload what is served of it no more. Of one model
+        only, since a start takes in all of them one by one."""
         if self._stopping:
             return
-        desired = self._deployments.desired()
+        desired = self._deployments.desired_of(model)
         present: set[VersionKey] = set()
         for slot in self._slots:
-            wanted = desired.get(slot.key)
-            if slot.unwanted:
+            if slot.unwanted or slot.desired.key.model != model:
                 continue
+            wanted = desired.get(slot.key)
             if wanted is None:
                 slot.unwanted = True
                 slot.changed.set()

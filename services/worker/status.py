@@ -39,7 +39,8 @@ class StatusReport:
         status = WorkerStatus()
         status.CopyFrom(self._fixed)
         status.state = self.state or self._by_health()
-        status.versions.extend(self._host.states())
+        if status.state != WorkerStatus.STATE_GONE:  # the last words are kept for ever, and nobody asks
+            status.versions.extend(self._host.states())
         status.queued_rows = sum(model.queued_rows for model in models)
         status.running_rows = sum(model.running_rows for model in models)
         status.memory_bytes = resident_bytes()

@@ -8,7 +8,9 @@ its row."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,9 @@ from services.worker.tensors import Array
 # Rows that are turned from columns to rows at a time: both sides stay in the processor's cache.
 _BLOCK = 2048
 
+# What pyarrow raises for a value that it cannot turn into one of Python's; bad UTF-8 is a ValueError.
+_NO_VALUE = (pa.ArrowException, ValueError, OverflowError)
+
 _TAKEN = {"O": "a string", "b": "true or false"}
 
 Mask = NDArray[np.bool_]
@@ -33,7 +38,7 @@ def wanted_columns(names: Sequence[str], inputs: Inputs) -> dict[str, list[str]]
     """Which columns of a table give which input. Raises InvalidArgument naming the column that is missing or
     that the model does not know."""
     given = {name for name in names if name != CUSTOM_ID} | ({CUSTOM_ID} & set(_all_names(inputs)))
-    if len(given) < len([name for name in names if name in given]):
+    if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise InvalidArgument(f"The input has two columns {twice}.", field=f"inputs.{twice}")
     chosen: dict[str, list[str]] = {}
@@ -65,8 +70,11 @@ def rows_of_table(table: pa.Table, inputs: Inputs, first_row: int) -> Rows:
     chosen = wanted_columns(table.column_names, inputs)
     custom_ids = _custom_ids(table, inputs)
     if not inputs.batched or any(-1 in spec.shape for spec in inputs.specs):
-        values = table.select([name for names in chosen.values() for name in names]).to_pylist()
-        found = rows_of_values(values, inputs, first_row)
+        wrong: dict[int, HeadraceError] = {}
+        values = _python_rows(
+            table.select([name for names in chosen.values() for name in names]), first_row, wrong
+        )
+        found = rows_of_values(values, inputs, first_row, wrong)
         return Rows(found.count, found.groups, found.failures, custom_ids)
     count = table.num_rows
     failures: dict[int, HeadraceError] = {}
@@ -104,13 +112,37 @@ def _missing(name: str) -> InvalidArgument:
 def _custom_ids(table: pa.Table, inputs: Inputs) -> list[str | None] | None:
     if CUSTOM_ID not in table.column_names or CUSTOM_ID in _all_names(inputs):
         return None
+    where = f"inputs.{CUSTOM_ID}"
     try:
         ids: list[str | None] = table.column(CUSTOM_ID).cast(pa.string()).to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError):
-        where = f"inputs.{CUSTOM_ID}"
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"{where} holds a string that is not UTF-8.", field=where) from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         kind = table.column(CUSTOM_ID).type
         raise InvalidArgument(f"{where} must hold strings, not {kind}.", field=where) from None
     return ids
+
+
+def _python_rows(
+    table: pa.Table, first_row: int, failures: dict[int, HeadraceError]
+) -> list[dict[str, Any] | None]:
+    """What JSON rows would be; a value that Python cannot hold (a string of invalid UTF-8, a time past all
+    calendars) fails its row."""
+    with suppress(*_NO_VALUE):
+        return list(table.to_pylist())
+    found: list[dict[str, Any] | None] = [{} for _ in range(table.num_rows)]
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        for place, value in enumerate(column):
+            row = found[place]
+            if row is None:
+                continue
+            try:
+                row[name] = value.as_py()
+            except _NO_VALUE as error:
+                at = f"inputs[{first_row + place}].{name}"
+                failures[place] = InvalidArgument(f"{at} cannot be read: {error}.", field=at)
+                found[place] = None
+    return found
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -136,11 +168,15 @@ def _of_lists(
     """A column whose rows are lists of a fixed shape."""
     where = f"inputs.{spec.name}"
     array = _combined(column)
-    fill: Mask = np.zeros(len(array), bool)
+    # All of the type before any value: pyarrow cannot pick rows of every type, nor of lists of nulls.
+    kind = array.type
+    for _ in spec.shape:
+        if not _is_list(kind):
+            raise InvalidArgument(f"{where} must hold lists of shape {list(spec.shape)}.", field=where)
+        kind = kind.value_type
+    _check_type(spec, where, kind)
     per_row = 1
     for size in spec.shape:
-        if not _is_list(array.type):
-            raise InvalidArgument(f"{where} must hold lists of shape {list(spec.shape)}.", field=where)
         lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
         wrong = lengths != size
         if wrong.any():
@@ -152,22 +188,20 @@ def _of_lists(
                 failures.setdefault(
                     place, InvalidArgument(f"{at} {reason} where {size} are expected.", field=at)
                 )
-                fill[place] = True
-            # Rows that failed give lists of the right size, so that all others keep their place.
+            # Rows that failed give nulls for all of their elements, so that all others keep their place.
             array = _refilled(array, wrong, size)
-        array = array.flatten()
+        else:
+            array = array.flatten()
         per_row *= size
     flat = _typed(spec, spec.name, array, failures, lambda element: element // per_row, first_row)
-    return flat.reshape(-1, *spec.shape)
+    return flat.reshape(len(column), *spec.shape)
 
 
 def _refilled(array: pa.Array, wrong: Mask, size: int) -> pa.Array:
-    kept = pa.array(np.flatnonzero(~wrong))
-    filling = pa.array([[None] * size], pa.list_(array.type.value_type))
-    good = array.take(kept).cast(pa.list_(array.type.value_type))
-    order = np.full(len(array), len(kept), np.int64)
-    order[~wrong] = np.arange(len(kept))
-    return pa.concat_arrays([good, filling]).take(pa.array(order))
+    """The elements of the lists of `array`, and `size` nulls for each that is wrong."""
+    missing = np.repeat(wrong, size)
+    order = np.cumsum(~missing) - 1
+    return array.filter(pa.array(~wrong)).flatten().take(pa.array(order, mask=missing))
 
 
 def _of_values(
@@ -196,8 +230,7 @@ def _typed(
         array = array.cast(pa.float64())
     if pa.types.is_null(array.type):
         array = array.cast(pa.string() if spec.text else pa.from_numpy_dtype(spec.dtype))
-    if not _fits(spec, array.type):
-        raise InvalidArgument(f"{where} holds {array.type}, the model takes {spec.type_name}.", field=where)
+    _check_type(spec, where, array.type)
 
     def fail(mask: Mask, reason: str) -> None:
         for element in np.flatnonzero(mask).tolist():
@@ -237,6 +270,16 @@ def _narrowed(spec: InputSpec, values: Array, fail: Callable[[Mask, str], None])
         if too_large.any():
             fail(too_large, f"is outside the range of {spec.type_name}")
     return narrow
+
+
+def _check_type(spec: InputSpec, where: str, kind: pa.DataType) -> None:
+    """Raises InvalidArgument where no value of `kind` can be an element of `spec`."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_decimal(kind):
+        kind = pa.float64()
+    if not pa.types.is_null(kind) and not _fits(spec, kind):
+        raise InvalidArgument(f"{where} holds {kind}, the model takes {spec.type_name}.", field=where)
 
 
 def _fits(spec: InputSpec, kind: pa.DataType) -> bool:

@@ -94,7 +94,7 @@ def _value(spec: InputSpec, given: str) -> Any:
     if given.startswith("["):
         try:
             return msgspec.json.decode(given)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return given
     if spec.text:
         return given

@@ -216,6 +216,7 @@ class TestTables:
         with pytest.raises(InvalidArgument) as caught:
             rows_of_table(pa.table({"t": ["a", "b"], "custom_id": strings}), inputs(("t", BYTES, [-1])), 0)
         assert caught.value.field == "inputs.custom_id"
+        assert "not UTF-8" in caught.value.message
 
     def test_nan_is_a_number(self) -> None:
         rows = rows_of_table(pa.table({"a": [float("nan")], "b": [float("inf")], "c": [1.0]}), TABULAR, 0)
@@ -252,6 +253,12 @@ class TestCsv:
 
         assert only(rows)["x"].tolist() == [[1, 2, 3]]
         assert list(rows.failures) == [1]
+
+    def test_lists_that_are_too_deep_fail_their_row(self) -> None:
+        rows = rows_of_csv(b'"[1, 2, 3]"\n' + b"[" * 100_000 + b"\n", ["x"], TABULAR, 0)
+
+        assert only(rows)["x"].tolist() == [[1, 2, 3]]
+        assert [error.field for error in rows.failures.values()] == ["inputs[1].x"]
 
     def test_types_are_the_models(self) -> None:
         rows = rows_of_csv(b"1,a,true\n2,b,0\n300,c,1\n", ["n", "text", "on"], MIXED, 0)
