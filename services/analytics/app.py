@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from services.analytics.consumers import Consumers
 from services.analytics.endpoints import routes, shadow_routes
 from services.analytics.experiment_endpoints import experiment_routes
+from services.analytics.experiment_schemas import MAX_BODY_BYTES
 from services.analytics.flushing import Flusher, SegmentWriter
 from services.analytics.looking import Looking
 from services.analytics.metrics import Metrics
@@ -27,6 +28,7 @@ from services.analytics.settings import Settings
 from services.analytics.shadows import ShadowConsumer
 from services.analytics.signatures import Signatures
 from services.analytics.trials import Trials
+from services.common.bodies import BoundBodies
 from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
 from services.common.bus.port import Table
@@ -157,6 +159,7 @@ def _api(
     for router in routers:
         app.include_router(router)
     install_problem_handlers(app)
+    app.add_middleware(BoundBodies, max_bytes=MAX_BODY_BYTES)
     app.add_middleware(InternalAuth, token=token)
     app.add_middleware(TraceRequests, tracing=tracing)
     app.add_middleware(OpsEndpoints, health=health, registry=registry)

@@ -29,6 +29,8 @@ _TEXT = r"^[^\x00]*$"
 Name = Annotated[str, Query(min_length=1, max_length=64, pattern=_TEXT)]
 Model = Annotated[str, Path(pattern=_TEXT)]
 Instant = Annotated[datetime | None, Query()]
+#: Quantiles at less than this have no digits left.
+Alpha = Annotated[float, Query(ge=1e-12, lt=0.5)]
 
 _BUILT_IN = {"error_rate": None, "latency_ms": None, "accuracy": "label"}
 _MAX_RECENT = 1000
@@ -72,7 +74,7 @@ def routes(reader: Reader, clock: Clock) -> APIRouter:
         a: Name,
         b: Name,
         metric: Name = "error_rate",
-        alpha: Annotated[float, Query(gt=0, lt=0.5)] = 0.05,
+        alpha: Alpha = 0.05,
         missing: Missing | None = None,
         since: Instant = None,
         until: Instant = None,
@@ -142,7 +144,7 @@ def shadow_routes(engine: AsyncEngine, clock: Clock) -> APIRouter:
         model: Model,
         version: Name | None = None,
         shadow_version: Name | None = None,
-        alpha: Annotated[float, Query(gt=0, lt=0.5)] = 0.05,
+        alpha: Alpha = 0.05,
         since: Instant = None,
         until: Instant = None,
     ) -> Json:
@@ -213,4 +215,4 @@ def _period(since: datetime | None, until: datetime | None, clock: Clock) -> tup
 def _us(moment: datetime, field: str) -> int:
     if moment.tzinfo is None:
         raise InvalidArgument("A time needs its zone, as in 2026-01-31T12:00:00Z.", field=field)
-    return round(moment.timestamp() * 1e6)
+    return schemas.unix_us(moment)

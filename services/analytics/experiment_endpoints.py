@@ -20,7 +20,7 @@ from services.analytics.off_policy import Estimates, Log
 from services.analytics.planning import plan
 from services.analytics.reading import Reader
 from services.analytics.results import not_started, results
-from services.analytics.schemas import period_json
+from services.analytics.schemas import period_json, unix_us
 from services.analytics.shadow_totals import ShadowTotals
 from services.analytics.trial_queries import Counts
 from services.analytics.trial_strata import TrialQuestion
@@ -174,7 +174,7 @@ def _chances(
 
 
 def _period(body: OffPolicyIn, clock: Clock) -> tuple[int, int | None]:
-    until_us = None if body.until is None else round(body.until.timestamp() * 1e6)
+    until_us = None if body.until is None else unix_us(body.until)
     if body.since is not None:
-        return round(body.since.timestamp() * 1e6), until_us
+        return unix_us(body.since), until_us
     return (clock.unix_us() if until_us is None else until_us) - _USUAL_US, until_us

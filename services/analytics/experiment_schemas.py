@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
@@ -9,10 +10,14 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, S
 from services.analytics.planning import Question, effect_of
 from services.common.errors import InvalidArgument
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+#: What PostgreSQL can hold: no zeros, no halves of a pair of surrogates.
+_STORABLE = r"^[^\x00]*$"
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=_STORABLE)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_STORABLE)]
 Probability = Annotated[FiniteFloat, Field(ge=0, le=1)]
 _SLACK = 1e-6
+#: Of any request; as many assignments as a policy may have take a third of it.
+MAX_BODY_BYTES = 64 << 20
 #: Of a share, and of an effect (of a mean: in its spread), the least that is planned for: sizes stay numbers.
 _LEAST = 1e-9
 
@@ -31,7 +36,7 @@ class PlanIn(_Input):
     sd: Annotated[FiniteFloat, Field(ge=1e-100, le=1e100)] | None = None
     effect: FiniteFloat | None = None
     relative_effect: FiniteFloat | None = None
-    alpha: Annotated[FiniteFloat, Field(gt=0, lt=0.5)] = 0.05
+    alpha: Annotated[FiniteFloat, Field(ge=1e-12, lt=0.5)] = 0.05
     power: Annotated[FiniteFloat, Field(ge=0.5, le=0.999)] = 0.8
     variants: Annotated[int, Field(ge=2, le=100)] = 2
     #: That the experiment decides by, guardrails included: what is always-valid shares alpha out among them.
@@ -49,6 +54,8 @@ class PlanIn(_Input):
             raise InvalidArgument("The plan of a mean needs sd, the spread of units' values.", field="sd")
         if self.metric == "proportion" and self.sd is not None:
             raise InvalidArgument("The spread of a proportion follows from its baseline.", field="sd")
+        if self.metric == "mean" and (self.units_per_variant or math.inf) * self.ratio < 2:
+            raise InvalidArgument("An arm of fewer than two units has no spread.", field="units_per_variant")
         effect = None
         if self.units_per_variant is None or self.effect is not None or self.relative_effect is not None:
             effect = effect_of(self.effect, self.relative_effect, base)
@@ -130,4 +137,4 @@ class OffPolicyIn(_Input):
     experiment_id: Annotated[str, StringConstraints(pattern=r"^exp_[0-9a-f]{16}$")] | None = None
     since: AwareDatetime | None = None
     until: AwareDatetime | None = None
-    alpha: Annotated[FiniteFloat, Field(gt=0, lt=0.5)] = 0.05
+    alpha: Annotated[FiniteFloat, Field(ge=1e-12, lt=0.5)] = 0.05

@@ -214,7 +214,7 @@ class Flusher:
 
     async def _run(self) -> None:
         rare = (self.join_small, self.forget_claims, self.forget_old, self.forget, self.sweep)
-        periods = looked_at = 0
+        periods = looked_at = much = 0
         while True:
             await _tried(partial(self._signatures.save, self._engine))
             if await self._has_turn():
@@ -222,8 +222,9 @@ class Flusher:
                 if self._writer.named - looked_at >= self._sizes.join_segments:
                     looked_at = self._writer.named
                     await _tried(self.join_small)
-                for step in rare if periods % _RARE == 0 else ():
-                    await _tried(step)
+                # What had much to do goes on soon: the more comes in, the more is to be forgotten.
+                if periods % _RARE == 0 or much >= _TIMES:
+                    much = max([await _tried(step) for step in rare])
                 periods += 1
             quiet = self._clock.monotonic() - self._had_work_at >= _QUIET_AFTER_S
             await asyncio.sleep(_QUIET_PERIOD_S if quiet else _PERIOD_S)

@@ -102,9 +102,8 @@ class Looking:
 
     def seen(self, model: str) -> None:
         """There is something new about a model (empty: about any)."""
-        for trial in self._trials.open():
-            if model in ("", trial.model):
-                self._pace.wake(trial.trial_id)
+        for trial in self._trials.open(model):
+            self._pace.wake(trial.trial_id)
         self._wake.set()
 
     def last(self, trial_id: str) -> Verdict | None:

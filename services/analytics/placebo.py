@@ -82,8 +82,10 @@ def crossings(control: ControlUnits, *, salts: int = SALTS, alpha: float = ALPHA
         for side in both:
             decided |= randomised_share(counts, 0.0, side) >= threshold
         pooled = float(control.failed.mean())
-        spread = np.sqrt(max(1e-300, pooled * (1 - pooled)) * (1 / units[0] + 1 / units[1]))
-        naive |= np.abs(events[1] / units[1] - events[0] / units[0]) > _NAIVE * spread
+        both_have = (units[0] > 0) & (units[1] > 0)  # of a half without a unit nothing can be told
+        left, right = (np.where(both_have, half, 1.0) for half in units)
+        spread = np.sqrt(max(1e-300, pooled * (1 - pooled)) * (1 / left + 1 / right))
+        naive |= both_have & (np.abs(events[1] / right - events[0] / left) > _NAIVE * spread)
     size, scores, contributing = _scores(control.cells, salts)
     naive |= np.abs(scores) > _NAIVE
     if size >= 2 * FEWEST_UNITS and contributing >= FEWEST_CONTRIBUTING:

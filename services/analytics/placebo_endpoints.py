@@ -15,7 +15,7 @@ def placebo_routes(placebos: Placebos) -> APIRouter:
 
     @router.get("/placebo")
     async def show_placebo(
-        model: Annotated[str | None, Query(min_length=1, max_length=64)] = None,
+        model: Annotated[str | None, Query(min_length=1, max_length=64, pattern=r"^[^\x00]*$")] = None,
     ) -> dict[str, Any]:
         """How often the method that decides has told halves of one and the same control apart, by model:
         about `alpha` at most, however often it looked. A fixed-horizon test looked at as often is shown

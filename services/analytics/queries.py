@@ -175,9 +175,11 @@ def summary(connection: duckdb.DuckDBPyConnection) -> list[dict[str, Any]]:
         "SELECT version, variant, experiment, code, count(*) FROM online WHERE code <> 0 "
         "GROUP BY ALL ORDER BY ALL"
     ).fetchall()
+    by_row: dict[tuple[str, ...], dict[int, int]] = {}
+    for *of, code, n in codes:
+        by_row.setdefault(tuple(of), {})[code] = n
     for row in rows:
-        mine = (row["version"], row["variant"], row["experiment"])
-        row["codes"] = {code: n for *of, code, n in codes if tuple(of) == mine}
+        row["codes"] = by_row.get((row["version"], row["variant"], row["experiment"]), {})
     return rows
 
 

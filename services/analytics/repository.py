@@ -320,7 +320,7 @@ async def forget_old_outcomes(session: AsyncSession, before: datetime) -> int:
 
 async def forgotten_segments(session: AsyncSession, now: datetime) -> list[SegmentRow]:
     """Some dropped objects that no query reads any more."""
-    statement = select(SegmentRow).where(SegmentRow.dropped_at < now - KEPT_DROPPED).limit(AT_ONCE)
+    statement = select(SegmentRow).where(SegmentRow.dropped_at < now - KEPT_DROPPED).limit(5 * AT_ONCE)
     return list((await session.scalars(statement)).all())
 
 

@@ -22,11 +22,18 @@ if TYPE_CHECKING:  # they import SciPy, which takes most of a second
 Json = dict[str, Any]
 
 _ORIGINS = {1: "online", 2: "shadow", 3: "batch"}
+#: The last second that a datetime can hold; one of another zone may be later.
+_LATEST_US = 253_402_300_799_000_000
 
 
 def instant(unix_us: int) -> str:
     """RFC 3339 in UTC."""
     return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat()
+
+
+def unix_us(moment: datetime) -> int:
+    """Unix microseconds, within what `instant` can show: nothing was logged before 1970."""
+    return min(max(round(moment.timestamp() * 1e6), 0), _LATEST_US)
 
 
 def period_json(since_us: int, until_us: int | None) -> Json:

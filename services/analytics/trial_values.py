@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from headrace.v1.trials_pb2 import TrialMetric
@@ -46,7 +47,7 @@ def is_bounded(metric: TrialMetric) -> bool:
     """Whether the mean of a metric is one of values in a known range. What a unit without a value counts as
     may still change, so nothing of such a metric is exact; error rates are counted by `visits`."""
     return (
-        metric.low < metric.high
+        0 < metric.high - metric.low < math.inf  # of two floats, the difference need not be one
         and not metric.quantile
         and not metric.missing_is_zero
         and metric.name not in {"error_rate", "shadow_disagreement", "shadow_error_rate"}

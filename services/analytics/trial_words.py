@@ -14,20 +14,22 @@ def is_share(metric: str) -> bool:
     return metric in _SHARES
 
 
-def reason(evidence: Evidence, metric: TrialMetric, control: str) -> str:
-    """One sentence: what was found, the numbers, and how sure it is."""
+def reason(evidence: Evidence, metric: TrialMetric, control: str, kind: Trial.Kind) -> str:
+    """One sentence: what was found, the numbers, and how sure it is. Arms of a rollout are versions."""
     if not evidence.units and not evidence.control_units:
         return f"Nothing has been measured of {evidence.metric} yet."
     sure = f"{1 - evidence.alpha:.2%}".rstrip("0").rstrip(".%") + "%"
     share = is_share(metric.name)
+    called = "version " if kind == Trial.KIND_ROLLOUT else ""
     if metric.name == "shadow_disagreement":
         found = (
             f"{evidence.mean:.2%} of {evidence.units} requests were answered differently by {evidence.arm}"
         )
     else:
         found = (
-            f"{evidence.metric} is {_value(evidence.mean, share)} of {evidence.arm} ({evidence.units} units) "
-            f"against {_value(evidence.control_mean, share)} of {control} ({evidence.control_units} units)"
+            f"{evidence.metric} is {_value(evidence.mean, share)} of {called}{evidence.arm} "
+            f"({evidence.units} units) against {_value(evidence.control_mean, share)} of {called}{control} "
+            f"({evidence.control_units} units)"
         )
     bounds = _bounds(evidence, share)
     return f"{found}{bounds}: {_finding(evidence, metric, share)} (at every moment with {sure} confidence)."

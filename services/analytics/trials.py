@@ -17,6 +17,8 @@ class Trials:
 
     def __init__(self) -> None:
         self._known: dict[str, Trial] = {}
+        #: The same by model: each delivery asks for those of every model in it.
+        self._of_model: dict[str, dict[str, Trial]] = {}
         #: What ended for good: nothing of it needs to be kept.
         self.ended: set[str] = set()
         self._changed: Callable[[str], None] = lambda _model: None
@@ -32,7 +34,7 @@ class Trials:
         if value is None:
             self.ended.add(name)
             if known is not None:
-                del self._known[name]
+                self._drop(known)
                 self._changed(known.model)
             return
         try:
@@ -47,17 +49,28 @@ class Trials:
             return
         self.ended.discard(name)
         if trial != known:
+            if known is not None and known.model != trial.model:
+                self._drop(known)
             self._known[name] = trial
+            self._of_model.setdefault(trial.model, {})[name] = trial
             self._changed(trial.model)
 
     def get(self, trial_id: str) -> Trial | None:
         """The newest record of a trial, closed ones included."""
         return self._known.get(trial_id)
 
-    def open(self) -> list[Trial]:
-        """Those on which verdicts are wanted: started and not closed."""
-        return [trial for trial in self._known.values() if trial.started_at_us and not trial.closed]
+    def open(self, model: str = "") -> list[Trial]:
+        """Those on which verdicts are wanted: started and not closed; of `model` where given."""
+        trials = self._of_model.get(model, {}) if model else self._known
+        return [trial for trial in trials.values() if trial.started_at_us and not trial.closed]
 
     def of(self, model: str) -> list[Trial]:
         """Every trial of a model that is known, closed ones included."""
-        return [trial for trial in self._known.values() if trial.model == model]
+        return list(self._of_model.get(model, {}).values())
+
+    def _drop(self, trial: Trial) -> None:
+        del self._known[trial.trial_id]
+        of_model = self._of_model[trial.model]
+        del of_model[trial.trial_id]
+        if not of_model:
+            del self._of_model[trial.model]

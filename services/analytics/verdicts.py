@@ -83,7 +83,7 @@ def settle(trial: Trial, evidence: Sequence[Evidence], largest: Statements) -> l
             made.finding = Evidence.FINDING_BETTER
         elif made.log_e_safe >= threshold:
             made.finding = Evidence.FINDING_SAFE
-        made.reason = trial_words.reason(made, metrics[one.metric], trial.arms[0].name)
+        made.reason = trial_words.reason(made, metrics[one.metric], trial.arms[0].name, trial.kind)
         settled.append(made)
     return settled
 

@@ -87,7 +87,9 @@ def _chance(comparison: Json) -> str:
     bayesian = comparison.get("bayesian")
     if not bayesian:
         return ""
-    return f" The chance that it is better is {bayesian['chance_to_be_better']:.0%}."
+    chance = bayesian["chance_to_be_better"]
+    told = "under 1%" if chance < 0.005 else "over 99%" if chance > 0.995 else f"{chance:.0%}"
+    return f" The chance that it is better is {told}."
 
 
 def _advice(results: Json) -> str:
@@ -98,7 +100,7 @@ def _advice(results: Json) -> str:
         if comparison.get("decision")
     }
     if any(finding == "harmful" for _, finding in findings):
-        return "Stop it."
+        return "Late outcomes may still change this." if results["status"] == "stopped" else "Stop it."
     if results["sample_ratio"]["mismatch"]:
         return "Find out why the split is off before believing any of it."
     if ("success", "better") in findings:

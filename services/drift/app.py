@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from services.common.bodies import BoundBodies
 from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
 from services.common.clock import Clock
@@ -31,6 +32,7 @@ from services.drift import repository
 from services.drift.consumers import PredictionConsumer
 from services.drift.endpoints import routes
 from services.drift.metrics import Metrics
+from services.drift.schemas import MAX_BODY_BYTES
 from services.drift.settings import Settings
 from services.drift.signatures import Signatures
 from services.drift.tables import Outbox
@@ -63,7 +65,7 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
     health = Health("database", "deployments")
     tracing = setup_tracing("drift", cfg.otel_exporter_otlp_endpoint or None, cfg.otel_traces_sample_ratio)
     limits = cfg.limits()
-    signatures = Signatures()
+    signatures = Signatures(metrics.keep_psi)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(tracing.close)
         await migrate(cfg.database_url, SCHEMA, _MIGRATIONS)
@@ -87,6 +89,7 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         app = FastAPI(title="Headrace drift", version="1")
         app.include_router(routes(database, relay, clock, limits.cadence))
         install_problem_handlers(app)
+        app.add_middleware(BoundBodies, max_bytes=MAX_BODY_BYTES)
         app.add_middleware(InternalAuth, token=cfg.internal_token)
         app.add_middleware(TraceRequests, tracing=tracing)
         app.add_middleware(OpsEndpoints, health=health, registry=registry)

@@ -7,8 +7,8 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, Final
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -34,6 +34,9 @@ log = structlog.get_logger(__name__)
 
 #: For all records of one delivery together; far below the time after which Kafka takes partitions away.
 _SIGNATURE_WAIT_S = 5.0
+#: Streams of versions that nothing was heard of for so long are read from their rows again: each takes
+#: megabytes, and versions come and go.
+_REMEMBERED: Final = timedelta(minutes=10)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -126,6 +129,8 @@ class PredictionConsumer:
         for key in learned:
             self._signatures.unsaved.pop(key, None)
         self._streams.update(advanced)
+        for key in [key for key, (at, _) in self._streams.items() if at < now - _REMEMBERED]:
+            del self._streams[key]
         return changed
 
     async def _feed(
@@ -156,8 +161,9 @@ class PredictionConsumer:
         changed = []
         for window in windows:
             self._metrics.windows.labels(model).inc()
-            worst = max((report.psi.value for report in window.reports), default=0.0)
-            self._metrics.psi.labels(model, version).set(worst)
+            if not self._signatures.is_gone(model, version):
+                worst = max((report.psi.value for report in window.reports), default=0.0)
+                self._metrics.show_psi(model, version, worst)
             changed += await record_window(
                 session, model, version, window, self._limits.thresholds, self._limits.persistence, now
             )

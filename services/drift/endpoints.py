@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from hashlib import sha256
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.common.clock import Clock
@@ -23,10 +25,15 @@ from services.drift.tables import StreamRow, WebhookRow, WindowRow
 
 Limit = Annotated[int, Query(ge=1, le=repository.MAX_LISTED)]
 State = Literal["open", "acknowledged", "resolved"]
+#: What the gateway says that a caller's key may do.
+Scopes = Annotated[str, Header(alias="x-headrace-scopes")]
 Json = dict[str, Any]
 
 _SHOWN_SHARES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _MAX_WEBHOOKS = 100
+#: The scope that changes webhooks.
+_WRITES = "admin"
+_DIGEST_DIGITS = 8
 
 
 def routes(engine: AsyncEngine, relay: OutboxRelay, clock: Clock, cadence: Cadence) -> APIRouter:
@@ -135,11 +142,13 @@ def _add_alerts(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
 
 def _add_webhooks(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
     @router.get("/webhooks")
-    async def list_webhooks() -> Json:
-        """Where alerts are posted."""
+    async def list_webhooks(scopes: Scopes = "") -> Json:
+        """Where alerts are posted. Of an address, the path or the query is often the secret that lets one
+        post there: who may only read is shown the rest of it, and what tells it from others."""
+        whole = _WRITES in scopes.split(",")
         async with transaction(engine) as session:
             found = await repository.webhooks(session)
-        return {"webhooks": [_webhook_json(row) for row in found]}
+        return {"webhooks": [_webhook_json(row, whole=whole) for row in found]}
 
     @router.post("/webhooks", status_code=201)
     async def add_webhook(body: WebhookBody, request: Request) -> Json:
@@ -149,7 +158,7 @@ def _add_webhooks(router: APIRouter, engine: AsyncEngine, clock: Clock) -> None:
             if len(await repository.webhooks(session)) >= _MAX_WEBHOOKS:
                 raise FailedPrecondition(f"There are {_MAX_WEBHOOKS} webhooks already.")
             session.add(row)
-        return _webhook_json(row)
+        return _webhook_json(row, whole=True)
 
     @router.delete("/webhooks/{webhook_id}", status_code=204)
     async def remove_webhook(webhook_id: str) -> Response:
@@ -197,8 +206,19 @@ def _window_json(row: WindowRow) -> Json:
     }
 
 
-def _webhook_json(row: WebhookRow) -> Json:
-    return {"webhook_id": id_text(row.webhook_id), "url": row.url, "model": row.model}
+def _webhook_json(row: WebhookRow, *, whole: bool) -> Json:
+    return {
+        "webhook_id": id_text(row.webhook_id),
+        "url": row.url if whole else _origin(row.url),
+        "url_digest": sha256(row.url.encode()).hexdigest()[:_DIGEST_DIGITS],
+        "model": row.model,
+    }
+
+
+def _origin(url: str) -> str:
+    """Scheme, host and port, without anybody's name and password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _quantiles(sketch: QuantileSketch) -> Json:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Set
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
@@ -24,6 +27,8 @@ class Metrics:
             ["model", "version"],
             registry=registry,
         )
+        #: Versions that have a series of it, by model.
+        self._with_psi: defaultdict[str, set[str]] = defaultdict(set)
         self.open_alerts = Gauge(
             "headrace_drift_open_alerts", "Alerts that have not ended", registry=registry
         )
@@ -39,3 +44,14 @@ class Metrics:
             "Age of the oldest alert that waits for the broker.",
             registry=registry,
         )
+
+    def show_psi(self, model: str, version: str, psi: float) -> None:
+        """What the newest window of a version that is served says."""
+        self.psi.labels(model, version).set(psi)
+        self._with_psi[model].add(version)
+
+    def keep_psi(self, model: str, served: Set[str]) -> None:
+        """Forget the versions of `model` that are not served: nobody would ever change what they show."""
+        for version in self._with_psi[model] - served:
+            self.psi.remove(model, version)
+        self._with_psi[model] &= served

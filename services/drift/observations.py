@@ -68,6 +68,8 @@ def observe(batch: PredictionBatch, signature: Signature) -> Observations:
             array = _rows(tensor, kept)
             if signature.task == Task.TASK_CLASSIFICATION:
                 categorical["prediction"] = _labels(array, list(signature.classes))
+            elif tensor.datatype == DataType.DATA_TYPE_BYTES:
+                numeric["prediction.length"] = _lengths(array)
             else:
                 numeric.update(_columns("prediction", array))
         elif tensor.name == signature.probability_output:
@@ -96,14 +98,17 @@ def _rows(tensor: Tensor, kept: Mask) -> Array:
 
 def _input_columns(tensor: Tensor, array: Array, spec: TensorSpec) -> Iterator[tuple[str, Numbers]]:
     if tensor.datatype == DataType.DATA_TYPE_BYTES:
-        lengths = [sum(map(len, row)) for row in array.reshape(len(array), -1).tolist()]
-        yield f"{tensor.name}.length", np.array(lengths, dtype=np.float64)
+        yield f"{tensor.name}.length", _lengths(array)
         return
     names = list(spec.columns)
     if names and array.ndim == 2 and array.shape[1] == len(names):
         yield from zip(names, array.astype(np.float64).T, strict=True)
         return
     yield from _columns(tensor.name, array)
+
+
+def _lengths(texts: Array) -> Numbers:
+    return np.array([sum(map(len, row)) for row in texts.reshape(len(texts), -1).tolist()], dtype=np.float64)
 
 
 def _columns(name: str, array: Array) -> Iterator[tuple[str, Numbers]]:

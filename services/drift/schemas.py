@@ -20,6 +20,8 @@ from services.drift.observations import Observations
 
 #: A larger sample says nothing more about a distribution, and has to fit one request.
 MAX_SAMPLE_ROWS = 1_000_000
+#: Such a sample of a dozen features.
+MAX_BODY_BYTES = 256 << 20
 
 #: What PostgreSQL and JSON can hold: no zeros, no halves of a pair of surrogates.
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]

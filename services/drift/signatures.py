@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
 
 from headrace.v1.control_pb2 import ServingConfig
 from headrace.v1.tensor_pb2 import Signature
@@ -17,7 +17,10 @@ class Signatures:
     """Follows control.deployments.v1. A version that is no longer served stays known: records of it may
     still be on their way, after a restart too, which is why what is new here is kept in the database."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_served: Callable[[str, Set[str]], None] = lambda model, versions: None) -> None:
+        """`on_served` is told a model and the versions of it that are served from now on."""
+        self._on_served = on_served
+        self._served: dict[str, frozenset[str]] = {}
         self._known: dict[VersionKey, Signature] = {}
         #: Learned from the topic and not stored yet.
         self.unsaved: dict[VersionKey, Signature] = {}
@@ -29,11 +32,13 @@ class Signatures:
         for model, version, signature in stored:
             self._known[model, version] = Signature.FromString(signature)
 
-    def apply(self, _key: bytes, value: bytes | None) -> None:
+    def apply(self, model: bytes, value: bytes | None) -> None:
         """Take one record of the topic. A version's signature never changes."""
         if value is None:
+            self._serve(model.decode(), frozenset())
             return
         config = ServingConfig.FromString(value)
+        self._serve(config.model, frozenset(served.version for served in config.versions))
         for served in config.versions:
             key = (config.model, served.version)
             if key not in self._known:
@@ -43,6 +48,15 @@ class Signatures:
     def find(self, model: str, version: str) -> Signature | None:
         """None for a version that was never served as far as is known here."""
         return self._known.get((model, version))
+
+    def is_gone(self, model: str, version: str) -> bool:
+        """Whether it is known to be served no more."""
+        served = self._served.get(model)
+        return served is not None and version not in served
+
+    def _serve(self, model: str, versions: frozenset[str]) -> None:
+        self._served[model] = versions
+        self._on_served(model, versions)
 
     async def wait_for(self, model: str, version: str, until: float) -> Signature | None:
         """The signature, once it is known; None after `until` (event loop time).

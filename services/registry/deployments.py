@@ -41,9 +41,9 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
     """Make `wanted` the state of `model`'s serving. An alias may name a version; it is resolved now.
 
     Asking for what is there already changes nothing and makes no revision. Experiments and holdout stay as
-    they are. Raises NotFound for an unknown model, InvalidArgument naming `versions…` or `cache`, Aborted
-    where `expected_revision` is not the current one, FailedPrecondition where something that runs needs a
-    version that would go.
+    they are. Raises NotFound for an unknown model, InvalidArgument naming `versions…`, `cache`, `shadow…` or
+    `fallback…` (where versions take unlike inputs, too), Aborted where `expected_revision` is not the current
+    one, FailedPrecondition where something that runs needs a version that would go.
     """
     owner = await tx.model(model, lock=True)
     if owner is None:
@@ -62,6 +62,7 @@ async def deploy(tx: Repository, model: str, wanted: DeployIn, clock: Clock) -> 
         guard_rollout(rollout, old, config)
     if row is not None and serving_config.same_state(old, config):
         return _deployment(row)
+    serving_config.check_inputs(config)
     return await _commit_revision(tx, config, "deploy", clock)
 
 

@@ -29,7 +29,8 @@ async def begin(tx: Repository, row: ExperimentRow, clock: Clock, ready: Readine
     rollouts need must be loaded before anybody is sent to them. They are brought by this.
 
     Raises FailedPrecondition where the model is not deployed, the traffic is not free or too many run,
-    NotFound for a version that was deleted meanwhile.
+    InvalidArgument where a variant takes other inputs than what is deployed, NotFound for a version that was
+    deleted meanwhile.
     """
     deployed = await tx.deployment(row.model)
     if deployed is None:
@@ -40,6 +41,9 @@ async def begin(tx: Repository, row: ExperimentRow, clock: Clock, ready: Readine
     layer = free_layer(config, row)
     versions = [variant.version for variant in spec_of(row).variants]
     brought = await deployments.held_versions(tx, row.model, config, versions)
+    for version in (*config.versions, *brought):
+        if version.version in versions:
+            serving_config.check_alike(config, version, "variants")
     unloaded = _unloaded(config, brought, versions, ready)
     if unloaded:
         if brought:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -25,6 +24,7 @@ from services.common.assignment import BUCKETS
 from services.common.errors import InvalidArgument
 from services.common.targeting import MAX_ATTRIBUTE_NAME, MAX_ATTRIBUTE_TEXT, MAX_UNIT
 from services.registry.names import ModelName, VersionText
+from services.registry.rollout_plan import SHADOW_METRICS
 from services.registry.schemas import Input, Text
 from services.registry.trial_schemas import MetricIn, Share, check_metrics, ten_thousandths
 
@@ -45,15 +45,14 @@ def _scalar(value: object) -> object:
     """Checked before the union is, whose errors would name its branches beside the field."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
-        return value
-    if isinstance(value, float) and math.isfinite(value):
+    # Of floats too: PostgreSQL gives large ones back as integers, which could then not be read.
+    if isinstance(value, int | float) and -(1 << 63) <= value < 1 << 63:
         return value
     # Half of a surrogate pair is no character that could be stored or sent on
     if isinstance(value, str) and len(value) <= MAX_ATTRIBUTE_TEXT and not _NO_TEXT.search(value):
         return value
     raise ValueError(
-        f"a value is a text of at most {MAX_ATTRIBUTE_TEXT} characters, a number or a truth value"
+        f"a value is a text of at most {MAX_ATTRIBUTE_TEXT} characters, a number of 64 bits or a truth value"
     )
 
 
@@ -187,6 +186,11 @@ def check_experiment(spec: ExperimentIn) -> None:
     """Raises InvalidArgument naming the first field that does not fit the others."""
     _check_variants(spec.variants)
     check_metrics(spec.metrics)
+    for index, metric in enumerate(spec.metrics):
+        if metric.name in SHADOW_METRICS:
+            raise InvalidArgument(
+                f"{metric.name} is of the shadow steps of a rollout", field=f"metrics[{index}].name"
+            )
     for index, condition in enumerate(spec.targeting):
         _check_values(condition, f"targeting[{index}].values")
     size = sum(len(condition.model_dump_json()) for condition in spec.targeting)

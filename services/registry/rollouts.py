@@ -52,7 +52,10 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
         raise deployments.no_model(wanted.model)
     other = await tx.unfinished_rollout(wanted.model)
     if other is not None:
-        raise Aborted(f"rollout {other.rollout_id} of {wanted.model} is not finished", field="model")
+        raise Aborted(
+            f"rollout {other.rollout_id} of {wanted.model} is not finished: await its end or abort it",
+            field="model",
+        )
     deployed = await tx.deployment(wanted.model)
     if deployed is None:
         raise FailedPrecondition(
@@ -66,6 +69,9 @@ async def create_rollout(tx: Repository, wanted: NewRolloutIn, clock: Clock) -> 
     if previous == version:
         raise InvalidArgument(f"version {version!r} answers everything already", field="version")
     added = await deployments.held_versions(tx, wanted.model, config, [version])
+    if any(step.shadow is not None or step.weight not in (0, 1) for step in wanted.all_steps()):
+        brought = next(one for one in (*config.versions, *added) if one.version == version)
+        serving_config.check_alike(config, brought, "version")
     # With every default filled in: what a running rollout does must not change with the program.
     usual = {"steps": wanted.all_steps(), "metrics": wanted.metrics_watched(), "version": version}
     resolved = wanted.model_copy(update=usual)

@@ -57,12 +57,21 @@ class ModelPatch(Input):
     tags: Tags | None = None
 
 
+def _size(size: int) -> int:
+    if size == 0:
+        raise ValueError("a dimension is -1 or has 1 element at least: nothing could be sent otherwise")
+    return size
+
+
+Dimension = Annotated[int, Field(ge=-1, lt=1 << 31), AfterValidator(_size)]
+
+
 class TensorOverride(Input):
     """Completes one tensor read from the file. Shape may narrow -1 to a number, never contradict."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     datatype: Datatype | None = None
-    shape: Annotated[list[Annotated[int, Field(ge=-1, lt=1 << 31)]], Field(max_length=16)] | None = None
+    shape: Annotated[list[Dimension], Field(max_length=16)] | None = None
     columns: Annotated[list[Text], Field(max_length=100_000)] | None = None
 
 

@@ -17,7 +17,7 @@ from headrace.v1.control_pb2 import (
     ServingConfig,
     Shadow,
 )
-from headrace.v1.tensor_pb2 import Code, Signature
+from headrace.v1.tensor_pb2 import Code, DataType, Signature, TensorSpec
 
 from services.common.errors import InvalidArgument
 from services.registry.buckets import BUCKETS, Range, allocate
@@ -98,6 +98,44 @@ def check_kept(rows: Iterable[VersionRow], field: str) -> None:
             )
 
 
+def check_inputs(config: ServingConfig) -> None:
+    """Raises InvalidArgument naming a version of `config` and the input in which it is unlike the one that
+    requests are read for, where it gets the same requests: a share of them, or those of a shadow, a fallback
+    or an experiment. Whoever names a version sends what that one takes."""
+    arms = {variant.version for experiment in config.experiments for variant in experiment.variants}
+    for index, version in enumerate(config.versions):
+        if version.weight:
+            check_alike(config, version, f"versions[{index}].version")
+        elif version.version == config.shadow.version:
+            check_alike(config, version, "shadow.version")
+        elif version.version == config.fallback.version:
+            check_alike(config, version, "fallback.version")
+        elif version.version in arms:
+            check_alike(config, version, "versions")
+
+
+def check_alike(config: ServingConfig, version: ServedVersion, field: str) -> None:
+    """Raises InvalidArgument, field `field`, where no request fits both `version` and the one of `config`
+    that gateways read requests for. Outputs may differ."""
+    first = max(config.versions, key=lambda one: one.weight)
+    given = {spec.name: spec for spec in first.signature.inputs}
+    taken = {spec.name: spec for spec in version.signature.inputs}
+    for name in sorted(given.keys() | taken.keys()):
+        one, other = given.get(name), taken.get(name)
+        if one is None:
+            problem = f"needs an input {name!r}, which version {first.version!r} does not take"
+        elif other is None:
+            problem = f"has no input {name!r}, which version {first.version!r} takes"
+        elif not _fit(one, other):
+            problem = f"takes {name!r} as {_form(other)}, version {first.version!r} as {_form(one)}"
+        else:
+            continue
+        raise InvalidArgument(
+            f"version {version.version!r} {problem}; versions that get the same requests take equal inputs",
+            field=field,
+        )
+
+
 def release(config: ServingConfig, needed: Collection[str]) -> None:
     """Take out of `config` what was brought by something that runs, and is neither `needed` nor answers
     anybody any more."""
@@ -145,6 +183,20 @@ def served_version(row: VersionRow, weight: int, variant: str) -> ServedVersion:
     )
 
 
+def _fit(one: TensorSpec, other: TensorSpec) -> bool:
+    """Whether some tensor fits both; -1 is any size."""
+    return (
+        one.datatype == other.datatype
+        and len(one.shape) == len(other.shape)
+        and all(a == b or -1 in (a, b) for a, b in zip(one.shape, other.shape, strict=True))
+    )
+
+
+def _form(spec: TensorSpec) -> str:
+    datatype = DataType.Name(spec.datatype).removeprefix("DATA_TYPE_")
+    return f"{datatype}[{','.join(map(str, spec.shape))}]"
+
+
 def _fallback(
     wanted: FallbackIn | None, aliases: Mapping[str, str], served: Sequence[ServedVersion]
 ) -> Fallback | None:
@@ -181,7 +233,10 @@ def _another_version(
     """`name` as one of several versions that are served. Raises InvalidArgument, field `field`."""
     version = aliases.get(name, name)
     if all(other.version != version for other in served):
-        raise InvalidArgument(f"version {name!r} is not among the versions served", field=field)
+        raise InvalidArgument(
+            f"version {name!r} is not among the versions served: name it there, with weight 0 for no share",
+            field=field,
+        )
     if len(served) == 1:
         raise InvalidArgument(f"version {name!r} is the only one served", field=field)
     return version

@@ -45,7 +45,8 @@ def describe(files: Mapping[str, Path], backend: str, overrides: SignatureOverri
     missing = sorted(read.external_data - files.keys())
     if missing:
         raise InvalidArgument(
-            f"{MODEL_FILE} keeps weights in files that are not here: {missing}", field="files"
+            f"{MODEL_FILE} keeps weights in files that are not here: {missing}; push them with it",
+            field="files",
         )
     inputs = {spec.name for spec in read.signature.inputs}
     if not backend:

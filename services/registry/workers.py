@@ -48,8 +48,8 @@ class Workers:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._heard: dict[str, _Heard] = {}
-        #: What the topic holds of every worker, dead ones included.
-        self._said: dict[str, bytes] = {}
+        #: What the topic holds of every worker, dead ones included, of which there are ever more: its hash.
+        self._said: dict[str, int] = {}
         self._settled_at = -math.inf
         self.table: Table | None = None
 
@@ -60,8 +60,9 @@ class Workers:
             self._heard.pop(worker_id, None)
             self._said.pop(worker_id, None)
             return
-        again = self._said.get(worker_id) == value
-        self._said[worker_id] = value
+        mark = hash(value)
+        again = self._said.get(worker_id) == mark
+        self._said[worker_id] = mark
         if self.table is not None and self.table.caught_up and not again:
             self.hear(worker_id, WorkerStatus.FromString(value))
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
 from prometheus_client import CollectorRegistry
+from sqlalchemy import text
 
 from services import analytics
 from services.analytics import flushing, repository
@@ -92,6 +94,42 @@ async def test_it_rests_longer_after_half_a_minute_without_records(
         assert [await rests.next() for _ in range(4)] == [2.0] * 4
         assert list((tmp_path / "store").rglob("*.parquet"))
         assert [await rests.next() for _ in range(16)] == [2.0] * 14 + [5.0] * 2
+
+
+_DROPPED = """
+INSERT INTO segments (object, model, version, layout, rows, size, first_id, last_id, first_at_us, last_at_us,
+                      created_at, dropped_at)
+SELECT 'predictions/m/1/' || n || '.parquet', 'm', '1', '', 1, 1, '', '', 0, 0, :at, :at
+FROM generate_series(1, 1200) AS n
+"""
+_CLAIMS = "INSERT INTO claims SELECT int4send(n), :at FROM generate_series(1, 45000) AS n"
+
+
+async def test_what_is_dropped_faster_is_forgotten_faster(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fifty versions that are flushed every ten seconds leave five objects a second behind."""
+    clock = ManualClock()
+    rests = Rests(clock)
+    monkeypatch.setattr(flushing, "asyncio", rests)
+    database = engine(database_url, "analytics")
+
+    async def left(table: str) -> int:
+        async with database.connect() as connection:
+            return int((await connection.execute(text(f"SELECT count(*) FROM {table}"))).scalar_one())
+
+    try:
+        async with parts(database_url, tmp_path, clock) as (_, flusher):
+            async with database.begin() as connection:
+                for statement in (_DROPPED, _CLAIMS):
+                    await connection.execute(text(statement), {"at": clock.now() - timedelta(days=30)})
+            async with flusher:
+                assert await rests.next() == 2.0
+                assert (await left("segments"), await left("claims")) == (700, 25_000)
+                assert [await rests.next() for _ in range(2)] == [2.0] * 2
+                assert (await left("segments"), await left("claims")) == (0, 0)
+    finally:
+        await database.dispose()
 
 
 async def test_a_clock_set_forward_is_allowed_for_though_the_database_is_away_just_then(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -31,6 +32,7 @@ from services import analytics
 from services.analytics import queries, reading, repository
 from services.analytics.app import analytics_app
 from services.analytics.consumers import Consumers
+from services.analytics.experiment_schemas import MAX_BODY_BYTES
 from services.analytics.flushing import Flusher, Retention, SegmentWriter, Sizes
 from services.analytics.metrics import Metrics
 from services.analytics.reading import Reader
@@ -244,6 +246,14 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
             await usual.get("/v1/analytics/models/cancer", params={"until": "2025-07-01T00:00:00Z"})
         ).json()
         assert (month["until"], month["requests"]) == ("2025-07-01T00:00:00+00:00", 1000)
+        for last in ("9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-12:00"):
+            until_then = {"since": "0001-01-01T00:00:00+12:00", "until": last}
+            ever = (await usual.get("/v1/analytics/models/cancer", params=until_then)).json()
+            assert (ever["since"][:10], ever["until"][:10]) == ("1970-01-01", "9999-12-31")
+            assert ever["requests"] == 1000
+        first = {"until": "0001-01-01T00:00:00Z"}
+        never = (await usual.get("/v1/analytics/models/cancer", params=first)).json()
+        assert never["requests"] == 0
     assert errors["method"].startswith("two-proportion z-test")
     assert (errors["a"]["units"], errors["b"]["units"]) == (900, 100)
     assert errors["absolute"]["estimate"] == 0.01
@@ -264,14 +274,29 @@ async def check_comparison(client: httpx.AsyncClient) -> None:
         ({"a": "1"}, 422, "b"),
         ({"a": "1", "b": "2", "since": "2026-01-01T00:00:00"}, 422, "since"),
         ({"a": "1", "b": "2", "metric": "\0"}, 422, "metric"),
+        ({"a": "1", "b": "2", "alpha": "5e-324"}, 422, "alpha"),
     ):
         answer = await client.get(path, params=params)
         assert (answer.status_code, answer.json()["field"]) == (status, field), answer.text
     for odd in ("analytics/models/%00", "analytics/models/%00/compare", "shadows/%00"):
         answer = await client.get(f"/v1/{odd}", params={"a": "1", "b": "2"})
         assert (answer.status_code, answer.json()["field"]) == (422, "model"), odd
-    answer = await client.get("/v1/analytics/query", params={"model": "\0"})
-    assert (answer.status_code, answer.json()["field"]) == (422, "model")
+    answer = await client.get("/v1/shadows/cancer", params={"alpha": "1e-17"})
+    assert (answer.status_code, answer.json()["field"]) == (422, "alpha")
+    for asked_of_one in ("analytics/query", "experiments/placebo"):
+        answer = await client.get(f"/v1/{asked_of_one}", params={"model": "\0"})
+        assert (answer.status_code, answer.json()["field"]) == (422, "model"), asked_of_one
+    for name in ("model", "metric"):
+        for odd in ("\0", "\ud800"):
+            asked = {"model": "cancer", "metric": "revenue", "policy": {"weights": {"1": 1}}} | {name: odd}
+            answer = await client.post(
+                "/v1/experiments/off-policy",
+                content=json.dumps(asked),
+                headers={"content-type": "application/json"},
+            )
+            assert (answer.status_code, answer.json()["field"]) == (422, name), answer.text
+    mistaken = await client.post("/v1/experiments/plan", content=bytes(MAX_BODY_BYTES + 1))
+    assert (mistaken.status_code, mistaken.json()["code"]) == (413, "INVALID_ARGUMENT")
     assert (await client.get("/v1/analytics/models/unknown")).status_code == 404
     assert (await client.get(path, headers={"authorization": "Bearer wrong"})).status_code == 401
     assert (await client.get("/health/ready")).json()["ready"]

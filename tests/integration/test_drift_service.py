@@ -22,9 +22,10 @@ from services.common.clock import SystemClock
 from services.common.ids import new_id
 from services.common.topics import ALERTS, DEPLOYMENTS, PREDICTIONS, all_topics, dead_letters
 from services.drift.app import drift_app
+from services.drift.schemas import MAX_BODY_BYTES
 from services.drift.settings import Settings
 from tests.fixtures.asking import until
-from tests.fixtures.waiting import PATIENCE_S, eventually
+from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 TOKEN = "a-token-for-tests-only"
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -149,6 +150,17 @@ async def test_a_shift_becomes_an_alert_on_the_topic_at_the_webhook_and_in_the_l
             # Opened and resolved are told under the same id, in this order.
             ended = {alert.alert_id for alert in heard if alert.resolved_at_us}
             assert ended == {alert.alert_id for alert in heard if not alert.resolved_at_us}
+
+            async def told() -> str:
+                return (await client.get("/metrics")).text
+
+            shown = 'headrace_drift_psi{model="cancer",version="1"}'
+            assert shown in await told()
+            await bus.publish([Record(DEPLOYMENTS.name, b"cancer", None)])
+            await eventually_of(told, lambda text: shown not in text)
+            await bus.publish([prediction(rng, 100)])  # it was on its way
+            await until(client, path, lambda b: len(b["windows"]) == 7)
+            assert shown not in await told()
     server.close()
 
 
@@ -202,9 +214,45 @@ async def test_bad_input_names_the_field(database_url: str, kafka_bootstrap: str
             body = b'{"features": %b}' % features
             unwritten = await client.put(path, content=body, headers={"content-type": "application/json"})
             assert unwritten.status_code == 422, features
+        mistaken = await client.put(path, content=bytes(MAX_BODY_BYTES + 1))
+        assert (mistaken.status_code, mistaken.json()["code"]) == (413, "INVALID_ARGUMENT")
         stranger = await client.get("/v1/drift/alerts", headers={"authorization": "Bearer wrong"})
         assert stranger.status_code == 401
         assert (await client.get("/metrics", headers={"authorization": ""})).status_code == 200
+
+
+async def test_who_may_only_read_is_not_shown_the_secrets_of_webhooks(
+    database_url: str, kafka_bootstrap: str
+) -> None:
+    await ensure_topics(kafka_bootstrap, all_topics())
+    addresses = [
+        "https://hooks.example.com/services/T0/secret",
+        "https://hooks.example.com/services/T0/other",
+        "http://me:secret@[::1]:8080/?token=secret",
+    ]
+    async with running(database_url, kafka_bootstrap) as client:
+
+        async def listed(scopes: str | None) -> list[dict[str, Any]]:
+            headers = {} if scopes is None else {"x-headrace-scopes": scopes}
+            answer = await client.get("/v1/drift/webhooks", headers=headers)
+            found = {hook["webhook_id"]: hook for hook in answer.json()["webhooks"]}
+            return [found[hook["webhook_id"]] for hook in added]
+
+        added = [
+            (await client.post("/v1/drift/webhooks", json={"url": address})).json() for address in addresses
+        ]
+        assert [hook["url"] for hook in added] == addresses
+        assert await listed("admin,predict,read") == added
+        for scopes in ("predict,read", None):
+            found = await listed(scopes)
+            assert [hook["url"] for hook in found] == [
+                "https://hooks.example.com",
+                "https://hooks.example.com",
+                "http://[::1]:8080",
+            ]
+            assert [hook["url_digest"] for hook in found] == [hook["url_digest"] for hook in added]
+            assert len({hook["url_digest"] for hook in found}) == 3
+            assert "secret" not in str(found)
 
 
 async def test_a_version_that_is_no_longer_served_is_still_read_and_an_unknown_one_holds_nothing_up(

@@ -391,6 +391,7 @@ async def test_bad_input_names_its_field(platform: Platform) -> None:
         ({"metrics": [{"name": "m"}, {"name": "m"}]}, 422, "metrics[1].name"),
         (metric(low=1.0, high=0.0), 422, "metrics[0]"),
         (metric(quantile=1.5), 422, "metrics[0].quantile"),
+        (metric(name="shadow_error_rate", margin=0.1, margin_is_relative=True), 422, "metrics[0].name"),
         ({"alpha": 0}, 422, "alpha"),
         ({"alpha": 1.5}, 422, "alpha"),
         ({"traffic": 0}, 422, "traffic"),

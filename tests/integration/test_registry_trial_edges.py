@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from headrace.v1.control_pb2 import ServingConfig
 from headrace.v1.trials_pb2 import Verdict
+from onnx import TensorProto
 
 from deploy.embedded.tansu import TansuServer
 from services.common.bus.admin import ensure_topics
@@ -23,7 +24,7 @@ from services.registry.rollout_control import RolloutActor
 from services.registry.rollout_plan import Action, Cause, Step
 from services.registry.rollout_state import rollout_of
 from services.registry.workers import Workers
-from tests.fixtures.onnx_files import linear
+from tests.fixtures.onnx_files import linear, renamed
 from tests.fixtures.registry import Running, registry_settings, running_registry
 from tests.fixtures.registry_trials import TOPICS
 
@@ -67,6 +68,49 @@ async def carried_out(edge: Edge, rollout_id: str, *actions: Action, step: int |
             about = len(rollout_of(row).plan) - 1 if step is None else step
             decided = Step(action, Cause.GATE, "go", about)
             await rollouts.carry_out(tx, row, decided, None, edge.clock)
+
+
+async def test_versions_that_get_the_same_requests_take_the_same_inputs(running: Running) -> None:
+    """Requests are read by the signature of one of them; the others' users would get errors."""
+    other = [renamed(name="z"), renamed(TensorProto.DOUBLE), renamed(features=4)]
+    await running.make("n", linear(), *other, renamed())
+    wrong = {"2": "has no input 'x'", "3": "takes 'x' as FP64[-1,3]", "4": "takes 'x' as FP32[-1,4]"}
+
+    async def refusal(method: str, path: str, body: dict[str, Any], field: str, words: str) -> None:
+        answer = await running.rest.request(method, f"/v1/{path}", json=body)
+        said = answer.json()
+        assert (answer.status_code, said.get("field")) == (422, field), said
+        assert words in said["detail"]
+
+    for version, words in wrong.items():
+        shares = [{"version": "1", "weight": 50}, {"version": version, "weight": 50}]
+        await refusal("PUT", "deployments/n", {"versions": shares}, "versions[1].version", words)
+        unshared = [{"version": "1", "weight": 100}, {"version": version, "weight": 0}]
+        for role, rest in (("shadow", {"share": 5}), ("fallback", {})):
+            body = {"versions": unshared, role: {"version": version, **rest}}
+            await refusal("PUT", "deployments/n", body, f"{role}.version", words)
+        # Who asks for a version by its name sends what it takes.
+        assert (await running.rest.put("/v1/deployments/n", json={"versions": unshared})).is_success
+        arms = [{"name": "a", "version": "1"}, {"name": "b", "version": version}]
+        await refusal(
+            "POST", "experiments", {"model": "n", "variants": arms, "start": True}, "variants", words
+        )
+        rollout = {"model": "n", "version": version, "steps": [{"weight": 0.5}]}
+        await refusal("POST", "rollouts", rollout, "version", words)
+    at_once = {"model": "n", "version": "2", "steps": [{"weight": 1}]}
+    made = await posted(running, "rollouts", at_once, 201)
+    assert (await running.rest.post(f"/v1/rollouts/{made['rollout_id']}/abort", json={})).is_success
+    assert (await running.deploy("n", {"1": 50, "5": 50})).is_success  # other outputs
+    assert (await running.deploy("n", {"2": 100})).is_success
+
+
+async def test_nobody_changes_the_inputs_under_an_experiment(running: Running) -> None:
+    await running.make("n", linear(weight=1), linear(weight=2), renamed(name="z"))
+    await running.deploy("n", {"1": 50, "2": 50})
+    await posted(running, "experiments", {**EXPERIMENT, "model": "n", "start": True}, 201)
+    answer = await running.deploy("n", {"1": 0, "2": 0, "3": 100})
+    assert (answer.status_code, answer.json()["field"]) == (422, "versions")
+    assert "version '1' needs an input 'x', which version '3' does not take" in answer.json()["detail"]
 
 
 async def test_aliases_follow_what_a_rollout_brings_and_an_alias_keeps_the_previous_version(
@@ -234,6 +278,7 @@ BAD: list[tuple[str, Any]] = [
             {"targeting": [{"attribute": "a", "operator": "in", "values": [{}]}]},
             {"targeting": [{"attribute": "a", "operator": "lt", "values": [float("nan")]}]},
             {"targeting": [{"attribute": "a", "operator": "lt", "values": [1 << 63]}]},
+            {"targeting": [{"attribute": "a", "operator": "lt", "values": [1e300]}]},
             {"targeting": [{"attribute": "a", "operator": "like", "values": ["x"]}]},
             {"targeting": [{"attribute": "a", "operator": "in", "values": ["x" * 1000] * 100}]},
             {"metrics": [{"name": "a b"}]},

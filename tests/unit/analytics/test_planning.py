@@ -99,6 +99,7 @@ def test_rare_events_are_told() -> None:
         ({"metric": "mean", "mean": 1, "sd": 1, "effect": 1e-300}, "effect"),
         ({"metric": "mean", "mean": 1, "sd": 1, "effect": 1e200}, "effect"),
         ({"metric": "mean", "mean": 1e-320, "sd": 1, "effect": 1}, "mean"),
+        ({"metric": "mean", "sd": 1, "units_per_variant": 2, "ratio": 0.001}, "units_per_variant"),
     ],
 )
 def test_what_does_not_fit_is_named(body: dict[str, object], field: str) -> None:
@@ -111,7 +112,13 @@ def test_what_does_not_fit_is_named(body: dict[str, object], field: str) -> None
     "body",
     [
         {"baseline": 0.1, "effect": 0.1, name: value}
-        for name, value in [("alpha", 0), ("power", 1), ("variants", 1), ("units_per_day", 1e-320)]
+        for name, value in [
+            ("alpha", 0),
+            ("alpha", 1e-300),
+            ("power", 1),
+            ("variants", 1),
+            ("units_per_day", 1e-320),
+        ]
     ]
     + [{"metric": "mean", "mean": 1, "sd": sd, "effect": 1} for sd in (1e-300, 1e300)]
     + [{"baseline": "nan", "effect": 0.1}, {"baseline": 0.1, "effect": 0.1, "colour": "red"}],

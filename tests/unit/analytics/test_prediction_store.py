@@ -2,6 +2,8 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -210,6 +212,37 @@ def test_a_retried_request_counts_once_as_what_its_caller_got(order: tuple[int, 
     assert found["1"]["codes"] == {Code.CODE_DEADLINE_EXCEEDED: 1}
     assert found["2"]["errors"] == 0
     assert found["2"]["latency_mean"] == 9.0
+
+
+class Version(str):
+    """Counts how often one is compared with another."""
+
+    __slots__ = ()
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Version.compared += 1
+        return str.__eq__(self, other) is True
+
+
+class Found:
+    """What a connection found: each row twice, as it stands and with a code."""
+
+    def __init__(self, count: int) -> None:
+        self._rows = [(Version(f"v{number}"), "a", None) for number in range(count)]
+        self.description = [("version",), ("variant",), ("experiment",)]
+
+    def execute(self, sql: str, _values: object = None) -> Any:
+        rows = [(*row, code, 1) for row in self._rows for code in (4, 14)] if ", code" in sql else self._rows
+        return SimpleNamespace(description=self.description, fetchall=lambda: rows)
+
+
+def test_the_codes_of_thousands_of_versions_are_told_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Version, "compared", 0)
+    rows = queries.summary(Found(100))  # type: ignore[arg-type]  # stands for a connection
+    assert Version.compared < 1000
+    assert [(row["version"], row["codes"]) for row in rows] == [(f"v{n}", {4: 1, 14: 1}) for n in range(100)]
 
 
 def test_shadow_and_batch_requests_are_counted_apart() -> None:

@@ -121,6 +121,13 @@ def test_unequal_arms_need_more_units() -> None:
     assert power.power_mean(size, 0.2, 1.0, ratio=3.0) == pytest.approx(0.8)
 
 
+def test_the_power_for_a_very_large_effect_is_that_of_its_estimated_spread() -> None:
+    """With two degrees of freedom, of which the squared spread is exponential. SciPy says 0.47."""
+    critical = float(stats.t.isf(0.5e-11, 2))
+    assert power.power_mean(2, critical, 1.0, alpha=1e-11) == pytest.approx(1 - math.exp(-1), rel=1e-6)
+    assert power.power_mean(2, critical / 2, 1.0, alpha=1e-11) == pytest.approx(1 - math.exp(-0.25), rel=1e-6)
+
+
 def test_the_least_detectable_effect_inverts_the_sample_size() -> None:
     size = power.sample_size_two_proportions(0.05, 0.055)
     assert power.detectable_proportion(size, 0.05) == pytest.approx(0.005, rel=1e-6)

@@ -166,10 +166,11 @@ def test_values_in_a_known_range_are_weighed_before_there_are_a_hundred_units() 
     assert found.finding == Evidence.FINDING_HARMFUL
     assert -4 <= found.low <= found.high < -0.2
     assert "first value in 1 to 5" in found.method
-    # Without a range there is nothing to say of so few.
-    metric.ClearField("high")
-    (found,) = settle(trial([metric]), weigh(trial([metric]), worse), {})
-    assert found.finding == Evidence.FINDING_UNDECIDED
+    # Without a range there is nothing to say of so few, nor with one that is wider than any float.
+    for low, high in ((1.0, 0.0), (-1.7e308, 1.7e308)):
+        metric.low, metric.high = low, high
+        (found,) = settle(trial([metric]), weigh(trial([metric]), worse), {})
+        assert found.finding == Evidence.FINDING_UNDECIDED
 
 
 def test_equal_ratings_are_condemned_no_more_often_than_promised() -> None:
@@ -509,3 +510,23 @@ def test_words_are_finite_and_summaries_hold_every_reason() -> None:
     assert "nan" not in said.summary
     assert "inf" not in said.summary
     assert json.dumps(said.summary)
+
+
+def test_words_say_which_numbers_are_versions() -> None:
+    """`0.00% of 4 (4 units)` reads as a count."""
+    made = trial([guardrails()[0]])
+    requests = World(users=300).simulate(np.random.default_rng(9))
+    (judged,) = settle(made, weigh(made, observe(made, requests, 600)), {})
+    assert " of version 2 (" in judged.reason
+    assert " of version 1 (" in judged.reason
+    made.kind = Trial.KIND_EXPERIMENT  # whose arms have names of their own
+    (judged,) = settle(made, weigh(made, observe(made, requests, 600)), {})
+    assert " of 2 (" in judged.reason
+
+
+def test_halves_without_a_unit_are_not_told_apart() -> None:
+    """Warnings are errors here, and numpy warns of divisions by nothing."""
+    lonely = ControlUnits(np.array([7], dtype=np.uint64), np.array([True]), observe_nothing())
+    found = crossings(lonely)
+    assert not found.decided.any()
+    assert not found.naive.any()

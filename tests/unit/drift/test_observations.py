@@ -77,6 +77,19 @@ def test_answers_count_where_inputs_were_too_large_to_be_logged() -> None:
     assert seen.categorical or "prediction" in seen.numeric
 
 
+def test_answers_that_are_texts_are_measured() -> None:
+    """They are neither numbers nor the labels of a classifier: their record is read all the same."""
+    texts = Tensor(
+        name="u", datatype=DataType.DATA_TYPE_BYTES, shape=[2, 1], data=encode_bytes([b"a", b"bcd"])
+    )
+    x = tensor("x", np.arange(2, dtype="<f4").reshape(2, 1), DataType.DATA_TYPE_FP32)
+    record = PredictionBatch(codes=[Code.CODE_OK], rows=[2], inputs=[x], outputs=[texts])
+    outputs = [TensorSpec(name="u", datatype=DataType.DATA_TYPE_BYTES, shape=[-1, 1])]
+    seen = observe(record, Signature(outputs=outputs, batched=True))
+    assert seen.numeric["prediction.length"].tolist() == [1, 3]
+    assert seen.numeric["x"].tolist() == [0, 1]
+
+
 def test_images_and_wide_rows_are_summarised_and_texts_measured() -> None:
     images = np.arange(2 * 4 * 4, dtype="<f4").reshape(2, 4, 4)
     wide = np.ones((2, MAX_COLUMNS + 1), dtype="<f4")

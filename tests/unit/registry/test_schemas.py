@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from services.common.errors import InvalidArgument, MalformedBody
+from services.registry.experiment_schemas import ConditionIn
 from services.registry.schemas import DeployIn, KeyIn, ModelIn, Share, VersionIn, checked
 
 ALL = {"version": "1", "weight": 100}
@@ -42,6 +43,11 @@ def test_percent_becomes_exact_ten_thousandths(weight: Any, ten_thousandths: int
             "signature.inputs[0].datatype",
         ),
         (
+            VersionIn,
+            {"signature": {"inputs": [{"name": "x", "shape": [-1, 0]}]}},
+            "signature.inputs[0].shape[1]",
+        ),
+        (
             DeployIn,
             {"versions": [{"version": "1", "weight": 100}], "expected_revision": 0},
             "expected_revision",
@@ -62,6 +68,9 @@ def test_percent_becomes_exact_ten_thousandths(weight: Any, ten_thousandths: int
         (KeyIn, {"name": "k", "expires_at": "9999-12-31T23:59:59-01:00"}, "expires_at"),
         (KeyIn, {"name": ""}, "name"),
         (KeyIn, {"name": "k\0"}, "name"),
+        # A database of JSON gives 1e300 back as an integer of 301 digits.
+        (ConditionIn, {"attribute": "a", "operator": "lt", "values": [1e300]}, "values[0]"),
+        (ConditionIn, {"attribute": "a", "operator": "in", "values": [1, -1e19]}, "values[1]"),
     ],
 )
 def test_the_first_wrong_field_is_named(kind: type[BaseModel], values: dict[str, Any], field: str) -> None:
