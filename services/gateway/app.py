@@ -32,6 +32,7 @@ from services.gateway.keys import KeyRing
 from services.gateway.leases import leased
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.oip_server import InferenceServicer, serve_oip
+from services.gateway.pools import pools_followed
 from services.gateway.predict import PredictLimits, PredictService
 from services.gateway.regions import Regions
 from services.gateway.rest.app import Parts, rest_app
@@ -72,7 +73,7 @@ async def gateway_app(
     process = f"gateway-{os.getpid()}-{secrets.token_hex(3)}"
     health, registry = Health("ports"), CollectorRegistry()
     catalogue, keys = Catalogue(), KeyRing(clock)
-    metrics = GatewayMetrics(registry)
+    metrics = GatewayMetrics(registry, lambda model: catalogue.find(model) is not None)
     limits = PredictLimits(
         cfg.max_body_bytes,
         cfg.default_timeout_s,
@@ -97,6 +98,7 @@ async def gateway_app(
             await enter(followed(events, KEYS, keys.apply, folder / "keys.table")),
             await enter(followed(events, DEPLOYMENTS, catalogue.apply, folder / "deployments.table")),
         )
+        pools = await enter(pools_followed(events, clock))
         await enter(leased(cfg.redis_url, clock, process, keys.buckets, cfg.limit_sharers))
         waiting = WaitingRoom()
         admission = Admission(cfg.max_platform_delay_ms / 1e3)
@@ -110,17 +112,17 @@ async def gateway_app(
             keys=keys,
             registry=registry,
             clock=clock,
+            pools=pools,
             is_known=lambda: all(table.caught_up for table in tables),
         )
         jobs = await enter(jobs_running(_job_settings(cfg, process), around))
-        uploads = folder / "uploads" / process
         openai = await enter(
             openai_running(
                 jobs,
                 catalogue,
                 keys,
                 clock,
-                uploads,
+                folder / "uploads" / process,
                 max_file_bytes=cfg.max_file_bytes,
                 kept=timedelta(seconds=cfg.batch_retention_s),
             )
@@ -140,6 +142,7 @@ async def gateway_app(
         parts = Parts(
             service,
             catalogue,
+            pools,
             keys,
             events,
             health,
@@ -163,7 +166,12 @@ async def gateway_app(
         oip = await enter(
             serve_oip(
                 InferenceServicer(
-                    catalogue=catalogue, keys=keys, health=health, clock=clock, regions=service.regions
+                    catalogue=catalogue,
+                    pools=pools,
+                    keys=keys,
+                    health=health,
+                    clock=clock,
+                    regions=service.regions,
                 ),
                 service,
                 cfg.host,

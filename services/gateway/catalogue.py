@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from headrace.v1.control_pb2 import ServingConfig
 
 from services.common.errors import NotFound
 from services.gateway.signature import ModelSignature, compile_signature
+
+#: Of versions that were in service before, those that are remembered.
+_MOST_FORMER: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,12 @@ class ServedVersion:
     variant: str
     weight: int
     artifact_digest: str = ""
+
+    @property
+    def unnamed(self) -> ServedVersion:
+        """By which answers of a version that nothing is known of are shown: its classes may be others, or the
+        same in another order."""
+        return replace(self, signature=replace(self.signature, classes=()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,8 @@ class ServedModel:
     max_rows: int
     #: Workers of this pool have it.
     pool: str = ""
+    #: Versions that were in service before these: answers of theirs may be on their way.
+    former: dict[str, ServedVersion] = field(default_factory=dict)
 
     def version(self, asked: str | None) -> ServedVersion:
         """The version whose signature counts for a request that asked for `asked`, a version or an alias;
@@ -47,6 +59,12 @@ class ServedModel:
         if found is None:
             raise NotFound(f"{self.name} has no version {asked[:64]!r} in service.", field="version")
         return found
+
+    def answering(self, version: str) -> ServedVersion | None:
+        """The version that an answer names, the default where it names none; None for one not heard of."""
+        if not version:
+            return self.default
+        return self.versions.get(version) or self.former.get(version)
 
 
 class Catalogue:
@@ -68,7 +86,7 @@ class Catalogue:
         known = self._models.get(name)
         if known is not None and config.revision < known.revision:
             return False
-        self._models[name] = served_model(config)
+        self._models[name] = served_model(config, known)
         return True
 
     def model(self, name: str) -> ServedModel:
@@ -85,9 +103,9 @@ class Catalogue:
         return len(self._models)
 
 
-def served_model(config: ServingConfig) -> ServedModel:
-    """The working form of `config`. Raises ValueError where it has no version or a signature makes no
-    sense."""
+def served_model(config: ServingConfig, before: ServedModel | None = None) -> ServedModel:
+    """The working form of `config`, which takes the place of `before`. Raises ValueError where it has no
+    version or a signature makes no sense."""
     if not config.versions:
         raise ValueError(f"{config.model} has no version")
     versions = {
@@ -101,6 +119,8 @@ def served_model(config: ServingConfig) -> ServedModel:
         )
         for version in config.versions
     }
+    earlier = {**before.former, **before.versions} if before is not None else {}
+    former = [(name, version) for name, version in earlier.items() if name not in versions]
     return ServedModel(
         name=config.model,
         revision=config.revision,
@@ -110,4 +130,5 @@ def served_model(config: ServingConfig) -> ServedModel:
         timeout_s=config.default_timeout_ms / 1000,
         max_rows=config.batching.max_rows,
         pool=config.pool,
+        former=dict(former[-_MOST_FORMER:]),
     )

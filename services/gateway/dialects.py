@@ -111,7 +111,7 @@ class NativeSpeaker(CommonSpeaker):
             plan = plan_of(key, model) if model is not None else None
             if plan is None:
                 return None
-            key.plans[name] = plan
+            key.keep_plan(name, plan)
         return plan
 
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:

@@ -19,6 +19,8 @@ from services.gateway.limiter import Bucket
 _REMEMBERED = 10_000
 #: Headers may be padded; longer ones are digested each time.
 _MAX_REMEMBERED_BYTES = 200
+#: Plans of one key. Models that are gone leave theirs behind.
+_MOST_PLANS = 4096
 
 
 class Scope(enum.StrEnum):
@@ -47,6 +49,12 @@ class Key:
     def sees_all(self) -> bool:
         """Whether what belongs to other keys is its to see, whatever model it is about."""
         return Scope.ADMIN in self.scopes and not self.models
+
+    def keep_plan(self, name: str | bytes, plan: Any) -> None:
+        """Remember `plan` by `name`."""
+        if len(self.plans) >= _MOST_PLANS and name not in self.plans:
+            self.plans.clear()
+        self.plans[name] = plan
 
     def require(self, scope: Scope) -> None:
         """Raise PermissionDenied without `scope`."""

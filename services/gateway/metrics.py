@@ -2,7 +2,7 @@
 
 Requests are counted in plain integers, one cell per (route, model, status), and turned into Prometheus
 families when scraped: a few hundred nanoseconds a request. Labels are bounded: routes are those of the code,
-models those in service, statuses those we send.
+models those in service (the counts of one that is not are forgotten), statuses those we send.
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ class ModelCounts:
 class GatewayMetrics(Collector):
     """Counts requests; reads gauges when scraped."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, in_service: Callable[[str], bool] = lambda _model: True
+    ) -> None:
+        """`in_service` says of a model whether it is."""
+        self._in_service = in_service
         self._cells: dict[tuple[str, str, int], Cell] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._logged_second = 0
@@ -114,6 +118,8 @@ class GatewayMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus sees."""
+        for key in [key for key in self._cells if key[1] and not self._in_service(key[1])]:
+            del self._cells[key]
         requests = CounterMetricFamily(
             "headrace_gateway_requests", "Requests answered.", labels=["route", "model", "status"]
         )

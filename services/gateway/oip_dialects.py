@@ -85,7 +85,8 @@ class V2Speaker(CommonSpeaker):
         names = _v2_names(target)
         plan = key.plans.get(names)
         if plan is None or plan.model is not model:
-            plan = key.plans[names] = V2Plan(model)
+            plan = V2Plan(model)
+            key.keep_plan(names, plan)
         call.plan = plan
         end = len(body) - len(binary)
         plan.learn(bytes(body), end, asked, request, version.signature, state, timeout_s)
@@ -180,7 +181,8 @@ class GrpcSpeaker(CommonSpeaker):
             return
         plan = key.plans.get(names)
         if plan is None or plan.model is not model:
-            plan = key.plans[names] = InferPlan(model)
+            plan = InferPlan(model)
+            key.keep_plan(names, plan)
         call.plan = plan
         if plan.wants(body):
             form = request_form(body, names, asked, request, version.signature, timeout_s)

@@ -25,11 +25,13 @@ from services.common.grpc_health import HealthServicer
 from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key, KeyRing, Scope
+from services.gateway.pools import Pools
 from services.gateway.predict import PredictService
 from services.gateway.regions import Regions
 from services.gateway.rest.shared_memory_routes import NO_CUDA
 from services.gateway.rest.v2_routes import (
     SERVER_NAME,
+    condition_of,
     extensions,
     model_metadata,
     repository_index,
@@ -56,10 +58,18 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
     number as their code."""
 
     def __init__(
-        self, *, catalogue: Catalogue, keys: KeyRing, health: Health, clock: Clock, regions: Regions
+        self,
+        *,
+        catalogue: Catalogue,
+        pools: Pools,
+        keys: KeyRing,
+        health: Health,
+        clock: Clock,
+        regions: Regions,
     ) -> None:
         self._regions = regions
         self._catalogue = catalogue
+        self._pools = pools
         self.keys = keys
         self._health = health
         self._clock = clock
@@ -72,8 +82,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: oip_pb2.ModelReadyRequest, context: RpcContext) -> Any:
         async def answer() -> oip_pb2.ModelReadyResponse:
-            self._asked(context, request.name, request.version)
-            return oip_pb2.ModelReadyResponse(ready=self._health.ready)
+            condition = condition_of(self._pools, *self._asked(context, request.name, request.version))
+            return oip_pb2.ModelReadyResponse(ready=self._health.ready and condition.ready)
 
         return await self._answered(context, answer)
 
@@ -97,7 +107,9 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         async def answer() -> oip_pb2.RepositoryIndexResponse:
             key = self._caller(context, Scope.PREDICT, Scope.READ)
             self._charge(key)
-            return oip_pb2.RepositoryIndexResponse(models=repository_index(self._catalogue, key))
+            return oip_pb2.RepositoryIndexResponse(
+                models=repository_index(self._catalogue, self._pools, key, ready=request.ready)
+            )
 
         return await self._answered(context, answer)
 

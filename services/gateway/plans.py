@@ -46,8 +46,10 @@ class Plan:
 
     def _answer_of(self, version: str, variant: str, experiment: str) -> RowAnswer | None:
         model = self.model
-        served = model.versions.get(version, model.default)
-        made = compile_answer(model.name, version, variant, served.signature, experiment)
+        served = model.answering(version)
+        made = None
+        if served is not None:
+            made = compile_answer(model.name, version, variant, served.signature, experiment)
         if len(self._answers) >= _REMEMBERED_ANSWERS:
             self._answers.clear()
         self._answers[version, variant, experiment] = made

@@ -36,14 +36,17 @@ class CommonSpeaker:
             return served.version(asked)
         return served.default
 
-    @staticmethod
-    def answered_by(call: Call, reply: PredictReply) -> ServedVersion:
-        """The version that gave `reply`."""
+    def answered_by(self, call: Call, reply: PredictReply) -> ServedVersion:
+        """The version that gave `reply`; of one not heard of yet, as routers may have sooner, numbers are not
+        given the names of another's classes."""
         served = call.model
         if served is None:
             raise ValueError("a reply to a request that named no model")
-        # A version that has been taken out of service meanwhile is described by the one that replaced it.
-        return served.versions.get(reply.version, served.default)
+        found = served.answering(reply.version)
+        if found is None:
+            newer = self._catalogue.find(served.name)  # what was heard since the request was read
+            found = newer.answering(reply.version) if newer is not None else None
+        return found or served.default.unnamed
 
 
 def name_of(call: Call) -> str:

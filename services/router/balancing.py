@@ -36,11 +36,16 @@ _SILENT_TIMES: Final = 4.0
 class PeakEwma:
     """A latency estimate that follows a rise at once and a fall slowly (as in Finagle's load balancer)."""
 
-    __slots__ = ("_at", "_value")
+    __slots__ = ("_at", "_value", "heard_at", "unanswered_since", "usual")
 
     def __init__(self) -> None:
         self._value = 0.0
         self._at = 0.0
+        #: When something was answered last, and `last` as of then; 0 where nothing was.
+        self.heard_at = 0.0
+        self.usual = 0.0
+        #: Since when it has answered nothing though a request was given up; 0 where none was.
+        self.unanswered_since = 0.0
 
     def value(self, now: float) -> float:
         """Seconds, fading while nothing is observed: an endpoint that was slow is tried again."""
@@ -51,11 +56,6 @@ class PeakEwma:
         """Seconds as of the last observation, not faded; 0 where there was none."""
         return self._value
 
-    @property
-    def heard_at(self) -> float:
-        """When that was."""
-        return self._at
-
     def observe(self, seconds: float, now: float) -> None:
         """An answer came after `seconds`."""
         if seconds >= self._value:
@@ -63,13 +63,24 @@ class PeakEwma:
         else:
             keep = math.exp((self._at - now) / _TAU_S)
             self._value = self._value * keep + seconds * (1 - keep)
-        self._at = now
+        self._at = self.heard_at = now
+        self.usual = self._value
+        self.unanswered_since = 0.0
+
+    def late(self, seconds: float, now: float) -> None:
+        """A request was given up after `seconds`: an answer takes at least as long."""
+        if seconds > self.value(now):
+            self._value, self._at = seconds, now
+        if not self.unanswered_since:
+            self.unanswered_since = max(self.heard_at, now - seconds)
 
     def penalise(self, now: float) -> None:
         """A failure came, however fast. Many at once say no more than a few."""
         value = self.value(now)
         self._value = max(value, min(value * 2, _PENALTY_CAP_S), _PENALTY_S)
-        self._at = now
+        self._at = self.heard_at = now
+        self.usual = self._value
+        self.unanswered_since = 0.0
 
 
 class Candidate(Protocol):
@@ -78,7 +89,7 @@ class Candidate(Protocol):
     worker_id: str
     in_flight: int
     latency: PeakEwma
-    #: Since when it holds requests without a break.
+    #: Since when it holds requests without a break. Such as were given up leave none.
     busy_since: float
 
 
@@ -133,7 +144,7 @@ def silence(candidate: Candidate, now: float) -> float:
 def silent(candidate: Candidate, now: float) -> bool:
     """Whether it may have stopped. Its connection finds out for sure, but later."""
     for_s = silence(candidate, now)
-    return for_s > _SILENT_S and for_s > _SILENT_TIMES * candidate.latency.last
+    return for_s > _SILENT_S and for_s > _SILENT_TIMES * candidate.latency.usual
 
 
 class RoundRobin:

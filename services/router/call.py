@@ -123,7 +123,7 @@ class Call(Routed):
             endpoint.calls.cancel(self._local_id)
             if late:
                 self._judge(endpoint, PredictReply(code=Code.CODE_DEADLINE_EXCEEDED), self.sent_at, now)
-                self._held_too_long(endpoint, now)
+                endpoint.latency.late(now - self.sent_at, now)
             elif self.group.outliers.breakers:
                 self.group.judge(endpoint, Verdict.NOTHING, self.sent_at, self.sent_at)
         else:
@@ -270,9 +270,7 @@ class Call(Routed):
             return
         endpoint.in_flight -= 1
         endpoint.calls.cancel(hedge.local_id)
-        held = now - hedge.sent_at
-        if held > endpoint.latency.value(now):
-            endpoint.latency.observe(held, now)
+        endpoint.latency.late(now - hedge.sent_at, now)
         if self.group.outliers.breakers:
             self.group.judge(endpoint, Verdict.NOTHING, hedge.sent_at, now)
 
@@ -283,7 +281,7 @@ class Call(Routed):
             code = reply.code = Code.CODE_UNKNOWN
         self._judge(endpoint, reply, self.sent_at, now)
         if code == Code.CODE_DEADLINE_EXCEEDED:
-            self._held_too_long(endpoint, now)
+            endpoint.latency.late(now - self.sent_at, now)
         elif code not in _BLAMELESS:
             endpoint.latency.penalise(now)
         if code not in _AT_FAULT and self._hedge is not None and self._hedge.endpoint is not None:
@@ -297,12 +295,6 @@ class Call(Routed):
                 return
         # What ran is in the worker's log, failures too: the worker says so by the time it took.
         self._finish(reply, ran=reply.compute_us > 0)
-
-    def _held_too_long(self, endpoint: Endpoint, now: float) -> None:
-        """An endpoint that keeps requests until they are late is at least as slow as that."""
-        held = now - self.sent_at
-        if held > endpoint.latency.value(now):
-            endpoint.latency.observe(held, now)
 
     def _judge(self, endpoint: Endpoint, reply: PredictReply, sent_at: float, now: float) -> None:
         """Tell the version's endpoints how this one did."""

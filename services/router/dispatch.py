@@ -88,6 +88,8 @@ class Dispatcher:
         for key in self._hedges.keys() - served:
             self._hedges.pop(key).close()
         self.waiting.forget_all_but(served)
+        self.endpoints.forget_all_but(served)
+        self.stats.forget_all_but(served.union([key for key, _ in self.endpoints.groups()]))
 
     def close(self) -> None:
         """Nothing is sent a second time any more."""
@@ -103,8 +105,9 @@ class Dispatcher:
     def no_endpoint(self, call: Call) -> HeadraceError:
         """Why nobody answers."""
         version = call.target.version if call.target is not None else call.request.version
-        name = f"{call.request.model} version {version}"
-        return Unavailable(f"no worker is ready for {name}", retry_after_ms=1000)
+        why = self.endpoints.hindrance((call.request.model, version))
+        said = f"no worker is ready for {call.request.model} version {version}"
+        return Unavailable(f"{said}: {why}" if why else said, retry_after_ms=1000)
 
 
 class GatewayConnection:

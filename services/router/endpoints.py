@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Final
 
 import structlog
@@ -60,12 +60,19 @@ class Endpoints:
         self._closing: set[asyncio.Task[None]] = set()
 
     def group(self, key: VersionKey) -> Group:
-        """The endpoints of one version; the same object for as long as the process lives."""
+        """The endpoints of one version; the same object for as long as the version is served, or a worker has
+        it."""
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = Group(self._rng, self._outliers)
             self._fill([key])
         return group
+
+    def forget_all_but(self, served: Container[VersionKey]) -> None:
+        """Nothing else is routed to any more. What a worker still has may have requests under way: it stays
+        for now."""
+        for key in [key for key, group in self._groups.items() if key not in served and not group.ready]:
+            del self._groups[key]
 
     def coming(self, key: VersionKey) -> bool:
         """Whether a worker may soon answer the version: it is loading it, or has it and is being reached."""
@@ -77,6 +84,15 @@ class Endpoints:
             )
             for endpoint in self._endpoints.values()
         )
+
+    def hindrance(self, key: VersionKey) -> str:
+        """Why nobody answers the version, as far as workers say: empty where they say nothing of it."""
+        states = {one.versions.get(key) for one in self._endpoints.values() if not one.leaving}
+        if states & _COMING:
+            return "it is still being loaded"
+        if LoadedVersion.STATE_FAILED in states:
+            return "it cannot be loaded, and POST /v2/repository/index says why"
+        return ""
 
     def groups(self) -> list[tuple[VersionKey, Group]]:
         """The endpoints of every version that was asked for."""
@@ -145,7 +161,13 @@ class Endpoints:
         endpoint.expires_at = self._expiry(status)
         if before != (endpoint.versions, endpoint.leaving, endpoint.incarnation):
             self._keep(endpoint, value)
-            self._changed({**before[0], **endpoint.versions})
+            keys = {**before[0], **endpoint.versions}
+            if before[1:] == (endpoint.leaving, endpoint.incarnation):
+                # A worker that starts says so for each of its versions, which may be thousands.
+                now, then = endpoint.versions, before[0]
+                self._changed([key for key in keys if now.get(key) != then.get(key)])
+            else:
+                self._changed(keys)
 
     def _keep(self, endpoint: Endpoint, value: bytes) -> None:
         if not endpoint.near:  # it does not outlive this process

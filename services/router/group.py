@@ -113,7 +113,8 @@ class Endpoint:
     def take(self, now: float) -> None:
         """One more request is sent to it."""
         if not self.in_flight:
-            self.busy_since = now
+            # Where others were given up and none was answered since, this one tries it out.
+            self.busy_since = self.latency.unanswered_since or now
         self.in_flight += 1
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -73,8 +74,13 @@ class Stats:
         shadows[how] = shadows.get(how, 0) + 1
 
     def of(self, key: VersionKey) -> VersionStats:
-        """The totals of `key`; the same object for as long as the process lives."""
+        """The totals of `key`; the same object until it is forgotten."""
         stats = self.versions.get(key)
         if stats is None:
             stats = self.versions[key] = VersionStats()
         return stats
+
+    def forget_all_but(self, kept: Container[VersionKey]) -> None:
+        """Say nothing of other versions any more."""
+        for key in [key for key in self.versions if key not in kept and key != NOWHERE]:
+            del self.versions[key]

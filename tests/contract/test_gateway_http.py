@@ -8,7 +8,9 @@ import json
 import socket
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -808,6 +810,45 @@ def test_a_restricted_key_is_shown_its_own_models_only(gateway: GatewayThread) -
 
     assert index(PREDICT_ONLY) == {"cancer", "embedder", "mixed"}
     assert index(OTHER_MODEL) == set()
+
+
+def test_statistics_of_all_models_are_those_that_a_key_may_use(gateway: GatewayThread) -> None:
+    def named(key: str) -> list[str]:
+        answer = gateway.request("GET", "/v2/models/stats", authorization=f"Bearer {key}")
+        assert answer.status_code == 200, answer.text
+        return [one["name"] for one in answer.json()["model_stats"]]
+
+    assert named(PREDICT_ONLY) == ["cancer", "embedder", "mixed"]
+    assert named(OTHER_MODEL) == []
+    assert gateway.request("GET", "/v2/models/stats", authorization="Bearer hr_nobody").status_code == 401
+
+
+def test_the_server_says_its_version(gateway: GatewayThread) -> None:
+    project = tomllib.loads(Path("services/gateway/pyproject.toml").read_text())["project"]
+    assert gateway.request("GET", "/v2").json()["version"] == project["version"]
+
+
+@pytest.mark.parametrize(
+    ("level", "status", "priority"),
+    [
+        (0, 200, Priority.PRIORITY_UNSPECIFIED),
+        (1, 200, Priority.PRIORITY_HIGH),
+        (2, 200, Priority.PRIORITY_NORMAL),
+        (9, 200, Priority.PRIORITY_LOW),
+        (-1, 400, None),
+        (True, 400, None),
+        (1.5, 400, None),
+    ],
+)
+def test_triton_says_priorities_by_number(
+    gateway: GatewayThread, level: object, status: int, priority: Priority | None
+) -> None:
+    tensor = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": ROW}
+    asked = {"inputs": [tensor], "parameters": {"priority": level}}
+    for _ in range(3):  # what is learned of a form says the same
+        answer = gateway.request("POST", "/v2/models/cancer/infer", asked)
+        assert answer.status_code == status, answer.text
+        assert priority is None or gateway.running.router.requests[-1].priority == priority
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from headrace.v1.dataplane_pb2 import Priority
 from headrace.v1.tensor_pb2 import Code
 from open_inference import open_inference_pb2 as oip
 from open_inference import open_inference_pb2_grpc as oip_grpc
@@ -79,6 +80,11 @@ try:
 except triton.InferenceServerException as error:
     found["error"] = [error.status(), error.message()]
 found["stats"] = client.get_inference_statistics("cancer", headers=headers)["model_stats"][0]["name"]
+found["all stats"] = [one["name"] for one in client.get_inference_statistics(headers=headers)["model_stats"]]
+given = triton.InferInput("x", [1, 3], "FP32")
+given.set_data_from_numpy(rows[:1])
+for level in (1, 2, 7):
+    client.infer("cancer", [given], priority=level, headers=headers)
 client.load_model("cancer", headers=headers)
 print(json.dumps(found))
 """
@@ -100,6 +106,8 @@ given.set_data_from_numpy(np.array([[10, 2, 3], [20, 1, 1]], dtype=np.float32))
 answer = client.infer("cancer", [given], headers=headers, request_id="r-2", client_timeout=5)
 found["infer"] = [answer.as_numpy("label").tolist(), answer.as_numpy("probabilities").tolist(),
                   answer.get_response().id]
+for level in (1, 2, 7):
+    client.infer("cancer", [given], priority=level, headers=headers)
 texts = triton.InferInput("text", [2], "BYTES")
 texts.set_data_from_numpy(np.array(["a", "Stra\\u00dfe"], dtype=object))
 found["bytes"] = client.infer("embedder", [texts], headers=headers).as_numpy("embedding").shape
@@ -131,6 +139,9 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
     assert found["bytes"] == [2, 4]
     assert found["error"] == ["404", "There is no model 'nope' in service."]
     assert found["stats"] == "cancer"
+    assert found["all stats"] == ["cancer", "embedder", "mixed"]
+    levels = [request.priority for request in gateway.running.router.requests[-3:]]
+    assert levels == [Priority.PRIORITY_HIGH, Priority.PRIORITY_NORMAL, Priority.PRIORITY_LOW]
     assert "binary_tensor_data" in str(found["server"])
     assert found["model"] == {
         "name": "cancer",
@@ -149,6 +160,8 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
 def test_tritonclient_over_grpc(gateway: GatewayThread) -> None:
     found = run_client(_GRPC_CLIENT, gateway.running.gateway.grpc_port)
     assert found["infer"] == [[1, 0], [[0.125, 0.875], [0.75, 0.25]], "r-2"]
+    levels = [one.priority for one in gateway.running.router.requests[-10:] if one.model == "cancer"][-3:]
+    assert levels == [Priority.PRIORITY_HIGH, Priority.PRIORITY_NORMAL, Priority.PRIORITY_LOW]
     assert found["bytes"] == [2, 4]
     assert found["error"] == ["StatusCode.NOT_FOUND", "There is no model 'nope' in service."]
     assert found["index"] == ["cancer", "cancer", "embedder", "mixed"]

@@ -4,13 +4,14 @@ time."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import func, inspect, select, text
 
 from deploy.embedded.postgres import PostgresServer
 from services.common.bus import MemoryBus
@@ -19,13 +20,15 @@ from services.common.db import engine, transaction
 from services.common.errors import Fatal
 from services.common.objects import ArtifactStore, InputSources
 from services.gateway.jobs.backend import Backend
+from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.publishing import output_prefix
 from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.retention import Retention
+from services.gateway.jobs.tables import JobRow
 from tests.fixtures.gateway import ADMIN, running_gateway
 from tests.fixtures.gateway_jobs import Jobs, jobs
 from tests.fixtures.jobs import PARTITIONS, lines_of, numbers
-from tests.fixtures.waiting import PATIENCE_S
+from tests.fixtures.waiting import PATIENCE_S, eventually_of
 
 VALUES = numbers(60_000)
 
@@ -170,6 +173,64 @@ async def test_what_is_old_is_forgotten(database_url: str, tmp_path: Path) -> No
     async with transaction(backend.engine) as session:
         assert await JobRepository(session).jobs([cancelled, completed]) == []
     assert [one.path for folder in ("files", "jobs") for one in await store.list(folder)] == []
+    await backend.engine.dispose()
+    await backend.sources.close()
+    await store.close()
+
+
+async def test_where_many_jobs_are_looked_at_no_rows_come_along(database_url: str, tmp_path: Path) -> None:
+    """Up to 64 KB each: two thousand that are followed would be 128 MB a look."""
+    async with jobs(database_url, tmp_path) as here:
+        here.worker.gate.clear()
+        job_id = await here.submitted(inputs=[{"x": 1}])
+    database = engine(database_url, "gateway")
+
+    def bare(rows: Iterable[JobRow]) -> bool:
+        return ["inline_input" in inspect(row).unloaded for row in rows] == [True]
+
+    async with transaction(database) as session:
+        assert bare(await JobRepository(session).jobs([job_id]))
+    async with transaction(database) as session:
+        assert bare(await JobRepository(session).page(None, (), {}, None, 10))
+    async with transaction(database) as session:
+        changes = JobChanges(session, SystemClock().now())
+        locked = await changes.repository.locked([job_id])
+        assert bare(locked.values())
+        await changes.end(locked[job_id], "failed")
+        await changes.finish()
+    async with transaction(database) as session:
+        job = await JobRepository(session).job(job_id)
+        assert job is not None
+        assert (job.state, job.inline_input) == ("failed", None)
+    await database.dispose()
+
+
+async def test_however_many_jobs_have_ended_workers_forget_them_in_time(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A look takes fifty, and the next one comes five minutes later: 14,400 jobs a day."""
+    async with jobs(database_url, tmp_path) as here:
+        ended = await here.submitted(inputs=[{"x": 1}])
+        await here.ended(ended)
+    store = ArtifactStore(f"file://{tmp_path}/artifacts")
+    backend = Backend(engine(database_url, "gateway"), store, InputSources(store, ()))
+    columns = [column.name for column in JobRow.__table__.columns]
+    copied = ", ".join("'copy-' || n" if name == "job_id" else f'"{name}"' for name in columns)
+    named = ", ".join(f'"{name}"' for name in columns)
+    async with transaction(backend.engine) as session:
+        await session.execute(
+            text(f"INSERT INTO jobs ({named}) SELECT {copied} FROM jobs, generate_series(1, 120) AS n")
+        )
+
+    async def remembered() -> int:
+        async with transaction(backend.engine) as session:
+            left = select(func.count()).select_from(JobRow).where(JobRow.is_forgotten.is_(False))
+            return int((await session.execute(left)).scalar_one())
+
+    clock = ManualClock(SystemClock().unix_us() + 2 * 24 * 3600 * 1_000_000)
+    assert await remembered() == 121
+    async with Retention(backend, clock, timedelta(days=30)):
+        await eventually_of(remembered, lambda left: left == 0)
     await backend.engine.dispose()
     await backend.sources.close()
     await store.close()

@@ -23,9 +23,9 @@ from services.common.topics import Topic
 from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.controller import Controller
 from services.gateway.jobs.metrics import JobMetrics
-from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.publishing import ChunkPublisher
 from services.gateway.jobs.repository import JobRepository
+from services.gateway.pools import Pools
 
 MIGRATIONS = Path("services/gateway/migrations")
 

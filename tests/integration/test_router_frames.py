@@ -443,12 +443,16 @@ class TestNoEndpoint:
         async with platform(tmp_path, endpoint_wait_s=0.5) as p:
             loading = {("cancer", "1"): LOADING, ("cancer", "2"): LOADING}
             worker = await p.worker("w1", loading)
-            assert (await p.ask()).code == Code.CODE_UNAVAILABLE
+            reply = await p.ask()
+            assert reply.code == Code.CODE_UNAVAILABLE
+            assert reply.message.endswith("it is still being loaded")
             waiting = asyncio.create_task(p.ask())
             await eventually(lambda: len(p.router.dispatcher.waiting) == 1)
             failed = dict.fromkeys(loading, LoadedVersion.STATE_FAILED)
             await beat(p.bus, status("w1", worker.address, failed, sequence=2))
-            assert (await waiting).code == Code.CODE_UNAVAILABLE
+            reply = await waiting
+            assert reply.code == Code.CODE_UNAVAILABLE
+            assert "it cannot be loaded" in reply.message
             assert len(p.router.dispatcher.waiting) == 0
 
     async def test_refusals_are_logged_one_record_for_a_frame(self, tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ from services.gateway.jobs.consumers import NOBODY, ChunkResults
 from services.gateway.jobs.controller import Controller
 from services.gateway.jobs.losses import Losses
 from services.gateway.jobs.metrics import JobMetrics
-from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.publishing import ChunkPublisher
 from services.gateway.jobs.service import JobLimits, JobService
 from services.gateway.jobs.specs import JobSpec
 from services.gateway.jobs.tables import ChunkRow, JobRow
 from services.gateway.jobs.watching import Watching
+from services.gateway.pools import Pools
 from tests.fixtures.gateway import configs
 from tests.fixtures.jobs import StandInWorker, numbers, parquet_of
 from tests.fixtures.waiting import eventually

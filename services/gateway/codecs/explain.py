@@ -113,6 +113,8 @@ def wrong_element(datatype: Datatype, value: Any) -> str | None:
         return None if isinstance(value, bool) else f"must be true or false, not {json_name(value)}"
     if datatype.python is int:
         return _wrong_integer(datatype, value)
+    if value is None:
+        return "must be a number, not null: missing values are sent as NaN in binary tensors"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"must be a number, not {json_name(value)}"
     try:

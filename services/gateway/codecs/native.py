@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -43,6 +43,7 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
 _body = msgspec.json.Decoder(PredictBody)
 _AT = re.compile(r" - at `\$\.?([^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `([^`]*)`")
+_MOST_SHOWN = 256
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
 
@@ -56,15 +57,30 @@ def decode_body(raw: bytes | bytearray) -> PredictBody:
         raise malformed(error) from None
 
 
-def wrong_field(error: msgspec.ValidationError) -> InvalidArgument:
-    """msgspec's finding as ours, with the field it is about."""
+def wrong_field(error: msgspec.ValidationError, body: type[msgspec.Struct] = PredictBody) -> InvalidArgument:
+    """msgspec's finding as ours, with the field of `body` it is about, and the words it takes."""
     text = str(error)
     at = _AT.search(text)
     named = _UNKNOWN.search(text) or _MISSING.search(text)
-    sentence = _AT.sub("", text)
+    sentence = _shown(_AT.sub("", text))
     path = [part for part in (at[1] if at else "", named[1] if named else "") if part]
-    field = ".".join(path).replace(".[", "[") or None
+    field = _shown(".".join(path).replace(".[", "[")) or None
+    if field and text.startswith("Invalid enum value"):
+        words = ", ".join(filter(None, _words(get_type_hints(body).get(field.partition("[")[0]))))
+        sentence += f"; it is one of {words}" if words else ""
     return InvalidArgument(f"{field}: {sentence}." if field else f"{sentence}.", field=field)
+
+
+def _words(hint: Any) -> list[str]:
+    """What the literals in an annotation allow."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [word for inner in get_args(hint) for word in _words(inner)]
+
+
+def _shown(said: str) -> str:
+    """What msgspec repeats of a body, which may be all of it."""
+    return said if len(said) <= _MOST_SHOWN else f"{said[:_MOST_SHOWN]}…"
 
 
 def unit_of(user_id: str | int | None) -> str:

@@ -16,7 +16,7 @@ from services.gateway.codecs.attributes import parameter, session_of
 from services.gateway.codecs.compiled import JSON, varint
 from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.places import REGION, Find, OutputPlaces, Scalar, find_none, input_in, place_of
-from services.gateway.codecs.priority import priority_of
+from services.gateway.codecs.priority import priority_of_parameter
 from services.gateway.codecs.results import array_of, bytes_elements
 from services.gateway.codecs.rows import check_shape, tensor_from_nested_or_flat
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
@@ -212,7 +212,7 @@ def fill_parameters(request: PredictRequest, parameters: dict[str, Scalar] | Non
             if value is not None:
                 request.session = session_of(str(value), "parameters.session_id")
         elif name == "priority":
-            request.priority = priority_of(value, "parameters.priority")
+            request.priority = priority_of_parameter(value)
         elif name not in _OURS and value is not None:
             request.parameters[name].CopyFrom(parameter(value, f"parameters.{name}"))
 

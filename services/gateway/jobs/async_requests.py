@@ -117,7 +117,7 @@ class AsyncRequests:
         try:
             body = _body.decode(raw)
         except msgspec.ValidationError as error:
-            raise native.wrong_field(error) from None
+            raise native.wrong_field(error, AsyncBody) from None
         except PARSE_ERRORS as error:
             raise malformed(error) from None
         if body.model not in ("", model):

@@ -83,7 +83,9 @@ class SubmittedJobs:
             at = (records[number].partition, records[number].offset)
             if refusal.code not in _TRANSIENT or self._tries.get(at, 0) >= MAX_TRIES:
                 self._tries.pop(at, None)
-                reason = f"{refusal.field}: {refusal.message}" if refusal.field else refusal.message
+                reason = refusal.message
+                if refusal.field and not reason.startswith(refusal.field):
+                    reason = f"{refusal.field}: {reason}"
                 raise Malformed(number, reason) from refusal
         if refused:
             self._count(records[number] for number, _ in refused)
@@ -114,10 +116,11 @@ def _is_nobodys_fault(error: HeadraceError) -> bool:
 def spec_of(record: Record) -> JobSpec:
     """The job that a record asks for; its id is the producer's, or the record's. Raises InvalidArgument."""
     value = record.value or b""
-    kind = next(
-        (text.decode("latin-1") for name, text in record.headers if name.lower() == "content-type"), ""
+    # A producer's header may be null, which is as if there were none.
+    given = next((text for name, text in record.headers if text and name.lower() == "content-type"), b"")
+    kind = given.decode("latin-1").partition(";")[0].strip() or (
+        _JSON if value.lstrip()[:1] == b"{" else _PROTOBUF
     )
-    kind = kind.partition(";")[0].strip() or (_JSON if value.lstrip()[:1] == b"{" else _PROTOBUF)
     if kind == _JSON:
         spec = spec_of_json(value)
     elif kind == _PROTOBUF:

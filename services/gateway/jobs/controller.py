@@ -27,13 +27,13 @@ from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.decisions import OF_THE_JOB, Claim, Ending, allotted, next_step, window_of
 from services.gateway.jobs.metrics import JobMetrics
 from services.gateway.jobs.pauses import Pauses
-from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.publishing import ChunkPublisher
 from services.gateway.jobs.repository import JobRepository, Place
 from services.gateway.jobs.sizing import chunk_limits
 from services.gateway.jobs.splitting import Cut, Input, cuts
 from services.gateway.jobs.tables import JobRow
 from services.gateway.jobs.views import JobError
+from services.gateway.pools import Pools
 
 log = structlog.get_logger(__name__)
 
@@ -215,7 +215,8 @@ class Controller:
         if waiting is not None and self._clock.monotonic() < waiting.until:
             return
         # One key's terabytes leave room for the others' kilobytes.
-        mine = sum(1 for one in self.jobs if one.key_id == job.key_id and one.job_id in self._cutting)
+        cutting = (self._jobs.get(job_id) for job_id in self._cutting)
+        mine = sum(1 for one in cutting if one is not None and one.key_id == job.key_id)
         if mine >= _CUTTING_PER_KEY:
             return
         task = asyncio.create_task(self._cut_to_end(job), name=f"jobs:cut:{job.job_id}")

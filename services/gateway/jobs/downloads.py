@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from services.common.errors import ResourceExhausted
-
-_RETRY_MS = 2000
+from services.gateway.jobs.shares import Places
 
 
 class Downloads:
@@ -14,16 +12,11 @@ class Downloads:
     16 MB, until its reader has taken them, and one that reads slowly enough keeps them for hours."""
 
     def __init__(self, at_once: int = 32) -> None:
-        self._free = at_once
+        self._places = Places(at_once, "downloads")
 
-    async def bounded(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-        """`pieces`; the first raises ResourceExhausted where too many run already. Its place is free again
-        behind the last one, and when this is closed or forgotten."""
-        if not self._free:
-            raise ResourceExhausted("Too many downloads are running.", retry_after_ms=_RETRY_MS)
-        self._free -= 1
-        try:
+    async def bounded(self, pieces: AsyncIterator[bytes], key_id: str) -> AsyncGenerator[bytes, None]:
+        """`pieces`; the first raises ResourceExhausted where too many run already, of all keys or of this
+        one. Its place is free again behind the last one, and when this is closed or forgotten."""
+        with self._places.taken(key_id):
             async for piece in pieces:
                 yield piece
-        finally:
-            self._free += 1

@@ -88,11 +88,13 @@ class Losses:
         if lost.again:
             self._publisher.doubt(pool)
             self._standings[pool].published_again()
+        again: dict[str, list[Flying]] = defaultdict(list)
+        for chunk in lost.again:
+            again[chunk.job_id].append(chunk)
         count = 0
-        for job in jobs.values():
-            chunks = [chunk for chunk in lost.again if chunk.job_id == job.job_id]
+        for job_id, chunks in again.items():
             for start in range(0, len(chunks), _AT_ONCE):
-                count += await self._again(job, chunks[start : start + _AT_ONCE])
+                count += await self._again(jobs[job_id], chunks[start : start + _AT_ONCE])
         if count:
             self._metrics.republished(count)
             log.warning("chunks_published_again", pool=pool, count=count)

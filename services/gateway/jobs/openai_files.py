@@ -29,11 +29,11 @@ from services.common.errors import (
     HeadraceError,
     InvalidArgument,
     NotFound,
-    ResourceExhausted,
     Unavailable,
 )
 from services.common.ids import id_text, new_id
 from services.gateway.jobs.backend import Backend
+from services.gateway.jobs.shares import Places
 from services.gateway.jobs.tables import FileRow
 
 log = structlog.get_logger(__name__)
@@ -163,7 +163,7 @@ class Files:
         self._clock = clock
         self._folder = folder
         self._max_bytes = max_bytes
-        self._free = at_once
+        self._places = Places(at_once, "uploads")
         self._within_s = within_s
 
     @asynccontextmanager
@@ -176,13 +176,11 @@ class Files:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     @asynccontextmanager
-    async def receiving(self) -> AsyncIterator[Receiving]:
-        """A place for one upload. Raises ResourceExhausted where too many are running, DeadlineExceeded where
-        the block takes too long: a sender that trickles would keep its place from all others."""
-        if not self._free:
-            raise ResourceExhausted("Too many uploads are running.", retry_after_ms=2000)
-        self._free -= 1
-        try:
+    async def receiving(self, owner: str) -> AsyncIterator[Receiving]:
+        """A place for one upload of `owner`. Raises ResourceExhausted where too many are running, of all or
+        of this one, DeadlineExceeded where the block takes too long: a sender that trickles would keep its
+        place from all others."""
+        with self._places.taken(owner):
             async with self.workspace() as folder:
                 receiving = Receiving(folder, max(self._max_bytes, BATCH_BYTES))
                 try:
@@ -194,8 +192,6 @@ class Files:
                     raise DeadlineExceeded(f"The upload took longer than {self._within_s:g} s.") from None
                 finally:
                     await asyncio.to_thread(receiving.close)
-        finally:
-            self._free += 1
 
     async def keep(
         self, received: Receiving, owner: str, purpose: str, expires_after_s: int | None

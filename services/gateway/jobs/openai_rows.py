@@ -81,7 +81,10 @@ def compile_lines(
     if not signature.batched:
         finding = Finding("unsupported_model", "The model takes no rows.", None, "body.model")
         raise Refused([finding])
-    schema = pa.schema([pa.field(spec.name, arrow_type(spec)) for spec in signature.inputs])
+    try:
+        schema = pa.schema([pa.field(spec.name, arrow_type(spec)) for spec in signature.inputs])
+    except InvalidArgument as error:  # whatever the lines say
+        raise Refused([Finding("unsupported_model", error.message, None, "body.model")]) from None
     reader = LineReader(endpoint)
     total = 0
     with (

@@ -18,6 +18,8 @@ from services.common.db import enqueue
 from services.gateway.jobs.tables import ChunkRow, FileRow, IdempotencyKeyRow, JobRow, Outbox
 
 _UNDER_WAY = JobRow.ended_at.is_(None)
+#: Rows that travel with a job are for whoever cuts it: many jobs are looked at, again and again.
+_BARE = defer(JobRow.inline_input, raiseload=True)
 #: A lease that would last so many times as long as one does was given before the clock was set back.
 _LEASES_LAST = 4
 
@@ -54,14 +56,15 @@ class JobRepository:
         return await self._session.get(JobRow, job_id, with_for_update=lock, populate_existing=lock)
 
     async def locked(self, job_ids: Collection[str]) -> dict[str, JobRow]:
-        """Those jobs that exist, locked."""
+        """Those jobs that exist, locked, without the rows that travel with them."""
         chosen = select(JobRow).where(JobRow.job_id.in_(job_ids)).order_by(JobRow.job_id).with_for_update()
-        rows = await self._session.scalars(chosen.execution_options(populate_existing=True))
-        return {row.job_id: row for row in rows}
+        bare = chosen.options(_BARE).execution_options(populate_existing=True)
+        return {row.job_id: row for row in await self._session.scalars(bare)}
 
     async def jobs(self, job_ids: Collection[str]) -> Sequence[JobRow]:
-        """Those jobs that exist."""
-        return (await self._session.scalars(select(JobRow).where(JobRow.job_id.in_(job_ids)))).all()
+        """Those jobs that exist, without the rows that travel with them."""
+        found = select(JobRow).where(JobRow.job_id.in_(job_ids)).options(_BARE)
+        return (await self._session.scalars(found)).all()
 
     async def page(
         self,
@@ -72,7 +75,7 @@ class JobRepository:
         limit: int,
     ) -> Sequence[JobRow]:
         """Up to `limit` jobs behind `after`, newest first; of one key unless `key_id` is None, of `models`
-        where given. `filters` are columns and their values."""
+        where given, without the rows that travel with them. `filters` are columns and their values."""
         wanted: list[ColumnElement[bool]] = [
             getattr(JobRow, name) == value for name, value in filters.items()
         ]
@@ -84,7 +87,7 @@ class JobRepository:
             wanted.append(tuple_(JobRow.created_at, JobRow.job_id) < (after.created_at, after.job_id))
         newest_first = JobRow.created_at.desc(), JobRow.job_id.desc()
         found = select(JobRow).where(*wanted).order_by(*newest_first).limit(limit)
-        return (await self._session.scalars(found)).all()
+        return (await self._session.scalars(found.options(_BARE))).all()
 
     async def under_way(self, key_id: str) -> int:
         """How many jobs of a key have not ended."""
@@ -123,7 +126,7 @@ class JobRepository:
         place = tuple_(JobRow.priority, JobRow.created_at, JobRow.job_id)
         wanted = [_UNDER_WAY, JobRow.lease_owner == owner, *([] if after is None else [place > after])]
         found = select(JobRow).where(*wanted).order_by(JobRow.priority, JobRow.created_at, JobRow.job_id)
-        chosen = found.limit(limit).options(defer(JobRow.inline_input, raiseload=True))
+        chosen = found.limit(limit).options(_BARE)
         return (await self._session.scalars(chosen)).all()
 
     async def release(self, owner: str) -> None:

@@ -34,6 +34,8 @@ class Retention:
         self._backend = backend
         self._clock = clock
         self._kept = kept
+        #: Jobs that workers need not know of since the last look.
+        self._forgotten = 0
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -52,10 +54,12 @@ class Retention:
         now = self._clock.now()
         async with transaction(self._backend.engine) as session:
             changes = JobChanges(session, now)
-            for job in await changes.repository.to_forget(now - min(_DAY, self._kept), _JOBS_AT_ONCE):
+            ended = await changes.repository.to_forget(now - min(_DAY, self._kept), _JOBS_AT_ONCE)
+            for job in ended:
                 changes.forget(job)
             await changes.repository.forget_idempotency(now - _DAY)
             await changes.finish()
+        self._forgotten = len(ended)
         async with transaction(self._backend.engine) as session:
             old = await JobRepository(session).to_forget(now - self._kept, _JOBS_AT_ONCE, forgotten=True)
         for job in old:
@@ -70,7 +74,7 @@ class Retention:
     async def _run(self) -> None:
         while True:
             try:
-                while await self.look() == _JOBS_AT_ONCE:
+                while max(await self.look(), self._forgotten) == _JOBS_AT_ONCE:
                     pass
             except HeadraceError as error:
                 log.warning("old_jobs_stay", reason=error.message)

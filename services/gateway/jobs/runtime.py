@@ -18,7 +18,7 @@ from services.common.db import OutboxRelay, engine, migrate
 from services.common.errors import Fatal, HeadraceError
 from services.common.objects import ArtifactStore, InputSources
 from services.common.objects.sources import check_prefixes
-from services.common.topics import JOB_RESULTS, JOBS, WORKERS
+from services.common.topics import JOB_RESULTS, JOBS
 from services.gateway.catalogue import Catalogue
 from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.backend import Availability, Backend
@@ -27,13 +27,13 @@ from services.gateway.jobs.consumers import ChunkResults, SubmittedJobs
 from services.gateway.jobs.controller import Controller
 from services.gateway.jobs.losses import Losses
 from services.gateway.jobs.metrics import JobMetrics
-from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.publishing import ChunkPublisher, EnsureTopics
 from services.gateway.jobs.retention import Retention
 from services.gateway.jobs.service import JobLimits, JobService
 from services.gateway.jobs.tables import Outbox
 from services.gateway.jobs.watching import Watching
 from services.gateway.keys import KeyRing
+from services.gateway.pools import Pools
 
 log = structlog.get_logger(__name__)
 
@@ -96,6 +96,7 @@ class Around:
     keys: KeyRing
     registry: CollectorRegistry
     clock: Clock
+    pools: Pools
     is_known: Callable[[], bool]
 
 
@@ -111,8 +112,6 @@ async def jobs_running(cfg: JobSettings, around: Around) -> AsyncIterator[JobSer
         wakes.watching = await stack.enter_async_context(Watching(availability, around.clock))
         running = _Running(cfg, around, availability, wakes)
         if is_configured:
-            workers = around.bus.table(WORKERS, running.pools.apply)
-            running.pools.table = await stack.enter_async_context(workers)
             await stack.enter_async_context(running.background())
         yield running.service
 
@@ -128,11 +127,10 @@ class _Running:
         self._wakes = wakes
         self._metrics = JobMetrics(around.registry)
         self._rules = CallbackRules(cfg.callback_allow, is_signed=bool(cfg.callback_secret))
-        self.pools = Pools(around.clock)
         self.service = JobService(
             availability=availability,
             catalogue=around.catalogue,
-            pools=self.pools,
+            pools=around.pools,
             rules=self._rules,
             watching=wakes.watching,
             changed=wakes.changed,
@@ -208,7 +206,7 @@ class _Running:
                 CallbackSender(backend.engine, self._rules, cfg.callback_secret, clock, self._metrics)
             )
             controller = Controller(
-                cfg.owner, backend, publisher, self.pools, clock, self._metrics, wakes.changed
+                cfg.owner, backend, publisher, self._around.pools, clock, self._metrics, wakes.changed
             )
             wakes.controller = await enter(controller)
             await enter(Losses(backend, publisher, controller, clock, self._metrics, wakes.changed))

@@ -32,7 +32,6 @@ from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.backend import Availability, Backend
 from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.formats import Format, as_json_lines, as_parquet
-from services.gateway.jobs.pools import Pools
 from services.gateway.jobs.repository import JobRepository
 from services.gateway.jobs.results import error_lines, parsed_errors, result_batches
 from services.gateway.jobs.sizing import run_rows, seconds_for
@@ -42,6 +41,7 @@ from services.gateway.jobs.tables import JobRow
 from services.gateway.jobs.views import STATES, Job, JobPage, job_of
 from services.gateway.jobs.watching import Watching
 from services.gateway.keys import Key, Scope
+from services.gateway.pools import Pools
 
 log = structlog.get_logger(__name__)
 

@@ -43,6 +43,8 @@ _BY_ENDING = {
     ".feather": InputFormat.INPUT_FORMAT_ARROW,
 }
 
+_ENUMERATIONS = {"input_format": InputFormat, "output_format": OutputFormat, "priority": Priority}
+
 #: Where the metadata of a stored job keep `JobSpec.shown`.
 SHOWN: Final = "headrace.shown"
 
@@ -115,7 +117,7 @@ def spec_of_json(raw: bytes) -> JobSpec:
     try:
         body = _body.decode(raw)
     except msgspec.ValidationError as error:
-        raise wrong_field(error) from None
+        raise wrong_field(error, BatchBody) from None
     except PARSE_ERRORS as error:
         raise malformed(error) from None
     if body.expires_in_s is not None and body.expires_in_s <= 0:
@@ -178,11 +180,13 @@ def validated(spec: JobSpec) -> JobSpec:
         raise InvalidArgument(
             f"An idempotency key has at most {_MAX_IDEMPOTENCY_KEY} characters.", field="Idempotency-Key"
         )
-    if "\0" in f"{spec.input_uri}{spec.callback_url}{spec.version}":
-        raise InvalidArgument("A text holds a zero character.")
+    for name in ("input_uri", "callback_url", "version"):
+        if "\0" in getattr(spec, name):
+            raise InvalidArgument(f"{name} holds a zero character.", field=name)
     _check_metadata(spec.metadata)
-    if spec.input_format not in InputFormat.values():
-        raise InvalidArgument("input_format is not known.", field="input_format")
+    for name, enumeration in _ENUMERATIONS.items():  # protobuf takes any number for one
+        if getattr(spec, name) not in enumeration.values():
+            raise InvalidArgument(f"{name} is not known.", field=name)
     return replace(
         spec,
         input_format=_format_of(spec),

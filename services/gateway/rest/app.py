@@ -23,6 +23,7 @@ from services.gateway.jobs.service import JobService
 from services.gateway.keys import KeyRing
 from services.gateway.keys import Scope as KeyScope
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.pools import Pools
 from services.gateway.predict import PredictService
 from services.gateway.rest.async_routes import async_routes
 from services.gateway.rest.batch import JobRoutes
@@ -44,6 +45,7 @@ class Parts:
 
     service: PredictService
     catalogue: Catalogue
+    pools: Pools
     keys: KeyRing
     bus: Bus
     health: Health
@@ -72,6 +74,7 @@ def rest_app(parts: Parts) -> ASGIApp:
     app.include_router(
         v2_routes(
             parts.catalogue,
+            parts.pools,
             parts.keys,
             parts.health,
             parts.metrics,

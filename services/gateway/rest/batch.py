@@ -127,14 +127,17 @@ class JobRoutes:
         return await _streamed(as_events(self._jobs.watch(job)), "text/event-stream", _UNBUFFERED)
 
     async def results(self, request: Request, batch_id: str) -> Response:
-        job = await self._job(request, batch_id)
+        caller = self._caller(request)
+        job = await self._jobs.get(batch_id, caller)
         form = _form(request, job)
-        pieces = self._downloads.bounded(self._jobs.results(job, form, partial=_partial(request)))
+        results = self._jobs.results(job, form, partial=_partial(request))
+        pieces = self._downloads.bounded(results, caller.key_id)
         return await _streamed(pieces, MEDIA_TYPES[form], _attached(f"{job.job_id}.{form}"))
 
     async def errors(self, request: Request, batch_id: str) -> Response:
-        job = await self._job(request, batch_id)
-        pieces = self._downloads.bounded(self._jobs.errors(job, partial=_partial(request)))
+        caller = self._caller(request)
+        job = await self._jobs.get(batch_id, caller)
+        pieces = self._downloads.bounded(self._jobs.errors(job, partial=_partial(request)), caller.key_id)
         return await _streamed(pieces, _JSON_LINES, _attached(f"{job.job_id}.errors.jsonl"))
 
     def _caller(self, request: Request) -> Key:

@@ -48,7 +48,7 @@ def _add_files(router: APIRouter, files: Files, reader_of: Callable[[Request], R
     async def upload(request: Request) -> Response:
         reader = reader_of(request)
         try:
-            async with files.receiving() as receiving:
+            async with files.receiving(reader.key_id) as receiving:
                 content_type = request.headers.get("content-type", "")
                 fields = await receive_form(content_type, request.stream(), receiving)
                 await receiving.end()
@@ -77,8 +77,9 @@ def _add_files(router: APIRouter, files: Files, reader_of: Callable[[Request], R
 
     @router.get("/v1/files/{file_id}/content", summary="The bytes of a file")
     async def content(request: Request, file_id: str) -> Response:
-        found = await files.get(file_id, reader_of(request))
-        pieces = downloads.bounded(files.content(found))
+        reader = reader_of(request)
+        found = await files.get(file_id, reader)
+        pieces = downloads.bounded(files.content(found), reader.key_id)
         first = await anext(pieces, b"")  # what is wrong with the store is told before the status is sent
         headers = {
             "content-length": str(found.size),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -15,6 +18,7 @@ from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.pools import Condition, Pools
 from services.gateway.reading import BodyBudget
 from services.gateway.regions import Regions
 from services.gateway.rest.door import authenticated, bounded_body
@@ -25,12 +29,14 @@ SERVER_NAME = "headrace"
 _MAX_INDEX_BODY = 4096
 
 
+@functools.cache
 def server_version() -> str:
-    """The version of the installed gateway; 0 where it runs from a source tree."""
+    """The version of the gateway, installed or run from a source tree."""
     try:
         return importlib.metadata.version("headrace-gateway")
     except importlib.metadata.PackageNotFoundError:
-        return "0"
+        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+        return str(project["version"])
 
 
 def extensions(regions: Regions) -> tuple[str, ...]:
@@ -59,14 +65,25 @@ def platform_of(version: ServedVersion) -> str:
     return {"onnx": "onnx_onnxv1"}.get(version.backend, version.backend)
 
 
-def repository_index(catalogue: Catalogue, key: Key) -> list[dict[str, str]]:
-    """Every version in service of the models that `key` is for."""
-    return [
-        {"name": model.name, "version": version, "state": "READY", "reason": ""}
-        for model in catalogue
-        if not key.models or model.name in key.models
-        for version in model.versions
-    ]
+def condition_of(pools: Pools, model: ServedModel, version: ServedVersion) -> Condition:
+    """Whether workers have `version`."""
+    return pools.condition(model.pool, model.name, version.name, version.artifact_digest)
+
+
+def repository_index(
+    catalogue: Catalogue, pools: Pools, key: Key, *, ready: bool = False
+) -> list[dict[str, str]]:
+    """Every version in service of the models that `key` is for; with `ready`, those alone that are."""
+    found = []
+    for model in catalogue:
+        if key.models and model.name not in key.models:
+            continue
+        for version in model.versions.values():
+            condition = condition_of(pools, model, version)
+            if condition.ready or not ready:
+                state = {"state": str(condition.state), "reason": condition.reason}
+                found.append({"name": model.name, "version": version.name, **state})
+    return found
 
 
 def v2_health_routes(health: Health) -> APIRouter:
@@ -86,6 +103,7 @@ def v2_health_routes(health: Health) -> APIRouter:
 
 def v2_routes(
     catalogue: Catalogue,
+    pools: Pools,
     keys: KeyRing,
     health: Health,
     metrics: GatewayMetrics,
@@ -110,8 +128,9 @@ def v2_routes(
         return _json(model_metadata(*asked(request, model, version)))
 
     async def model_ready(request: Request, model: str, version: str = "") -> Response:
-        served, _version = asked(request, model, version)
-        return _json({"name": served.name, "ready": health.ready}, 200 if health.ready else 503)
+        served, found = asked(request, model, version)
+        ready = health.ready and condition_of(pools, served, found).ready
+        return _json({"name": served.name, "ready": ready}, 200 if ready else 503)
 
     async def config(request: Request, model: str, version: str = "") -> Response:
         return _json(_config(*asked(request, model, version)))
@@ -120,10 +139,15 @@ def v2_routes(
         served, found = asked(request, model, version)
         return _json({"model_stats": [_stats(metrics, served, found)]})
 
+    async def all_stats(request: Request) -> Response:
+        key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
+        open_to = (model for model in catalogue if not key.models or model.name in key.models)
+        return _json({"model_stats": [_stats(metrics, model, model.default) for model in open_to]})
+
     async def index(request: Request) -> Response:
         key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
-        await _index_request(request, bodies)
-        return _json(repository_index(catalogue, key))
+        ready = await _only_ready(request, bodies)
+        return _json(repository_index(catalogue, pools, key, ready=ready))
 
     async def load(request: Request, model: str) -> Response:
         authenticated(request, keys, Scope.ADMIN, clock.monotonic()).require_model(model)
@@ -135,6 +159,7 @@ def v2_routes(
         served = catalogue.model(model)
         raise Unimplemented(f"Undeploy it: DELETE /v1/deployments/{served.name}.")
 
+    router.add_api_route("/v2/models/stats", all_stats, methods=["GET"])
     for path, answer in (
         ("", metadata),
         ("/ready", model_ready),
@@ -151,8 +176,8 @@ def v2_routes(
     return router
 
 
-async def _index_request(request: Request, bodies: BodyBudget) -> None:
-    """Check the body of an index request; all that is in service is ready, so its `ready` decides nothing."""
+async def _only_ready(request: Request, bodies: BodyBudget) -> bool:
+    """What the body of an index request asks for."""
     body = await bounded_body(request, _MAX_INDEX_BODY, bodies)
     try:
         asked = orjson.loads(body) if body.strip() else {}
@@ -160,6 +185,10 @@ async def _index_request(request: Request, bodies: BodyBudget) -> None:
         raise MalformedBody(f"The body is not JSON: {error}.") from None
     if not isinstance(asked, dict):
         raise InvalidArgument("The body must be an object.")
+    ready = asked.get("ready", False)
+    if not isinstance(ready, bool):
+        raise InvalidArgument("ready must be true or false.", field="ready")
+    return ready
 
 
 def _reading(request: Request, keys: KeyRing) -> Scope:

@@ -321,7 +321,7 @@ class RpcConnection(Controlled):
         if not self._settings_seen and self._ticks > limits.handshake_s:
             self._fail(ErrorCode.SETTINGS_TIMEOUT, "no SETTINGS in time")
             return
-        if self._paused or self._sending:
+        if self._paused or self._sending or self._blocked:
             self._unread_ticks += 1
             if self._unread_ticks > limits.unread_s:
                 self._fail(ErrorCode.ENHANCE_YOUR_CALM, "answers are not read")

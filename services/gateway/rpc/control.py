@@ -15,6 +15,8 @@ _ALL_STREAMS: Final = wire.MAX_WINDOW
 _DRAIN_PING: Final = b"draining"
 #: Control frames that a good client may send for every answer.
 _PER_ANSWER: Final = 8
+#: To change the windows of so many streams counts as one more of them.
+_STREAMS_PER_FRAME: Final = 4
 
 
 class Controlled(Sending):
@@ -76,6 +78,10 @@ class Controlled(Sending):
                 self._queue(wire.reset(stream_id, code))
                 self._lose(stream)
                 return
+            if stream not in self._blocked or stream.window <= 0:
+                return
+            del self._blocked[stream]
+            self._sending[stream] = None
         else:
             self._window += increment
             if not increment:
@@ -105,18 +111,28 @@ class Controlled(Sending):
                 raise Violation(ErrorCode.FRAME_SIZE_ERROR, "SETTINGS acknowledgement with a payload")
             return
         self._settings_seen = True
+        window = self._peer_initial_window
         for key, value in wire.parse_settings(payload):
             if key == wire.INITIAL_WINDOW_SIZE:
-                change, self._peer_initial_window = value - self._peer_initial_window, value
-                for stream in self._streams.values():
-                    stream.window += change
-                    if stream.window > wire.MAX_WINDOW:
-                        raise Violation(ErrorCode.FLOW_CONTROL_ERROR, "a window grew beyond 2^31-1")
+                window = value
             elif key == wire.MAX_FRAME_SIZE:
                 self._peer_max_frame = value
+        if window != self._peer_initial_window:
+            self._change_windows(window)
         self._queue(wire.frame(wire.SETTINGS, wire.ACK, 0))
         if self._sending:
             self._pump()
+
+    def _change_windows(self, initial: int) -> None:
+        """Once for a frame, however often it says so; and counted by the streams that are to be changed."""
+        self._control_frames += len(self._streams) // _STREAMS_PER_FRAME
+        change, self._peer_initial_window = initial - self._peer_initial_window, initial
+        for stream in self._streams.values():
+            stream.window += change
+            if stream.window > wire.MAX_WINDOW:
+                raise Violation(ErrorCode.FLOW_CONTROL_ERROR, "a window grew beyond 2^31-1")
+        self._sending.update(self._blocked)
+        self._blocked.clear()
 
     def _take_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
         if stream_id:

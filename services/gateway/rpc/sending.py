@@ -68,7 +68,10 @@ class Sending(asyncio.Protocol):
         self._window = wire.DEFAULT_WINDOW  # what we may still send on all streams together
         self._peer_initial_window = wire.DEFAULT_WINDOW
         self._peer_max_frame = wire.DEFAULT_MAX_FRAME
-        self._sending: dict[Stream, None] = {}  # those that wait for windows or the socket, in turn
+        self._sending: dict[
+            Stream, None
+        ] = {}  # those that wait for the socket or everybody's window, in turn
+        self._blocked: dict[Stream, None] = {}  # those that wait for their own windows
         self._paused = False  # the socket takes nothing more
         self._unread_ticks = 0
         self._answered = 0  # calls that went well, since the sweep came by
@@ -188,7 +191,7 @@ class Sending(asyncio.Protocol):
         stream.trailers = trailers
         if trailers:
             stream.over = True
-        if not self._sending:
+        if not self._sending and not self._blocked:
             self._unread_ticks = 0
         self._sending[stream] = None
         self._pump()
@@ -227,6 +230,7 @@ class Sending(asyncio.Protocol):
             self._around.bodies.give(stream.answer_held)
             stream.answer_held = 0
         self._sending.pop(stream, None)
+        self._blocked.pop(stream, None)
         self._streams.pop(stream.stream_id, None)
         if self._draining and not self._streams:
             self._on_idle()
@@ -256,21 +260,22 @@ class Sending(asyncio.Protocol):
         """All of a message that was not the last has left."""
 
     def _pump(self) -> None:
-        """Send what waits, as far as windows and socket allow."""
+        """Send what waits, as far as windows and socket allow. Nobody is looked at in vain more than once:
+        windows may come a byte at a time, and a thousand calls wait."""
         written = 0
-        went_on = True
-        while self._sending and went_on and not self._ending:
-            went_on = False
+        while self._sending and not self._ending and not self._paused and self._window > 0:
             for stream in list(self._sending):
                 if self._paused or self._window <= 0:
                     return
                 unsent, at = stream.unsent, stream.sent
                 if unsent is None:
+                    self._sending.pop(stream, None)
                     continue
                 size = min(len(unsent) - at, self._peer_max_frame, self._window, stream.window)
                 if size <= 0:
+                    del self._sending[stream]
+                    self._blocked[stream] = None
                     continue
-                went_on = True
                 self._unread_ticks = 0
                 self._window -= size
                 stream.window -= size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import InvalidArgument, MalformedBody
+from services.gateway.codecs.native import decode_body
 from services.gateway.codecs.rows import tensors_of_input, tensors_of_inputs
 from services.gateway.codecs.tensors import pack_flat, tensor_from_flat, tensor_from_json
 from services.gateway.datatypes import BY_NAME, Datatype
+from services.gateway.jobs.specs import spec_of_json
 from services.gateway.signature import ModelSignature, compile_signature
 
 
@@ -149,10 +152,22 @@ def test_errors_do_not_repeat_endless_names() -> None:
     assert raised.value.field == "inputs." + "a" * 64
 
 
+@pytest.mark.parametrize(
+    ("decode", "raw"),
+    [(decode_body, '{"model": "m", "%s": 1}'), (spec_of_json, '{"model": "m", "exclude_from": ["%s"]}')],
+)
+def test_errors_of_a_body_do_not_repeat_all_of_it(decode: Callable[[bytes], object], raw: str) -> None:
+    """Three times 32 MB would keep the loop that answers them for half a second."""
+    with pytest.raises(InvalidArgument) as raised:
+        decode((raw % ("k" * 100_000)).encode())
+    assert len(raised.value.message) + len(raised.value.field or "") < 1000
+
+
 def test_single_input_errors_have_no_row_index() -> None:
     with pytest.raises(InvalidArgument) as raised:
         tensors_of_input(TABLE, b'{"age": 1, "income": null}')
     assert raised.value.field == "input.income"
+    assert "NaN in binary tensors" in raised.value.message  # what else could be done
     with pytest.raises(InvalidArgument) as raised:
         tensors_of_input(TABLE, b"[1, null]")
     assert raised.value.field == "input[1]"

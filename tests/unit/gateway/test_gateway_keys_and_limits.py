@@ -23,7 +23,7 @@ from services.common.clock import ManualClock
 from services.common.errors import NotFound, PermissionDenied, ResourceExhausted, Unauthenticated
 from services.common.topics import DEPLOYMENTS, KEYS
 from services.gateway.catalogue import Catalogue
-from services.gateway.keys import Key, KeyRing, Scope
+from services.gateway.keys import _MOST_PLANS, Key, KeyRing, Scope
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
@@ -105,6 +105,18 @@ def test_scopes_and_models(ring: KeyRing) -> None:
         key.require_model("cancer")
     for scope in Scope:
         caller(ring, ADMIN).require(scope)
+
+
+def test_plans_of_models_that_come_and_go_do_not_pile_up(ring: KeyRing) -> None:
+    put(ring, api_key(PREDICT_ONLY, ["predict"]))
+    key = caller(ring)
+    for number in range(3 * _MOST_PLANS):
+        key.keep_plan(f"m{number}", number)
+        assert key.plans[f"m{number}"] == number
+    assert len(key.plans) <= _MOST_PLANS
+    kept = len(key.plans)
+    key.keep_plan(f"m{number}", "another")
+    assert len(key.plans) == kept
 
 
 def test_a_new_limit_takes_effect_and_the_same_limit_keeps_its_count(ring: KeyRing) -> None:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from headrace.v1.batch_pb2 import BatchChunkResult
+from headrace.v1.batch_pb2 import BatchChunkResult, BatchJob
 
 from services.common.bus import Malformed, Record
 from services.common.bus.delivery import deliver
 from services.common.clock import ManualClock
-from services.common.errors import Aborted, HeadraceError, ResourceExhausted, Unavailable
-from services.gateway.jobs.consumers import MAX_TRIES, SubmittedJobs, result_of
+from services.common.errors import Aborted, HeadraceError, InvalidArgument, ResourceExhausted, Unavailable
+from services.gateway.jobs.consumers import MAX_TRIES, SubmittedJobs, result_of, spec_of
 from services.gateway.jobs.publishing import output_prefix
-from services.gateway.jobs.specs import JobSpec, is_job_id
+from services.gateway.jobs.specs import JobSpec, is_job_id, spec_of_json
 from services.gateway.keys import KeyRing
 
 
@@ -93,6 +93,32 @@ async def test_everything_waits_for_the_database() -> None:
     assert await rounds(handler, 30) == (31, [])
 
 
+@pytest.mark.parametrize("value", [b'{"model": "m", "inputs": [1]}', BatchJob(model="m", inputs_json=b"[1]")])
+def test_a_header_that_is_null_says_nothing(value: bytes | BatchJob) -> None:
+    null: Any = None
+    content = value if isinstance(value, bytes) else value.SerializeToString()
+    spec = spec_of(Record("batch.jobs.v1", b"k", content, (("content-type", null), ("x", null))))
+    assert (spec.model, spec.inputs, spec.job_id) == ("m", b"[1]", "k")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"priority": 99}, "priority"),
+        ({"output_format": 99}, "output_format"),
+        ({"input_format": -1}, "input_format"),
+        ({"version": "\0"}, "version"),
+        ({"callback_url": "http://a/\0"}, "callback_url"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_named(wrong: dict[str, Any], field: str) -> None:
+    """A job with a number that means nothing could be shown to nobody, nor any list that it is in."""
+    message = BatchJob(model="m", inputs_json=b"[1]", **wrong)
+    with pytest.raises(InvalidArgument) as refused:
+        spec_of(Record("batch.jobs.v1", b"k", message.SerializeToString()))
+    assert refused.value.field == field
+
+
 @pytest.mark.parametrize("job_id", ["a", "a.", "2026-11-01..07"])
 def test_whatever_id_a_producer_may_give_its_results_are_taken(job_id: str) -> None:
     """A job whose results are refused would run until its time is over."""
@@ -106,3 +132,33 @@ def test_whatever_id_a_producer_may_give_its_results_are_taken(job_id: str) -> N
     for path in ("../b/0", "results/..", "/0"):
         with pytest.raises(Malformed):
             result_of(0, told(path))
+
+
+async def test_a_dead_letter_names_its_field_once() -> None:
+    buried: list[str] = []
+
+    async def bury(_record: Record, reason: str) -> None:
+        buried.append(reason)
+
+    anything: Any = Service({})
+    handler = SubmittedJobs(anything, KeyRing(ManualClock()), lambda: True)
+    values = [b'{"model": "m", "rows": [1]}', b'{"model": "m"}']
+    records = [Record("batch.jobs.v1", b"k", value, (), 0, number) for number, value in enumerate(values)]
+    await deliver(records, handler, bury)
+    assert buried[0].count("rows:") == 1
+    assert buried[1] == "inputs: Send inputs or input_uri, one of them."
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ('"priority": "urgent"', "high, normal, low"),
+        ('"output_format": "xml"', "jsonl, parquet"),
+        ('"input_format": "xml"', "jsonl, csv, parquet, arrow, images"),
+        ('"exclude_from": ["drift", "all"]', "drift, experiments"),
+    ],
+)
+def test_a_word_that_is_not_known_is_told_those_that_are(wrong: str, allowed: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        spec_of_json(f'{{"model": "m", "inputs": [1], {wrong}}}'.encode())
+    assert refused.value.message.endswith(f"it is one of {allowed}.")

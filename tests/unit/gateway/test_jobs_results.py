@@ -24,9 +24,9 @@ from services.common.errors import ResourceExhausted
 from services.gateway.jobs.backend import Availability
 from services.gateway.jobs.events import as_events
 from services.gateway.jobs.formats import as_json_lines, as_parquet, json_lines
-from services.gateway.jobs.pools import Pools, Speed
 from services.gateway.jobs.views import Job, JobError, job_json
 from services.gateway.jobs.watching import Watching
+from services.gateway.pools import Pools, Speed
 
 ROWS = 1500
 
@@ -274,6 +274,34 @@ def test_who_is_alive_is_told_by_what_is_heard_not_by_what_clocks_say() -> None:
         assert pools.workers("gpu") == 1
         clock.advance(0.2)
         assert pools.workers("gpu") == 0
+
+
+def held_by(pools: Pools) -> int:
+    """Bytes of heartbeats."""
+    return sum(len(one.value or b"") for one in pools._heartbeats.values())
+
+
+def test_nothing_is_kept_of_what_workers_said_who_have_left() -> None:
+    """In containers each has a name of its own, and says last what it had loaded."""
+    clock = ManualClock()
+    pools = Pools(clock)
+    pools.apply(b"before", heartbeat("before", 1.0))
+    pools.table = Followed()
+    for number in range(20):
+        name = f"w{number}"
+        pools.apply(name.encode(), heartbeat(name, 1.0))
+        assert held_by(pools) <= 2 * len(heartbeat("w10", 1.0)), "nobody has asked yet"
+        if number % 2:
+            pools.apply(name.encode(), heartbeat(name, 1.0, state=WorkerStatus.STATE_GONE))
+        clock.advance(10)
+    last = heartbeat("last", 2.0)
+    pools.apply(b"last", last)
+    pools.apply(b"nonsense", b"\xff")
+    assert pools.speed("gpu", "m", "1") == Speed(1, 64, 2.0)
+    assert held_by(pools) == len(last)
+    pools.apply(b"w1", heartbeat("w1", 1.0, state=WorkerStatus.STATE_GONE))
+    pools.apply(b"w2", heartbeat("w2", 1.0))
+    assert pools.workers("gpu") == 1, "the same words again are no heartbeat"
 
 
 @pytest.mark.parametrize("kind", ["uint8", "int8", "float64", "uint64"])

@@ -173,6 +173,15 @@ def test_a_file_with_a_wrong_line_makes_no_rows(tmp_path: Path) -> None:
     assert [finding.line for finding in refused.value.findings] == [2]
 
 
+def test_a_model_whose_inputs_json_cannot_hold_is_refused_before_any_line(tmp_path: Path) -> None:
+    """Not tried again until the platform seems to have failed."""
+    spec = TensorSpec(name="x", datatype="DATA_TYPE_BF16", shape=[-1, 2])
+    signature = compile_signature(Signature(inputs=[spec], outputs=[spec], batched=True))
+    with pytest.raises(Refused, match="x has a type") as refused:
+        compiled(tmp_path, [line("a")], signature)
+    assert [finding.param for finding in refused.value.findings] == ["body.model"]
+
+
 def results(rows: Sequence[int], cut: int = 2) -> Iterator[pa.RecordBatch]:
     """Row i was answered [label i % 2, probabilities [i / 8, 1 - i / 8]]."""
     for first in range(0, len(rows), cut):

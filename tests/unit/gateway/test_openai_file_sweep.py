@@ -44,14 +44,14 @@ async def test_a_sender_that_trickles_loses_its_place(tmp_path: Path) -> None:
     files = Files(backend, ManualClock(), tmp_path, max_bytes=1, at_once=1, within_s=0.05)
 
     async def trickle() -> None:
-        async with files.receiving() as receiving:
+        async with files.receiving("a") as receiving:
             await receiving.begin("a.bin")
             with pytest.raises(ResourceExhausted):
-                await files.receiving().__aenter__()
+                await files.receiving("b").__aenter__()
             await asyncio.Event().wait()
 
     async def fail() -> None:
-        async with files.receiving():
+        async with files.receiving("a"):
             raise TimeoutError  # of something else, and no deadline of the upload
 
     with pytest.raises(DeadlineExceeded):
@@ -59,3 +59,16 @@ async def test_a_sender_that_trickles_loses_its_place(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(TimeoutError):
         await fail()
+
+
+async def test_one_key_does_not_take_all_places_of_uploads(tmp_path: Path) -> None:
+    def backend() -> Backend:
+        raise AssertionError("nothing was received")
+
+    files = Files(backend, ManualClock(), tmp_path, max_bytes=1, at_once=4)
+    async with files.receiving("greedy"), files.receiving("greedy"):
+        with pytest.raises(ResourceExhausted, match="of this key") as refused:
+            await files.receiving("greedy").__aenter__()
+        assert refused.value.retry_after_ms
+        async with files.receiving("other"):
+            pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import struct
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 
@@ -351,6 +352,81 @@ async def test_a_window_of_one_frame_is_enough() -> None:
     front.router.answer(padded(5_000))
     await client.turn(300)
     assert label(client.answers[stream]) == 1
+
+
+def heads(count: int, message: bytes | None = None) -> bytes:
+    """That many calls; with `message` whole ones."""
+    fields = (":method", "POST"), (":scheme", "http"), (":path", INFER), ("content-type", "application/grpc")
+    block = b"".join(
+        literal(name.encode(), value.encode()) for name, value in (*fields, ("x-api-key", PREDICT_ONLY))
+    )
+    asked = [
+        frame(1, 4, stream, block) + (b"" if message is None else frame(0, 1, stream, prefixed(message)))
+        for stream in range(1, 2 * count, 2)
+    ]
+    return b"".join(asked)
+
+
+def initial_window(*sizes: int) -> bytes:
+    """One SETTINGS frame that says all of them."""
+    said = [wire.INITIAL_WINDOW_SIZE.to_bytes(2, "big") + size.to_bytes(4, "big") for size in sizes]
+    return frame(wire.SETTINGS, 0, 0, b"".join(said))
+
+
+async def test_calls_without_a_window_wait_and_hold_up_no_other() -> None:
+    front = Front(SMALL)
+    client = front.client()
+    await client.turn()
+    client.connection.data_received(initial_window(9, 0) + heads(4, infer()))
+    front.router.answer_all()
+    await asyncio.sleep(0)
+    client.cable.take()
+    client.connection.data_received(wire.window_update(0, 1000) + wire.window_update(5, 1))
+    await asyncio.sleep(0)
+    assert client.cable.take() == frame(0, 0, 5, b"\0")
+    client.connection.data_received(wire.window_update(3, 70_000))
+    await asyncio.sleep(0)
+    assert client.cable.take().count(b"grpc-status") == 1
+    assert client.connection.streams == 3
+    client.tick(30)
+    client.connection.data_received(wire.reset(7, ErrorCode.CANCEL) + initial_window(60_000))
+    await asyncio.sleep(0)
+    assert client.cable.take().count(b"grpc-status") == 2
+    assert client.connection.streams == 0
+    assert not client.cable.closed
+
+
+async def test_what_windows_cost_does_not_grow_with_the_calls_that_wait() -> None:
+    """Else some kilobytes of control frames stop everybody: 65 KB of SETTINGS took half a second, 117 KB of
+    WINDOW_UPDATE more than two."""
+    front = Front()
+    client, other = front.client(), front.client()
+    await client.turn()
+    await other.turn()
+    client.connection.data_received(initial_window(0) + heads(1000, infer()))
+    other.connection.data_received(heads(1000))
+    await asyncio.sleep(0)
+    front.router.answer_all()
+    began = time.thread_time()
+    client.connection.data_received(b"".join([wire.window_update(0, 1)] * 9000))
+    other.connection.data_received(initial_window(*[65_534, 65_535] * 5400))
+    assert time.thread_time() - began < 0.3
+    assert client.connection.streams == other.connection.streams == 1000
+
+
+async def test_changes_of_many_windows_count_as_many_control_frames() -> None:
+    front = Front(SMALL)
+    quiet, busy = front.client(), front.client()
+    await quiet.turn()
+    await busy.turn()
+    busy.connection.data_received(heads(4))
+    changes = b"".join(initial_window(size) for size in range(1, 31))
+    quiet.connection.data_received(changes)
+    busy.connection.data_received(changes)
+    await asyncio.sleep(0)
+    assert quiet.connection.streams == 0
+    assert b"too many control frames" not in quiet.cable.take()
+    assert code_of(busy.cable.take()) is ErrorCode.ENHANCE_YOUR_CALM
 
 
 async def test_answers_that_nobody_reads_are_bounded() -> None:

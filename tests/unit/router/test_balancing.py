@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import pytest
-from headrace.v1.control_pb2 import Balancing
+from headrace.v1.control_pb2 import Balancing, WorkerStatus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +20,7 @@ from services.router.balancing import (
     picker,
     score,
 )
+from services.router.group import Endpoint
 
 
 @dataclass(eq=False)
@@ -174,6 +175,32 @@ class TestSilence:
         pick = RoundRobin().pick
         drawn = Counter(pick([slow, other], 0, 109.0).worker_id for _ in range(10))
         assert drawn == {"w0": 5, "w1": 5}
+
+    @pytest.mark.parametrize(
+        "balancing", [Balancing.BALANCING_ROUND_ROBIN, Balancing.BALANCING_CONSISTENT_HASH]
+    )
+    def test_what_is_given_up_is_no_answer(self, balancing: Balancing) -> None:
+        """60 requests a second with deadlines of a second; one of two stops, and answers again after 7 s."""
+        frozen, well = (Endpoint(WorkerStatus(worker_id=name, frames_address=f"{name}:1")) for name in "ab")
+        pick, rng = picker(balancing, random.Random(3)).pick, random.Random(4)
+        given_up_at: deque[float] = deque()
+        lost = answered = 0
+        for now in (100 + tick / 60 for tick in range(600)):
+            while given_up_at and given_up_at[0] <= now:
+                given_up_at.popleft()
+                frozen.in_flight -= 1
+                frozen.latency.late(1.0, now)
+            chosen = pick([frozen, well], rng.getrandbits(64), now)
+            chosen.take(now)
+            if chosen is frozen and 101 <= now < 108:
+                given_up_at.append(now + 1)
+                lost += 1
+            else:
+                chosen.in_flight -= 1
+                chosen.latency.observe(0.01, now)
+                answered += chosen is frozen and now > 108
+        assert lost < 30  # half a second's share, and one after the other
+        assert answered > 20
 
     def test_what_was_idle_is_not_silent(self) -> None:
         idle, other = workers(2)

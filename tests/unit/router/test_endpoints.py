@@ -130,6 +130,21 @@ async def test_older_heartbeats_are_ignored_and_equal_ones_change_nothing(room: 
     assert room.ready == []
 
 
+async def test_a_heartbeat_has_only_versions_looked_at_whose_state_changed(room: Room) -> None:
+    other = ("cancer", "2")
+    room.beat(versions={KEY: READY, other: LoadedVersion.STATE_LOADING})
+    room.calls[0].set(usable=True)
+    members, waited_for = room.endpoints.group(KEY).members, room.endpoints.group(other)
+    room.beat(sequence=2, versions={KEY: READY, other: READY})
+    assert room.endpoints.group(KEY).members is members
+    assert [endpoint.worker_id for endpoint in waited_for.members] == ["w1"]
+    room.beat(sequence=3, versions={KEY: READY})
+    assert room.endpoints.group(KEY).members is members
+    assert not waited_for.members
+    room.beat(sequence=4, versions={KEY: READY}, state=WorkerStatus.STATE_DRAINING)
+    assert room.ready == []
+
+
 async def test_draining_gone_and_removed(room: Room) -> None:
     room.beat()
     room.calls[0].set(usable=True)
