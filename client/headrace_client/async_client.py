@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 from headrace_client import operations
 from headrace_client.async_batch_calls import AsyncBatches, AsyncDeadLetters, AsyncFiles, AsyncLater
 from headrace_client.async_experiment_calls import AsyncExperiments, AsyncRollouts
-from headrace_client.errors import Conflict
+from headrace_client.errors import Conflict, HeadraceError
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error, with_scheme
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
 from headrace_client.uploads import Progress, Upload
@@ -47,7 +48,7 @@ class AsyncHeadrace:
     ) -> None:
         self._timeout = timeout
         self._retries = retries
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"authorization": f"Bearer {api_key.strip()}"} if api_key else {}
         self._http = httpx.AsyncClient(
             base_url=with_scheme(url), headers=headers, timeout=timeout, transport=transport
         )
@@ -136,7 +137,8 @@ class AsyncHeadrace:
         progress: Progress | None = None,
         timeout: float = UPLOAD_TIMEOUT_S,
     ) -> Json:
-        """Upload a new version, creating the model where it is new; returns the version.
+        """Upload a new version, creating the model where it is new; returns the version. A model made for a
+        version that is refused is removed again.
 
         `metadata` may hold backend, signature, metrics, lineage and tags. `progress(sent, total)`
         counts bytes.
@@ -144,9 +146,19 @@ class AsyncHeadrace:
         paths = [files] if isinstance(files, Path) else files
         wanted = dict(metadata or {}) | ({"version": version} if version is not None else {})
         upload = Upload.of(wanted, paths, progress)
-        with contextlib.suppress(Conflict):  # it is there already
+        is_new = True
+        try:
             await self.run(operations.create_model(name, description), None)
-        return await self.run(operations.push_version(name, upload), timeout)
+        except Conflict:
+            is_new = False
+        try:
+            return await self.run(operations.push_version(name, upload), timeout)
+        except HeadraceError as error:
+            if is_new and 400 <= error.status < 500:
+                with contextlib.suppress(HeadraceError):  # the refusal says more
+                    if not await self.versions(name):
+                        await self.delete_model(name)
+            raise
 
     async def models(self) -> AsyncIterator[Json]:
         """All models, page by page."""
@@ -164,6 +176,14 @@ class AsyncHeadrace:
     async def versions(self, model: str) -> list[Json]:
         """All versions of a model."""
         return await self.run(operations.versions(model), None)
+
+    async def delete_model(self, name: str) -> None:
+        """Delete a model that is not served, with all of its versions."""
+        await self.run(operations.delete_model(name), None)
+
+    async def delete_version(self, model: str, version: str) -> None:
+        """Delete a version that nothing serves; its name stays taken."""
+        await self.run(operations.delete_version(model, version), None)
 
     async def set_alias(self, model: str, alias: str, version: str) -> Json:
         """Let `alias` (champion, challenger, …) stand for `version`."""
@@ -206,10 +226,17 @@ class AsyncHeadrace:
         rate_per_second: float = 0.0,
         burst: int = 0,
         models: Sequence[str] = (),
+        expires_at: datetime | None = None,
     ) -> NewKey:
-        """A new API key (scopes predict, read, admin); no limit where 0, all models where none is named."""
+        """A new API key (scopes predict, read, admin); no limit where 0, all models where none is named, no
+        end without `expires_at`, which has a time zone."""
         call = operations.create_key(
-            name, scopes, rate_per_second=rate_per_second, burst=burst, models=models
+            name,
+            scopes,
+            rate_per_second=rate_per_second,
+            burst=burst,
+            models=models,
+            expires_at=expires_at,
         )
         return await self.run(call, None)
 

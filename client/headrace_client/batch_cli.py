@@ -13,7 +13,6 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from headrace_client.batches import Batch, StoredFile
 from headrace_client.client import DEFAULT_URL, Headrace
@@ -25,6 +24,7 @@ from headrace_client.commands import (
     connected,
     pair_of,
     print_json,
+    print_table,
     upload_bar,
     value_of,
 )
@@ -62,7 +62,9 @@ def submit(  # noqa: PLR0913 - options of a command line
     ] = None,
     expires_in_s: Annotated[int | None, typer.Option(help="Otherwise a day.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key again is the same job.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow it to its end; exit code 1 unless all rows have answers.")
+    ] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
@@ -111,20 +113,23 @@ def list_batches(
     if as_json:
         print_json([batch.body for batch in found])
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("id", "model", "status", "rows", "failed", "rows/s"):
-        table.add_column(column)
-    for batch in found:
-        rate = "" if batch.rows_per_s is None else f"{batch.rows_per_s:,.0f}"
-        table.add_row(
-            batch.id, f"{batch.model}/{batch.version}", batch.status, _done(batch), str(batch.failed), rate
+    rows = [
+        (
+            batch.id,
+            f"{batch.model}/{batch.version}",
+            batch.status,
+            _done(batch),
+            f"{batch.failed:,}",
+            "" if batch.rows_per_s is None else f"{batch.rows_per_s:,.0f}",
         )
-    Console().print(table, markup=False)
+        for batch in found
+    ]
+    print_table(("id", "model", "status", "rows", "failed", "rows/s"), rows)
 
 
 @batch_app.command("watch")
 def watch(batch_id: str, url: Url = DEFAULT_URL, key: Key = None) -> None:
-    """Follow a job to its end; exit code 1 unless it completes."""
+    """Follow a job to its end; exit code 1 unless it completes and no row failed."""
     with connected(url, key) as client:
         _follow(client, batch_id)
 
@@ -203,12 +208,11 @@ def list_files(
     if as_json:
         print_json([_file_json(one) for one in found])
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("id", "name", "purpose", "bytes", "made"):
-        table.add_column(column)
-    for one in found:
-        table.add_row(one.id, one.filename, one.purpose, f"{one.size:,}", f"{one.created_at:%Y-%m-%d %H:%M}")
-    Console().print(table, markup=False)
+    rows = [
+        (one.id, one.filename, one.purpose, f"{one.size:,}", f"{one.created_at:%Y-%m-%d %H:%M}")
+        for one in found
+    ]
+    print_table(("id", "name", "purpose", "bytes", "made"), rows)
 
 
 @files_app.command("download")
@@ -293,10 +297,14 @@ def _follow(client: Headrace, batch_id: str) -> None:
             )
     if last is None:
         return
-    console.print(f"{last.status}: {_done(last)} rows, {last.failed} failed", highlight=False)
+    why = f"; why: headrace batch errors {batch_id}" if last.failed else ""
+    told = f"{last.status}: {_done(last)} rows, {last.failed:,} failed{why}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
     if last.status != "completed":
         reason = (last.error or {}).get("message", "")
         raise CommandFailed(f"{batch_id} is {last.status}. {reason}".strip())
+    if last.failed:
+        raise typer.Exit(1)
 
 
 def _print_joined(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from headrace_client.batch_cli import batch_app, dlq_app, files_app
 from headrace_client.client import DEFAULT_URL, Headrace
@@ -23,11 +24,13 @@ from headrace_client.commands import (
     Url,
     attributes_of,
     connected,
+    moment_of,
     pair_of,
     print_json,
+    print_table,
     value_of,
 )
-from headrace_client.errors import ConnectionFailed, HeadraceError, NotFound
+from headrace_client.errors import ConnectionFailed, HeadraceError, NotFound, Unavailable
 from headrace_client.experiment_cli import experiments_app, rollouts_app
 from headrace_client.model_cli import models_app, split_of
 
@@ -60,6 +63,12 @@ def main() -> None:
         _refuse(error.message + (f" ({', '.join(about)})" if about else "") + _advice(error))
     except CommandFailed as failure:
         _refuse(str(failure))
+    except OSError as error:  # of files that were named
+        _refuse(f"{error.filename}: {error.strerror}." if error.filename else f"{error}")
+    except json.JSONDecodeError:
+        _refuse("The answer is no JSON: is what answers at --url a gateway of Headrace?")
+    except ValueError as error:  # of what was given
+        _refuse(f"{error}")
 
 
 def _advice(error: HeadraceError) -> str:
@@ -68,6 +77,12 @@ def _advice(error: HeadraceError) -> str:
         return " Does it run? `headrace status` says so, `headrace up` starts it here; --url names another."
     if isinstance(error, NotFound) and error.field == "model" and error.message.endswith("in service."):
         return " What was pushed is served once it is deployed: headrace deploy MODEL VERSION=100."
+    if error.field in ("fallback.version", "shadow.version"):
+        return f" Deploy with --no-{error.field.removesuffix('.version')} to let go of it."
+    if isinstance(error, Unavailable) and error.message.startswith("no worker is ready for"):
+        if "cannot be loaded" in error.message:
+            return " So does `headrace logs worker-0` (load_failed)."
+        return " If that lasts, it cannot be loaded, and `headrace logs worker-0` says why (load_failed)."
     return ""
 
 
@@ -133,6 +148,9 @@ def deploy(
     name: str,
     shares: Annotated[list[str], typer.Argument(help="VERSION=PERCENT …, 100 in sum: 1=90 2=10")],
     pool: Annotated[str | None, typer.Option(help="Pool of workers.")] = None,
+    *,
+    no_fallback: Annotated[bool, typer.Option("--no-fallback", help="Without the fallback so far.")] = False,
+    no_shadow: Annotated[bool, typer.Option("--no-shadow", help="Without the shadow so far.")] = False,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: AsJson = False,
@@ -141,7 +159,12 @@ def deploy(
     weights = dict(_share(text) for text in shares)
     with connected(url, key) as client:
         before = _deployed(client, name)
-        kept = {option: before[option] for option in _OPTIONS if before.get(option) is not None}
+        dropped = {"fallback": no_fallback, "shadow": no_shadow}
+        kept = {
+            option: before[option]
+            for option in _OPTIONS
+            if before.get(option) is not None and not dropped.get(option)
+        }
         options = kept | ({"pool": pool} if pool else {})
         deployed = client.deploy(name, weights, variants=_called(before, weights), **options)
     if as_json:
@@ -262,14 +285,19 @@ def list_keys(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) 
     if as_json:
         print_json(found)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("key", "name", "scopes", "models", "per second", "state"):
-        table.add_column(column)
+    rows = []
     for one in found:
-        rate, state = one["rate_per_second"], "revoked" if one["revoked"] else "valid"
-        models, scopes = ", ".join(one["models"]) or "all", ", ".join(one["scopes"])
-        table.add_row(one["key_id"], one["name"], scopes, models, f"{rate:g}" if rate else "", state)
-    Console().print(table, markup=False)
+        rate, models, scopes = one["rate_per_second"], ", ".join(one["models"]), ", ".join(one["scopes"])
+        rate_text = f"{rate:g}" if rate else ""
+        rows.append((one["key_id"], one["name"], scopes, models or "all", rate_text, _state_of(one)))
+    print_table(("key", "name", "scopes", "models", "per second", "state"), rows)
+
+
+def _state_of(key: dict[str, Any]) -> str:
+    if key["revoked"]:
+        return "revoked"
+    ends = key.get("expires_at")
+    return "expired" if ends and datetime.fromisoformat(ends) <= datetime.now(UTC) else "valid"
 
 
 @keys_app.command("revoke")
@@ -291,13 +319,22 @@ def create_key(
     rate: Annotated[float, typer.Option(help="Requests per second; 0: no limit.")] = 0.0,
     burst: Annotated[int, typer.Option(help="Requests at once; 0: one second's worth.")] = 0,
     model: Annotated[list[str] | None, typer.Option(help="Only these models; may be repeated.")] = None,
+    expires: Annotated[
+        str | None, typer.Option(help="30d, 12h, 45m or a date, 2027-01-31; otherwise never.")
+    ] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
 ) -> None:
     """A new API key. It is shown this once: on standard output, everything else on standard error."""
+    expires_at = None if expires is None else moment_of(expires, "--expires")
     with connected(url, key) as client:
         made = client.create_key(
-            name, tuple(scope or ("predict",)), rate_per_second=rate, burst=burst, models=tuple(model or ())
+            name,
+            tuple(scope or ("predict",)),
+            rate_per_second=rate,
+            burst=burst,
+            models=tuple(model or ()),
+            expires_at=expires_at,
         )
     Console(stderr=True).print(
         f"{made.name}: {', '.join(made.scopes)}; keep it, it is not shown again:",

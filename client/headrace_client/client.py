@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from headrace_client import operations
 from headrace_client.batch_calls import AsyncPredictions, Batches, DeadLetters, Files
-from headrace_client.errors import Conflict
+from headrace_client.errors import Conflict, HeadraceError
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error, with_scheme
 from headrace_client.experiment_calls import Experiments, Rollouts
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
@@ -46,7 +47,7 @@ class Headrace:
     ) -> None:
         self._timeout = timeout
         self._retries = retries
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"authorization": f"Bearer {api_key.strip()}"} if api_key else {}
         self._http = httpx.Client(
             base_url=with_scheme(url), headers=headers, timeout=timeout, transport=transport
         )
@@ -135,7 +136,8 @@ class Headrace:
         progress: Progress | None = None,
         timeout: float = UPLOAD_TIMEOUT_S,
     ) -> Json:
-        """Upload a new version, creating the model where it is new; returns the version.
+        """Upload a new version, creating the model where it is new; returns the version. A model made for a
+        version that is refused is removed again.
 
         `metadata` may hold backend, signature, metrics, lineage and tags. `progress(sent, total)`
         counts bytes.
@@ -143,9 +145,19 @@ class Headrace:
         paths = [files] if isinstance(files, Path) else files
         wanted = dict(metadata or {}) | ({"version": version} if version is not None else {})
         upload = Upload.of(wanted, paths, progress)
-        with contextlib.suppress(Conflict):  # it is there already
+        is_new = True
+        try:
             self.run(operations.create_model(name, description), None)
-        return self.run(operations.push_version(name, upload), timeout)
+        except Conflict:
+            is_new = False
+        try:
+            return self.run(operations.push_version(name, upload), timeout)
+        except HeadraceError as error:
+            if is_new and 400 <= error.status < 500:
+                with contextlib.suppress(HeadraceError):  # the refusal says more
+                    if not self.versions(name):
+                        self.delete_model(name)
+            raise
 
     def models(self) -> Iterator[Json]:
         """All models, page by page."""
@@ -162,6 +174,14 @@ class Headrace:
     def versions(self, model: str) -> list[Json]:
         """All versions of a model."""
         return self.run(operations.versions(model), None)
+
+    def delete_model(self, name: str) -> None:
+        """Delete a model that is not served, with all of its versions."""
+        self.run(operations.delete_model(name), None)
+
+    def delete_version(self, model: str, version: str) -> None:
+        """Delete a version that nothing serves; its name stays taken."""
+        self.run(operations.delete_version(model, version), None)
 
     def set_alias(self, model: str, alias: str, version: str) -> Json:
         """Let `alias` (champion, challenger, …) stand for `version`."""
@@ -204,10 +224,17 @@ class Headrace:
         rate_per_second: float = 0.0,
         burst: int = 0,
         models: Sequence[str] = (),
+        expires_at: datetime | None = None,
     ) -> NewKey:
-        """A new API key (scopes predict, read, admin); no limit where 0, all models where none is named."""
+        """A new API key (scopes predict, read, admin); no limit where 0, all models where none is named, no
+        end without `expires_at`, which has a time zone."""
         call = operations.create_key(
-            name, scopes, rate_per_second=rate_per_second, burst=burst, models=models
+            name,
+            scopes,
+            rate_per_second=rate_per_second,
+            burst=burst,
+            models=models,
+            expires_at=expires_at,
         )
         return self.run(call, None)
 

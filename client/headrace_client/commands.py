@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from headrace_client.client import Headrace
 
@@ -29,6 +34,9 @@ Attributes = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what the server answered.")]
 
+_SPAN = re.compile(r"(\d+)([dhm])", re.ASCII)
+_SPANS = {"d": "days", "h": "hours", "m": "minutes"}
+
 
 class CommandFailed(Exception):
     """One sentence for standard error, and exit code 1."""
@@ -36,7 +44,13 @@ class CommandFailed(Exception):
 
 @contextmanager
 def connected(url: str, key: str | None) -> Iterator[Headrace]:
-    with Headrace(url, key or _kept_key()) as client:
+    try:
+        client = Headrace(url, key or _kept_key())
+    except httpx.InvalidURL as error:
+        raise CommandFailed(f"--url {url} is no address: {error}.") from None
+    except UnicodeEncodeError:
+        raise CommandFailed("No API key has such letters: look at --key or HEADRACE_API_KEY.") from None
+    with client:
         yield client
 
 
@@ -55,14 +69,27 @@ def _kept_key() -> str | None:
 
 
 def value_of(text: str, option: str) -> Any:
+    """JSON, @file or -. NaN and numbers past all floats, which Python would read, are none."""
     try:
+        given = text
         if text == "-":
-            return json.loads(sys.stdin.read())
-        return json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+            given = sys.stdin.read()
+        elif text.startswith("@"):
+            given = Path(text[1:]).read_text()
+        return json.loads(given, parse_constant=_no_number, parse_float=_finite)
     except OSError as error:
         raise CommandFailed(f"{option}: {text[1:]} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandFailed(f"{option} is not JSON: {error}.") from None
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"it has no {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def pair_of(text: str, option: str) -> tuple[str, str]:
@@ -70,6 +97,19 @@ def pair_of(text: str, option: str) -> tuple[str, str]:
     if not equals or not name:
         raise CommandFailed(f"{option} {text!r} must look like name=value.")
     return name, value
+
+
+def moment_of(text: str, option: str) -> datetime:
+    """`30d`, `12h` or `45m` from now, or a date or time as ISO 8601 writes it, in UTC unless it says more."""
+    try:
+        if span := _SPAN.fullmatch(text):
+            return datetime.now(UTC) + timedelta(**{_SPANS[span[2]]: int(span[1])})
+        moment = datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        raise CommandFailed(
+            f"{option} {text!r} must look like 30d, 12h, 45m, 2027-01-31 or 2027-01-31T12:00:00Z."
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def share_of(percent: float) -> float:
@@ -96,6 +136,16 @@ def _scalar(text: str) -> str | int | float | bool:
     except ValueError:
         return text
     return value if isinstance(value, int | float) else text
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """The first column, which other commands take, is never cut as long as the others can give way."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, no_wrap=place == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table, markup=False)
 
 
 def print_json(value: Any) -> None:

@@ -38,7 +38,8 @@ def _plain(value: object) -> Any:
     """numpy arrays and scalars as what JSON has."""
     convert = getattr(value, "tolist", None)
     if convert is None:
-        raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
+        frame = ": its to_numpy() can, or its to_dict('records')" if hasattr(value, "to_numpy") else ""
+        raise TypeError(f"{type(value).__name__} cannot be sent as JSON{frame}")
     return convert()
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from headrace_client.client import DEFAULT_URL, Headrace
 from headrace_client.commands import (
@@ -22,6 +20,7 @@ from headrace_client.commands import (
     pair_of,
     percent_of,
     print_json,
+    print_table,
     share_of,
     value_of,
 )
@@ -61,7 +60,7 @@ def create(  # noqa: PLR0913 - options of a command line
     key: Key = None,
 ) -> None:
     """A new experiment; prints its id."""
-    options = _object(spec)
+    options = _object(spec, "--spec", "model", "variants", "start")
     if traffic != 100.0:
         options["traffic"] = share_of(traffic)
     if metric:
@@ -99,7 +98,7 @@ def list_experiments(
         (one["experiment_id"], one["model"], one["name"], one["status"], _shares(one["variants"]))
         for one in found
     ]
-    _print_table(("experiment", "model", "name", "status", "variants"), rows)
+    print_table(("experiment", "model", "name", "status", "variants"), rows)
 
 
 @experiments_app.command("get")
@@ -118,7 +117,7 @@ def change(
 ) -> None:
     """Change a draft, or weights, traffic, overrides and end of one that runs."""
     with connected(url, key) as client:
-        print_json(client.experiments.patch(experiment_id, **_object(changes)))
+        print_json(client.experiments.patch(experiment_id, **_object(changes, "What to change")))
 
 
 @experiments_app.command("start")
@@ -192,7 +191,7 @@ def plan(
 ) -> None:
     """How many units it takes to find an effect."""
     with connected(url, key) as client:
-        print_json(client.experiments.plan(**_object(asked)))
+        print_json(client.experiments.plan(**_object(asked, "What is planned")))
 
 
 # Rollouts.
@@ -216,7 +215,7 @@ def start_rollout(  # noqa: PLR0913 - options of a command line
     key: Key = None,
 ) -> None:
     """Give a new version traffic step by step, and take it back where it does harm; prints its id."""
-    options = _object(spec)
+    options = _object(spec, "--spec", "model", "version")
     limits = {"min_duration_s": min_duration, "min_requests": min_requests}
     if steps is not None:
         options["steps"] = _steps(steps, {name: value for name, value in limits.items() if value is not None})
@@ -257,7 +256,7 @@ def list_rollouts(
         )
         for one in found
     ]
-    _print_table(("rollout", "model", "versions", "status", "weight", "reason"), rows)
+    print_table(("rollout", "model", "versions", "status", "weight", "reason"), rows)
 
 
 @rollouts_app.command("get")
@@ -340,15 +339,21 @@ def _line(text: str) -> None:
     typer.echo(text)
 
 
-def _object(text: str | None) -> Json:
-    value = {} if text is None else value_of(text, "The JSON")
+def _object(text: str | None, option: str, *said: str) -> Json:
+    """`said` is what other words of the command say already."""
+    value = {} if text is None else value_of(text, option)
     if not isinstance(value, dict):
-        raise CommandFailed("The JSON must be an object.")
+        raise CommandFailed(f"{option} must be a JSON object.")
+    twice = sorted(value.keys() & set(said))
+    if twice:
+        raise CommandFailed(f"{option} has {', '.join(twice)}, which other words of the command say.")
     return value
 
 
 def _success(text: str) -> Json:
-    name, direction = pair_of(text, "--metric")
+    name, equals, direction = text.partition("=")
+    if not equals or not name:
+        raise CommandFailed(f"--metric {text!r} must look like {name or 'accuracy'}=increase or …=decrease.")
     return {"name": name, "role": "success", "direction": direction}
 
 
@@ -363,12 +368,3 @@ def _steps(text: str, limits: dict[str, Any]) -> list[Json]:
 
 def _shares(variants: Sequence[Json]) -> str:
     return ", ".join(f"{one['name']} ({one['version']}) {percent_of(one['weight'])}" for one in variants)
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table, markup=False)

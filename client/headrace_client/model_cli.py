@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from headrace_client.client import DEFAULT_URL
 from headrace_client.commands import (
@@ -18,6 +17,7 @@ from headrace_client.commands import (
     connected,
     pair_of,
     print_json,
+    print_table,
     upload_bar,
     value_of,
 )
@@ -81,13 +81,11 @@ def list_models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False
     if as_json:
         print_json(found)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("model", "aliases", "description"):
-        table.add_column(column)
+    rows = []
     for model in found:
         aliases = ", ".join(f"{alias} → {version}" for alias, version in model["aliases"].items())
-        table.add_row(model["name"], aliases, model["description"])
-    Console().print(table, markup=False)
+        rows.append((model["name"], aliases, model["description"]))
+    print_table(("model", "aliases", "description"), rows)
 
 
 @models_app.command("show")
@@ -106,20 +104,18 @@ def show(name: str, url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = F
     names: dict[str, list[str]] = {}
     for alias, version in model["aliases"].items():
         names.setdefault(version, []).append(alias)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("version", "aliases", "traffic", "pushed", "metrics", "takes → gives"):
-        table.add_column(column)
-    for one in versions:
-        version = one["version"]
-        table.add_row(
-            version,
-            ", ".join(names.get(version, ())),
-            f"{weights[version]:g}%" if version in weights else "",
+    rows = [
+        (
+            one["version"],
+            ", ".join(names.get(one["version"], ())),
+            f"{weights[one['version']]:g}%" if one["version"] in weights else "",
             one["created_at"][:10],
             ", ".join(f"{metric} {value:g}" for metric, value in one["metrics"].items()),
             taken_and_given(one["signature"]),
         )
-    Console().print(table, markup=False)
+        for one in versions
+    ]
+    print_table(("version", "aliases", "traffic", "pushed", "metrics", "takes → gives"), rows)
 
 
 @models_app.command("alias")
@@ -134,6 +130,23 @@ def set_alias(
         called, version = pair_of(alias, "An alias")
         client.set_alias(name, called, version)
     Console().print(f"{name}: {called} → {version}", highlight=False)
+
+
+@models_app.command("delete")
+def delete(
+    name: str,
+    version: Annotated[str | None, typer.Option(help="Only this version; no other gets its name.")] = None,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+) -> None:
+    """Delete a model with all of its versions, or one version; nothing that is served."""
+    with connected(url, key) as client:
+        if version is None:
+            client.delete_model(name)
+        else:
+            client.delete_version(name, version)
+    what = name if version is None else f"{name} version {version}"
+    Console().print(f"{what} is deleted.", highlight=False, markup=False)
 
 
 def split_of(deployment: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -87,6 +88,15 @@ def versions(name: str) -> Exchange[list[Json]]:
     return Exchange("GET", f"/v1/models/{_segment(name)}/versions", _items("versions"))
 
 
+def delete_model(name: str) -> Exchange[None]:
+    return Exchange("DELETE", f"/v1/models/{_segment(name)}", lambda answer: None)
+
+
+def delete_version(model: str, version: str) -> Exchange[None]:
+    at = f"/v1/models/{_segment(model)}/versions/{_segment(version)}"
+    return Exchange("DELETE", at, lambda answer: None)
+
+
 def set_alias(model: str, alias: str, version: str) -> Exchange[Json]:
     at = f"/v1/models/{_segment(model)}/aliases/{_segment(alias)}"
     return with_json("PUT", at, {"version": version}, _json)
@@ -135,9 +145,12 @@ def create_key(
     rate_per_second: float = 0.0,
     burst: int = 0,
     models: Sequence[str] = (),
+    expires_at: datetime | None = None,
 ) -> Exchange[NewKey]:
     body = {"name": name, "scopes": list(scopes), "rate_per_second": rate_per_second, "burst": burst}
     body["models"] = list(models)
+    if expires_at is not None:
+        body["expires_at"] = expires_at.isoformat()
     return with_json("POST", "/v1/keys", body, lambda answer: NewKey.read(answer.json()))
 
 

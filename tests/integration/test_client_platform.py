@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import httpx
 import numpy as np
+import onnx
 import pytest
 from headrace_client import (
     AsyncHeadrace,
@@ -116,6 +118,40 @@ def test_errors_arrive_as_types(bare_platform: Stack, model: str) -> None:
             headrace.deploy(model, {"1": 50, "2": 50})
     with Headrace(bare_platform.rest_url, None) as headrace, pytest.raises(Unauthenticated):
         headrace.predict(model, [[0.0] * 30])
+
+
+def test_a_model_that_no_worker_can_load_is_not_ready_and_says_why(
+    bare_platform: Stack, tmp_path: Path
+) -> None:
+    """It is a valid file, so that it can be pushed and deployed."""
+    file, name = tmp_path / "model.onnx", f"broken-{uuid.uuid4().hex[:8]}"
+    model = onnx.load_from_string(mlp()[0])
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    file.write_bytes(model.SerializeToString())
+    key = {"authorization": f"Bearer {bare_platform.admin_key}"}
+    with (
+        Headrace(bare_platform.rest_url, bare_platform.admin_key) as headrace,
+        httpx.Client(base_url=bare_platform.rest_url, headers=key) as client,
+    ):
+        headrace.push_model(name, file)
+        headrace.deploy(name, {"1": 100})
+
+        def state() -> dict[str, str]:
+            listed = client.post("/v2/repository/index").json()
+            return next((one for one in listed if one["name"] == name), {})
+
+        found = eventually(state, lambda one: bool(one.get("reason")) and "no worker" not in one["reason"])
+        assert found["state"] == "UNAVAILABLE"
+        assert "NoSuchOperator" in found["reason"]
+        ready = client.get(f"/v2/models/{name}/ready")
+        assert (ready.status_code, ready.json()) == (503, {"name": name, "ready": False})
+        assert name not in {
+            one["name"] for one in client.post("/v2/repository/index", json={"ready": True}).json()
+        }
+        refused = client.post("/v1/predict", json={"model": name, "inputs": [[0.0] * 30]})
+        assert refused.status_code == 503
+        assert "cannot be loaded" in refused.json()["detail"]
+        headrace.undeploy(name)
 
 
 def test_a_version_is_never_overwritten(bare_platform: Stack, model: str, tmp_path: Path) -> None:

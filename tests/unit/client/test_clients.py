@@ -95,6 +95,16 @@ def test_nan_is_refused_before_it_is_sent() -> None:
         client(gateway).predict("cancer", [[float("nan")]])
 
 
+def test_a_frame_is_refused_with_what_can_be_sent() -> None:
+    class Frame:
+        def to_numpy(self) -> None: ...
+
+    with pytest.raises(TypeError, match="Frame cannot be sent as JSON: its to_numpy"):
+        client(lambda request: httpx.Response(500)).predict("cancer", Frame())
+    with pytest.raises(TypeError, match=r"object cannot be sent as JSON$"):
+        client(lambda request: httpx.Response(500)).predict("cancer", object())
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
