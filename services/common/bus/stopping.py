@@ -27,17 +27,21 @@ async def stop_consumer(
     cancellation through, so that whoever stops such a consumer would end as if somebody had cancelled him,
     in silence, and the connections would stay open.
     """
-    await _apart(stop or consumer.stop, STOP_TIMEOUT_S)
-    # stop() does it last, and may not come that far.
-    await _apart(lambda: _close(consumer._client), STOP_TIMEOUT_S)  # noqa: SLF001
+    try:
+        await _apart(stop or consumer.stop, STOP_TIMEOUT_S)
+    finally:
+        # stop() does it last, and may not come that far.
+        await _apart(lambda: _close(consumer._client), STOP_TIMEOUT_S)  # noqa: SLF001
 
 
 async def stop_producer(producer: AIOKafkaProducer) -> None:
     """Stop `producer`, close its connections and end its tasks, within seconds whether or not it could send
     what it holds. Raises nothing but the caller's own cancellation."""
-    await _apart(producer.stop, _FLUSH_S)
-    await _apart(producer._sender.close, _CLOSE_S)  # noqa: SLF001
-    await _apart(lambda: _close(producer.client), _CLOSE_S)
+    try:
+        await _apart(producer.stop, _FLUSH_S)
+    finally:
+        await _apart(producer._sender.close, _CLOSE_S)  # noqa: SLF001
+        await _apart(lambda: _close(producer.client), _CLOSE_S)
 
 
 async def _close(client: AIOKafkaClient) -> None:
@@ -80,6 +84,7 @@ async def _apart(stop: Callable[[], Awaitable[None]], within_s: float) -> None:
         await stop()
 
     task = asyncio.create_task(stopping(), name="stop a client")
+    task.add_done_callback(_noticed)
     try:
         await asyncio.wait({task}, timeout=within_s)
     finally:
@@ -88,3 +93,8 @@ async def _apart(stop: Callable[[], Awaitable[None]], within_s: float) -> None:
         log.warning("a client did not stop within %g s", within_s)
     elif not task.cancelled() and (error := task.exception()) is not None:
         log.warning("a client did not stop as it should: %r", error)
+
+
+def _noticed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # who was cancelled meanwhile does not ask, and asyncio would report it as forgotten

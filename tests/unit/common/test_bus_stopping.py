@@ -84,10 +84,11 @@ async def test_the_callers_own_cancellation_is_its_own() -> None:
         finally:
             ends.append("stop")
 
-    caller = asyncio.create_task(stop_consumer(consumer_that(stop)))
+    consumer = consumer_that(stop)
+    caller = asyncio.create_task(stop_consumer(consumer))
     await began.wait()
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
     await asyncio.sleep(0)
-    assert ends == ["stop"]
+    assert (ends, consumer.closed) == (["stop"], 1)
