@@ -271,6 +271,7 @@ async def test_a_version_that_cannot_be_loaded_says_why_and_hurts_no_other(rig: 
         for model, _, reason in cases:
             failed = await rig.until_state(model, LoadedVersion.STATE_FAILED)
             assert reason in failed.error
+            assert str(rig.store.parent) not in failed.error
         await rig.until_state("good", LoadedVersion.STATE_READY)
         answer = await ask(calls, request("good", x=np.zeros((1, 30), np.float32)))
         assert answer.code == Code.CODE_OK

@@ -82,7 +82,7 @@ def open_session(path: Path, options: BackendOptions) -> ort.InferenceSession:
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base of their own
         raise LoadFailed(
-            f"{path.name} is not a model that ONNX Runtime can load: {_sentence(error)}"
+            f"{path.name} is not a model that ONNX Runtime can load: {_sentence(error, path.parent)}"
         ) from error
 
 
@@ -143,7 +143,10 @@ def _decoded(name: str, array: Array) -> Array:
     return texts.reshape(array.shape)
 
 
-def _sentence(error: BaseException) -> str:
-    """The first line of ONNX Runtime's message, without the code in front."""
+def _sentence(error: BaseException, folder: Path | None = None) -> str:
+    """The first line of ONNX Runtime's message, without the code in front, and without `folder`, which is
+    nobody's business who may read why a model is not ready."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if folder is not None:
+        text = text.replace(f"{folder}/", "")
     return text.split(" : ", 2)[-1][:300]
