@@ -131,7 +131,8 @@ class Pools:
             self._look(now)
         seen = self._seen.get(pool)
         if seen is None:
-            return Condition(State.UNAVAILABLE, f"no worker of pool {pool!r} is alive")
+            whose = f" of pool {pool!r}" if pool else ""
+            return Condition(State.UNAVAILABLE, f"no worker{whose} is alive")
         return seen.get((model, version, artifact)) or _NOBODYS
 
     def _look(self, now: float) -> None:

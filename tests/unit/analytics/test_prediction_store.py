@@ -24,6 +24,7 @@ from services.analytics.segments import encode, object_name
 from services.analytics.tables import SegmentRow
 from services.common.errors import InvalidArgument
 from services.common.tensors import encode_bytes
+from tests.fixtures.counted import Counted
 from tests.fixtures.prediction_log import START_US, prediction_batch, request_id
 
 
@@ -214,23 +215,11 @@ def test_a_retried_request_counts_once_as_what_its_caller_got(order: tuple[int, 
     assert found["2"]["latency_mean"] == 9.0
 
 
-class Version(str):
-    """Counts how often one is compared with another."""
-
-    __slots__ = ()
-    compared = 0
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        Version.compared += 1
-        return str.__eq__(self, other) is True
-
-
 class Found:
     """What a connection found: each row twice, as it stands and with a code."""
 
     def __init__(self, count: int) -> None:
-        self._rows = [(Version(f"v{number}"), "a", None) for number in range(count)]
+        self._rows = [(Counted(f"v{number}"), "a", None) for number in range(count)]
         self.description = [("version",), ("variant",), ("experiment",)]
 
     def execute(self, sql: str, _values: object = None) -> Any:
@@ -239,9 +228,9 @@ class Found:
 
 
 def test_the_codes_of_thousands_of_versions_are_told_apart_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Version, "compared", 0)
+    monkeypatch.setattr(Counted, "compared", 0)
     rows = queries.summary(Found(100))  # type: ignore[arg-type]  # stands for a connection
-    assert Version.compared < 1000
+    assert Counted.compared < 1000
     assert [(row["version"], row["codes"]) for row in rows] == [(f"v{n}", {4: 1, 14: 1}) for n in range(100)]
 
 

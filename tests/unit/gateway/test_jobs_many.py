@@ -17,21 +17,10 @@ from services.gateway.jobs.controller import Controller
 from services.gateway.jobs.decisions import CLOCKS_APART, Flying
 from services.gateway.jobs.losses import Losses
 from services.gateway.jobs.metrics import JobMetrics
+from tests.fixtures.counted import Counted
 
 MANY = 200
 NOTHING: Any = None
-
-
-class Id(str):
-    """Of a job; counts how often one is compared with another."""
-
-    __slots__ = ()
-    compared = 0
-    __hash__ = str.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        Id.compared += 1
-        return str.__eq__(self, other) is True
 
 
 class Repository:
@@ -55,7 +44,8 @@ async def no_transaction(_engine: object) -> AsyncIterator[None]:
 async def test_what_a_broker_lost_is_sorted_by_job_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = ManualClock()
     jobs = {
-        job_id: SimpleNamespace(job_id=job_id, flying_chunks=1) for job_id in map(Id, map(str, range(MANY)))
+        job_id: SimpleNamespace(job_id=job_id, flying_chunks=1)
+        for job_id in map(Counted, map(str, range(MANY)))
     }
     monkeypatch.setattr(Repository, "jobs", jobs)
     monkeypatch.setattr(Repository, "published_at", clock.now() - CLOCKS_APART, raising=False)
@@ -76,9 +66,9 @@ async def test_what_a_broker_lost_is_sorted_by_job_once(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(losses, "_gone_before", gone_before)
     monkeypatch.setattr(losses, "_again", again)
-    monkeypatch.setattr(Id, "compared", 0)
+    monkeypatch.setattr(Counted, "compared", 0)
     assert await losses._look_at("pool", jobs) == MANY  # type: ignore[arg-type]  # stand for rows
-    assert Id.compared < 2 * MANY
+    assert Counted.compared < 2 * MANY
     assert [indices for _, indices in found] == [[0]] * MANY
     assert len({str(job_id) for job_id, _ in found}) == MANY
 
