@@ -3,7 +3,8 @@ cores are few, with a guest of the worker's that runs quick models there. Each i
 elsewhere, with its own settings, metrics and files; requests cross between them without a socket.
 
 The environment is the gateway's. FRONTS is a JSON list, for each process what its router and its guest read
-otherwise; of several, this process is the parent, which takes no requests.
+otherwise; of several, this process is the parent, which takes no requests, and tells each the FRONT_CORE that
+its event loop stays on where every core has one of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from services.common.clock import SystemClock
 from services.common.lifecycle import (
     Health,
     JointOps,
+    cores_for,
     held_port,
     keep_freed_memory,
     run,
@@ -53,7 +55,8 @@ def main() -> None:
     if len(fronts) == 1:
         from deploy.embedded.front_process import serve  # noqa: PLC0415 - not in the parent
 
-        run(lambda: serve(gateway, router, guest, SystemClock()), drain_s=drain_s)
+        core = int(os.environ["FRONT_CORE"]) if "FRONT_CORE" in os.environ else None
+        run(lambda: serve(gateway, router, guest, SystemClock(), core), drain_s=drain_s)
     else:
         run(lambda: _supervise(gateway, router, fronts), drain_s=drain_s + _SLACK_S)
 
@@ -65,6 +68,7 @@ async def _supervise(
     answers for itself."""
     async with AsyncExitStack() as stack:
         held = [stack.enter_context(held_port(LOOPBACK, 0)).getsockname()[1] for _ in fronts]
+        cores = cores_for(len(fronts))
         own = [
             {
                 "FRONTS": json.dumps([{**front, "router": {**front["router"], "OPS_PORT": str(port)}}]),
@@ -72,6 +76,8 @@ async def _supervise(
             }
             for front, port in zip(fronts, held, strict=True)
         ]
+        for environment, core in zip(own, cores or (), strict=False):  # none where there is no such choice
+            environment["FRONT_CORE"] = str(core)
         group = await stack.enter_async_context(
             gateway_processes(gateway, len(fronts), module=FRONT, own=own)
         )

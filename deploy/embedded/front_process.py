@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 
 from structlog.contextvars import bound_contextvars
 
 from services.common.bus import Follower, KafkaBus
 from services.common.clock import Clock
-from services.common.lifecycle import Health, end_with_parent, until_stopped
+from services.common.lifecycle import Health, end_with_parent, roam, stay_on, until_stopped
 from services.gateway.app import gateway_app
 from services.gateway.settings import Settings as GatewaySettings
 from services.router.app import Router, router_app
@@ -20,11 +21,19 @@ from services.worker.settings import Settings as WorkerSettings
 
 
 async def serve(
-    gateway: GatewaySettings, router: RouterSettings, guest: WorkerSettings | None, clock: Clock
+    gateway: GatewaySettings,
+    router: RouterSettings,
+    guest: WorkerSettings | None,
+    clock: Clock,
+    core: int | None = None,
 ) -> None:
-    """Serve until told to stop. Without `guest` all versions are the worker processes'."""
+    """Serve until told to stop, the event loop on `core` only, if that is given. Without `guest` all versions
+    are the worker processes'."""
     if gateway.supervised:
         end_with_parent()
+    asyncio.get_running_loop().set_default_executor(
+        ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=roam)
+    )
     follower = Follower(gateway.kafka_bootstrap_servers, "front")
     # The caller ends before the called: what the gateway still answers needs the router, and that its guest.
     async with AsyncExitStack() as stack:
@@ -35,6 +44,8 @@ async def serve(
                 await _take_in(stack, guest, inner, clock, follower)
         await _known(inner.health, 2 * router.table_wait_s)
         await stack.enter_async_context(gateway_app(gateway, clock, follower=follower))
+        if core is not None:
+            stay_on(core)
         await until_stopped()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from services.common.errors import Unavailable
+from services.common.lifecycle import roam
 
 _THREADS = 2
 _WAITING = 64
@@ -52,7 +53,7 @@ class BodyReaders:
     """A few threads, and a bound on what waits for them."""
 
     def __init__(self, threads: int = _THREADS, waiting: int = _WAITING) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="body")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="body", initializer=roam)
         #: How many more may come.
         self.room = waiting
 

@@ -24,7 +24,7 @@ from services.common.bus import Bus, Record, followed
 from services.common.clock import Clock
 from services.common.eventlog import EventLog
 from services.common.frames import FrameServer, Limits
-from services.common.lifecycle import Health
+from services.common.lifecycle import Health, roam
 from services.common.objects import ArtifactStore
 from services.common.tasks import running
 from services.common.telemetry import setup_tracing
@@ -69,7 +69,7 @@ async def guest_worker(
         stack.push_async_callback(store.close)
         artifacts = ArtifactCache(store, cfg.directory / "artifacts")
         await artifacts.clear_partial()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="guest")
+        pool = ThreadPoolExecutor(1, thread_name_prefix="guest", initializer=roam)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
 
         limit = resident_bytes() + cfg.guest_memory_bytes if cfg.guest_memory_bytes else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -74,6 +75,17 @@ def fronts(stack: Stack) -> list[psutil.Process]:
     return children
 
 
+def cores_of_loops(stack: Stack) -> list[list[int]]:
+    """Where the event loop of each front may run, in order."""
+    return sorted(process.cpu_affinity() for process in fronts(stack))
+
+
+def wanted_cores() -> list[list[int]]:
+    """One each where there are as many, and otherwise all."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [[core] for core in cores] if len(cores) == FRONTS else [cores] * FRONTS
+
+
 def gone(process: psutil.Process) -> bool:
     """Whether it has ended, reaped or not."""
     try:
@@ -124,6 +136,7 @@ async def test_a_killed_front_loses_only_what_was_on_its_connections(
         await all_is_there(stack, "1", "2")  # the new one publishes what the old one did not
         assert stack.pids()["gateway"] == parent
         assert {killed, other} & set(fronts(stack)) == {other}
+        await eventually(lambda: cores_of_loops(stack) == wanted_cores())
     async with caller(stack) as client:
         counted = await counted_since(stack, client, before, said["answered"])
         assert said["answered"] <= counted <= said["answered"] + lost
