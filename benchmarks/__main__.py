@@ -103,7 +103,8 @@ def _instructions(results: Results) -> None:
 
 def _batching(results: Results) -> None:
     """What `python -m benchmarks.batching` prints, a line of JSON for each model, size of request and way."""
-    print("batching efficiency", flush=True)
+    print(BATCHING, flush=True)
+    results.absent.pop("batching", None)  # of an attempt before
     argv = [sys.executable, "-m", "benchmarks.batching", "--seconds", str(BATCHING_LOOP_S)]
     copy = native.find()
     path = os.pathsep.join([str(copy), python_path()] if copy else [python_path()])
