@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import httpx
 
 from headrace_client import batches as calls
-from headrace_client.batch_calls import EVENTS_SILENCE_S, RECONNECT_S, STREAM_TIMEOUT_S
+from headrace_client.batch_calls import EVENTS_SILENCE_S, RECONNECT_S, STREAM_TIMEOUT_S, silence_until
 from headrace_client.batches import Batch, Events, FileUpload, Format, Join, Lines, Pending, StoredFile
 from headrace_client.errors import ConnectionFailed, DeadlineExceeded, Unavailable
 from headrace_client.exchange import Exchange
@@ -97,7 +97,7 @@ class AsyncBatches:
         while True:
             try:
                 async with self._connection.stream(
-                    calls.events(batch_id, events.last_id), EVENTS_SILENCE_S
+                    calls.events(batch_id, events.last_id), silence_until(deadline)
                 ) as answer:
                     async for line in _lines_of(answer.aiter_bytes()):
                         batch = events.feed(line)
@@ -224,7 +224,7 @@ class AsyncDeadLetters:
         return await self._connection.run(calls.replay(topic, limit), None)
 
 
-class AsyncLater:
+class AsyncPendingPredictions:
     """`client.async_predictions`: predictions that nobody waits for on a connection."""
 
     def __init__(self, connection: Connection) -> None:

@@ -15,18 +15,20 @@ import httpx
 from numpy.typing import ArrayLike
 
 from headrace_client import operations
-from headrace_client.async_batch_calls import AsyncBatches, AsyncDeadLetters, AsyncFiles, AsyncLater
+from headrace_client.async_batch_calls import (
+    AsyncBatches,
+    AsyncDeadLetters,
+    AsyncFiles,
+    AsyncPendingPredictions,
+)
 from headrace_client.async_experiment_calls import AsyncExperiments, AsyncRollouts
+from headrace_client.client import DEFAULT_URL, UPLOAD_TIMEOUT_S
 from headrace_client.errors import Conflict, HeadraceError
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error, with_scheme
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
 from headrace_client.uploads import Progress, Upload
 
 T = TypeVar("T")
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-#: Between two pieces of an upload, or until its answer.
-UPLOAD_TIMEOUT_S = 600.0
 
 
 class AsyncHeadrace:
@@ -56,7 +58,7 @@ class AsyncHeadrace:
         self.experiments = AsyncExperiments(self)
         self.rollouts = AsyncRollouts(self)
         self.files = AsyncFiles(self)
-        self.async_predictions = AsyncLater(self)
+        self.async_predictions = AsyncPendingPredictions(self)
         self.dead_letters = AsyncDeadLetters(self)
 
     async def close(self) -> None:
@@ -156,7 +158,7 @@ class AsyncHeadrace:
         except HeadraceError as error:
             if is_new and 400 <= error.status < 500:
                 with contextlib.suppress(HeadraceError):  # the refusal says more
-                    if not await self.versions(name):
+                    if not (await self.run(operations.versions(name), None))["versions"]:
                         await self.delete_model(name)
             raise
 
@@ -174,8 +176,14 @@ class AsyncHeadrace:
         return await self.run(operations.model(name), None)
 
     async def versions(self, model: str) -> list[Json]:
-        """All versions of a model."""
-        return await self.run(operations.versions(model), None)
+        """All versions of a model, oldest first, asked for page by page."""
+        found: list[Json] = []
+        after: str | None = ""
+        while after is not None:
+            page = await self.run(operations.versions(model, after), None)
+            found += page["versions"]
+            after = page.get("next")
+        return found
 
     async def delete_model(self, name: str) -> None:
         """Delete a model that is not served, with all of its versions."""

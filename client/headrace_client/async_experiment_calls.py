@@ -10,12 +10,10 @@ from typing import Any, Protocol, TypeVar
 from headrace_client import experiments as calls
 from headrace_client.errors import DeadlineExceeded
 from headrace_client.exchange import Exchange
+from headrace_client.experiment_calls import EVERY_S
 from headrace_client.results import Json
 
 T = TypeVar("T")
-
-#: Between two looks at a rollout.
-EVERY_S = 1.0
 
 
 class Connection(Protocol):

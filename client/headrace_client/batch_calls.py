@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -100,7 +101,7 @@ class Batches:
         while True:
             try:
                 with self._connection.stream(
-                    calls.events(batch_id, events.last_id), EVENTS_SILENCE_S
+                    calls.events(batch_id, events.last_id), silence_until(deadline)
                 ) as answer:
                     for line in _lines_of(answer.iter_bytes()):
                         batch = events.feed(line)
@@ -220,7 +221,7 @@ class DeadLetters:
         return self._connection.run(calls.replay(topic, limit), None)
 
 
-class AsyncPredictions:
+class PendingPredictions:
     """`client.async_predictions`: predictions that nobody waits for on a connection."""
 
     def __init__(self, connection: Connection) -> None:
@@ -250,6 +251,12 @@ class AsyncPredictions:
     def get(self, request_id: str, *, wait_s: float = 0.0) -> Pending:
         """The answer where it is there within `wait_s` seconds (60 at most), else how far it is."""
         return self._connection.run(calls.pending(request_id, wait_s), wait_s + EVENTS_SILENCE_S)
+
+
+def silence_until(deadline: float | None) -> float:
+    """For how many seconds a stream of events that is followed until `deadline` may say nothing."""
+    left = math.inf if deadline is None else deadline - time.monotonic()
+    return min(EVENTS_SILENCE_S, max(left, 0.001))
 
 
 def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import httpx
 
-from headrace_client.exchange import Exchange, with_json
+from headrace_client.exchange import Exchange, json_of, segment, with_json
 from headrace_client.results import Json
 from headrace_client.uploads import CHUNK, Progress, quoted
 
@@ -166,35 +165,35 @@ def submission(model: str, given: Mapping[str, Any]) -> Json:
 
 
 def batch(batch_id: str) -> Exchange[Batch]:
-    return Exchange("GET", f"/v1/batch/{_segment(batch_id)}", _read(Batch))
+    return Exchange("GET", f"/v1/batch/{segment(batch_id)}", _read(Batch))
 
 
 def batches(model: str | None, status: str | None, after: str | None, limit: int) -> Exchange[Json]:
     """One page."""
     given = {"model": model, "status": status, "after": after, "limit": str(limit)}
     params = {name: value for name, value in given.items() if value}
-    return Exchange("GET", "/v1/batch", lambda answer: dict(answer.json()), params=params)
+    return Exchange("GET", "/v1/batch", json_of, params=params)
 
 
 def cancel(batch_id: str) -> Exchange[Batch]:
-    return Exchange("DELETE", f"/v1/batch/{_segment(batch_id)}", _read(Batch))
+    return Exchange("DELETE", f"/v1/batch/{segment(batch_id)}", _read(Batch))
 
 
 def results(batch_id: str, format: Format, *, partial: bool) -> Exchange[None]:  # noqa: A002 - as the query has it
     params = {"format": format} | ({"partial": "true"} if partial else {})
-    return Exchange("GET", f"/v1/batch/{_segment(batch_id)}/results", _nothing, params=params)
+    return Exchange("GET", f"/v1/batch/{segment(batch_id)}/results", _nothing, params=params)
 
 
 def errors(batch_id: str, *, partial: bool) -> Exchange[None]:
     params = {"partial": "true"} if partial else {}
-    return Exchange("GET", f"/v1/batch/{_segment(batch_id)}/errors", _nothing, params=params)
+    return Exchange("GET", f"/v1/batch/{segment(batch_id)}/errors", _nothing, params=params)
 
 
 def events(batch_id: str, last_event_id: str | None) -> Exchange[None]:
     headers = {"accept": "text/event-stream"}
     if last_event_id is not None:
         headers["last-event-id"] = last_event_id
-    return Exchange("GET", f"/v1/batch/{_segment(batch_id)}/events", _nothing, headers=headers)
+    return Exchange("GET", f"/v1/batch/{segment(batch_id)}/events", _nothing, headers=headers)
 
 
 def upload(sent: FileUpload) -> Exchange[StoredFile]:
@@ -202,33 +201,33 @@ def upload(sent: FileUpload) -> Exchange[StoredFile]:
 
 
 def file(file_id: str) -> Exchange[StoredFile]:
-    return Exchange("GET", f"/v1/files/{_segment(file_id)}", _read(StoredFile))
+    return Exchange("GET", f"/v1/files/{segment(file_id)}", _read(StoredFile))
 
 
 def files(purpose: str | None, after: str | None) -> Exchange[Json]:
     """One page."""
     given = {"purpose": purpose, "after": after, "limit": "1000"}
     params = {name: value for name, value in given.items() if value}
-    return Exchange("GET", "/v1/files", lambda answer: dict(answer.json()), params=params)
+    return Exchange("GET", "/v1/files", json_of, params=params)
 
 
 def content(file_id: str) -> Exchange[None]:
-    return Exchange("GET", f"/v1/files/{_segment(file_id)}/content", _nothing)
+    return Exchange("GET", f"/v1/files/{segment(file_id)}/content", _nothing)
 
 
 def delete_file(file_id: str) -> Exchange[None]:
-    return Exchange("DELETE", f"/v1/files/{_segment(file_id)}", _nothing)
+    return Exchange("DELETE", f"/v1/files/{segment(file_id)}", _nothing)
 
 
 def predict_async(model: str, body: Mapping[str, Any], idempotency_key: str | None) -> Exchange[str]:
     """Returns the id."""
-    path = f"/v1/models/{_segment(model)}/predict:async"
+    path = f"/v1/models/{segment(model)}/predict:async"
     return _once(with_json("POST", path, body, lambda answer: str(answer.json()["id"])), idempotency_key)
 
 
 def pending(request_id: str, wait_s: float) -> Exchange[Pending]:
     params = {"wait_s": f"{wait_s:g}"} if wait_s else {}
-    return Exchange("GET", f"/v1/async/{_segment(request_id)}", _read(Pending), params=params)
+    return Exchange("GET", f"/v1/async/{segment(request_id)}", _read(Pending), params=params)
 
 
 def queues() -> Exchange[list[Json]]:
@@ -236,12 +235,12 @@ def queues() -> Exchange[list[Json]]:
 
 
 def letters(topic: str, limit: int) -> Exchange[list[Json]]:
-    path = f"/v1/dlq/{_segment(topic)}"
+    path = f"/v1/dlq/{segment(topic)}"
     return Exchange("GET", path, lambda answer: list(answer.json()["records"]), params={"limit": str(limit)})
 
 
 def replay(topic: str, limit: int) -> Exchange[int]:
-    path = f"/v1/dlq/{_segment(topic)}/replay"
+    path = f"/v1/dlq/{segment(topic)}/replay"
     return with_json("POST", path, {"limit": limit}, lambda answer: int(answer.json()["replayed"]))
 
 
@@ -330,10 +329,6 @@ def _read(kind: Any) -> Callable[[httpx.Response], Any]:
 
 def _nothing(_answer: httpx.Response) -> None:
     return None
-
-
-def _segment(text: str) -> str:
-    return quote(text, safe="")
 
 
 def _text(line: bytes) -> str:

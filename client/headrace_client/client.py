@@ -14,7 +14,7 @@ import httpx
 from numpy.typing import ArrayLike
 
 from headrace_client import operations
-from headrace_client.batch_calls import AsyncPredictions, Batches, DeadLetters, Files
+from headrace_client.batch_calls import Batches, DeadLetters, Files, PendingPredictions
 from headrace_client.errors import Conflict, HeadraceError
 from headrace_client.exchange import Exchange, error_of, pause_before_retry, transport_error, with_scheme
 from headrace_client.experiment_calls import Experiments, Rollouts
@@ -55,7 +55,7 @@ class Headrace:
         self.experiments = Experiments(self)
         self.rollouts = Rollouts(self)
         self.files = Files(self)
-        self.async_predictions = AsyncPredictions(self)
+        self.async_predictions = PendingPredictions(self)
         self.dead_letters = DeadLetters(self)
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class Headrace:
         except HeadraceError as error:
             if is_new and 400 <= error.status < 500:
                 with contextlib.suppress(HeadraceError):  # the refusal says more
-                    if not self.versions(name):
+                    if not self.run(operations.versions(name), None)["versions"]:
                         self.delete_model(name)
             raise
 
@@ -172,8 +172,14 @@ class Headrace:
         return self.run(operations.model(name), None)
 
     def versions(self, model: str) -> list[Json]:
-        """All versions of a model."""
-        return self.run(operations.versions(model), None)
+        """All versions of a model, oldest first, asked for page by page."""
+        found: list[Json] = []
+        after: str | None = ""
+        while after is not None:
+            page = self.run(operations.versions(model, after), None)
+            found += page["versions"]
+            after = page.get("next")
+        return found
 
     def delete_model(self, name: str) -> None:
         """Delete a model that is not served, with all of its versions."""

@@ -7,8 +7,8 @@ class HeadraceError(Exception):
     """A call that did not succeed.
 
     `status` is the HTTP status (0: no answer came), `code` the domain code such as `INVALID_ARGUMENT`,
-    `field` the input it is about, `retry_after` seconds after which trying again may
-    help. Absent ones are None.
+    `field` the input it is about, `retry_after` seconds after which trying again may help. Absent ones are
+    None.
     """
 
     def __init__(

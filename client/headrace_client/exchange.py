@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
 
 from headrace_client.errors import BY_STATUS, ConnectionFailed, DeadlineExceeded, HeadraceError
+from headrace_client.results import Json
 
 T = TypeVar("T")
 
@@ -32,6 +34,17 @@ def with_json(method: str, path: str, body: Any, read: Callable[[httpx.Response]
     """An exchange whose body is JSON. NaN and infinities are refused here: JSON has none."""
     content = json.dumps(body, allow_nan=False, separators=(",", ":"), default=_plain).encode()
     return Exchange(method, path, read, headers={"content-type": "application/json"}, content=content)
+
+
+def segment(text: str) -> str:
+    """`text` as one segment of a path."""
+    return quote(text, safe="")
+
+
+def json_of(answer: httpx.Response) -> Json:
+    """The object that an answer is."""
+    body: Json = answer.json()
+    return body
 
 
 def _plain(value: object) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 from numpy.typing import ArrayLike
 
-from headrace_client.exchange import Exchange, with_json
+from headrace_client.exchange import Exchange, json_of, segment, with_json
 from headrace_client.results import Embeddings, Inference, Json, NewKey, Outcome, Prediction
 from headrace_client.tensors import HEADER_LENGTH, decode_answer, encode_request
 from headrace_client.uploads import Upload
@@ -54,7 +53,7 @@ def infer(
     request_id: str | None = None,
 ) -> Exchange[Inference]:
     body, json_length = encode_request(inputs, outputs, request_id)
-    at = f"/v2/models/{_segment(model)}" + (f"/versions/{_segment(version)}" if version else "")
+    at = f"/v2/models/{segment(model)}" + (f"/versions/{segment(version)}" if version else "")
     headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(json_length)}
     return Exchange("POST", f"{at}/infer", _read_inference, headers=headers, content=body)
 
@@ -67,39 +66,41 @@ def outcomes(given: Iterable[Outcome]) -> Exchange[list[str]]:
 
 def create_model(name: str, description: str = "", tags: Mapping[str, str] | None = None) -> Exchange[Json]:
     body = {"name": name, "description": description, "tags": dict(tags or {})}
-    return with_json("POST", "/v1/models", body, _json)
+    return with_json("POST", "/v1/models", body, json_of)
 
 
 def push_version(model: str, upload: Upload) -> Exchange[Json]:
-    at = f"/v1/models/{_segment(model)}/versions"
-    return Exchange("POST", at, _json, headers=upload.headers, content=upload.chunks)
+    at = f"/v1/models/{segment(model)}/versions"
+    return Exchange("POST", at, json_of, headers=upload.headers, content=upload.chunks)
 
 
 def models(after: str = "") -> Exchange[Json]:
     """One page: `{"models": […], "next": …}`."""
-    return Exchange("GET", "/v1/models", _json, params={"after": after} if after else {})
+    return Exchange("GET", "/v1/models", json_of, params={"after": after} if after else {})
 
 
 def model(name: str) -> Exchange[Json]:
-    return Exchange("GET", f"/v1/models/{_segment(name)}", _json)
+    return Exchange("GET", f"/v1/models/{segment(name)}", json_of)
 
 
-def versions(name: str) -> Exchange[list[Json]]:
-    return Exchange("GET", f"/v1/models/{_segment(name)}/versions", _items("versions"))
+def versions(name: str, after: str = "") -> Exchange[Json]:
+    """One page: `{"versions": […], "next": …}`; a registry of an earlier release knows one page only."""
+    at = f"/v1/models/{segment(name)}/versions"
+    return Exchange("GET", at, json_of, params={"after": after} if after else {})
 
 
 def delete_model(name: str) -> Exchange[None]:
-    return Exchange("DELETE", f"/v1/models/{_segment(name)}", lambda answer: None)
+    return Exchange("DELETE", f"/v1/models/{segment(name)}", lambda answer: None)
 
 
 def delete_version(model: str, version: str) -> Exchange[None]:
-    at = f"/v1/models/{_segment(model)}/versions/{_segment(version)}"
+    at = f"/v1/models/{segment(model)}/versions/{segment(version)}"
     return Exchange("DELETE", at, lambda answer: None)
 
 
 def set_alias(model: str, alias: str, version: str) -> Exchange[Json]:
-    at = f"/v1/models/{_segment(model)}/aliases/{_segment(alias)}"
-    return with_json("PUT", at, {"version": version}, _json)
+    at = f"/v1/models/{segment(model)}/aliases/{segment(alias)}"
+    return with_json("PUT", at, {"version": version}, json_of)
 
 
 def deploy(
@@ -115,21 +116,21 @@ def deploy(
         for version, weight in weights.items()
     ]
     return with_json(
-        "PUT", f"/v1/deployments/{_segment(model)}", {"versions": shares, **(options or {})}, _json
+        "PUT", f"/v1/deployments/{segment(model)}", {"versions": shares, **(options or {})}, json_of
     )
 
 
 def deployment(model: str) -> Exchange[Json]:
-    return Exchange("GET", f"/v1/deployments/{_segment(model)}", _json)
+    return Exchange("GET", f"/v1/deployments/{segment(model)}", json_of)
 
 
 def undeploy(model: str) -> Exchange[None]:
-    return Exchange("DELETE", f"/v1/deployments/{_segment(model)}", lambda answer: None)
+    return Exchange("DELETE", f"/v1/deployments/{segment(model)}", lambda answer: None)
 
 
 def compare(model: str, a: str, b: str, metric: str) -> Exchange[Json]:
-    at = f"/v1/analytics/models/{_segment(model)}/compare"
-    return Exchange("GET", at, _json, params={"a": a, "b": b, "metric": metric})
+    at = f"/v1/analytics/models/{segment(model)}/compare"
+    return Exchange("GET", at, json_of, params={"a": a, "b": b, "metric": metric})
 
 
 def alerts(model: str | None = None, state: str | None = None) -> Exchange[list[Json]]:
@@ -156,20 +157,11 @@ def create_key(
 
 def keys(after: str = "") -> Exchange[Json]:
     """One page: `{"keys": […], "next": …}`."""
-    return Exchange("GET", "/v1/keys", _json, params={"after": after} if after else {})
+    return Exchange("GET", "/v1/keys", json_of, params={"after": after} if after else {})
 
 
 def revoke_key(key_id: str) -> Exchange[None]:
-    return Exchange("DELETE", f"/v1/keys/{_segment(key_id)}", lambda answer: None)
-
-
-def _segment(text: str) -> str:
-    return quote(text, safe="")
-
-
-def _json(answer: httpx.Response) -> Json:
-    body: Json = answer.json()
-    return body
+    return Exchange("DELETE", f"/v1/keys/{segment(key_id)}", lambda answer: None)
 
 
 def _items(name: str) -> Callable[[httpx.Response], list[Json]]:

@@ -99,8 +99,10 @@ def decide(
 
 def _decide(signal: Signal, finding: Finding, persistence: Persistence) -> Decision:
     if finding.severity is Severity.NONE:
+        if not signal.alerted:
+            return Decision(finding, Signal(), None)  # no alert: nothing to count the calm for
         calm = signal.calm + 1
-        if signal.alerted and calm >= persistence.resolve_after:
+        if calm >= persistence.resolve_after:
             return Decision(finding, Signal(), Change.RESOLVE)
         return Decision(finding, Signal(0, calm, signal.alerted), None)
     streak = signal.streak + 1

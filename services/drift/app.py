@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.common.bodies import BoundBodies
 from services.common.bus.follower import Follower
 from services.common.bus.kafka import KafkaBus
+from services.common.bus.port import Table
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, check_database, engine, migrate, transaction
 from services.common.errors import HeadraceError, Unavailable
@@ -32,6 +33,7 @@ from services.drift import repository
 from services.drift.consumers import PredictionConsumer
 from services.drift.endpoints import routes
 from services.drift.metrics import Metrics
+from services.drift.recording import tell
 from services.drift.schemas import MAX_BODY_BYTES
 from services.drift.settings import Settings
 from services.drift.signatures import Signatures
@@ -106,7 +108,7 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
         await stack.enter_async_context(
             bus.consume(PREDICTIONS, GROUP, consumer.on_predictions, max_records=2000, collect_s=_COLLECT_S)
         )
-        housekeeping = _keep_house(database, bus, relay, clock, metrics)
+        housekeeping = _keep_house(database, bus, relay, clock, metrics, signatures, table)
         await stack.enter_async_context(running(housekeeping, "housekeeping"))
         gc.freeze()  # what is there now stays: every full collection would look through all of it
         stack.callback(gc.unfreeze)
@@ -115,7 +117,13 @@ async def drift_app(cfg: Settings, clock: Clock) -> AsyncIterator[Drift]:
 
 
 async def _keep_house(
-    database: AsyncEngine, bus: KafkaBus, relay: OutboxRelay, clock: Clock, metrics: Metrics
+    database: AsyncEngine,
+    bus: KafkaBus,
+    relay: OutboxRelay,
+    clock: Clock,
+    metrics: Metrics,
+    signatures: Signatures,
+    table: Table,
 ) -> None:
     asked = [(PREDICTIONS, GROUP), (dead_letters(PREDICTIONS, GROUP), REPLAY)]
     while True:
@@ -127,6 +135,9 @@ async def _keep_house(
                     gauge.set(standing.lag)
             while await _forget_some(database, clock):
                 pass
+            # Before the deployments are known, every version would be one that is served no more.
+            while table.caught_up and await forget_gone(database, signatures, relay, clock):
+                pass
         except HeadraceError as error:
             log.info("housekeeping_later", reason=error.message)
         except Exception:
@@ -137,3 +148,19 @@ async def _keep_house(
 async def _forget_some(database: AsyncEngine, clock: Clock) -> int:
     async with transaction(database) as session:
         return await repository.forget_old(session, clock.now())
+
+
+async def forget_gone(
+    database: AsyncEngine, signatures: Signatures, relay: OutboxRelay, clock: Clock
+) -> bool:
+    """Whether there was a version that is gone for good, of which nothing is kept any more."""
+    served = signatures.served()
+    if not served:
+        return False  # a broker that lost its topics is told of them again
+    now = clock.now()
+    async with transaction(database) as session:
+        ended = await repository.forget_gone(session, served, now)
+        await tell(session, list(ended or ()), now)
+    if ended:
+        relay.wake()
+    return ended is not None

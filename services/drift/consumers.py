@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from random import randrange
 from typing import Any, Final
 
 import structlog
@@ -25,7 +26,7 @@ from services.drift.alerting import Persistence
 from services.drift.evaluation import Thresholds
 from services.drift.metrics import Metrics
 from services.drift.reading import Numbered, observe_all
-from services.drift.recording import record_window, tell
+from services.drift.recording import record_windows, tell
 from services.drift.signatures import Signatures, VersionKey
 from services.drift.stream import Cadence, Stream, Window
 from services.drift.tables import AlertRow
@@ -37,6 +38,10 @@ _SIGNATURE_WAIT_S = 5.0
 #: Streams of versions that nothing was heard of for so long are read from their rows again: each takes
 #: megabytes, and versions come and go.
 _REMEMBERED: Final = timedelta(minutes=10)
+#: Versions that go on together, in one thread and one statement, with what is written of them in memory.
+_AT_ONCE: Final = 50
+#: Windows of a version between two times that its oldest are dropped.
+_DROP_AFTER = 64
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -71,6 +76,8 @@ class PredictionConsumer:
         self._metrics = metrics
         #: Streams as they were committed last, with the time in their row; a row changed elsewhere is read.
         self._streams: dict[VersionKey, tuple[datetime, Stream]] = {}
+        #: Windows since its oldest were dropped; begins anywhere, since all versions begin together.
+        self._closed: dict[VersionKey, int] = {}
 
     async def on_predictions(self, records: Sequence[Record]) -> None:
         """Count every record once. Raises Malformed for one that cannot be read; anything else is retried."""
@@ -105,24 +112,25 @@ class PredictionConsumer:
     async def _count(
         self, known: Mapping[VersionKey, Sequence[Numbered]], signatures: Mapping[VersionKey, Signature]
     ) -> list[AlertRow]:
-        changed: list[AlertRow] = []
         advanced: dict[VersionKey, tuple[datetime, Stream]] = {}
         now = self._clock.now()
         async with transaction(self._engine) as session:
             repeated = await claim(
                 session, [item.batch.batch_id for items in known.values() for item in items], now
             )
-            # In a fixed order, so that two replicas never wait for each other's locks.
+            unseen: dict[VersionKey, list[Numbered]] = defaultdict(list)
             for key in sorted(known):
-                unseen = []
                 for item in known[key]:
                     if item.batch.batch_id not in repeated:
                         repeated.add(item.batch.batch_id)  # it may come twice in one delivery
-                        unseen.append(item)
-                if unseen:
-                    stream, alerts = await self._feed(session, key, unseen, signatures[key], now)
-                    advanced[key] = now, stream
-                    changed += alerts
+                        unseen[key].append(item)
+            keys, closed = list(unseen), []
+            written_at = await repository.lock_versions(session, keys, now)
+            for begin in range(0, len(keys), _AT_ONCE):
+                streams = await self._streams_of(session, keys[begin : begin + _AT_ONCE], written_at)
+                closed += await self._feed(session, streams, unseen, signatures, now)
+                advanced |= {key: (now, stream) for key, stream in streams.items()}
+            changed = await self._record(session, closed, now)
             learned = dict(self._signatures.unsaved)
             await repository.store_signatures(session, learned)
             await tell(session, changed, now)
@@ -131,45 +139,69 @@ class PredictionConsumer:
         self._streams.update(advanced)
         for key in [key for key, (at, _) in self._streams.items() if at < now - _REMEMBERED]:
             del self._streams[key]
+            self._closed.pop(key, None)
         return changed
+
+    async def _streams_of(
+        self, session: AsyncSession, keys: Sequence[VersionKey], written_at: Mapping[VersionKey, datetime]
+    ) -> dict[VersionKey, Stream]:
+        """Taken out until the transaction has committed: what did not happen is read again from its row."""
+        streams = {}
+        for key in keys:
+            at, stream = self._streams.pop(key, (None, None))
+            if stream is None or at != written_at[key]:
+                row = await repository.find_stream(session, *key)
+                stream = await asyncio.to_thread(repository.to_stream, row)
+            streams[key] = stream
+        return streams
 
     async def _feed(
         self,
         session: AsyncSession,
-        key: VersionKey,
-        items: Sequence[Numbered],
-        signature: Signature,
+        streams: Mapping[VersionKey, Stream],
+        unseen: Mapping[VersionKey, Sequence[Numbered]],
+        signatures: Mapping[VersionKey, Signature],
         now: datetime,
-    ) -> tuple[Stream, list[AlertRow]]:
-        model, version = key
-        written_at = await repository.lock_version(session, model, version, now)
-        # Taken out until the transaction has committed: what did not happen is read again from its row.
-        at, remembered = self._streams.pop(key, (None, None))
-        if remembered is None or at != written_at:
-            row = await repository.find_stream(session, model, version)
-            remembered = await asyncio.to_thread(repository.to_stream, row)
-        stream = remembered
-
-        def advance() -> tuple[list[Window], dict[str, Any]]:
-            written = repository.Written.of(stream)
-            seen = observe_all(items, signature)
-            windows = stream.feed(seen, self._limits.cadence, self._limits.thresholds)
-            return windows, repository.changes(stream, written, now)
+    ) -> list[tuple[VersionKey, Window]]:
+        def advance() -> tuple[list[tuple[VersionKey, Window]], dict[VersionKey, dict[str, Any]]]:
+            windows, columns = [], {}
+            for key, stream in streams.items():
+                written = repository.Written.of(stream)
+                seen = observe_all(unseen[key], signatures[key])
+                fed = stream.feed(seen, self._limits.cadence, self._limits.thresholds)
+                windows += [(key, window) for window in fed]
+                columns[key] = repository.changes(stream, written, now)
+            return windows, columns
 
         windows, columns = await asyncio.to_thread(advance)
-        await repository.write_stream(session, model, version, columns)
-        changed = []
-        for window in windows:
+        await repository.write_streams(session, columns)
+        return windows
+
+    async def _record(
+        self, session: AsyncSession, closed: Sequence[tuple[VersionKey, Window]], now: datetime
+    ) -> list[AlertRow]:
+        full = []
+        for (model, version), window in closed:
+            count = self._closed.get((model, version), randrange(_DROP_AFTER)) + 1
+            self._closed[model, version] = count % _DROP_AFTER
+            if count >= _DROP_AFTER:
+                full.append((model, version))
             self._metrics.windows.labels(model).inc()
             if not self._signatures.is_gone(model, version):
                 worst = max((report.psi.value for report in window.reports), default=0.0)
                 self._metrics.show_psi(model, version, worst)
-            changed += await record_window(
-                session, model, version, window, self._limits.thresholds, self._limits.persistence, now
-            )
+        limits = self._limits
+        changed = await record_windows(session, closed, limits.thresholds, limits.persistence, now)
+        await repository.forget_windows(session, full)
         for alert in changed:
-            log.info("alert", model=model, version=version, feature=alert.feature, message=alert.message)
-        return stream, changed
+            log.info(
+                "alert",
+                model=alert.model,
+                version=alert.version,
+                feature=alert.feature,
+                message=alert.message,
+            )
+        return changed
 
     def _trace(self, records: Sequence[Record], started_us: int) -> None:
         """One span per record of a sampled trace, so that the trace reaches from request to here."""

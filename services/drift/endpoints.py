@@ -51,26 +51,16 @@ def _add_models(router: APIRouter, engine: AsyncEngine, cadence: Cadence) -> Non
     async def show_model(model: Text) -> Json:
         """Every version that was seen: how far its reference is, and what its newest window says."""
         async with transaction(engine) as session:
-            found = await repository.streams(session, model)
-            if not found:
-                raise NotFound(f"Nothing has been seen of {model} yet.", field="model")
-            newest = {row.version: await repository.windows(session, model, row.version, 1) for row in found}
-            open_alerts = await repository.alerts(session, model, "open", repository.MAX_LISTED)
-        versions = [
-            _version_json(row, cadence)
-            | {
-                "window": _window_json(newest[row.version][0]) if newest[row.version] else None,
-                "open_alerts": sum(alert.version == row.version for alert in open_alerts),
-            }
-            for row in found
-        ]
-        return {"model": model, "versions": versions}
+            found = await repository.standings(session, model)
+        if not found:
+            raise NotFound(f"Nothing has been seen of {model} yet.", field="model")
+        return {"model": model, "versions": [_version_json(version, cadence) for version in found]}
 
     @router.get("/models/{model}/versions/{version}/windows")
     async def list_windows(model: Text, version: Text, limit: Limit = 20) -> Json:
         """The newest comparisons, newest first."""
         async with transaction(engine) as session:
-            await repository.find_stream(session, model, version)
+            await repository.check_seen(session, model, version)
             found = await repository.windows(session, model, version, limit)
         return {"model": model, "version": version, "windows": [_window_json(row) for row in found]}
 
@@ -114,7 +104,7 @@ def _add_references(router: APIRouter, engine: AsyncEngine, relay: OutboxRelay, 
         """Learn a new reference from the next predictions."""
         now = clock.now()
         async with transaction(engine) as session:
-            await repository.find_stream(session, model, version)
+            await repository.check_seen(session, model, version)
             row = await repository.lock_stream(session, model, version, now)
             _replace(row, None, "stream")
             row.reference_at, row.updated_at = None, now
@@ -179,18 +169,18 @@ def _replace(row: StreamRow, reference: Sample | None, source: str) -> None:
     row.learning, row.pane, row.panes = stream.learning.to_bytes(), stream.pane.to_bytes(), []
 
 
-def _version_json(row: StreamRow, cadence: Cadence) -> Json:
-    learned = Sample.from_bytes(row.learning).rows
-    reference = Sample.from_bytes(row.reference).rows if row.reference else 0
+def _version_json(seen: repository.Standing, cadence: Cadence) -> Json:
     return {
-        "version": row.version,
+        "version": seen.version,
         "reference": {
-            "source": row.reference_source,
-            "ready": row.reference is not None,
-            "rows": reference or learned,
-            "rows_wanted": reference or cadence.reference_rows,
+            "source": seen.reference_source,
+            "ready": seen.reference_rows is not None,
+            "rows": seen.reference_rows or seen.learned_rows,
+            "rows_wanted": seen.reference_rows or cadence.reference_rows,
         },
-        "updated_at": row.updated_at.isoformat(),
+        "updated_at": seen.updated_at.isoformat(),
+        "window": _window_json(seen.window) if seen.window else None,
+        "open_alerts": seen.open_alerts,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -15,46 +15,54 @@ from services.common.ids import id_text, new_id
 from services.common.topics import ALERTS
 from services.drift import repository
 from services.drift.alerting import Change, Decision, Finding, Persistence, Signal, decide, findings, sentence
+from services.drift.detectors.ks import KsResult
+from services.drift.detectors.psi import PsiResult
 from services.drift.evaluation import FeatureReport, Severity, Thresholds
+from services.drift.signatures import VersionKey
 from services.drift.stream import Window
-from services.drift.tables import AlertRow, DeliveryRow, Outbox, SignalRow, WindowRow
+from services.drift.tables import AlertRow, DeliveryRow, Outbox, SignalRow
 
 
-async def record_window(
+async def record_windows(
     session: AsyncSession,
-    model: str,
-    version: str,
+    closed: Sequence[tuple[VersionKey, Window]],
+    limits: Thresholds,
+    persistence: Persistence,
+    now: datetime,
+) -> list[AlertRow]:
+    """Store all windows, those of one version in their order, and act on them; gives the alerts that were
+    opened, escalated or resolved. Asks the database as often for a hundred of them as for one."""
+    if not closed:
+        return []
+    await repository.add_windows(session, [_to_row(*key, window, now) for key, window in closed])
+    rows = await repository.signals(session, {key for key, _ in closed})
+    changed = []
+    for key, window in closed:
+        changed += await _act(session, key, rows[key], window, limits, persistence, now)
+    return changed
+
+
+async def _act(
+    session: AsyncSession,
+    key: VersionKey,
+    rows: dict[tuple[str, str], SignalRow],
     window: Window,
     limits: Thresholds,
     persistence: Persistence,
     now: datetime,
 ) -> list[AlertRow]:
-    """Store `window` and act on it; gives the alerts that were opened, escalated or resolved."""
-    severity = max((max(r.psi_severity, r.ks_severity) for r in window.reports), default=Severity.NONE)
-    await repository.add_window(
-        session,
-        WindowRow(
-            model=model,
-            version=version,
-            start_us=window.start_us,
-            end_us=window.end_us,
-            rows=window.rows,
-            sampled_rows=window.sampled_rows,
-            reference_rows=window.reference_rows,
-            severity=int(severity),
-            features=[feature_json(report) for report in window.reports],
-            created_at=now,
-        ),
-    )
-    rows = await repository.signals(session, model, version)
-    remembered = {key: Signal(row.streak, row.calm, Severity(row.alerted)) for key, row in rows.items()}
+    """Change what is remembered of one version. What was always calm needs no row."""
+    remembered = {name: Signal(row.streak, row.calm, Severity(row.alerted)) for name, row in rows.items()}
     changed = []
     for decision in decide(remembered, findings(window, limits), persistence):
-        key = (decision.finding.feature, decision.finding.detector)
-        row = rows.get(key)
+        name = (decision.finding.feature, decision.finding.detector)
+        row = rows.get(name)
         if row is None:
-            row = SignalRow(model=model, version=version, feature=key[0], detector=key[1], alert_id=None)
+            if decision.signal == Signal():
+                continue
+            row = SignalRow(model=key[0], version=key[1], feature=name[0], detector=name[1], alert_id=None)
             session.add(row)
+            rows[name] = row
         row.streak, row.calm = decision.signal.streak, decision.signal.calm
         row.alerted = int(decision.signal.alerted)
         if decision.change is not None:
@@ -62,6 +70,22 @@ async def record_window(
             if alert is not None:
                 changed.append(alert)
     return changed
+
+
+def _to_row(model: str, version: str, window: Window, now: datetime) -> dict[str, Any]:
+    severity = max((max(r.psi_severity, r.ks_severity) for r in window.reports), default=Severity.NONE)
+    return {
+        "model": model,
+        "version": version,
+        "start_us": window.start_us,
+        "end_us": window.end_us,
+        "rows": window.rows,
+        "sampled_rows": window.sampled_rows,
+        "reference_rows": window.reference_rows,
+        "severity": int(severity),
+        "features": [feature_json(report) for report in window.reports],
+        "created_at": now,
+    }
 
 
 async def _apply(
@@ -172,8 +196,13 @@ def alert_json(alert: AlertRow) -> dict[str, Any]:
 def feature_json(report: FeatureReport) -> dict[str, Any]:
     """Both detectors' numbers on one feature."""
     severity = max(report.psi_severity, report.ks_severity)
-    psi = asdict(report.psi) | {"q_value": report.psi_q, "severity": report.psi_severity.name.lower()}
+    psi = _fields(report.psi) | {"q_value": report.psi_q, "severity": report.psi_severity.name.lower()}
     ks = None
     if report.ks is not None:
-        ks = asdict(report.ks) | {"q_value": report.ks_q, "severity": report.ks_severity.name.lower()}
+        ks = _fields(report.ks) | {"q_value": report.ks_q, "severity": report.ks_severity.name.lower()}
     return {"feature": report.feature, "severity": severity.name.lower(), "psi": psi, "ks": ks}
+
+
+def _fields(result: PsiResult | KsResult) -> dict[str, Any]:
+    """As `dataclasses.asdict`, which copies every number."""
+    return {name: getattr(result, name) for name in result.__slots__}

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from headrace.v1.tensor_pb2 import Signature
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import ARRAY, ColumnElement, Text, cast, delete, func, insert, or_, select, text, true, update
+from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.orm import InstrumentedAttribute, aliased
 
 from services.common.db import forget_claims
 from services.common.errors import NotFound
 from services.drift.draw import Draw
-from services.drift.sample import Sample
+from services.drift.sample import HEAD_BYTES, Sample, rows_of
+from services.drift.signatures import VersionKey
 from services.drift.stream import Stream
 from services.drift.tables import (
     AlertRow,
@@ -28,13 +30,15 @@ from services.drift.tables import (
     WindowRow,
 )
 
-#: Windows kept per model version.
+#: Windows kept per model version, at least.
 KEPT_WINDOWS = 1000
 
 #: Longer than Kafka redelivers anything.
 KEPT_CLAIMS = timedelta(days=14)
 KEPT_DONE = timedelta(days=30)
 KEPT_ALERTS = timedelta(days=365)
+#: After its last prediction, a version that is served no more: it may be rolled back to.
+KEPT_GONE = timedelta(days=90)
 
 #: Rows of each kind that one call of `forget_old` drops at most.
 FORGOTTEN_AT_ONCE = 10_000
@@ -45,6 +49,42 @@ MAX_LISTED = 500
 #: or a delivery that is being posted is put off.
 _LONGEST_S = 3600.0
 _LEEWAY_S = 120.0
+
+_GIVEN = "unnest(CAST(:models AS text[]), CAST(:versions AS text[])) AS given (model, version)"
+#: In one order everywhere, so that two replicas never wait for each other's locks: all that is missing is
+#: made before any row is locked.
+_MAKE = text(
+    f"""
+    INSERT INTO streams (model, version, reference_source, learning, pane, panes, updated_at)
+    SELECT given.model, given.version, 'stream', :learning, :pane, '{{}}', CAST(:now AS timestamptz)
+    FROM {_GIVEN}
+    WHERE NOT EXISTS (
+        SELECT FROM streams WHERE streams.model = given.model AND streams.version = given.version
+    )
+    ORDER BY given.model COLLATE "C", given.version COLLATE "C"
+    ON CONFLICT DO NOTHING
+    """  # noqa: S608 - nothing of it comes from elsewhere
+)
+_LOCK = text(
+    f"""
+    SELECT streams.model, streams.version, streams.updated_at
+    FROM streams JOIN {_GIVEN} USING (model, version)
+    ORDER BY streams.model COLLATE "C", streams.version COLLATE "C"
+    FOR UPDATE OF streams
+    """  # noqa: S608
+)
+_FORGET_WINDOWS = text(
+    f"""
+    DELETE FROM windows USING (
+        SELECT model, version, (
+            SELECT id FROM windows AS newer
+            WHERE newer.model = given.model AND newer.version = given.version
+            ORDER BY id DESC OFFSET :kept LIMIT 1
+        ) AS last FROM {_GIVEN}
+    ) AS oldest
+    WHERE windows.model = oldest.model AND windows.version = oldest.version AND windows.id <= oldest.last
+    """  # noqa: S608
+)
 
 
 async def forget_old(session: AsyncSession, now: datetime) -> int:
@@ -60,6 +100,23 @@ async def forget_old(session: AsyncSession, now: datetime) -> int:
         await _delete_some(session, AlertRow.alert_id, ended),
     ]
     return sum(counts)
+
+
+async def forget_gone(
+    session: AsyncSession, served: Set[VersionKey], now: datetime
+) -> Sequence[AlertRow] | None:
+    """Drop what is kept of one version that is not among `served` and of which nothing was heard for long;
+    gives the open alerts, which end by it. None where there is no such version."""
+    quiet = StreamRow.updated_at < now - KEPT_GONE
+    for model, version in await session.execute(select(StreamRow.model, StreamRow.version).where(quiet)):
+        if (model, version) not in served:
+            # A prediction may have come since: then its row is no longer quiet once it is locked.
+            stream = delete(StreamRow).where(StreamRow.model == model, StreamRow.version == version, quiet)
+            if await session.scalar(stream.returning(StreamRow.version)) is not None:
+                windows = delete(WindowRow).where(WindowRow.model == model, WindowRow.version == version)
+                await session.execute(windows)
+                return await forget_signals(session, model, version, now)
+    return None
 
 
 async def _delete_some(
@@ -83,33 +140,31 @@ async def store_signatures(session: AsyncSession, signatures: Mapping[tuple[str,
         for (model, version), signature in sorted(signatures.items(), key=lambda item: item[0])
     ]
     if rows:
-        await session.execute(insert(SignatureRow).values(rows).on_conflict_do_nothing())
+        await session.execute(upsert(SignatureRow).values(rows).on_conflict_do_nothing())
 
 
-async def lock_version(session: AsyncSession, model: str, version: str, now: datetime) -> datetime:
-    """Lock the row of one model version until the transaction ends, and make it where it is missing; gives
-    when it was written last. What it holds is not read: it may be a megabyte."""
-    found = select(StreamRow.updated_at).where(StreamRow.model == model, StreamRow.version == version)
-    found = found.with_for_update()
-    at = await session.scalar(found)
-    if at is None:
-        fresh = insert(StreamRow).values(
-            model=model,
-            version=version,
-            reference_source="stream",
-            learning=Sample().to_bytes(),
-            pane=Draw().to_bytes(),
-            panes=[],
-            updated_at=now,
-        )
-        await session.execute(fresh.on_conflict_do_nothing())
-        at = (await session.scalars(found)).one()
-    return at
+def _given(keys: Collection[VersionKey]) -> dict[str, Any]:
+    return {"models": [model for model, _ in keys], "versions": [version for _, version in keys]}
+
+
+async def lock_versions(
+    session: AsyncSession, keys: Collection[VersionKey], now: datetime
+) -> dict[VersionKey, datetime]:
+    """Lock the rows of model versions until the transaction ends, and make those that are missing; gives when
+    each was written last. What they hold is not read: each may be a megabyte. Call it once."""
+    given = _given(keys)
+    fresh = {"learning": Sample().to_bytes(), "pane": Draw().to_bytes(), "now": now}
+    found: dict[VersionKey, datetime] = {}
+    while len(found) < len(keys):  # again where a row was dropped in between
+        await session.execute(_MAKE, given | fresh)
+        locked = await session.execute(_LOCK, given)
+        found = {(model, version): at for model, version, at in locked}
+    return found
 
 
 async def lock_stream(session: AsyncSession, model: str, version: str, now: datetime) -> StreamRow:
     """The row of one model version, locked until the transaction ends; made where it is missing."""
-    await lock_version(session, model, version, now)
+    await lock_versions(session, [(model, version)], now)
     return await find_stream(session, model, version)
 
 
@@ -117,14 +172,65 @@ async def find_stream(session: AsyncSession, model: str, version: str) -> Stream
     """Raises NotFound where nothing was ever seen of the version."""
     row = await session.get(StreamRow, (model, version))
     if row is None:
-        raise NotFound(f"Nothing has been seen of {model}/{version} yet.", field="version")
+        raise _unseen(model, version)
     return row
 
 
-async def streams(session: AsyncSession, model: str) -> Sequence[StreamRow]:
-    """Every version of `model` that was ever seen."""
-    found = select(StreamRow).where(StreamRow.model == model).order_by(StreamRow.version)
-    return (await session.scalars(found)).all()
+async def check_seen(session: AsyncSession, model: str, version: str) -> None:
+    """Raises NotFound where nothing was ever seen of the version."""
+    seen = select(StreamRow.version).where(StreamRow.model == model, StreamRow.version == version)
+    if await session.scalar(seen) is None:
+        raise _unseen(model, version)
+
+
+def _unseen(model: str, version: str) -> NotFound:
+    return NotFound(f"Nothing has been seen of {model}/{version} yet.", field="version")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a version is. `reference_rows` is None while the reference is learned, of which there are
+    `learned_rows`; `open_alerts` are those that nobody has acknowledged."""
+
+    version: str
+    reference_source: str
+    reference_rows: int | None
+    learned_rows: int
+    updated_at: datetime
+    window: WindowRow | None
+    open_alerts: int
+
+
+async def standings(session: AsyncSession, model: str) -> list[Standing]:
+    """Every version of `model` that was ever seen. Of samples no more is read than their number of rows."""
+    newest = select(WindowRow).where(
+        WindowRow.model == StreamRow.model, WindowRow.version == StreamRow.version
+    )
+    window = aliased(WindowRow, newest.order_by(WindowRow.id.desc()).limit(1).lateral())
+    alerts = select(func.count()).where(
+        AlertRow.model == StreamRow.model,
+        AlertRow.version == StreamRow.version,
+        AlertRow.resolved_at.is_(None),
+        AlertRow.acknowledged_at.is_(None),
+    )
+    found = (
+        select(
+            StreamRow.version,
+            StreamRow.reference_source,
+            func.substring(StreamRow.reference, 1, HEAD_BYTES),
+            func.substring(StreamRow.learning, 1, HEAD_BYTES),
+            StreamRow.updated_at,
+            window,
+            alerts.scalar_subquery(),
+        )
+        .outerjoin_from(StreamRow, window, true())
+        .where(StreamRow.model == model)
+        .order_by(StreamRow.version)
+    )
+    return [
+        Standing(version, source, rows_of(head) if head else None, rows_of(learned), at, last, alerts)
+        for version, source, head, learned, at, last, alerts in await session.execute(found)
+    ]
 
 
 def to_stream(row: StreamRow) -> Stream:
@@ -166,19 +272,23 @@ def changes(stream: Stream, written: Written, now: datetime) -> dict[str, Any]:
     return columns
 
 
-async def write_stream(session: AsyncSession, model: str, version: str, columns: Mapping[str, Any]) -> None:
-    """Write the `changes` of a stream."""
-    row = update(StreamRow).where(StreamRow.model == model, StreamRow.version == version).values(**columns)
-    await session.execute(row.execution_options(synchronize_session=False))
+async def write_streams(session: AsyncSession, changed: Mapping[VersionKey, Mapping[str, Any]]) -> None:
+    """Write the `changes` of streams."""
+    rows = [{"model": key[0], "version": key[1], **columns} for key, columns in changed.items()]
+    if rows:
+        # Those of the same columns are one statement.
+        await session.execute(update(StreamRow), sorted(rows, key=sorted))
 
 
-async def add_window(session: AsyncSession, row: WindowRow) -> None:
-    """Keep one comparison, and the last 1,000 of its version."""
-    session.add(row)
-    await session.flush()
-    same = (WindowRow.model == row.model, WindowRow.version == row.version)
-    oldest = select(WindowRow.id).where(*same).order_by(WindowRow.id.desc()).offset(KEPT_WINDOWS).limit(1)
-    await session.execute(delete(WindowRow).where(*same, WindowRow.id <= oldest.scalar_subquery()))
+async def add_windows(session: AsyncSession, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Keep comparisons."""
+    await session.execute(insert(WindowRow), rows)
+
+
+async def forget_windows(session: AsyncSession, keys: Collection[VersionKey]) -> None:
+    """Drop all but the last 1,000 comparisons of versions. It takes milliseconds for each of them."""
+    if keys:
+        await session.execute(_FORGET_WINDOWS, _given(keys) | {"kept": KEPT_WINDOWS})
 
 
 async def windows(session: AsyncSession, model: str, version: str, limit: int) -> Sequence[WindowRow]:
@@ -187,10 +297,17 @@ async def windows(session: AsyncSession, model: str, version: str, limit: int) -
     return (await session.scalars(found.order_by(WindowRow.id.desc()).limit(limit))).all()
 
 
-async def signals(session: AsyncSession, model: str, version: str) -> dict[tuple[str, str], SignalRow]:
-    """What is remembered of a version, by feature and detector."""
-    found = select(SignalRow).where(SignalRow.model == model, SignalRow.version == version)
-    return {(row.feature, row.detector): row for row in await session.scalars(found)}
+async def signals(
+    session: AsyncSession, keys: Collection[VersionKey]
+) -> dict[VersionKey, dict[tuple[str, str], SignalRow]]:
+    """What is remembered of versions, by feature and detector."""
+    given = func.unnest(*(cast(part, ARRAY(Text)) for part in _given(keys).values()))
+    asked = given.table_valued("model", "version").render_derived()
+    joined = (SignalRow.model == asked.c.model) & (SignalRow.version == asked.c.version)
+    found: dict[VersionKey, dict[tuple[str, str], SignalRow]] = defaultdict(dict)
+    for row in await session.scalars(select(SignalRow).join(asked, joined)):
+        found[row.model, row.version][row.feature, row.detector] = row
+    return found
 
 
 async def forget_signals(session: AsyncSession, model: str, version: str, now: datetime) -> list[AlertRow]:

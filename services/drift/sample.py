@@ -4,6 +4,7 @@ stream are both this, so that comparing them needs nothing else."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -16,6 +17,10 @@ SKETCH_K = 2048
 #: A feature with more values than this is not one that takes "a few values"; the rest counts as one.
 MAX_CATEGORIES = 200
 OTHER = "(other)"
+
+#: The beginning of what `Sample.to_bytes` writes, in which `rows_of` finds how many rows there are.
+HEAD_BYTES = 64
+_ROWS = re.compile(rb'\{"rows": (\d+)')
 
 
 @dataclass(slots=True)
@@ -91,6 +96,14 @@ class Sample:
             numeric=numeric,
             categorical={name: Counter(counts) for name, counts in stored["categorical"].items()},
         )
+
+
+def rows_of(head: bytes) -> int:
+    """The rows of a stored sample, of which `head` is the beginning."""
+    found = _ROWS.match(head, 4)
+    if found is None:
+        raise ValueError("no sample begins so")
+    return int(found[1])
 
 
 def merged(samples: list[Sample]) -> Sample:

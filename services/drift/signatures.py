@@ -54,6 +54,10 @@ class Signatures:
         served = self._served.get(model)
         return served is not None and version not in served
 
+    def served(self) -> set[VersionKey]:
+        """Every version that is served as far as is known here."""
+        return {(model, version) for model, versions in self._served.items() for version in versions}
+
     def _serve(self, model: str, versions: frozenset[str]) -> None:
         self._served[model] = versions
         self._on_served(model, versions)

@@ -11,8 +11,8 @@ read. Pure: buckets.py (who moves when weights change), signatures.py, onnx_file
 a file says of itself).
 
 Trials: controller.py (the loop that lets them act), verdicts.py (what analytics says), trials.py (what it is
-asked), trial_schemas.py (metrics), workers.py (what is loaded), retention.py
-(what is forgotten). Experiments: experiments.py (the rules),
+asked), trial_schemas.py (metrics), workers.py (what is loaded), counting.py (how often they are
+counted), retention.py (what is forgotten). Experiments: experiments.py (the rules),
 experiment_running.py (what is served of them), experiment_control.py (what they do by themselves),
 assignments.py and explanation.py (who gets which variant, and why), experiment_schemas.py and
 experiment_views.py (what callers send and get); pure: experiment_steps.py (what to do

@@ -17,7 +17,7 @@ from services.registry.edge import Edge
 from services.registry.names import AliasName
 from services.registry.schemas import AliasIn, ModelIn, ModelPatch, VersionIn, checked
 from services.registry.uploads import receive_multipart
-from services.registry.views import AlertList, AlertView, ModelPage, ModelView, VersionList, VersionView
+from services.registry.views import AlertList, AlertView, ModelPage, ModelView, VersionPage, VersionView
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
 After = Annotated[str, Query(max_length=100, pattern=r"^[^\x00]*$")]
@@ -113,10 +113,10 @@ def version_routes(edge: Edge) -> APIRouter:
         return VersionView.of(version)
 
     @routes.get("/{model}/versions")
-    async def list_versions(model: str) -> VersionList:
+    async def list_versions(model: str, limit: Limit = 100, after: After = "") -> VersionPage:
         async with edge.transaction() as tx:
-            versions = await service.list_versions(tx, model)
-        return VersionList(versions=[VersionView.of(version) for version in versions])
+            versions, following = await service.list_versions(tx, model, after, limit)
+        return VersionPage(versions=[VersionView.of(version) for version in versions], next=following)
 
     @routes.get("/{model}/versions/{version}")
     async def get_version(model: str, version: str) -> VersionView:

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from headrace.v1.trials_pb2 import Verdict
 
 from services.registry import experiments
+from services.registry.counting import Counting
 from services.registry.edge import Edge
 from services.registry.experiment_running import Readiness, close
 from services.registry.experiment_state import standing_of
@@ -33,14 +34,16 @@ class ExperimentActor:
     def __init__(self, edge: Edge, ready: Readiness) -> None:
         self._edge = edge
         self._ready = ready
+        self._counting = Counting(edge.clock)
         #: Whether one is scheduled or runs. One that was stopped is closed by and by.
         self.is_open = False
 
     async def candidates(self, tx: Repository, now: datetime) -> Sequence[str]:
         """Experiments that have something to do now."""
-        counts = await tx.experiment_counts()
-        for status in _STATUSES:
-            self._edge.metrics.experiments.labels(status).set(counts.get(status, 0))
+        counts = await self._counting.ask(tx.experiment_counts)
+        if counts is not None:
+            for status in _STATUSES:
+                self._edge.metrics.experiments.labels(status).set(counts.get(status, 0))
         open_now = await tx.open_experiments()
         self.is_open = any(row.status != "stopped" for row, _ in open_now)
         return [row.experiment_id for row, verdict in open_now if self._step(row, verdict, now) is not None]

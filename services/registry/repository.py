@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -83,12 +83,20 @@ class Repository(TrialQueries, RolloutQueries):
         """Deleted ones included."""
         return await self._get(VersionRow, model, version)
 
-    async def versions(self, model: str, names: Sequence[str] | None = None) -> Sequence[VersionRow]:
-        """Those not deleted, oldest first; only `names` where given."""
+    async def versions(self, model: str, names: Sequence[str]) -> Sequence[VersionRow]:
+        """Those of `names` that are not deleted, oldest first."""
         statement = select(VersionRow).where(VersionRow.model == model, VersionRow.deleted_at.is_(None))
-        if names is not None:
-            statement = statement.where(VersionRow.version.in_(names))
+        statement = statement.where(VersionRow.version.in_(names))
         statement = statement.order_by(VersionRow.created_at, VersionRow.version)
+        return (await self._session.scalars(statement)).all()
+
+    async def versions_behind(self, model: str, row: VersionRow | None, limit: int) -> Sequence[VersionRow]:
+        """Those not deleted that are younger than `row`, oldest first."""
+        age = tuple_(VersionRow.created_at, VersionRow.version)
+        statement = select(VersionRow).where(VersionRow.model == model, VersionRow.deleted_at.is_(None))
+        if row is not None:
+            statement = statement.where(age > tuple_(row.created_at, row.version))
+        statement = statement.order_by(VersionRow.created_at, VersionRow.version).limit(limit)
         return (await self._session.scalars(statement)).all()
 
     async def version_names(self, model: str) -> Sequence[str]:
@@ -149,13 +157,11 @@ class Repository(TrialQueries, RolloutQueries):
 
     async def deployed_revisions(self) -> dict[str, int]:
         """Model → revision of everything deployed."""
-        rows = await self._session.execute(select(DeploymentRow.model, DeploymentRow.revision))
-        return {row[0]: row[1] for row in rows.all()}
+        return await self._revisions(DeploymentRow.model, DeploymentRow.revision)
 
     async def last_revisions(self) -> dict[str, int]:
         """Model → last revision of everything ever deployed."""
-        rows = await self._session.execute(select(RevisionRow.model, RevisionRow.revision))
-        return {row[0]: row[1] for row in rows.all()}
+        return await self._revisions(RevisionRow.model, RevisionRow.revision)
 
     async def history(self, model: str, before: int, limit: int) -> Sequence[HistoryRow]:
         """Revisions below `before`, newest first."""
@@ -185,8 +191,7 @@ class Repository(TrialQueries, RolloutQueries):
 
     async def key_revisions(self) -> dict[str, int]:
         """Key id → revision, revoked ones included."""
-        rows = await self._session.execute(select(KeyRow.key_id, KeyRow.revision))
-        return {row[0]: row[1] for row in rows.all()}
+        return await self._revisions(KeyRow.key_id, KeyRow.revision)
 
     # alerts
 

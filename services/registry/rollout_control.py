@@ -10,6 +10,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from services.common.clock import Leaps
+from services.registry.counting import Counting
 from services.registry.edge import Edge
 from services.registry.repository import Repository
 from services.registry.rollout_plan import Action, Status
@@ -36,6 +37,7 @@ class RolloutActor:
         self._edge = edge
         self._workers = workers
         self._leaps = Leaps(edge.clock, CLOCK_SLACK.total_seconds())
+        self._counting = Counting(edge.clock)
         self._looked = False
         #: Whether one is under way. One that has finished is closed by and by.
         self.is_open = False
@@ -66,9 +68,10 @@ class RolloutActor:
                 continue
             if due:
                 found.append(row.rollout_id)
-        counts = await tx.rollout_counts()
-        for status in Status:
-            self._edge.metrics.rollouts.labels(status).set(counts.get(status, 0))
+        counts = await self._counting.ask(tx.rollout_counts)
+        if counts is not None:
+            for status in Status:
+                self._edge.metrics.rollouts.labels(status).set(counts.get(status, 0))
         return found
 
     async def act(self, tx: Repository, trial_id: str, now: datetime) -> str | None:

@@ -10,7 +10,7 @@ from headrace.v1.registry_pb2 import ArtifactFile, Lineage, Model, ModelVersion
 from headrace.v1.tensor_pb2 import Signature
 
 from services.common.clock import Clock
-from services.common.errors import AlreadyExists, FailedPrecondition, NotFound
+from services.common.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from services.registry import deployments, serving_config
 from services.registry.artifacts import StoredVersion
 from services.registry.deployments import no_model
@@ -117,10 +117,18 @@ async def get_version(tx: Repository, model: str, version: str) -> ModelVersion:
     return _version(await _existing_version(tx, model, alias.version if alias else version))
 
 
-async def list_versions(tx: Repository, model: str) -> list[ModelVersion]:
-    """Oldest first. Raises NotFound for an unknown model."""
+async def list_versions(
+    tx: Repository, model: str, after: str, limit: int
+) -> tuple[list[ModelVersion], str | None]:
+    """A page, oldest first, and where the next one starts: behind a version, which may be deleted meanwhile.
+    Raises NotFound for an unknown model, InvalidArgument where no version was ever called `after`."""
     await _existing(tx, model)
-    return [_version(row) for row in await tx.versions(model)]
+    last = await tx.version(model, after) if after else None
+    if after and last is None:
+        raise InvalidArgument(f"{model} has no version {after!r} to go on behind", field="after")
+    rows = await tx.versions_behind(model, last, limit + 1)
+    page = rows[:limit]
+    return [_version(row) for row in page], page[-1].version if len(rows) > limit else None
 
 
 async def delete_version(tx: Repository, model: str, version: str, clock: Clock) -> None:

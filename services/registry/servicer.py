@@ -31,6 +31,9 @@ from services.registry.uploads import Upload
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+#: Versions that are read together for a list, which over gRPC has no pages.
+_AT_ONCE = 1000
+
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
     """`headrace.v1.Registry`. Domain errors become statuses in `grpc_server.py`."""
@@ -78,7 +81,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self, request: pb.ListVersionsRequest, _context: Context
     ) -> pb.ListVersionsResponse:
         async with self._edge.transaction() as tx:
-            return pb.ListVersionsResponse(versions=await service.list_versions(tx, request.model))
+            answer, after = pb.ListVersionsResponse(), ""
+            while True:
+                versions, following = await service.list_versions(tx, request.model, after, _AT_ONCE)
+                answer.versions.extend(versions)
+                if following is None:
+                    return answer
+                after = following
 
     async def SetAlias(self, request: pb.SetAliasRequest, _context: Context) -> pb.Model:
         async with self._edge.transaction() as tx:

@@ -9,6 +9,7 @@ from typing import Final
 from sqlalchemy import delete, func, select, text, union_all
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
 
 from services.registry.tables import ExperimentEventRow, ExperimentRow, RolloutRow, VerdictRow
 
@@ -105,21 +106,27 @@ class TrialQueries:
 
     async def trial_revisions(self) -> dict[str, int]:
         """Trial id → revision of everything that is on the topic, drafts included."""
-        statement = select(ExperimentRow.experiment_id, ExperimentRow.revision)
-        experiments = (await self._session.execute(statement)).all()
-        rollouts = await self._session.execute(select(RolloutRow.rollout_id, RolloutRow.revision))
-        return {row[0]: row[1] for row in (*experiments, *rollouts.all())}
+        experiments = await self._revisions(ExperimentRow.experiment_id, ExperimentRow.revision)
+        return experiments | await self._revisions(RolloutRow.rollout_id, RolloutRow.revision)
+
+    async def _revisions(
+        self, key: InstrumentedAttribute[str], revision: InstrumentedAttribute[int]
+    ) -> dict[str, int]:
+        """Of a whole table, in one row: as many as there are would keep the event loop for seconds."""
+        arrays = select(func.array_agg(key), func.array_agg(revision))
+        keys, revisions = (await self._session.execute(arrays)).one()
+        return dict(zip(keys or (), revisions or (), strict=True))
 
     async def trials_closed_before(self, before: datetime) -> Sequence[str]:
-        """Experiments and rollouts on which nothing is counted since then: the first of them by id."""
+        """Experiments and rollouts on which nothing is counted since then: some that were closed first."""
         closed = [
-            select(row_id).where(closed_at < before)
+            select(row_id, closed_at).where(closed_at < before)
             for row_id, closed_at in (
                 (ExperimentRow.experiment_id, ExperimentRow.closed_at),
                 (RolloutRow.rollout_id, RolloutRow.closed_at),
             )
         ]
-        statement = union_all(*closed).order_by(text("1")).limit(_FORGOTTEN_AT_ONCE)
+        statement = union_all(*closed).order_by(text("2, 1")).limit(_FORGOTTEN_AT_ONCE)
         return (await self._session.scalars(statement)).all()
 
     async def delete_trial(self, trial_id: str) -> None:

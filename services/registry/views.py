@@ -126,8 +126,10 @@ class VersionView(BaseModel):
         )
 
 
-class VersionList(BaseModel):
+class VersionPage(BaseModel):
     versions: list[VersionView]
+    #: `after` of the next page; null: this was the last.
+    next: str | None
 
 
 class ServedView(BaseModel):

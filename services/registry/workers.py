@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+import structlog
 from headrace.v1.control_pb2 import LoadedVersion, ServingConfig, WorkerStatus
 
-from services.common.bus import Bus, Table
+from services.common.bus import Bus, Record, Table
 from services.common.clock import Clock
+from services.common.errors import HeadraceError
+from services.common.tasks import running
 from services.common.topics import WORKERS
 from services.registry.rollout_plan import Readiness
 from services.registry.schemas import storable
+
+log = structlog.get_logger(__name__)
 
 #: A worker that was not heard of for so many of its intervals is gone.
 MISSED: Final = 3
@@ -22,6 +28,11 @@ MISSED: Final = 3
 _ROUND: Final = 1.5
 _MOST_ROUND_S: Final = 1.5
 _LIVE: Final = frozenset({WorkerStatus.STATE_STARTING, WorkerStatus.STATE_READY})
+#: Minutes without a word, while others are heard, after which a worker's record is deleted. So many, since
+#: routers go on with a worker that only the broker does not hear. One that speaks after all is known again.
+FORGOTTEN_MINUTES: Final = 360
+_MINUTE_S = 60.0
+_FORGOTTEN_AT_ONCE: Final = 1000
 
 
 #: Model, version, artifact.
@@ -50,6 +61,9 @@ class Workers:
         self._heard: dict[str, _Heard] = {}
         #: What the topic holds of every worker, dead ones included, of which there are ever more: its hash.
         self._said: dict[str, int] = {}
+        #: For how many minutes nothing else came of those.
+        self._silent: dict[str, int] = {}
+        self._is_anybody_heard = False
         self._settled_at = -math.inf
         self.table: Table | None = None
 
@@ -59,11 +73,14 @@ class Workers:
         if value is None:
             self._heard.pop(worker_id, None)
             self._said.pop(worker_id, None)
+            self._silent.pop(worker_id, None)
             return
         mark = hash(value)
         again = self._said.get(worker_id) == mark
         self._said[worker_id] = mark
         if self.table is not None and self.table.caught_up and not again:
+            self._silent.pop(worker_id, None)
+            self._is_anybody_heard = True
             self.hear(worker_id, WorkerStatus.FromString(value))
 
     def hear(self, worker_id: str, status: WorkerStatus) -> None:
@@ -112,6 +129,16 @@ class Workers:
         """Whether some worker of `config`'s pool can answer for `version` of its model."""
         return self.readiness(config, version).ready > 0
 
+    def gone(self) -> list[str]:
+        """Whose last words nobody needs any more; asked once a minute. One in which nobody says anything, as
+        when the broker is away, counts for nobody."""
+        if self._is_anybody_heard:
+            for worker_id in self._said:
+                self._silent[worker_id] = self._silent.get(worker_id, 0) + 1
+        self._is_anybody_heard = False
+        gone = [worker_id for worker_id, minutes in self._silent.items() if minutes >= FORGOTTEN_MINUTES]
+        return gone[:_FORGOTTEN_AT_ONCE]
+
     def _forget_silent(self, now: float) -> None:
         for worker_id in [name for name, heard in self._heard.items() if heard.until < now]:
             del self._heard[worker_id]
@@ -138,4 +165,22 @@ async def workers_followed(bus: Bus, clock: Clock) -> AsyncIterator[Workers]:
     workers = Workers(clock)
     async with bus.table(WORKERS, workers.apply) as table:
         workers.table = table
-        yield workers
+        async with running(_forgetting(workers, bus), "forget workers"):
+            yield workers
+
+
+async def _forgetting(workers: Workers, bus: Bus) -> None:
+    """Delete from the topic who is gone, or it would hold everybody who ever was; any number of registries
+    may. A worker cannot say it of itself: most that are gone were killed."""
+    while True:
+        await asyncio.sleep(_MINUTE_S)
+        gone = workers.gone()
+        if gone:
+            try:
+                await bus.publish([Record(WORKERS.name, worker_id.encode(), None) for worker_id in gone])
+            except HeadraceError as error:
+                log.info("workers_forgotten_later", reason=error.message)
+            except Exception:
+                log.exception("workers_not_forgotten")  # the next minute comes
+            else:
+                log.info("workers_forgotten", workers=gone[:20], count=len(gone))

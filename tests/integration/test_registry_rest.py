@@ -337,7 +337,7 @@ async def test_unusable_uploads_are_refused_and_leave_nothing(running: Running, 
     cut = b'--b\r\nContent-Disposition: form-data; name="files"; filename="model.onnx"\r\n\r\nabc'
     header = {"content-type": "multipart/form-data; boundary=b"}
     refused(await running.rest.post(url, content=cut, headers=header), 400, "INVALID_ARGUMENT", None)
-    assert (await running.rest.get(url)).json() == {"versions": []}
+    assert (await running.rest.get(url)).json() == {"versions": [], "next": None}
     assert list((tmp_path / "state" / "registry" / "uploads").iterdir()) == []
 
 
@@ -494,3 +494,23 @@ async def test_strange_names_are_answered_not_crashed_on(running: Running) -> No
     ).status_code == 400
     mistaken = await running.rest.post("/v1/models", content=bytes(MAX_BODY_BYTES + 1))
     assert (mistaken.status_code, mistaken.json()["code"]) == (413, "INVALID_ARGUMENT")
+
+
+async def test_versions_are_listed_page_by_page_oldest_first(running: Running) -> None:
+    await running.make("paged", *[linear(weight=n) for n in range(1, 6)])
+    assert (await running.upload("paged", {"model.onnx": linear(weight=9)}, version="0")).status_code == 201
+    await running.make("other", linear())
+
+    async def page(**asked: Any) -> tuple[list[str], str | None]:
+        answer = await running.rest.get("/v1/models/paged/versions", params=asked)
+        assert answer.status_code == 200, answer.text
+        return [version["version"] for version in answer.json()["versions"]], answer.json()["next"]
+
+    assert await page() == (["1", "2", "3", "4", "5", "0"], None)
+    assert await page(limit=2) == (["1", "2"], "2")
+    assert await page(limit=2, after="2") == (["3", "4"], "4")
+    assert (await running.rest.delete("/v1/models/paged/versions/4")).status_code == 204
+    assert await page(limit=2, after="4") == (["5", "0"], None)  # it knows its place still
+    assert await page(limit=5) == (["1", "2", "3", "5", "0"], None)
+    unknown = await running.rest.get("/v1/models/paged/versions", params={"after": "nothing"})
+    refused(unknown, 422, "INVALID_ARGUMENT", "after")

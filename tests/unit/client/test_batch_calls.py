@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from headrace_client import AsyncHeadrace, Batch, Headrace, InvalidRequest
+from headrace_client import AsyncHeadrace, Batch, DeadlineExceeded, Headrace, InvalidRequest
 from headrace_client import async_batch_calls as later
 from headrace_client import batch_calls as calls
 
@@ -116,6 +116,24 @@ async def test_waiting_ends_with_the_last_state() -> None:
         assert client.batches.wait("b1").status == "failed"
     async with Script(httpx.Response(200, text=event(1, "expired", 1))).awaited() as later_client:
         assert (await later_client.batches.wait("b1")).ended
+
+
+def never_heard_of(request: httpx.Request) -> httpx.Response:
+    """A connection that stays silent: what the client allows it ends it."""
+    allowed = request.extensions["timeout"]["read"]
+    if allowed > 1.0:
+        raise AssertionError(f"the client would wait for {allowed} s")
+    raise httpx.ReadTimeout("nothing came", request=request)
+
+
+async def test_a_silent_stream_is_not_waited_for_beyond_the_time_given() -> None:
+    silent = httpx.MockTransport(never_heard_of)
+    client = Headrace("http://gateway", "hr_k", transport=silent)
+    with client, pytest.raises(DeadlineExceeded, match="b1 has not ended in time"):
+        client.batches.wait("b1", timeout=0.01)
+    async with AsyncHeadrace("http://gateway", "hr_k", transport=silent) as later_client:
+        with pytest.raises(DeadlineExceeded, match="b1 has not ended in time"):
+            await later_client.batches.wait("b1", timeout=0.01)
 
 
 async def test_lists_go_on_page_by_page() -> None:

@@ -323,6 +323,22 @@ def test_models_are_listed_page_by_page() -> None:
     assert [model["name"] for model in client(gateway).models()] == ["a", "b"]
 
 
+async def test_versions_are_listed_page_by_page() -> None:
+    pages: dict[str | None, Any] = {
+        None: {"versions": [{"version": "1"}], "next": "1"},
+        "1": {"versions": [{"version": "2"}], "next": None},
+    }
+
+    def gateway(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=pages[request.url.params.get("after")])
+
+    async with AsyncHeadrace("http://gateway", transport=httpx.MockTransport(gateway)) as asynchronous:
+        assert await asynchronous.versions("m") == client(gateway).versions("m")
+    assert [found["version"] for found in client(gateway).versions("m")] == ["1", "2"]
+    pages[None] = {"versions": [{"version": "1"}, {"version": "2"}]}  # an earlier release has no pages
+    assert [found["version"] for found in client(gateway).versions("m")] == ["1", "2"]
+
+
 def test_management_calls_say_what_they_mean() -> None:
     seen: list[tuple[str, str, Any]] = []
 

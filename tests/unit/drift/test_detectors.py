@@ -105,3 +105,66 @@ def test_exact_ks_counts_with_ties_as_r_does() -> None:
     assert ks.ks_two_sample(x, y, method="exact").p_value == pytest.approx(0.03409662, rel=1e-6)
     one_sided = ks.ks_two_sample(x, y, method="exact", alternative="greater")
     assert one_sided.p_value == pytest.approx(0.01864802, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reference", "current"),
+    [([1, 2, 3], [6]), ([1, 2], [1, 2, 3]), ([], []), ([1, 2], [0, 0]), ([0, 0], [1, 2])],
+)
+def test_psi_needs_the_same_bins_and_something_in_them(reference: list[int], current: list[int]) -> None:
+    with pytest.raises(ValueError, match="need"):
+        psi.psi_from_counts(reference, current)
+
+
+@pytest.mark.parametrize(
+    ("reference", "current"),
+    [([0.5, 0.5], [1.0]), ([], []), ([0.0, 1.0], [0.5, 0.5]), ([0.5, 0.5], [0.0, 1.0])],
+)
+def test_shares_that_have_no_index_are_refused(reference: list[float], current: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"need the same bins|above zero"):
+        psi.index(reference, current)
+
+
+@pytest.mark.parametrize(("reference", "current"), [([], [1.0]), ([1.0], []), ([np.nan], [1.0])])
+def test_ks_needs_values_on_either_side(reference: list[float], current: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        ks.ks_two_sample(reference, current)
+
+
+@pytest.mark.parametrize(
+    ("reference", "current", "counts"),
+    [([0.5, 1.0], [1.0], (9, 9)), ([], [], (9, 9)), ([1.0], [1.0], (0, 9)), ([1.0], [1.0], (9, 0))],
+)
+def test_ks_of_shares_needs_the_same_points_and_values_behind_them(
+    reference: list[float], current: list[float], counts: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match="at the same points"):
+        ks.ks_from_cumulative(reference, current, *counts)
+
+
+def test_adwin_looks_at_every_tick_of_its_clock_once_the_grace_is_over() -> None:
+    def first_change(clock: int, grace_period: int = 10) -> int:
+        detector = online.Adwin(clock=clock, grace_period=grace_period)
+        values = [0.0] * 200 + [1.0] * 400
+        return next(number for number, value in enumerate(values, 1) if detector.update(value))
+
+    soonest = first_change(clock=1)
+    assert 200 < soonest < 230
+    assert first_change(clock=64) == 256
+    assert first_change(clock=1, grace_period=300) == 301
+
+
+def test_adwins_window_is_that_of_its_last_values_through_merges_and_cuts() -> None:
+    rng = np.random.default_rng(3)
+    values = np.concatenate([rng.normal(level, 1.0, 1500) for level in (0.0, 1.5, -1.0)])
+    detector, widths = online.Adwin(), []
+    for number, value in enumerate(values, 1):
+        detector.update(float(value))
+        window = values[number - detector.width : number]
+        widths.append(detector.width)
+        if number % 50 == 0:
+            assert detector._window is not None
+            assert detector.mean == pytest.approx(window.mean())
+            assert detector._window.deviations == pytest.approx(((window - window.mean()) ** 2).sum())
+    assert max(widths) > 1400
+    assert widths[2200] < 900

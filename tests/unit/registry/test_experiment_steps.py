@@ -43,6 +43,13 @@ BETTER = evidence(Evidence.FINDING_BETTER)
 WORSE = evidence(Evidence.FINDING_HARMFUL)
 UNDECIDED = evidence(Evidence.FINDING_UNDECIDED)
 SAFE = evidence(Evidence.FINDING_SAFE, "error_rate")
+SLOW = Evidence(
+    metric="latency_ms",
+    role=TrialMetric.ROLE_GUARDRAIL,
+    arm="new",
+    finding=Evidence.FINDING_HARMFUL,
+    reason="numbers",
+)
 
 
 def action(standing: Standing, verdict: Verdict | None = None) -> Action | None:
@@ -57,6 +64,7 @@ def action(standing: Standing, verdict: Verdict | None = None) -> Action | None:
         (replace(SCHEDULED, start_at=NOW), Action.START),
         (replace(SCHEDULED, start_at=NOW + HOUR), None),
         (replace(SCHEDULED, stop_at=NOW), Action.STOP),
+        (replace(SCHEDULED, stop_at=NOW + HOUR), Action.START),
         (RUNNING, None),
         (replace(RUNNING, stop_at=NOW + HOUR), None),
         (replace(RUNNING, stop_at=NOW), Action.STOP),
@@ -76,11 +84,13 @@ def test_time_starts_stops_and_closes(standing: Standing, expected: Action | Non
         ([], False, False),
         ([UNDECIDED, SAFE], False, False),
         ([HARM], False, True),
+        ([SLOW], False, True),
         ([BETTER], False, True),
         ([WORSE], False, True),
         # A split that is not what was configured proves nothing but a rise of errors.
         ([BETTER], True, False),
         ([WORSE], True, False),
+        ([SLOW], True, False),
         ([HARM], True, True),
         # What is said of another arm than the variants is not about this experiment.
         ([evidence(Evidence.FINDING_BETTER, arm="gone")], False, False),
@@ -99,6 +109,8 @@ def test_one_variant_of_several_that_is_worse_does_not_stop_the_others() -> None
     variants = ("old", "new", "newer")
     one = Verdict(evidence=[WORSE, evidence(Evidence.FINDING_UNDECIDED, arm="newer")])
     assert proven(one, variants) == ""
+    elsewhere = Verdict(evidence=[WORSE, evidence(Evidence.FINDING_HARMFUL, "kept", arm="newer")])
+    assert proven(elsewhere, variants) == ""
     both = Verdict(evidence=[WORSE, evidence(Evidence.FINDING_HARMFUL, arm="newer")])
     assert proven(both, variants) == "every variant is proven worse in sold: numbers"
 
@@ -112,6 +124,12 @@ def test_a_bandit_moves_within_its_bounds_and_once_per_verdict_on_the_present_we
     assert step.reason == "the bandit follows the evidence: old 50% to 35%, new 50% to 65%"
     assert action(replace(bandit, revision=8), verdict) is None
     assert action(replace(bandit, weighted_at=NOW - timedelta(seconds=59)), verdict) is None
+    assert action(replace(bandit, weighted_at=NOW - timedelta(seconds=60)), verdict) == Action.REWEIGHT
+    first = replace(bandit, weighted_at=None)
+    assert action(first, verdict) == Action.REWEIGHT
+    assert action(replace(first, started_at=NOW - timedelta(seconds=59)), verdict) is None
+    for apart_s in (3, 5):  # as clocks of two registries may be
+        assert action(replace(bandit, weighted_at=NOW + timedelta(seconds=apart_s)), verdict) is None
     ahead = replace(bandit, weighted_at=NOW + timedelta(hours=1))
     assert action(ahead, verdict) == action(bandit, verdict) is not None, "the clock was set back since"
     for refused in (
