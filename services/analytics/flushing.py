@@ -326,10 +326,9 @@ class Flusher:
         """Drop some of what is kept no longer; how much. Objects count no more from then on, and are deleted
         later by `forget`."""
         now, dropped = self._clock.now(), 0
-        before_us = round((now - self._retention.predictions).timestamp() * 1e6)
         for _ in range(_TIMES):
             async with transaction(self._engine) as session:
-                old = await repository.old_segments(session, before_us)
+                old = await repository.old_segments(session, now - self._retention.predictions)
                 old = old or await repository.segments_beyond(session, self._retention.prediction_bytes)
                 count = await repository.drop_segments(session, old, now) if old else 0
                 count += await repository.forget_old_outcomes(session, now - self._retention.outcomes)

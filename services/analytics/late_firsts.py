@@ -32,11 +32,12 @@ class KnownFirsts:
     @classmethod
     def at(cls, until_us: int, firsts: Firsts, earlier: Self | None) -> Self:
         """At a look at what was answered before `until_us`, after the look that knew `earlier`."""
-        revised_us = 0
-        if earlier is not None:
-            same = firsts(earlier.before_us) == (earlier.units, earlier.digest)
-            revised_us = earlier.revised_us if same else earlier.before_us
         before_us = until_us - _USUAL_US
+        revised_us = 0 if earlier is None else earlier.revised_us
+        # Where the clock was set back in between, what comes now is no log that was held back.
+        if earlier is not None and earlier.before_us <= before_us:
+            same = firsts(earlier.before_us) == (earlier.units, earlier.digest)
+            revised_us = revised_us if same else earlier.before_us
         return cls(before_us, *firsts(before_us), revised_us)
 
     @property

@@ -236,13 +236,12 @@ async def newest_segments(session: AsyncSession, model: str, rows: int) -> list[
         .order_by(SegmentRow.last_at_us.desc())
         .limit(max(1, rows))
     )
-    found, held = [], 0
+    found: list[SegmentRow] = []
     for row in await session.scalars(statement):
-        found.append(row)
-        held += row.rows
-        # One more than needed: times of neighbours overlap.
-        if held >= 2 * rows:
+        # What is newer than all that is left; twice as many, since a request may be tried more than once.
+        if sum([one.rows for one in found if one.first_at_us >= row.last_at_us]) >= 2 * rows:
             break
+        found.append(row)
     return found
 
 
@@ -287,11 +286,12 @@ async def drop_segments(session: AsyncSession, ids: Sequence[int], now: datetime
     return len((await session.scalars(dropped.returning(SegmentRow.id))).all())
 
 
-async def old_segments(session: AsyncSession, before_us: int) -> list[int]:
-    """Some objects that hold no answer of that time or later."""
-    statement = select(SegmentRow.id).where(
-        SegmentRow.dropped_at.is_(None), SegmentRow.last_at_us < before_us
-    )
+async def old_segments(session: AsyncSession, before: datetime) -> list[int]:
+    """Some objects that hold no answer of that time or later, whatever clocks that were ahead say."""
+    before_us = round(before.timestamp() * 1e6)
+    written = and_(SegmentRow.first_at_us < before_us, SegmentRow.created_at < before)
+    is_old = or_(SegmentRow.last_at_us < before_us, written)
+    statement = select(SegmentRow.id).where(SegmentRow.dropped_at.is_(None), is_old)
     return list((await session.scalars(statement.order_by(SegmentRow.last_at_us).limit(AT_ONCE))).all())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import Final
+from typing import Final, cast
 
 from headrace.v1.control_pb2 import BucketRange
 
@@ -48,7 +48,7 @@ def fill(ranges: Iterable[BucketRange], versions: Sequence[str]) -> list[int]:
     filled = claim((part.first, part.last, _index(known, part.version)) for part in ranges)
     if None in filled:
         raise ValueError(f"bucket {filled.index(None)} belongs to no version")
-    return [owner for owner in filled if owner is not None]
+    return cast("list[int]", filled)
 
 
 def claim(ranges: Iterable[tuple[int, int, int]]) -> list[int | None]:
@@ -60,10 +60,11 @@ def claim(ranges: Iterable[tuple[int, int, int]]) -> list[int | None]:
     for first, last, owner in ranges:
         if not 0 <= first <= last < BUCKETS:
             raise ValueError(f"no range of buckets: {first} to {last}")
-        for number in range(first, last + 1):
-            if owners[number] is not None:
-                raise ValueError(f"bucket {number} is given twice")
-            owners[number] = owner
+        free = owners[first : last + 1]
+        if free.count(None) < len(free):
+            number = next(number for number in range(first, last + 1) if owners[number] is not None)
+            raise ValueError(f"bucket {number} is given twice")
+        owners[first : last + 1] = [owner] * len(free)
     return owners
 
 

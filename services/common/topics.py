@@ -50,6 +50,8 @@ WORKERS = Topic(
     compacted=True,
     settings=_compaction(roll_ms=MINUTE_MS, tombstones_ms=MINUTE_MS),
 )
+#: What the ids there of a router's guests begin with, whom nobody else reaches: they say what they counted.
+GUEST = "local:"
 PREDICTIONS = Topic("inference.predictions.v1")
 OUTCOMES = Topic("inference.outcomes.v1")
 SHADOWS = Topic("inference.shadows.v1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
@@ -536,6 +537,26 @@ class TestKafkaBusOnApacheKafka(OverKafka):
             assert int(config["segment.ms"]) == int(config["delete.retention.ms"]) == 60_000
         else:
             assert int(config["delete.retention.ms"]) == 24 * 3_600_000
+
+    async def test_a_clock_that_is_or_was_ahead_holds_nothing_up(self, bus: Bus, topic: Topic) -> None:
+        """Kafka takes no record that is more than an hour ahead of its own clock."""
+        seen: list[Record] = []
+
+        async def handler(records: Sequence[Record]) -> None:
+            seen.extend(records)
+
+        now_ms = time.time_ns() // 1_000_000
+        kept = [
+            Record(topic.name, b"k", b"ahead", (("h", b"v"),), timestamp_ms=now_ms + 7_200_000),
+            Record(topic.name, b"k", b"right", timestamp_ms=now_ms),
+            Record(topic.name, b"other", b"beside", timestamp_ms=now_ms),
+        ]
+        await bus.publish(kept)
+        async with bus.consume(topic, topic.name, handler):
+            await eventually(lambda: len(seen) >= 3, on=seen)
+        assert sorted((record.key, record.value, record.headers) for record in seen) == sorted(
+            (record.key, record.value, record.headers) for record in kept
+        )
 
 
 async def commit(bootstrap: str, topic: Topic, group: str, offset: int) -> None:

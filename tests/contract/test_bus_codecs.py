@@ -130,3 +130,28 @@ async def test_a_topic_that_cannot_be_read_costs_no_other_of_its_group_its_recor
             await bus.publish([Record(results.name, b"k", number)])
         await eventually_of(lambda: bus.lag(results, group), lambda lag: lag == 0)
     assert list(dict.fromkeys(seen)) == numbers
+
+
+@pytest.mark.parametrize("unreadable", [partial(foreign, 4), garbled, misnamed])
+async def test_what_lies_before_a_record_that_cannot_be_read_is_handled(
+    kafka_bootstrap: str,
+    monkeypatch: pytest.MonkeyPatch,
+    unreadable: Callable[[pytest.MonkeyPatch], bytes],
+) -> None:
+    """All of one fetch are parsed together, and what was parsed is lost where one cannot be."""
+    jobs = Topic(f"jobs.{uuid.uuid4().hex[:12]}.v1", partitions=1)
+    await ensure_topics(kafka_bootstrap, [jobs])
+    monkeypatch.setattr(membership, "UNREADABLE_REST_S", 0.1)
+    seen: list[bytes | None] = []
+
+    async def handler(records: Sequence[Record]) -> None:
+        seen.extend(record.value for record in records)
+
+    numbers = [b"%d" % number for number in range(100)]
+    async with KafkaBus(kafka_bootstrap, "test", session_timeout=2.0) as bus:
+        for start in (0, 60):
+            await bus.publish([Record(jobs.name, b"k", number) for number in numbers[start : start + 60]])
+        await publish_batch(kafka_bootstrap, jobs, unreadable(monkeypatch))
+        async with bus.consume(jobs, jobs.name, handler):
+            await eventually_of(lambda: bus.lag(jobs, jobs.name), lambda lag: lag == 1)
+    assert seen == numbers

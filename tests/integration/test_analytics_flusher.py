@@ -24,7 +24,7 @@ from services.analytics.segments import SegmentFiles
 from services.analytics.signatures import Signatures
 from services.common.bus.port import Record
 from services.common.clock import ManualClock
-from services.common.db import engine, migrate
+from services.common.db import engine, migrate, transaction
 from services.common.errors import Unavailable
 from services.common.objects import ArtifactStore
 from services.common.telemetry import Tracing
@@ -148,3 +148,37 @@ async def test_a_clock_set_forward_is_allowed_for_though_the_database_is_away_ju
         assert await flusher.flush_due() == 0
         clock.advance(11.0)
         assert await flusher.flush_due() == 1
+
+
+_SEGMENT = """
+INSERT INTO segments (object, model, version, layout, rows, size, first_id, last_id, first_at_us, last_at_us,
+                      created_at)
+VALUES (:name, 'm', '1', '', :rows, 1, '', '', :first, :last, :at)
+"""
+
+
+async def test_one_request_of_the_future_does_not_hide_those_of_now(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A worker's clock was a year ahead for a moment; what it logged was joined with what came before."""
+    clock, database = ManualClock(), engine(database_url, "analytics")
+    now_s = clock.unix_us() // 1_000_000
+    objects = {
+        "poisoned": (200_000, now_s - 90_000, now_s + 365 * 86_400),
+        "now": (5000, now_s - 10, now_s),
+        "beside": (5000, now_s - 12, now_s - 2),
+        "before": (5000, now_s - 20, now_s - 12),
+        "older": (5000, now_s - 30, now_s - 20),
+    }
+    async with parts(database_url, tmp_path, clock):
+        async with database.begin() as connection:
+            for name, (rows, first, last) in objects.items():
+                given = {"name": name, "rows": rows, "first": first * 1_000_000, "last": last * 1_000_000}
+                await connection.execute(text(_SEGMENT), given | {"at": clock.now()})
+        async with transaction(database) as session:
+            found = await repository.newest_segments(session, "m", 100)
+            later = clock.now() + timedelta(days=1)
+            old = await repository.old_segments(session, later)
+    await database.dispose()
+    assert [row.object for row in found] == ["poisoned", "now", "beside"]
+    assert len(old) == len(objects)  # nothing can have been answered after its object was written

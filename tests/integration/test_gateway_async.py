@@ -12,7 +12,10 @@ import pyarrow as pa
 from headrace.v1.batch_pb2 import BatchChunk, BatchChunkResult
 
 from services.common.bus import Record
+from services.common.db import engine, transaction
 from services.common.topics import DEPLOYMENTS
+from services.gateway.jobs.specs import SHOWN
+from services.gateway.jobs.tables import JobRow
 from tests.fixtures.gateway import configs
 from tests.fixtures.gateway_jobs import Jobs, jobs
 from tests.fixtures.waiting import eventually_of
@@ -64,3 +67,25 @@ async def test_an_answer_is_that_of_the_version_that_gave_it(database_url: str, 
         assert await result() == first
         await deployed(here, None, "/v2/models/cancer", 404)
         assert await result() == first
+
+
+async def test_labels_are_never_those_of_another_version(database_url: str, tmp_path: Path) -> None:
+    """Older releases kept nothing of the signature beside the job."""
+    async with jobs(database_url, tmp_path) as here:
+        here.worker.instead = says_one
+        asked = await here.rest.post(
+            "/v1/models/cancer/predict:async", json={"input": [10, 2, 3], "version": "1"}
+        )
+        assert asked.status_code == 202, asked.text
+        request_id = asked.json()["id"]
+        await here.ended(request_id)
+        database = engine(database_url, "gateway")
+        async with transaction(database) as session:
+            job = await session.get_one(JobRow, request_id)
+            job.version = "0"  # which this gateway has never heard of
+            job.job_metadata = {name: value for name, value in job.job_metadata.items() if name != SHOWN}
+        await database.dispose()
+        said = (await here.rest.get(f"/v1/async/{request_id}")).json()
+        assert (said["result"]["prediction"], said["result"]["outputs"]) == (None, {"label": [1]})
+        await deployed(here, None, "/v2/models/cancer", 404)
+        assert (await here.rest.get(f"/v1/async/{request_id}")).json() == said

@@ -9,7 +9,14 @@ from contextlib import asynccontextmanager, suppress
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    CorruptRecordException,
+    GroupCoordinatorNotAvailableError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    UnsupportedCodecError,
+    for_code,
+)
 from aiokafka.structs import OffsetAndMetadata
 
 from services.common.bus.port import MAX_RECORD_BYTES, Standing
@@ -166,7 +173,14 @@ async def high_watermarks(
         consumer.seek(partition, max(starts[partition], near[partition] - 1))
     ends: dict[TopicPartition, int] = {}
     while len(ends) < len(partitions):
-        await consumer.getmany(timeout_ms=20)
+        try:
+            await consumer.getmany(timeout_ms=20)
+        except (UnsupportedCodecError, CorruptRecordException):
+            pass  # the end is known all the same
+        except KafkaError:
+            raise
+        except Exception as error:  # of what parses records, see `membership`
+            log.debug("what lies at an end cannot be read: %r", error)
         marks = {partition: consumer.highwater(partition) for partition in partitions}
         ends = {partition: mark for partition, mark in marks.items() if mark is not None}
     return starts, ends

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed
+from aiokafka.errors import InvalidTimestampError, KafkaError, MessageSizeTooLargeError, ProducerClosed
 from faststream.kafka import KafkaBroker
 
 from services.common.bus import admin
@@ -34,6 +35,9 @@ from services.common.topics import Topic
 log = logging.getLogger(__name__)
 _faststream_log = logging.getLogger(f"{__name__}.faststream")
 _faststream_log.setLevel(logging.ERROR)  # it warns of topics being made elsewhere, which is on purpose
+
+#: In a record: its producer knows no time. The broker goes by its own then.
+_NO_TIME = -1
 
 
 class KafkaBus:
@@ -60,6 +64,7 @@ class KafkaBus:
         self._deadline = publish_deadline
         self._session_timeout = session_timeout
         self._producer: AIOKafkaProducer | None = None
+        self._is_ahead = False
         self._memberships: list[Membership] = []
         self._starting = asyncio.Lock()
         self._broker = KafkaBroker(
@@ -93,19 +98,17 @@ class KafkaBus:
         try:
             async with asyncio.timeout(self._deadline):
                 producer = await self._started_producer()
-                for record in records:
-                    future = await producer.send(
-                        record.topic,
-                        value=record.value,
-                        key=record.key,
-                        headers=list(record.headers),
-                        timestamp_ms=record.timestamp_ms or None,
-                    )
-                    futures.append(future)
-                if futures:
-                    await asyncio.wait(futures)
+                await _send(producer, records, futures)
+                # Kafka takes nothing that is more than an hour ahead of its own clock, and never will before
+                # then: a clock that is wrong, or was when an event was kept, must not hold it up.
+                ahead = [place for place, future in enumerate(futures) if _is_ahead(future)]
+                if ahead:
+                    undated = [replace(records[place], timestamp_ms=_NO_TIME) for place in ahead]
+                    futures = [future for future in futures if not _is_ahead(future)]
+                    await _send(producer, undated, futures)
             for future in futures:
                 future.result()
+            self._tell_of_time(len(ahead))
         except MessageSizeTooLargeError as error:
             raise InvalidArgument(f"a record is larger than {MAX_RECORD_BYTES} bytes") from error
         except (KafkaError, OSError, TimeoutError) as error:
@@ -196,10 +199,38 @@ class KafkaBus:
             metadata_max_age_ms=METADATA_MAX_AGE_MS,
         )
 
+    def _tell_of_time(self, ahead: int) -> None:
+        """So many records of a publish were ahead of the broker's time; the log is told when that begins."""
+        if ahead and not self._is_ahead:
+            log.warning("%d records are ahead of the broker's time: published without one", ahead)
+        self._is_ahead = ahead > 0
+
     async def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
             await stop_producer(producer)
+
+
+async def _send(
+    producer: AIOKafkaProducer, records: Sequence[Record], futures: list[asyncio.Future[object]]
+) -> None:
+    """Hand `records` over and wait until each is settled; their futures are added to `futures`."""
+    for record in records:
+        future = await producer.send(
+            record.topic,
+            value=record.value,
+            key=record.key,
+            headers=list(record.headers),
+            timestamp_ms=record.timestamp_ms or None,
+        )
+        futures.append(future)
+    if futures:
+        await asyncio.wait(futures)
+
+
+def _is_ahead(future: asyncio.Future[object]) -> bool:
+    """Whether the broker has refused the record of a settled future for its time."""
+    return not future.cancelled() and isinstance(future.exception(), InvalidTimestampError)
 
 
 def _retrieve(future: asyncio.Future[object]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -206,52 +206,89 @@ class Membership:
             decoder=_decode,
             persistent=False,
         )
-        subscriber.get_msg = _next_batch
+        subscriber.get_msg = _Taking().next_batch
         subscriber(self._on_batch)
         return subscriber
 
 
-async def _next_batch(consumer: AIOKafkaConsumer) -> Batch:
-    """What has come, nothing after a while. In place of FastStream's own, which after each wait for records
-    sleeps as long without taking any: it would have to wait shortly, and wake up twenty times a second.
+class _Taking:
+    """Takes what has come. In place of FastStream's own, which after each wait for records sleeps as long
+    without taking any: it would have to wait shortly, and wake up twenty times a second."""
 
-    One partition is asked after another: where one's records cannot be read, aiokafka forgets what it has
-    taken of others in the same asking, and goes on behind it. That partition rests, and holds up no other.
-    """
-    taken: list[ConsumerRecord] = []
-    each: list[tuple[TopicPartition, ...]] = [(partition,) for partition in consumer.assignment()]
-    for asked in each or [()]:  # where it has none, for the errors of its group
-        try:
-            found = await consumer.getmany(*asked)
-        except (UnsupportedCodecError, CorruptRecordException) as error:
-            _rest(consumer, asked, error)
-        except (KafkaError, ConsumerStoppedError):
-            if not taken:
-                raise
-            break  # it comes again
-        except Exception as error:  # of what parses records: a header's name that is no UTF-8, and what not
-            _rest(consumer, asked, error)
-        else:
-            taken += [record for records in found.values() for record in records]
-    if not taken:
-        waiter = consumer._fetcher._create_fetch_waiter()  # noqa: SLF001 - getmany would take, too
-        await asyncio.wait({waiter}, timeout=_TAKE_WITHIN_S)
-        if not waiter.done():
-            waiter.cancel()
-        else:
-            waiter.result()  # an error of the group's
-    return tuple(taken)
+    def __init__(self) -> None:
+        #: By partition, where a record lies that could not be read.
+        self._unreadable: dict[TopicPartition, int] = {}
+
+    async def next_batch(self, consumer: AIOKafkaConsumer) -> Batch:
+        """What has come, nothing after a while.
+
+        One partition is asked after another: where one's records cannot be read, aiokafka forgets what it has
+        taken of others in the same asking, and goes on behind it. That partition rests, and holds up no
+        other, nor what lies before the record.
+        """
+        taken: list[ConsumerRecord] = []
+        each: list[tuple[TopicPartition, ...]] = [(partition,) for partition in consumer.assignment()]
+        for asked in each or [()]:  # where it has none, for the errors of its group
+            begin = _parsed_to(consumer, asked)
+            try:
+                found = await consumer.getmany(*asked, max_records=self._readable(begin))
+            except (UnsupportedCodecError, CorruptRecordException) as error:
+                self._stopped(consumer, asked, begin, error)
+            except (KafkaError, ConsumerStoppedError):
+                if not taken:
+                    raise
+                break  # it comes again
+            except Exception as error:  # of what parses records: a header's name that is no UTF-8, …
+                self._stopped(consumer, asked, begin, error)
+            else:
+                taken += [record for records in found.values() for record in records]
+        if not taken:
+            waiter = consumer._fetcher._create_fetch_waiter()  # noqa: SLF001 - getmany would take, too
+            await asyncio.wait({waiter}, timeout=_TAKE_WITHIN_S)
+            if not waiter.done():
+                waiter.cancel()
+            else:
+                waiter.result()  # an error of the group's
+        return tuple(taken)
+
+    def _readable(self, begin: Mapping[TopicPartition, int]) -> int | None:
+        """How many records to take at most: those before the one that could not be read."""
+        left = [self._unreadable.get(partition, offset) - offset for partition, offset in begin.items()]
+        return next((count for count in left if count > 0), None)
+
+    def _stopped(
+        self,
+        consumer: AIOKafkaConsumer,
+        asked: Iterable[TopicPartition],
+        begin: Mapping[TopicPartition, int],
+        error: Exception,
+    ) -> None:
+        """A record cannot be read: what lies before it is read again, up to there. Where that is nothing,
+        its partition rests."""
+        for partition, at in _parsed_to(consumer, asked).items():
+            if at > begin.get(partition, at):
+                self._unreadable[partition] = at
+                return
+        for partition in asked:
+            log.warning("%s cannot be read at offset %s, again in %g s: %r",
+                        partition, begin.get(partition), UNREADABLE_REST_S, error)  # fmt: skip
+            _rest(consumer, partition)
 
 
-def _rest(consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition], error: Exception) -> None:
-    log.warning("%s cannot be read, again in %g s: %r", partitions, UNREADABLE_REST_S, error)
+def _parsed_to(consumer: AIOKafkaConsumer, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+    """How far aiokafka has read what it has fetched of them, of which it tells nobody."""
+    fetched = {partition: consumer._fetcher._records.get(partition) for partition in partitions}  # noqa: SLF001
+    parsed = {partition: getattr(one, "_partition_records", None) for partition, one in fetched.items()}
+    return {partition: one.next_fetch_offset for partition, one in parsed.items() if one is not None}
 
+
+def _rest(consumer: AIOKafkaConsumer, partition: TopicPartition) -> None:
     def go_on() -> None:
         with suppress(IllegalStateError):  # it went to somebody else meanwhile
-            consumer.resume(*partitions)
+            consumer.resume(partition)
 
     with suppress(IllegalStateError):
-        consumer.pause(*partitions)
+        consumer.pause(partition)
     asyncio.get_running_loop().call_later(UNREADABLE_REST_S, go_on)
 
 

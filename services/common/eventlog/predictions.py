@@ -68,7 +68,7 @@ class PredictionJoin:
     first and in its place. The same events always give the same records, whatever was joined before.
 
     Passed on as it is: what is large, what has headers (a trace leads from one record to its cause), what
-    resembles no other, and what is no record of predictions at all.
+    resembles no other or was answered more than an hour apart, and what is no record of predictions at all.
 
     Records in a form that came before are joined as bytes, all others as messages; what comes of it is the
     same. About `most_forms` are known; 0: none.
@@ -185,7 +185,9 @@ def _layout(key: bytes, record: PredictionBatch) -> Layout | None:
 
 
 def _joined(group: _Group) -> _Joined:
-    """One event for all; None where the columns do not fit the requests, which no writer of ours does."""
+    """One event for all; None where they were answered more than an hour apart, which has no room there (the
+    broker was away, or a clock was set), or where the columns do not fit the requests, which no writer of
+    ours does."""
     whole = None
     if len(group.cuts) == len(group.events):
         whole = yield from _joined_bytes(group)
@@ -214,6 +216,8 @@ def _joined_bytes(group: _Group) -> _Joined:
             pieces.append(content)
         yield
     last = max(answered)
+    if last - min(answered) > _US_MAX:
+        return None
     few = PredictionBatch(
         batch_id=cuts[0][0], source=first.source, writer=first.writer, model=first.model,
         version=first.version, artifact_digest=first.artifact_digest, answered_at_us=last,
@@ -260,8 +264,11 @@ def _joined_messages(group: _Group) -> _Joined:
     if len(whole.experiments) != (group.requests if first.experiment_ids else 0):
         return None
     answered = [record.answered_at_us for record in records]
+    last = max(answered)
+    if last - min(answered) > _US_MAX:
+        return None
     whole.batch_id = first.batch_id
-    whole.answered_at_us = last = max(answered)
+    whole.answered_at_us = last
     requests = [len(record.request_ids) // 16 for record in records]
     whole.answered_before_us.extend(_before(last, answered, requests))
     whole.request_ids = b"".join([record.request_ids for record in records])
@@ -284,8 +291,4 @@ def _joined_messages(group: _Group) -> _Joined:
 
 def _before(last: int, answered: Sequence[int], requests: Sequence[int]) -> list[int]:
     """How long before `last` each request was answered, of records with so many each."""
-    return [
-        before
-        for at, count in zip(answered, requests, strict=True)
-        for before in [min(last - at, _US_MAX)] * count
-    ]
+    return [before for at, count in zip(answered, requests, strict=True) for before in [last - at] * count]

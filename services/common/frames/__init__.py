@@ -43,7 +43,7 @@ Server side:
     peer.reply(reply)                            # reply.id = the item's id; at any time
         # one reply per item: replies to unknown, cancelled or already answered ids are dropped, and so is
         # every reply after on_closed. The reply is serialized at once and may be changed afterwards.
-    peer.role  peer.instance  peer.remote  peer.in_flight  peer.closed
+    peer.role  peer.instance  peer.remote  peer.in_flight
     await server.drain(grace_s)                  # says `draining`, answers what is open, then closes
     await server.close()
 
@@ -54,8 +54,8 @@ TLS: pass `server_tls(...)` / `client_tls(...)`, or what `server_tls_of` / `clie
 ALPN must settle on h2. What stays on the machine (unix:) goes without.
 
 Reading order: limits, address, turn, wire (frames of HTTP/2), in_place (long messages, read to where they
-stay), messages (gRPC messages, coalescing), detached (large tensors, which are not copied), outbound and
-connection (the data path that both sides share: sending and ending, reading and checking), peer,
+stay), messages (gRPC messages, coalescing), detached (large tensors, which are not copied), outbound, control
+and connection (what both sides share: sending and ending; settings, windows and headers; messages), peer,
 server_connection, server, outbox, deadlines, client_connection, local (both ends in one process, without a
 socket), reconnecting, client, tls. `header_blocks`, `wire` and `turn` also serve the gateway's gRPC front,
 which has many streams per connection, and `in_place` its HTTP.

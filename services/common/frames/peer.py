@@ -59,7 +59,6 @@ class Peer:
     """The client at the other end of one connection, as its handler sees it."""
 
     __slots__ = (
-        "_closed",
         "_connection",
         "_limits",
         "_max_in_flight",
@@ -93,7 +92,6 @@ class Peer:
         self._outbox: list[bytes] = []  # item header, item, item header, item, …
         self._outbox_bytes = 0
         self._scheduled = False
-        self._closed = False
 
     @property
     def in_flight(self) -> int:
@@ -114,11 +112,6 @@ class Peer:
     def item_payloads(self) -> Sequence[Buffer]:
         """The serialized items of the frame that is handled, in order, but for what is `apart`."""
         return self.detached.items if self.detached is not None else item_payloads(self.payload)
-
-    @property
-    def closed(self) -> bool:
-        """Whether replies lead nowhere any more."""
-        return self._closed
 
     @property
     def idle(self) -> bool:
@@ -207,7 +200,7 @@ class Peer:
         try:
             handler.on_request_frame(frame)
         except Exception:
-            log.exception("a frame handler failed")
+            log.exception("the handler of %s %s (%s) failed", self.role, self.instance, self.remote)
             self.abandon([item.id for item in items], "internal error")
         finally:
             self.payload = b""
@@ -221,7 +214,6 @@ class Peer:
 
     def close(self) -> None:
         """Forget everything; replies are dropped from now on."""
-        self._closed = True
         self._open.clear()
         self._outbox.clear()
         self._outbox_bytes = 0

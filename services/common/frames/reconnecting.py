@@ -7,8 +7,10 @@ Not compiled: mypyc loses a cancellation where a `finally` waits for something, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import ssl as tls
+from typing import Final
 
 from headrace.v1.dataplane_pb2 import Hello
 
@@ -16,6 +18,11 @@ from services.common.frames import local
 from services.common.frames.address import Address
 from services.common.frames.client_connection import Caller, ClientConnection, Connection, Opening
 from services.common.tasks import ended
+
+log = logging.getLogger(__name__)
+
+#: After so many failed attempts in a row it is said why, once: at a start others may only be slower.
+_SAID_AFTER: Final = 6
 
 
 class Reconnecting:
@@ -67,6 +74,8 @@ class Reconnecting:
         while True:
             reached = await self._connect_once()
             failures = 0 if reached else failures + 1
+            if failures == _SAID_AFTER:
+                log.warning("no frame connection to %s: %s", self._address, self.last_error)
             span = min(limits.backoff_first_s * 2 ** min(failures, 16), limits.backoff_max_s)
             await asyncio.sleep(self._random.uniform(span / 4, span))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 import orjson
 import pyarrow as pa
-from headrace.v1.tensor_pb2 import Tensor
+from headrace.v1.tensor_pb2 import Task, Tensor
 
 from services.common.errors import InvalidArgument, NotFound
 from services.gateway.catalogue import Catalogue
@@ -27,6 +27,17 @@ KIND: Literal["async"] = "async"
 MAX_ROWS = 1000
 _IN_THREAD_BYTES = 64 << 10
 _SINGLE, _OUTPUTS = "headrace.single", "headrace.outputs"
+#: Of a version of which nothing is known any more. Another's labels would be wrong, so it has only outputs.
+_UNKNOWN = signature_of(
+    {
+        "batched": True,
+        "task": Task.TASK_UNSPECIFIED,
+        "is_classifier": False,
+        "prediction": "",
+        "probabilities": "",
+        "classes": (),
+    }
+)
 
 
 class AsyncBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -110,8 +121,11 @@ class AsyncRequests:
         """By which the answer is shown: that of the version that gave it, which may be in service no more."""
         if SHOWN in job.metadata:
             return signature_of(job.metadata[SHOWN])
-        served = self._catalogue.model(job.model)  # accepted by an older release
-        return served.versions.get(job.version, served.default).signature
+        try:  # accepted by an older release
+            served = self._catalogue.model(job.model).answering(job.version)
+        except NotFound:
+            served = None
+        return _UNKNOWN if served is None else served.signature
 
     def _spec(self, model: str, raw: bytes, idempotency_key: str) -> JobSpec:
         try:

@@ -15,6 +15,8 @@ Ending = Literal["completed", "failed", "cancelled", "expired"]
 
 #: How long a job that ends early waits for what its workers have finished.
 GRACE = timedelta(seconds=30)
+#: Of two gateways. What was done later than this from now was so before the clock was set back.
+CLOCKS_APART: Final = timedelta(minutes=5)
 #: How often a chunk is published before its rows are given up.
 MAX_ATTEMPTS = 10
 #: How often workers may say that they cannot do a chunk now; each of them has waited for minutes.
@@ -76,7 +78,7 @@ def next_step(job: JobFacts, now: datetime) -> Step:
     if job.ended_at is not None:
         return Step()
     if job.cancelling_at is not None:
-        if job.flying_chunks and now < job.cancelling_at + GRACE:
+        if job.flying_chunks and -CLOCKS_APART <= now - job.cancelling_at < GRACE:
             return Step()
         return Step(end=job.ending)  # type: ignore[arg-type]  # set with cancelling_at
     if job.is_split and not job.open_chunks and not job.flying_chunks:
@@ -183,10 +185,6 @@ class Lost:
 
     again: list[Flying]
     given_up: list[Flying]
-
-
-#: Of two gateways. What was published later than this from now was so before the clock was set back.
-CLOCKS_APART: Final = timedelta(minutes=5)
 
 
 def lost_chunks(flying: Collection[Flying], idle_since: datetime | None, now: datetime) -> Lost:

@@ -28,13 +28,11 @@ class Progress(Protocol):
     def ended_at(self) -> datetime | None: ...
 
 
-def updated_rate(job: Progress, rows: int, now: datetime) -> float:
+def updated_rate(job: Progress, rows: int, now: datetime) -> float | None:
     """Rows per second after `rows` more were done at `now`: an exponentially weighted mean in time, the mean
-    since the start while the job is younger than that."""
+    since the start while the job is younger than that; None while nothing can be said."""
     began = job.in_progress_at or now
-    if (
-        began > now and job.rate is not None
-    ):  # the clock was set back: nothing is known until it is there again
+    if began > now:  # the clock was set back: nothing is known until it is there again
         return job.rate
     elapsed = max(_LEAST_S, (now - began).total_seconds())
     if job.rate is None or job.rate_at is None or elapsed <= _MEMORY_S:
@@ -49,6 +47,8 @@ def rows_per_s(job: Progress, now: datetime) -> float | None:
     if job.in_progress_at is None or not job.completed + job.failed:
         return None
     if job.ended_at is not None:
+        if job.ended_at < job.in_progress_at:  # by a clock that was set back between
+            return None
         whole = max(_LEAST_S, (job.ended_at - job.in_progress_at).total_seconds())
         return (job.completed + job.failed) / whole
     if job.rate is None or job.rate_at is None:

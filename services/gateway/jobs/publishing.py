@@ -11,6 +11,7 @@ from services.common.bus import Bus, Record, Standing
 from services.common.clock import Clock
 from services.common.errors import FailedPrecondition, Unavailable
 from services.common.topics import Topic, chunks, dead_letters
+from services.gateway.jobs.decisions import CLOCKS_APART
 from services.gateway.jobs.tables import ChunkRow, JobRow
 
 log = structlog.get_logger(__name__)
@@ -92,7 +93,8 @@ def _record(topic: Topic, job: JobRow, chunk: ChunkRow) -> Record:
         input=InputRange.FromString(chunk.input),
         output_prefix=output_prefix(job.job_id),
         priority=job.priority,  # type: ignore[arg-type]  # stored as its number
-        expires_at_us=round(job.expires_at.timestamp() * 1e6),
+        # By the worker's clock, and one that is ahead must not end the job. Workers are told when it expires.
+        expires_at_us=round((job.expires_at + CLOCKS_APART).timestamp() * 1e6),
         exclude_from_drift=job.exclude_from_drift,
         exclude_from_experiments=job.exclude_from_experiments,
         key_id=job.key_id,

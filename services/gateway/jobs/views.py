@@ -131,7 +131,8 @@ def job_of(row: JobRow, now: datetime) -> Job:
 
 
 def job_json(job: Job) -> dict[str, Any]:
-    """The job as REST, events and callbacks show it. Times are ISO 8601 in UTC; what is not known is null."""
+    """The job as REST, events and callbacks show it. Times are ISO 8601 in UTC; what is not known is null, as
+    is a number that another release took for a format or a priority."""
     shown: dict[str, Any] = {
         "batch_id": job.job_id,
         "model": job.model,
@@ -140,10 +141,10 @@ def job_json(job: Job) -> dict[str, Any]:
         "counts": {"total": job.total, "completed": job.completed, "failed": job.failed},
         "rows_per_s": None if job.rows_per_s is None else round(job.rows_per_s, 1),
         "time_left_s": None if job.time_left_s is None else round(job.time_left_s, 1),
-        "priority": _PRIORITY_NAMES[job.priority],
+        "priority": _PRIORITY_NAMES.get(job.priority),
         "input_uri": job.input_uri or None,
-        "input_format": _INPUT_NAMES[job.input_format],
-        "output_format": _OUTPUT_NAMES[job.output_format],
+        "input_format": _INPUT_NAMES.get(job.input_format),
+        "output_format": _OUTPUT_NAMES.get(job.output_format),
         "metadata": {name: value for name, value in job.metadata.items() if name != SHOWN},
         "exclude_from": list(job.exclude_from),
         "created_at": _time(job.created_at),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -491,3 +492,7 @@ def test_a_log_that_comes_late_does_not_revise_first_requests_silently() -> None
     revised = look([late, *requests], 200, newer)
     assert "some units' first request is another than it was" in revised.warning
     assert look([late, *requests], 300, revised).warning == revised.warning
+    # A clock that was an hour ahead at the first of two looks: nothing was held back.
+    ahead = look(requests, 3700, None)
+    assert look([*requests, request(11, "1", 1, 0.5, 110)], 111, ahead).warning == ""
+    assert look([*requests, request(11, "1", 1, 0.5, 110)], 111, replace(ahead, revised_us=1)).warning

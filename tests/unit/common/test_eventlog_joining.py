@@ -77,6 +77,27 @@ def test_records_keep_the_experiment_of_every_request() -> None:
     assert [len(one.rows) for one in joined] == [3, 2, 1]
 
 
+@pytest.mark.parametrize("most_forms", [0, 1024])
+@pytest.mark.parametrize("apart_s", [4290, 4300, 86_400])
+def test_times_are_kept_however_long_the_broker_was_away(most_forms: int, apart_s: int) -> None:
+    """Within a joined record there is room for 71 minutes."""
+    times = [START_US + number * apart_s * 1_000_000 for number in range(2) for _ in range(40)]
+    given = [event(prediction_batch([n], answered_at_us=at)) for n, at in enumerate(times)]
+    steps, records = PredictionJoin(most_forms).steps(given), list[PredictionBatch]()
+    while not records:
+        try:
+            next(steps)
+        except StopIteration as end:
+            records = read(end.value)
+    assert np.concatenate([_answered_at(record) for record in records]).tolist() == times
+    assert (len(records) == 1) == (apart_s == 4290)
+
+
+def _answered_at(record: PredictionBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    before = record.answered_before_us or [0] * (len(record.request_ids) // 16)
+    return record.answered_at_us - np.array(before, dtype=np.int64)
+
+
 def test_joining_the_same_again_gives_the_same() -> None:
     events = [event(prediction_batch([n])) for n in range(5)]
     assert join_predictions(events) == join_predictions(list(events))

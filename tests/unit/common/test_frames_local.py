@@ -163,7 +163,6 @@ class TestWho:
             assert (peer.role, peer.instance, peer.remote) == ("router", "client-1", "this process")
             assert served.connections == 1
         assert echoes.made[0].closed == 1
-        assert peer.closed
         assert served.connections == 0
 
     async def test_a_wrong_credential_is_refused_with_the_reason(self) -> None:
@@ -176,6 +175,20 @@ class TestWho:
             assert not calls.connected
             assert echoes.made == []
             assert served.connections == 0
+
+    async def test_why_nothing_comes_of_connecting_is_logged_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def said(words: str) -> list[str]:
+            return [line for line in caplog.messages if words in line]
+
+        async with (
+            serving_here(Echoes()) as (_, address),
+            calling(address, connect=False, credential="wrong"),
+        ):
+            await eventually(lambda: len(said("refused: wrong credential")) > 12)
+        (why,) = said(f"no frame connection to {address}: ")
+        assert why.endswith("UNAUTHENTICATED the credential is missing or wrong")
 
     async def test_too_many_are_refused(self) -> None:
         limits = Limits(max_connections=1, linger_s=0.1)

@@ -64,6 +64,9 @@ class Facts:
         (Facts(expires_at=NOW, flying_chunks=0), Step(end="completed")),  # done in time is done
         (Facts(cancelling_at=NOW, ending="cancelled"), Step()),
         (Facts(cancelling_at=NOW - GRACE, ending="cancelled"), Step(end="cancelled")),
+        (Facts(cancelling_at=NOW + CLOCKS_APART, ending="cancelled"), Step()),  # by another gateway's clock
+        # By one that was set back since: what its worker lost would otherwise be waited for as long.
+        (Facts(cancelling_at=NOW + timedelta(hours=1), ending="cancelled"), Step(end="cancelled")),
         (Facts(cancelling_at=NOW, ending="failed", flying_chunks=0), Step(end="failed")),
         (Facts(cancelling_at=NOW, ending="failed", flying_chunks=0, expires_at=NOW), Step(end="failed")),
         (Facts(ended_at=NOW, open_chunks=1), Step()),
@@ -203,6 +206,13 @@ def test_rates_follow_what_happens() -> None:
     )
     job.ended_at = NOW + 100 * S
     assert rows_per_s(job, NOW) == pytest.approx(job.completed / 100)
+
+
+def test_a_job_that_began_before_the_clock_was_set_back_is_not_a_thousand_times_as_fast() -> None:
+    job = Speed(completed=100)
+    assert updated_rate(job, 100, NOW - 3600 * S) is None
+    job.ended_at = NOW - 3590 * S
+    assert rows_per_s(job, NOW - 3580 * S) is None
     assert time_left_s(None, 5, 1.0) is None
     assert time_left_s(10, 5, None) is None
     assert time_left_s(10, 5, 2.5) == 2
