@@ -44,8 +44,9 @@ GROUPS: Final = {
         *(
             f"services/common/frames/{name}.py"
             for name in (
-                "client", "client_connection", "connection", "deadlines", "detached", "header_blocks",
-                "local", "messages", "outbound", "outbox", "peer", "server_connection", "turn", "wire",
+                "client", "client_connection", "connection", "control", "deadlines", "detached",
+                "header_blocks", "local", "messages", "outbound", "outbox", "peer", "server_connection",
+                "turn", "wire",
             )
         ),
     ),
@@ -69,12 +70,12 @@ GROUPS: Final = {
         f"services/gateway/{name}.py"
         for name in (
             "admission", "call", "codecs/compiled", "codecs/infer_forms", "codecs/tensors",
-            "codecs/v2_answers", "codecs/v2_forms", "datatypes",
+            "codecs/streamed", "codecs/v2_answers", "codecs/v2_forms", "datatypes",
             "dialects", "hot/deadlines", "hot/exchange", "hot/hardened", "hot/heads", "hot/pipeline",
             "hot/protocol", "hot/receiving", "infer_plans", "keys", "limiter", "oip_dialects", "plans",
             "predict", "reading", "router_client",
-            "rpc/connection", "rpc/control", "rpc/exchange", "rpc/heads", "rpc/sending", "rpc/statuses",
-            "rpc/streams", "rpc/tasks", "signature", "speaking", "targets", "v2_plans",
+            "rpc/connection", "rpc/control", "rpc/exchange", "rpc/heads", "rpc/infer_stream", "rpc/sending",
+            "rpc/statuses", "rpc/streams", "rpc/tasks", "signature", "speaking", "targets", "v2_plans",
         )
     ),
 }  # fmt: skip

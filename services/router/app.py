@@ -65,9 +65,9 @@ async def router_app(  # noqa: PLR0915 - the parts of a router, wired once
     guest: bool = False,
 ) -> AsyncIterator[Router]:
     """Serve while the block runs, then drain: gateways are told, what is in flight is answered, the log is
-    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests. `follower` reads
-    control topics where another service of the process does, too. `guest`: the process is that service's,
-    which exports what it uses."""
+    flushed, all within `cfg.drain_s`. `bus` replaces Kafka in tests. `follower` reads control topics where
+    another service of the process does, too. `guest`: the process is that service's, which exports what it
+    uses."""
     async with AsyncExitStack() as stack:
         if bus is None:
             bus = await stack.enter_async_context(

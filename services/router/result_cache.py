@@ -248,7 +248,7 @@ def _before(call: Call, other: Call | None) -> bool:
     if other is None:
         return False
     mine, theirs = call.request.priority, other.request.priority
-    return mine != theirs and (mine == _URGENT or theirs == _LOW) and theirs != _URGENT and mine != _LOW
+    return mine != theirs and (mine == _URGENT or theirs == _LOW)
 
 
 def _sealed(kept: bytes) -> bytes:

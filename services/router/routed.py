@@ -25,8 +25,11 @@ _UNIT_HASH: Final = b"\x81\x01"
 _ATTEMPT: Final = b"\x90\x01"
 _TRACE: Final = b"\x4a\x19"
 
-#: What is larger is better read, joined and logged by a process that has nothing else to do.
+#: What is larger is better read, joined and logged by a process that has nothing else to do ...
 _SMALL_BYTES: Final = 16 << 10
+#: ... but for few rows of up to so many bytes, for which that process takes longer to come by than to run.
+_FEW_ROWS: Final = 8
+_BULKY_BYTES: Final = 1 << 20
 
 
 class Owner(Protocol):
@@ -97,9 +100,19 @@ class Routed:
     def small(self) -> bool:
         """Whether a worker in this process may as well answer it. What lies in shared memory is large,
         whatever it says: that is why it was put there."""
-        if self.apart or len(self.payload) > _SMALL_BYTES:
+        if (self.apart or len(self.payload) > _SMALL_BYTES) and not self._few_rows:
             return False
         return not (self._dispatcher.shared_memory and in_shared_memory(self.request))
+
+    @property
+    def _few_rows(self) -> bool:
+        size = len(self.payload)
+        for part in self.apart:
+            size += len(part)
+        if size > _BULKY_BYTES or not self.request.inputs:
+            return False
+        shape = self.request.inputs[0].shape
+        return len(shape) > 1 and shape[0] <= _FEW_ROWS
 
     def decide(self) -> Route:
         """Choose the version, and state it in `stamp`. Raises NotFound or Unavailable."""

@@ -149,12 +149,16 @@ class Route:
         #: The field of a serialized PredictRequest that says the same.
         self.timeout = PredictRequest(timeout_us=int(self.timeout_s * 1e6)).SerializeToString()
         self._of_unit = Buckets(config.salt).of
+        owned = dict.fromkeys(versions, 0)
+        for part in config.buckets:
+            owned[part.version] += part.last - part.first + 1
         self._targets = tuple(
-            Target(config.model, served, filled.count(index) / BUCKETS, config.revision)
-            for index, served in enumerate(config.versions)
+            Target(config.model, served, owned[served.version] / BUCKETS, config.revision)
+            for served in config.versions
         )
-        self._buckets = array("H", filled)
-        self._sole = self._targets[filled[0]] if len(set(filled)) == 1 else None
+        self._sole = next((target for target in self._targets if owned[target.version] == BUCKETS), None)
+        # 20 kB that most models, of which there may be thousands, have no need of.
+        self._buckets = array("H", filled if self._sole is None else ())
         self._by_name = {target.version: target for target in self._targets}
         for alias, version in config.aliases.items():
             if version in self._by_name:

@@ -45,7 +45,7 @@ class Settings(ServiceSettings, FrameTlsSettings):
     max_waiting: Annotated[int, Field(ge=0)] = 4096
     #: Where neither caller nor deployment makes a statement.
     default_timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    #: How long a worker without heartbeats is tried, where it says nothing else; three of its intervals else.
+    #: How long a worker without heartbeats is tried: three of its own intervals, and never less than this.
     worker_expiry_s: Annotated[float, Field(gt=0)] = 3.0
     #: Outlier ejection (outliers.py): errors in a row, 0 switches it off; after how long one ejection is
     #: forgiven; the first ejection and the longest one; the share of a version's workers that may be out.

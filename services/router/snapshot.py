@@ -22,6 +22,8 @@ Apply = Callable[[bytes, bytes | None], None]
 _FORMAT: Final = 1
 #: Changes of this long are written at once, seconds.
 _SETTLE_S: Final = 0.5
+#: Records that are restored without a pause for whatever else the event loop has to do.
+_AT_ONCE: Final = 20
 
 
 class Snapshot:
@@ -43,7 +45,9 @@ class Snapshot:
             log.warning("snapshot_unreadable", path=str(self._path), reason=str(error))
             return False
         for part, take in apply.items():
-            for key, value in held.get(part, {}).items():
+            for number, (key, value) in enumerate(held.get(part, {}).items()):
+                if number % _AT_ONCE == 0:
+                    await asyncio.sleep(0)
                 try:
                     take(key.encode(), value)
                 except Exception:

@@ -23,7 +23,7 @@ from services.common.bus import Bus, KafkaBus, Table, followed
 from services.common.clock import Clock
 from services.common.errors import Fatal, Unavailable
 from services.common.eventlog import EventLog, PredictionJoin, publishing_left
-from services.common.frames import FrameServer, Limits, server_tls_of
+from services.common.frames import FrameServer, server_tls_of
 from services.common.lifecycle import Health, ops_app, serve_asgi
 from services.common.objects import ArtifactStore
 from services.common.tasks import ended, running
@@ -118,9 +118,12 @@ async def worker_app(
 
         server = FrameServer(
             lambda peer: FrameConnection(servicer, peer),
-            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(),
-            ssl=server_tls_of(cfg), detaches=True,
-        )  # fmt: skip
+            credential=cfg.internal_token,
+            instance=cfg.worker_id,
+            role="worker",
+            ssl=server_tls_of(cfg),
+            detaches=True,
+        )
         stack.push_async_callback(server.close)
         frames_port, frames_address = await _listen(server, cfg)
         grpc_port = await stack.enter_async_context(
@@ -149,10 +152,8 @@ async def worker_app(
         table = await stack.enter_async_context(followed(bus, DEPLOYMENTS, host.apply, known))
         if host.states():
             health.set_ready("deployments")
-        beating = asyncio.create_task(heartbeat.run(report), name="heartbeat")
-        stack.push_async_callback(ended, beating)
-        reading = asyncio.create_task(_follow(table, health, heartbeat), name="deployments")
-        stack.push_async_callback(ended, reading)
+        beating = await stack.enter_async_context(running(heartbeat.run(report), "heartbeat"))
+        await stack.enter_async_context(running(_follow(table, health, heartbeat), "deployments"))
         batch = open_chunks and BatchWorker(
             _batch(cfg), host, store, bus, open_chunks, lambda: health.ready, clock
         )
@@ -249,11 +250,8 @@ async def _batch_work(batch: BatchWorker | None, registry: CollectorRegistry) ->
         yield
         return
     registry.register(BatchMetrics(batch))
-    working = asyncio.create_task(batch.run(), name="batch")
-    try:
+    async with running(batch.run(), "batch"):
         yield
-    finally:
-        await ended(working)
 
 
 async def _follow(table: Table, health: Health, heartbeat: Heartbeat) -> None:

@@ -24,7 +24,8 @@ _NORMAL: Final = Rank.NORMAL
 class BatchPolicy:
     """How a model version is batched. Sizes are rows, not requests; times are seconds. `max_delay` 0: never
     wait for company. `max_queue`: who would wait longer is refused at once, unless the next run has room.
-    `grows`: nobody asked for `max_rows`, and a version that runs more in no time may take more."""
+    `grows`: nobody asked for `max_rows`, and a version that runs more in no time may take more. `apart`: each
+    request leaves by itself, since to join them costs more than it saves."""
 
     max_rows: int = 64
     max_delay: float = 0.0
@@ -33,6 +34,7 @@ class BatchPolicy:
     max_queue_bytes: int = 256 << 20
     max_queue: float = inf
     grows: bool = False
+    apart: bool = False
 
     def preferred(self, queued: int) -> int:
         """The largest preferred size that `queued` rows fill; 0 where there is none."""
@@ -45,6 +47,10 @@ class BatchPolicy:
         if not self.grows or rows <= self.max_rows:
             return self
         return replace(self, max_rows=rows, max_queue_rows=max(self.max_queue_rows, rows))
+
+    def parted(self) -> BatchPolicy:
+        """The same for a version whose requests are better not joined, unless somebody asked for batches."""
+        return self if self.max_delay or self.preferred_rows else replace(self, apart=True)
 
 
 class _Lane:
@@ -183,7 +189,7 @@ class BatchQueue:
         if len(self._lanes) == 1 and not self._policy.max_delay and not self._policy.preferred_rows:
             # By far the most common: all that waits may leave, and fits.
             ((key, lane),) = self._lanes.items()
-            if lane.rows < self._policy.max_rows and lane.deadline > now + self._run_time.estimate(lane.rows):
+            if self._fits(lane, self._policy.max_rows - 1, now):
                 return self._take_all(key, lane, Release.TURN), late
         for rank in self._shares.order(self._active):
             turns = self._turns[rank]
@@ -269,7 +275,7 @@ class BatchQueue:
 
     def _ripe(self, lane: _Lane, now: float, *, drain: bool) -> Release | None:
         policy = self.policy
-        if lane.rows >= policy.max_rows:
+        if lane.rows >= policy.max_rows and not policy.apart:
             return Release.FULL
         if not policy.max_delay:
             return Release.TURN
@@ -288,8 +294,8 @@ class BatchQueue:
         limit = preferred or self.policy.max_rows
         if preferred:
             reason = Release.PREFERRED
-        run_time = self._run_time
-        if lane.rows <= limit and lane.deadline > now + run_time.estimate(lane.rows):
+        run_time, apart = self._run_time, self.policy.apart
+        if self._fits(lane, limit, now):
             return self._take_all(key, lane, reason)
         floor = run_time.floor(now)
         items: list[Item] = []
@@ -302,7 +308,7 @@ class BatchQueue:
                 self._take(lane, item)
                 continue
             grown, earliest = rows + item.rows, min(tightest, item.deadline)
-            if items and grown > limit:
+            if items and (grown > limit or apart):
                 break
             if items and now + run_time.estimate(grown) > earliest:
                 reason = Release.DEADLINE
@@ -314,6 +320,14 @@ class BatchQueue:
         if not items:
             return None
         return Batch(items, rows, Release.ALONE if rows > self.policy.max_rows else reason)
+
+    def _fits(self, lane: _Lane, limit: int, now: float) -> bool:
+        """Whether all of `lane` may leave together, in at most `limit` rows."""
+        return (
+            lane.rows <= limit
+            and not self._policy.apart
+            and lane.deadline > now + self._run_time.estimate(lane.rows)
+        )
 
     def _open(self, key: MergeKey, lane: _Lane, rank: Rank) -> OrderedDict[Item, None]:
         turns = self._turns[rank]

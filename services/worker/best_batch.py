@@ -3,7 +3,7 @@ little of batches far larger than they are, and a slope from single rows is nois
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 #: Where rows cost the same, larger batches than the one that comes this near to the most gain nothing.
@@ -20,6 +20,10 @@ _RUNS = 4
 _MEASURE_S = 0.5
 #: What a run may keep requests waiting that it could have been spared.
 _QUICK_S = 0.001
+#: What a batch takes beside its run, whatever is in it.
+_BATCH_S = 20e-6
+#: Joining that takes less than this share of a run decides nothing: runs vary by as much.
+_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,15 @@ class BestBatch:
     """Rows of the batch, and rows per second with it; zeros where nothing was measured.
 
     `quick_rows` is the largest batch that ran within a millisecond: who waits for it anyway loses nothing by
-    the company. 0 where there was none, or where rows may be larger than those that were measured."""
+    the company. 0 where there was none, or where rows may be larger than those that were measured.
+
+    `apart`: rows are so large and runs so short that to copy the rows of several requests together takes
+    longer than what running them together saves."""
 
     rows: int = 0
     rows_per_s: float = 0.0
     quick_rows: int = 0
+    apart: bool = False
 
     def rows_within(self, seconds: float) -> int:
         """The largest power of two that is no more than the batch and takes no longer than that, at least 1;
@@ -46,10 +54,11 @@ class BestBatch:
 UNMEASURED = BestBatch()
 
 
-def measured(run: Callable[[int], float | None], *, fixed: bool) -> BestBatch:
+def measured(run: Callable[[int], float | None], *, fixed: bool, joining: float = 0.0) -> BestBatch:
     """The best of the powers of two, which the groups of files are too: otherwise each group would leave a
     rest that is a chunk of its own. `run` runs so many rows and says how many seconds that took, None where
-    so many cannot be run; `fixed`: every row is of one size. Blocking."""
+    so many cannot be run; `fixed`: every row is of one size; `joining`: seconds that it takes to copy a row
+    to where others are, which is no part of `run`. Blocking."""
     fastest: dict[int, float] = {}
     rows, spent = 1, 0.0
     while rows <= (_MOST_ROWS if fixed else _MOST_ROWS_OPEN) and spent < _MEASURE_S:
@@ -59,15 +68,15 @@ def measured(run: Callable[[int], float | None], *, fixed: bool) -> BestBatch:
         while len(took) < _RUNS and spent < _MEASURE_S and min(took, default=0.0) <= _LONGEST_S:
             seconds = run(rows)
             if seconds is None:
-                return best_of(fastest, fixed=fixed)
+                return best_of(fastest, fixed=fixed, joining=joining)
             took.append(seconds)
             spent += seconds
         fastest[rows] = min(took)
         rows *= 2
-    return best_of(fastest, fixed=fixed)
+    return best_of(fastest, fixed=fixed, joining=joining)
 
 
-def best_of(fastest: dict[int, float], *, fixed: bool) -> BestBatch:
+def best_of(fastest: Mapping[int, float], *, fixed: bool, joining: float = 0.0) -> BestBatch:
     """From the seconds that runs of so many rows took."""
     rates = {
         rows: rows / seconds
@@ -79,4 +88,8 @@ def best_of(fastest: dict[int, float], *, fixed: bool) -> BestBatch:
     wanted = _NEAR * max(rates.values())
     rows = min(rows for rows, rate in rates.items() if rate >= wanted)
     quick = max((rows for rows, seconds in fastest.items() if seconds <= _QUICK_S), default=0)
-    return BestBatch(rows, rates[rows], quick if fixed else 0)
+    if not fixed:
+        return BestBatch(rows, rates[rows])
+    saved = max(fastest[1] - seconds / rows for rows, seconds in fastest.items())
+    apart = joining > max(saved + _BATCH_S, _SHARE * fastest[1])
+    return BestBatch(rows, rates[rows], quick, apart)

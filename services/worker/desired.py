@@ -73,10 +73,6 @@ class Deployments:
         self._configs[model] = config
         return True
 
-    def desired(self) -> dict[VersionKey, Desired]:
-        """Every version that this pool should serve."""
-        return {key: one for model in self._configs for key, one in self.desired_of(model).items()}
-
     def desired_of(self, model: str) -> dict[VersionKey, Desired]:
         """Every version of `model` that this pool should serve."""
         found: dict[VersionKey, Desired] = {}

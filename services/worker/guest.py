@@ -4,7 +4,8 @@ another process.
 It takes small, quick versions of its pool only, runs them on the loop that brings the requests, and leaves
 everything else to the worker processes, which have these versions, too: they take what is large, whatever
 is sent again, mirrored or part of a job, and all of it whenever the guest cannot. Nobody but the router
-learns of it, so deployments, rollouts and lists of workers count on worker processes alone.
+learns of it, so deployments, rollouts and lists of workers count on worker processes alone; what it counted
+is told to all, for the statistics.
 
 A model that ends the process while it is loaded ends it once: the next process finds its mark, and leaves
 the version to others. Left to them are also those whose time depends on the values that they are given
@@ -23,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from services.common.bus import Bus, Record, followed
 from services.common.clock import Clock
 from services.common.eventlog import EventLog
-from services.common.frames import FrameServer, Limits
+from services.common.frames import FrameServer
 from services.common.lifecycle import Health, roam
 from services.common.objects import ArtifactStore
 from services.common.tasks import running
@@ -92,9 +93,11 @@ async def guest_worker(
         servicer = Servicer(host, events, clock, SharedInputs(allowed=cfg.shared_memory))
         server = FrameServer(
             lambda peer: FrameConnection(servicer, peer),
-            credential=cfg.internal_token, instance=cfg.worker_id, role="worker", limits=Limits(),
+            credential=cfg.internal_token,
+            instance=cfg.worker_id,
+            role="worker",
             detaches=True,
-        )  # fmt: skip
+        )
         stack.push_async_callback(server.close)
         server.start_local(cfg.worker_id)
         collector = WorkerMetrics(host, servicer, None)  # its host says what there is to say of the log
@@ -108,6 +111,8 @@ async def guest_worker(
         known = cfg.directory / "deployments.table"
         await stack.enter_async_context(followed(bus, DEPLOYMENTS, host.apply, known))
         await stack.enter_async_context(running(heartbeat.run(report), "guest's heartbeat"))
+        counting = Heartbeat(bus, interval=cfg.heartbeat_s)
+        await stack.enter_async_context(running(counting.run(report.counts), "guest's counts"))
         try:
             yield host
         finally:

@@ -28,7 +28,7 @@ from services.worker.replies import Replies, error_reply
 from services.worker.run_time import RunTime
 from services.worker.serving import Serving, ServingPolicy
 from services.worker.stats import ModelStats
-from services.worker.turn import Turn
+from services.worker.turn import BulkTurn
 
 log = structlog.get_logger(__name__)
 
@@ -60,7 +60,6 @@ class LoadedModel:
         self.run_time = run_time
         #: The batch that jobs are cut for.
         self.best = best
-        self.version = version
         self.running_rows = 0
         self._last_used = serving.clock.monotonic()
         self._closed = self._closing = False
@@ -133,7 +132,8 @@ class LoadedModel:
         self._slow, self._on_slow = slow, on_slow
 
     def _fitted(self, policy: ServingPolicy) -> ServingPolicy:
-        return replace(policy, batching=policy.batching.grown(self.best.quick_rows))
+        batching = policy.batching.grown(self.best.quick_rows)
+        return replace(policy, batching=batching.parted() if self.best.apart else batching)
 
     def submit(self, items: Sequence[Item]) -> None:
         """Queue requests that arrived together; each is settled exactly once, later."""
@@ -166,7 +166,7 @@ class LoadedModel:
         started = serving.clock.monotonic()
         self._last_used = started
         self.running_rows += batch.rows
-        if isinstance(turn := batch.items[0], Turn):
+        if isinstance(turn := batch.items[0], BulkTurn):
             self._give(turn)
             return
         # Where a dimension varies, rows say too little about the time that a run takes.
@@ -174,7 +174,7 @@ class LoadedModel:
             self.layout.fixed
             and not self._handed.busy
             and self.run_time.estimate(batch.rows) <= serving.inline_below
-            and batch.nbytes() <= serving.inline_bytes
+            and (batch.nbytes() <= serving.inline_bytes or self._policy.batching.apart)
         )
         # `value` is a property written in Python.
         self.stats.batch(batch.rows, batch.reason._value_, inline=inline)
@@ -190,7 +190,7 @@ class LoadedModel:
         if slow:
             self._on_slow()
 
-    def _give(self, turn: Turn) -> None:
+    def _give(self, turn: BulkTurn) -> None:
         """Lend the slot to `turn` until it is over.
 
         On a processor requests run beside it: its thread has a low priority, so that a run of it which the
@@ -318,6 +318,8 @@ class LoadedModel:
 
     def _count(self, batch: Batch, execution: Execution, times: Answered) -> None:
         stats, count = self.stats, len(batch.items)
+        stats.ran += count
+        stats.last_ran_at = times.finished
         stats.reruns += execution.reruns
         stats.compute_input_s += execution.prepare * count
         stats.compute_infer_s += execution.infer * count

@@ -164,6 +164,7 @@ class VersionLoader:
             max_rows=max_rows,
             best_rows=warm.best.rows,
             best_rows_per_s=round(warm.best.rows_per_s),
+            apart=warm.best.apart,
         )
 
 

@@ -131,7 +131,7 @@ def _batches(versions: Versions) -> Iterator[Metric]:
         "headrace_worker_inline_batches", "Batches run on the event loop", labels=_VERSION
     )
     reruns = CounterMetricFamily(
-        "headrace_worker_reruns", "Requests run alone after their batch failed", labels=_VERSION
+        "headrace_worker_reruns", "Runs of parts of a batch that failed as a whole", labels=_VERSION
     )
     omitted = CounterMetricFamily(
         "headrace_worker_payloads_omitted", "Requests logged without their large tensors", labels=_VERSION

@@ -115,6 +115,7 @@ class ModelHost:
                 memory_bytes=slot.loaded.memory_bytes if slot.loaded else 0,
                 best_rows=best[name].rows,
                 best_rows_per_s=best[name].rows_per_s,
+                totals=slot.totals(self._clock),
             )
             for name, slot in slots.items()
         ]

@@ -26,7 +26,7 @@ from services.worker.record_columns import (
     said_columns,
 )
 from services.worker.tensors import Buffer, OutputColumn
-from services.worker.wire import Kept, tag, tensor_head, varint
+from services.worker.wire import Kept, tag, tensor_head
 
 _OK: Final = Code.CODE_OK
 _INPUTS: Final = tag(PredictionBatch.INPUTS_FIELD_NUMBER, 2)
@@ -278,11 +278,10 @@ class PredictionRecords:
         for column in part.columns:
             shape = (rows, *column.shape) if batched else column.shape
             tensors.append((_OUTPUTS, column.name.encode(), column.datatype, shape))
-        heads = []
-        for (field, name, datatype, shape), size in zip(tensors, sizes, strict=True):
-            head = tensor_head(name, datatype, shape, size)
-            heads.append(field + varint(len(head) + size) + head)
-        return heads
+        return [
+            tensor_head(field, name, datatype, shape, size)
+            for (field, name, datatype, shape), size in zip(tensors, sizes, strict=True)
+        ]
 
     def _columns(self, entries: Sequence[Entry], times: Answered) -> list[Buffer]:
         """All but the tensors."""

@@ -85,8 +85,7 @@ class Replies:
 
     def _head(self, column: OutputColumn, rows: int, nbytes: int) -> bytes:
         shape = (rows, *column.shape) if self._batched else column.shape
-        head = tensor_head(column.name.encode(), column.datatype, shape, nbytes)
-        return _OUTPUTS + varint(len(head) + nbytes) + head
+        return tensor_head(_OUTPUTS, column.name.encode(), column.datatype, shape, nbytes)
 
 
 def error_reply(request: PredictRequest, error: HeadraceError, compute_us: int = 0) -> PredictReply:

@@ -20,7 +20,8 @@ class RunTime:
     """Run time of a batch as a line over its rows, `fixed + per_row * rows`, in seconds: least squares with
     exponentially fading weights, both coefficients kept non-negative.
 
-    `floor` is the fastest single run lately seen: nothing can be answered sooner."""
+    `floor` is the fastest single run lately seen, or what the line says of one row where that is less:
+    nothing can be answered sooner."""
 
     __slots__ = ("_floor_now", "_floor_past", "_n", "_nn", "_nt", "_since", "_t", "_w", "fixed", "per_row")
 
@@ -57,8 +58,7 @@ class RunTime:
         """Seconds that any run takes at the very least; 0 when none was measured lately."""
         if now - self._since > _FLOOR_LIFE_S:
             return 0.0
-        fastest = min(self._floor_now, self._floor_past, self.fixed + self.per_row)
-        return fastest if fastest < inf else 0.0
+        return min(self._floor_now, self._floor_past, self.estimate(1))
 
     def _fit(self) -> None:
         weight = self._w

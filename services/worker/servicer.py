@@ -73,8 +73,8 @@ class Servicer:
         that can be queued are put into `waiting`, by their ids, before any of them is settled. `contents` is
         the data of large inputs, as `Peer.contents`.
 
-        A version that is not loaded is UNAVAILABLE, so that the router tries another
-        endpoint; a request that its version cannot take is INVALID_ARGUMENT with the field."""
+        A version that is not loaded is UNAVAILABLE, so that the router tries another endpoint; a request that
+        its version cannot take is INVALID_ARGUMENT with the field."""
         now = self._clock.monotonic()
         groups: dict[Version, list[Item]] = {}
         group: list[Item] = []

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from headrace.v1.control_pb2 import LoadedVersion
+from headrace.v1.control_pb2 import LoadedVersion, ServingTotals
 
+from services.common.clock import Clock
 from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.desired import Desired, VersionKey
 from services.worker.loading import Loaded
@@ -51,6 +52,13 @@ class Slot:
     def best(self) -> BestBatch:
         """The batch that jobs are cut for."""
         return self.loaded.model.best if self.loaded is not None else UNMEASURED
+
+    def totals(self, clock: Clock) -> ServingTotals | None:
+        """What was counted of it so far; None: nothing."""
+        if self.loaded is not None:
+            model = self.loaded.model
+            return model.stats.totals(clock, refused=model.refused.total())
+        return None if self.stats is None else self.stats.totals(clock)
 
     @property
     def demanded(self) -> bool:

@@ -8,6 +8,7 @@ from headrace.v1.control_pb2 import WorkerStatus
 
 from services.common.clock import Clock
 from services.common.lifecycle import Health
+from services.common.topics import GUEST
 from services.worker.loading import resident_bytes
 from services.worker.model_host import ModelHost
 
@@ -46,6 +47,24 @@ class StatusReport:
         status.memory_bytes = resident_bytes()
         status.device = models[0].device if models else "cpu"
         status.sent_at_us = self._clock.unix_us()
+        return status
+
+    def counts(self) -> WorkerStatus:
+        """Of a guest, for everybody: what it counted. They take it for gone, so nobody sends it anything."""
+        status = WorkerStatus(
+            worker_id=f"{GUEST}{self._fixed.worker_id}",
+            incarnation=self._fixed.incarnation,
+            state=WorkerStatus.STATE_GONE,
+            sent_at_us=self._clock.unix_us(),
+        )
+        for one in self._host.states():
+            if one.HasField("totals"):
+                status.versions.add(
+                    model=one.model,
+                    version=one.version,
+                    artifact_digest=one.artifact_digest,
+                    totals=one.totals,
+                )
         return status
 
     def _by_health(self) -> WorkerStatus.State:

@@ -28,7 +28,7 @@ class Bulk(Protocol):
         ...
 
 
-class Turn(Item):
+class BulkTurn(Item):
     """One turn in the queue of a version. It never runs together with requests or with another turn.
 
     `rows` is what it counts for against other classes: the rows that still run once somebody else waits."""

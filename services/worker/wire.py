@@ -48,10 +48,11 @@ def delimited(field: int, data: bytes) -> bytes:
     return tag(field, 2) + varint(len(data)) + data
 
 
-def tensor_head(name: bytes, datatype: int, shape: Iterable[int], nbytes: int) -> bytes:
-    """All of a Tensor before its `nbytes` bytes of data."""
+def tensor_head(field: bytes, name: bytes, datatype: int, shape: Iterable[int], nbytes: int) -> bytes:
+    """All that precedes a Tensor's `nbytes` bytes of data, with the tag of the `field` that it is in."""
     head = delimited(1, name) + tag(2, 0) + varint(datatype)
     dimensions = b"".join([varint(size) for size in shape])
     if dimensions:
         head += delimited(3, dimensions)
-    return head + tag(4, 2) + varint(nbytes)
+    head += tag(4, 2) + varint(nbytes)
+    return field + varint(len(head) + nbytes) + head

@@ -11,14 +11,17 @@ from uuid import uuid4
 import numpy as np
 import onnxruntime as ort
 import pytest
-from headrace.v1.control_pb2 import Batching
+from headrace.v1.control_pb2 import Batching, WorkerStatus
 from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code, DataType, SharedMemory, Tensor
 
 from services.common.bus import Record
+from services.common.clock import SystemClock
 from services.common.ids import new_id
 from services.common.shared_memory import DIRECTORY, inspect
 from services.common.topics import DEPLOYMENTS, WORKERS
+from services.gateway.pools import Pools
+from services.registry.workers import Workers
 from tests.fixtures.deployments import config, put_artifact, record, served
 from tests.fixtures.guests import FAILED, READY, Rig, rig
 from tests.fixtures.onnx_models import lookup, mlp, two_inputs
@@ -63,14 +66,22 @@ async def test_what_fails_is_logged_once_as_well(rig: Rig) -> None:
     assert sorted(code for batch in batches for code in batch.codes) == [0, 0, Code.CODE_INVALID_ARGUMENT]
 
 
-async def test_nobody_but_its_router_learns_of_it(rig: Rig) -> None:
-    await rig.deploy("net", mlp())
-    async with rig.guest() as host:
+async def test_nobody_but_its_router_learns_of_it_but_what_it_counted(rig: Rig) -> None:
+    gateway, registry = Pools(SystemClock()), Workers(SystemClock())
+    made = await rig.deploy("net", mlp())
+    digest = made.versions[0].artifact_digest
+    async with rig.guest() as host, rig.bus.table(WORKERS, gateway.apply) as table:
+        gateway.table = registry.table = table
         await rig.until(host, "net", READY)
-        assert (await rig.ask("net", x=np.zeros((1, 30), np.float32))).code == Code.CODE_OK
-        assert rig.bus.records(WORKERS.name) == []
+        assert (await rig.ask("net", x=np.zeros((2, 30), np.float32))).code == Code.CODE_OK
+        await eventually(lambda: [one.rows for one in gateway.totals("net", "1", digest)] == [2])
         assert rig.router.dispatcher.endpoints.records() == {}
-    assert rig.bus.records(WORKERS.name) == []
+        assert gateway.workers("") == gateway.workers("default") == 0
+    for said in rig.bus.records(WORKERS.name):
+        status = WorkerStatus.FromString(said.value or b"")
+        assert (said.key, status.state) == (b"local:guest-0", WorkerStatus.STATE_GONE)
+        registry.apply(said.key or b"", said.value)
+    assert not registry.is_ready(made, "1")
 
 
 async def test_its_metrics_are_the_routers_while_it_is_there(rig: Rig) -> None:
@@ -154,6 +165,19 @@ async def test_worker_processes_take_what_is_large_and_what_it_leaves(rig: Rig) 
         assert {reply.code for reply in replies} == {Code.CODE_OK}
         batches = await rig.logged(3)
     assert sum(len(batch.rows) for batch in batches) == 3
+
+
+async def test_few_rows_may_be_large(rig: Rig) -> None:
+    await rig.deploy("wide", mlp(features=50_000, hidden=2))
+    async with rig.worker() as worker, rig.guest() as host:
+        group = rig.router.dispatcher.endpoints.group(("wide", "1"))
+        await eventually(lambda: len(group.members) == 2)
+        for rows in (1, 5, 6):  # of 200 kB; no more than a megabyte is taken
+            reply = await rig.ask("wide", x=np.ones((rows, 50_000), np.float32))
+            assert (reply.code, list(reply.outputs[0].shape)) == (Code.CODE_OK, [rows, 2])
+        inside = [model.stats.rows for _key, model in host.serving()]
+        outside = [model.stats.rows for _key, model in worker.host.serving()]
+    assert (inside, outside) == ([6], [6])
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -450,6 +451,12 @@ async def test_operators_see_health_and_metrics(rig: Rig) -> None:
 
         assert json.loads(await asyncio.to_thread(fetch, "/health/ready"))["ready"] is True
         text = await asyncio.to_thread(fetch, "/metrics")
+        # The heartbeats, from which gateways answer, say the same.
+        await eventually(lambda: [v.totals.ran for v in rig.statuses()[-1].versions] == [3])
+        totals = rig.statuses()[-1].versions[0].totals
+    assert (totals.succeeded, totals.rows, totals.batches, totals.failed) == (3, 6, 3, 0)
+    assert abs(totals.last_ran_at_us / 1e6 - time.time()) < PATIENCE_S
+    assert 0 < totals.compute_infer_ns < totals.request_ns < PATIENCE_S * 1e9
     labels = '{model="net",version="1"}'
     assert f"nv_inference_request_success{labels} 3.0" in text
     assert f"nv_inference_count{labels} 6.0" in text
@@ -523,6 +530,7 @@ async def test_idle_versions_make_room_and_come_back_when_asked_for(
         assert late.code == Code.CODE_DEADLINE_EXCEEDED
         assert (await ask(calls, request("c", x=x))).code == Code.CODE_OK
         assert (worker.host.evictions["b", "1"], memory.models) == (2, 1)
+        assert [state.totals.succeeded for state in worker.host.states() if state.model == "b"] == [2]
         # What would not fit even alone evicts nobody.
         await deploy("d", nbytes=200)
         await rig.until_state("d", LoadedVersion.STATE_EVICTED)

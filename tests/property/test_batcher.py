@@ -40,7 +40,7 @@ policies = st.builds(
     max_delay=st.sampled_from([0.0, 0.002, 0.01]),
     preferred_rows=st.sampled_from([(), (4,), (2, 8)]),
     max_queue_rows=st.sampled_from([16, 64, 1000]),
-)
+).flatmap(lambda policy: st.sampled_from([policy, policy.parted()]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -105,6 +105,7 @@ def test_every_waiter_is_settled_once_with_its_own_rows(
         assert batch.rows == sum(item.rows for item in batch.items)
         assert batch.rows <= policy.max_rows or len(batch.items) == 1
         assert len({item.key for item in batch.items}) == 1
+        assert len(batch.items) == 1 or not policy.apart
     assert world.most_running <= slots
     assert world.most_ahead <= (slots if ahead_below else 0)
     assert world.batcher.idle

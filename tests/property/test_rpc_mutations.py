@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from services.gateway.rpc.limits import RpcLimits
 from tests.fixtures.mutations import MUTATIONS, SPLITS, Mutation, mutated, nothing_internal, pieces
-from tests.fixtures.rpc import Front, infer, prefixed
+from tests.fixtures.rpc import STREAM_INFER, Front, infer, prefixed
 
-LIMITS = RpcLimits(max_streams=8, stream_window_bytes=1 << 16, window_bytes=1 << 17, max_connections=4)
+LIMITS = RpcLimits(
+    max_streams=8, stream_window_bytes=1 << 16, window_bytes=1 << 17, max_connections=4, max_stream_requests=1
+)
 
 
 async def words() -> bytes:
@@ -44,6 +46,11 @@ async def words() -> bytes:
     client.h2.reset_stream(given_up)
     client.h2.increment_flow_control_window(1000)
     await say()
+    stream = client.head(STREAM_INFER)
+    client.send(stream, prefixed(infer()) + prefixed(infer(20.0, id="again"))[:40], end=False)
+    await say()
+    client.send(stream, prefixed(infer(20.0, id="again"))[40:])
+    await say()
     return bytes(said)
 
 
@@ -68,6 +75,7 @@ def test_a_front_survives_its_client(mutation: Mutation, splits: list[int], answ
         assert front.server.connections == 0
         assert client.connection.streams == 0
         assert front.service.bodies.held == 0
+        assert front.server.streams.open == 0
         front.service.close()
 
     with nothing_internal("services.gateway"):

@@ -310,7 +310,7 @@ class WorkerStatus(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., frames_address: _Optional[str] = ..., grpc_address: _Optional[str] = ..., pool: _Optional[str] = ..., state: _Optional[_Union[WorkerStatus.State, str]] = ..., versions: _Optional[_Iterable[_Union[LoadedVersion, _Mapping]]] = ..., queued_rows: _Optional[int] = ..., running_rows: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_limit_bytes: _Optional[int] = ..., device: _Optional[str] = ..., sent_at_us: _Optional[int] = ..., interval_ms: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class LoadedVersion(_message.Message):
-    __slots__ = ("model", "version", "state", "artifact_digest", "error", "memory_bytes", "best_rows", "best_rows_per_s")
+    __slots__ = ("model", "version", "state", "artifact_digest", "error", "memory_bytes", "best_rows", "best_rows_per_s", "totals")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[LoadedVersion.State]
@@ -335,6 +335,7 @@ class LoadedVersion(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     BEST_ROWS_FIELD_NUMBER: _ClassVar[int]
     BEST_ROWS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOTALS_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: str
     state: LoadedVersion.State
@@ -343,4 +344,31 @@ class LoadedVersion(_message.Message):
     memory_bytes: int
     best_rows: int
     best_rows_per_s: float
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[LoadedVersion.State, str]] = ..., artifact_digest: _Optional[str] = ..., error: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., best_rows: _Optional[int] = ..., best_rows_per_s: _Optional[float] = ...) -> None: ...
+    totals: ServingTotals
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[LoadedVersion.State, str]] = ..., artifact_digest: _Optional[str] = ..., error: _Optional[str] = ..., memory_bytes: _Optional[int] = ..., best_rows: _Optional[int] = ..., best_rows_per_s: _Optional[float] = ..., totals: _Optional[_Union[ServingTotals, _Mapping]] = ...) -> None: ...
+
+class ServingTotals(_message.Message):
+    __slots__ = ("succeeded", "rows", "failed", "batches", "ran", "request_ns", "queue_ns", "compute_input_ns", "compute_infer_ns", "compute_output_ns", "last_ran_at_us")
+    SUCCEEDED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    RAN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_NS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_INPUT_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_INFER_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_OUTPUT_NS_FIELD_NUMBER: _ClassVar[int]
+    LAST_RAN_AT_US_FIELD_NUMBER: _ClassVar[int]
+    succeeded: int
+    rows: int
+    failed: int
+    batches: int
+    ran: int
+    request_ns: int
+    queue_ns: int
+    compute_input_ns: int
+    compute_infer_ns: int
+    compute_output_ns: int
+    last_ran_at_us: int
+    def __init__(self, succeeded: _Optional[int] = ..., rows: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., ran: _Optional[int] = ..., request_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_input_ns: _Optional[int] = ..., compute_infer_ns: _Optional[int] = ..., compute_output_ns: _Optional[int] = ..., last_ran_at_us: _Optional[int] = ...) -> None: ...

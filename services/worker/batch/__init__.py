@@ -5,5 +5,5 @@ port.py; outages.py is what their client says of a broker that is away), consume
 work.py (one chunk from record to result), jobs.py (is it still wanted), deaths.py (does it kill), reading.py
 (its rows by format: tables.py with arrow_sizes.py, columns.py, csv_rows.py, json_rows.py, json_values.py,
 images.py; what they give: rows.py), running.py (through the version's slot, at the lowest class), results.py
-(what the gateway streams), records.py (the prediction log).
-threads.py gives the threads of all this, metrics.py counts."""
+(what the gateway streams), records.py (the prediction log). threads.py gives the threads of all this,
+metrics.py counts."""

@@ -81,7 +81,7 @@ class BatchWorker:
         self._clock = clock
         self._chunks: Chunks | None = None
         self._consumer: ChunkConsumer | None = None
-        self._leaving = asyncio.Event()
+        self._leaving = False
 
     @property
     def partitions(self) -> int:
@@ -110,13 +110,13 @@ class BatchWorker:
             stack.callback(work.close)
             self._consumer = ChunkConsumer(self._chunks, topic, options.pool, work.do, self.stats)
             stack.push_async_callback(self._consumer.stop, 0.0)
-            if not self._leaving.is_set():
+            if not self._leaving:
                 self._consumer.start()
             await _release_idle(reader, self.stats)
 
     async def drain(self, seconds: float) -> None:
         """Take no more chunks, and finish those in work or leave them to others within `seconds`."""
-        self._leaving.set()
+        self._leaving = True
         if self._consumer is not None:
             await self._consumer.stop(seconds)
 

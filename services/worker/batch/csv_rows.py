@@ -20,6 +20,7 @@ from services.worker.batch.rows import Inputs, InputSpec, Rows
 
 _NULLS = ["", "null", "NULL"]
 _TRUE, _FALSE = ["true", "True", "TRUE", "1"], ["false", "False", "FALSE", "0"]
+_HEXADECIMAL = ("0x", "0X")
 # A field may be as long as a line, which the gateway bounds.
 _MAX_FIELD = 64 << 20
 
@@ -37,6 +38,8 @@ def rows_of_csv(text: bytes, columns: Sequence[str], inputs: Inputs, first_row: 
             pass  # the rows say which of them it is
         else:
             return rows_of_table(table, inputs, first_row)
+    if inputs.batched:  # a text is itself, as it is above, whatever it looks like
+        specs = {name: spec for name, spec in specs.items() if not (spec.text and scalar[name])}
     return _by_line(text, columns, specs, inputs, first_row)
 
 
@@ -67,17 +70,18 @@ def _arrow_type(spec: InputSpec) -> pa.DataType:
 def _by_line(
     text: bytes, columns: Sequence[str], specs: dict[str, InputSpec], inputs: Inputs, first_row: int
 ) -> Rows:
+    """`specs` by the columns whose cells stand for something else than their text."""
     values: list[Any] = []
     failures: dict[int, HeadraceError] = {}
     csv.field_size_limit(_MAX_FIELD)
-    for record in csv.reader(io.StringIO(text.decode(errors="replace"), newline="")):
+    for record in csv.reader(io.StringIO(text.decode(errors="surrogateescape"), newline="")):
         if not record:
             continue
         place = len(values)
-        if len(record) != len(columns):
+        wrong = _wrong_line(record, len(columns))
+        if wrong is not None:
             where = f"inputs[{first_row + place}]"
-            reason = f"{where} has {len(record)} values where {len(columns)} columns are named."
-            failures[place] = InvalidArgument(reason, field=where)
+            failures[place] = InvalidArgument(f"{where} {wrong}.", field=where)
             values.append(None)
             continue
         values.append(
@@ -87,6 +91,17 @@ def _by_line(
             }
         )
     return rows_of_values(values, inputs, first_row, failures)
+
+
+def _wrong_line(record: Sequence[str], columns: int) -> str | None:
+    """What is wrong with a line as a whole; None where nothing is."""
+    if len(record) != columns:
+        return f"has {len(record)} values where {columns} columns are named"
+    try:
+        "".join(record).encode()
+    except UnicodeEncodeError:  # bytes that are no text stand in it as surrogates
+        return "is not UTF-8"
+    return None
 
 
 def _value(spec: InputSpec, given: str) -> Any:
@@ -103,6 +118,15 @@ def _value(spec: InputSpec, given: str) -> Any:
     if spec.datatype == DataType.DATA_TYPE_BOOL:
         return True if given in _TRUE else False if given in _FALSE else given
     try:
-        return float(given) if spec.dtype.kind == "f" else int(given)
+        return _number(spec, given)
     except ValueError:
         return given
+
+
+def _number(spec: InputSpec, given: str) -> float | int:
+    """As pyarrow reads it, which reads all lines where none is wrong. Raises ValueError."""
+    if "_" in given:  # Python reads over them: 2024_01_02 would be a number
+        raise ValueError(given)
+    if spec.dtype.kind == "f":
+        return float(given)
+    return int(given, 16 if given.lstrip()[:2] in _HEXADECIMAL else 10)

@@ -128,8 +128,6 @@ class KafkaChunks:
         # By partition and offset: what is in somebody's hands, and what was done lately.
         self._in_hand: dict[tuple[int, int], Delivery] = {}
         self._done: OrderedDict[tuple[int, int], bytes | None] = OrderedDict()
-        #: For metrics: partitions held, and how often some came or went.
-        self.rebalances = 0
 
     @property
     def partitions(self) -> int:
@@ -336,14 +334,12 @@ class KafkaChunks:
 
     def _assigned(self, begun: dict[int, _Partition]) -> None:
         """Ours from now on, or begun anew: what was delivered before counts no more."""
-        self.rebalances += 1
         log.info("reading %s: partitions %s", self._topic.name, sorted(begun))
         self._ours.update(begun)
 
     def _revoked(self, numbers: list[int]) -> None:
         """What is in work may end: its result counts, and whoever has the partition now does it once more.
         What nobody has begun is theirs."""
-        self.rebalances += 1
         for number in numbers:
             self._ours.pop(number, None)
         gone = [one for one in self._ready if one.record.partition in numbers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from services.common.errors import (
     Unavailable,
 )
 from services.common.objects import InputSources
+from services.common.tasks import stopped
 from services.worker.batch.columns import rows_of_table, wanted_columns
 from services.worker.batch.csv_rows import rows_of_csv
 from services.worker.batch.images import rows_of_images
@@ -131,8 +132,11 @@ class ChunkReader:
                 return InvalidArgument(f"the file has more than {_MAX_IMAGE_BYTES} bytes.")
             return content
 
-        names: Sequence[str] = given.names
-        return list(await asyncio.gather(*[fetch(name) for name in names]))
+        tasks = [asyncio.create_task(fetch(name)) for name in given.names]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:  # of a chunk that is tried again later, or abandoned, nothing goes on meanwhile
+            await stopped(*tasks)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from services.common.errors import HeadraceError
 from services.worker.batch.results import Answers
 from services.worker.tensors import Array, encode_bytes
+from services.worker.wire import tag, varint
 
 #: Rows of one record: at 30 columns about a megabyte with payload.
 RECORD_ROWS = 8192
 _RECORD_BYTES = 8 << 20
-_LENGTH_DELIMITED = 2
 
 _CODES = PredictionBatch.DESCRIPTOR.fields_by_name["codes"].number
 _ORIGINS = PredictionBatch.DESCRIPTOR.fields_by_name["origins"].number
@@ -62,12 +62,12 @@ class ChunkRecords:
     ) -> Iterator[bytes]:
         """The records of rows that ran. `inputs` and outputs have the same rows; those of the first
         `payload_rows` places of the chunk travel along, as far as they are not too large."""
-        count = len(answers.places)
-        for first in range(0, count, RECORD_ROWS):
-            part = slice(first, min(first + RECORD_ROWS, count))
+        # No record has rows of both kinds: among the first ones some may have failed.
+        first_ones = int(np.searchsorted(answers.places, payload_rows))
+        for part in (*_parts(0, first_ones), *_parts(first_ones, len(answers.places))):
             places = answers.places[part]
             tensors: list[list[Tensor]] = [[], []]
-            if places[-1] < payload_rows and self._batched:
+            if part.stop <= first_ones and self._batched:
                 given = [
                     (inputs, self._inputs, tensors[0]),
                     (answers.outputs, self._outputs, tensors[1]),
@@ -123,6 +123,11 @@ class ChunkRecords:
         )
 
 
+def _parts(first: int, end: int) -> list[slice]:
+    """The rows from `first` to before `end`, as many to a record as it takes."""
+    return [slice(at, min(at + RECORD_ROWS, end)) for at in range(first, end, RECORD_ROWS)]
+
+
 def without_payload(value: bytes) -> bytes:
     """The same record without its tensors."""
     record = PredictionBatch.FromString(value)
@@ -148,14 +153,5 @@ def _tensor(name: str, datatype: DataType, array: Array) -> Tensor:
 
 
 def _packed(field: int, data: bytes) -> tuple[bytes, bytes]:
-    """A length-delimited field on the wire."""
-    return _varint(field << 3 | _LENGTH_DELIMITED) + _varint(len(data)), data
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    """A length-delimited field in two parts, since `data` may be long."""
+    return tag(field, 2) + varint(len(data)), data

@@ -29,7 +29,7 @@ from services.worker.best_batch import BestBatch
 from services.worker.execution import Runner
 from services.worker.item import Item
 from services.worker.tensors import Array
-from services.worker.turn import Turn
+from services.worker.turn import BulkTurn
 
 log = structlog.get_logger(__name__)
 
@@ -150,7 +150,7 @@ class ChunkRun:
             self._over.clear()
             self._refusal, self._retry = None, False
             version = find()
-            turn = Turn(self, min(self.run_rows, turn_rows))
+            turn = BulkTurn(self, min(self.run_rows, turn_rows))
             self._asked_at = time.monotonic()
             version.submit([turn])
             try:

@@ -19,6 +19,8 @@ from services.router.balancing import (
     Weighted,
     picker,
     score,
+    silence,
+    silent,
 )
 from services.router.group import Endpoint
 
@@ -60,6 +62,23 @@ class TestPeakEwma:
         assert latency.value(0.0) >= 0.05
         latency.penalise(0.0)
         assert latency.value(0.0) == pytest.approx(0.1)
+
+    def test_a_failure_is_heard_when_it_comes(self) -> None:
+        latency = PeakEwma()
+        latency.observe(0.001, 0.0)
+        latency.penalise(100.0)
+        assert latency.value(100.0) == latency.usual == 0.05
+        assert latency.heard_at == 100.0
+
+    def test_it_is_unanswered_since_the_request_was_sent_or_the_last_answer_came(self) -> None:
+        latency = PeakEwma()
+        latency.observe(0.01, 100.0)
+        latency.late(1.0, 500.0)
+        latency.late(1.0, 500.5)
+        assert latency.unanswered_since == 499.0
+        latency.observe(0.01, 501.0)
+        latency.late(5.0, 503.0)
+        assert latency.unanswered_since == 501.0
 
     def test_a_burst_of_failures_is_forgotten_within_two_minutes(self) -> None:
         latency = PeakEwma()
@@ -110,7 +129,7 @@ def test_weighted_goes_by_the_rate_of_answers() -> None:
     pick = Weighted(random.Random(3)).pick
     drawn = Counter(pick([fast, slow, fresh], 0, 0.0).worker_id for _ in range(9000))
     assert drawn["w0"] / drawn["w1"] == pytest.approx(3, rel=0.15)
-    assert drawn["w1"] < drawn["w2"] < drawn["w0"]
+    assert drawn["w2"] / drawn["w1"] == pytest.approx(1.5, rel=0.15)  # as the mean of those that are known
 
 
 class TestConsistentHash:
@@ -201,6 +220,35 @@ class TestSilence:
                 answered += chosen is frozen and now > 108
         assert lost < 30  # half a second's share, and one after the other
         assert answered > 20
+
+    def test_the_hash_ring_goes_on_to_the_next_however_little_the_silent_one_holds(self) -> None:
+        crowd, ring, rng = self.frozen(), ConsistentHash(), random.Random(4)
+        for other in crowd[1:]:
+            other.in_flight, other.busy_since = 3, 102.0
+        assert all(ring.pick(crowd, rng.getrandbits(64), 102.0) is not crowd[0] for _ in range(50))
+
+    def test_one_that_is_never_idle_and_answers_is_not_silent(self) -> None:
+        (busy,) = workers(1)
+        busy.in_flight, busy.busy_since = 1, 100.0
+        busy.latency.observe(0.01, 200.0)
+        assert silence(busy, 200.1) == pytest.approx(0.1)
+        assert not silent(busy, 200.1)
+
+    def test_silence_makes_it_look_as_slow(self) -> None:
+        crowd = self.frozen()
+        assert score(crowd[0], 103.0) == pytest.approx(3.0 * 2)
+
+    @pytest.mark.parametrize("how", ["answered", "failed"])
+    def test_what_was_given_up_is_over_with_the_next_answer(self, how: str) -> None:
+        endpoint = Endpoint(WorkerStatus(worker_id="a", frames_address="a:1"))
+        endpoint.latency.late(1.0, 100.0)
+        if how == "answered":
+            endpoint.latency.observe(0.01, 101.0)
+        else:
+            endpoint.latency.penalise(101.0)
+        endpoint.take(500.0)
+        endpoint.take(500.3)
+        assert silence(endpoint, 500.4) == pytest.approx(0.4)
 
     def test_what_was_idle_is_not_silent(self) -> None:
         idle, other = workers(2)

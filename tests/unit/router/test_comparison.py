@@ -72,6 +72,26 @@ def test_the_first_five_of_a_ranking_are_compared_as_a_set() -> None:
     assert between([few], [few]).outputs["p"].same_top_five == 0
 
 
+def test_the_first_five_are_found_among_many() -> None:
+    rng = np.random.default_rng(7)
+    ours = rng.permuted(np.tile(np.arange(2000.0), (100, 1)), axis=1)
+    theirs = ours + rng.normal(0, 1.2, ours.shape)
+    same = [set(np.argsort(a)[-5:]) == set(np.argsort(b)[-5:]) for a, b in zip(ours, theirs, strict=True)]
+    assert 20 < sum(same) < 80
+    assert between([floats(ours)], [floats(theirs)]).outputs["p"].same_top_five == sum(same)
+
+
+def test_what_is_just_within_the_tolerance_is_the_same_and_one_number_has_no_ranking() -> None:
+    output = between([floats([1.0, 2.0])], [floats([1.5, 3.0])], tolerance=0.5).outputs["p"]
+    assert (output.same.tolist(), output.width, output.same_top) == ([True, True], 1, 0)
+
+
+def test_nonsense_from_a_shadow_is_incomparable() -> None:
+    broken = floats([[0.1, 0.9]])
+    broken.data = broken.data[:-1]
+    assert between([floats([[0.1, 0.9]])], [broken]).verdict == INCOMPARABLE
+
+
 def test_labels_and_texts_are_equal_or_not() -> None:
     made = between([labels([1, 2, 3]), texts(b"a", b"b", b"")], [texts(b"a", b"x", b""), labels([1, 2, 4])])
     assert (made.verdict, made.rows_equal) == (DIFFERENT, 1)

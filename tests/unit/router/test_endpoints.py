@@ -124,10 +124,13 @@ async def test_older_heartbeats_are_ignored_and_equal_ones_change_nothing(room: 
     room.beat(sequence=4, versions={})
     room.beat(sequence=6)
     room.beat(sequence=7)
+    room.beat(sequence=6, versions={})
     assert room.ready == ["w1"]
     assert room.changes == changes
+    room.endpoints.all()[0].latency.observe(30.0, 0.0)
     room.beat(sequence=1, incarnation="b", versions={})
     assert room.ready == []
+    assert room.endpoints.all()[0].latency.last == 0.0  # how slow it was says nothing about the new process
 
 
 async def test_a_heartbeat_has_only_versions_looked_at_whose_state_changed(room: Room) -> None:

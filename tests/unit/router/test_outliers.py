@@ -65,6 +65,50 @@ def test_no_more_than_the_share_and_one_always_may(count: int, share: float, all
     assert r.outliers.spared_total == count - allowed
 
 
+def test_who_is_spared_counts_its_errors_anew() -> None:
+    r = room()
+    r.say("a", *[FAILED] * 5)
+    r.say("b", *[FAILED] * 9)
+    assert r.outliers.spared_total == 1
+    r.say("b", FAILED)
+    assert r.outliers.spared_total == 2
+
+
+def test_errors_in_a_row_are_not_forgotten_by_the_sweep() -> None:
+    r = room()
+    r.say("a", *[FAILED] * 4)
+    for now in (0, 10, 20):
+        r.outliers.sweep(now)
+    assert r.say("a", FAILED, at=21) == [True]
+    assert r.outliers.breakers["a"].until == 21 + 30
+
+
+def test_errors_of_one_that_is_out_and_serves_are_no_further_ejection() -> None:
+    r = room(1)
+    r.say("a", *[FAILED] * 5)
+    r.say("a", *[FAILED] * 10, at=5)
+    assert (r.outliers.ejected_total, r.outliers.spared_total) == (1, 0)
+    assert r.outliers.breakers["a"].until == 30
+
+
+@pytest.mark.parametrize(("said", "state"), [(ANSWERED, State.CLOSED), (FAILED, State.OPEN)])
+def test_one_that_is_judged_before_its_probe_is_not_tried_any_more(said: Verdict, state: State) -> None:
+    r = room(1)  # so it serves meanwhile
+    r.say("a", *[FAILED] * 5)
+    r.outliers.sweep(30)
+    r.say("a", said, at=31)
+    assert r.outliers.breakers["a"].state is state
+    assert r.outliers.probe(r.ready, ()) is None
+
+
+def test_one_that_does_not_have_the_version_is_no_probe() -> None:
+    r = room(3)
+    r.say("a", *[FAILED] * 5)
+    r.outliers.sweep(30)
+    assert r.outliers.probe(("b", "c"), ()) is None
+    assert r.outliers.probe(r.ready, ()) == "a"
+
+
 def test_the_only_endpoint_goes_on_serving_and_is_said_to_be_broken() -> None:
     r = room(1)
     r.say("a", *[FAILED] * 5)
@@ -143,6 +187,34 @@ def test_time_out_grows_to_its_cap_and_healthy_intervals_forgive() -> None:
     assert not r.outliers.breakers
 
 
+def test_one_ejection_is_forgiven_per_healthy_interval() -> None:
+    r = room()
+    r.say("a", *[FAILED] * 5)
+    r.outliers.sweep(30)
+    r.say("a", FAILED, at=30)
+    r.outliers.sweep(90)
+    r.say("a", ANSWERED, at=90)
+    counts = {}
+    for now in range(91, 120):
+        r.outliers.sweep(now)
+        counts[now] = r.outliers.breakers["a"].ejections
+    assert [counts[now] for now in (99, 100, 109, 110)] == [2, 1, 1, 0]
+    r.outliers.sweep(120)
+    assert not r.outliers.breakers
+
+
+def test_the_cap_holds_whatever_it_is_a_multiple_of() -> None:
+    r = room(base_s=40, cap_s=100)
+    now, times = 0.0, []
+    r.say("a", *[FAILED] * 5)
+    for _ in range(4):
+        times.append(r.outliers.breakers["a"].until - now)
+        now = r.outliers.breakers["a"].until
+        r.outliers.sweep(now)
+        r.say("a", FAILED, at=now)
+    assert times == [40, 80, 100, 100]
+
+
 def test_one_that_left_is_forgotten() -> None:
     r = room()
     r.say("a", *[FAILED] * 5)
@@ -172,12 +244,21 @@ def test_what_a_reply_says(code: Code, lost: bool, held_s: float, expected: Verd
     assert verdict(code, lost=lost, held_s=held_s, expected_s=1.0) is expected
 
 
+@pytest.mark.parametrize(("held_s", "expected"), [(0.24, NOTHING), (0.25, FAILED)])
+def test_a_caller_of_little_patience_blames_nobody_however_quick_the_model(
+    held_s: float, expected: Verdict
+) -> None:
+    assert verdict(Code.CODE_DEADLINE_EXCEEDED, lost=False, held_s=held_s, expected_s=0.001) is expected
+
+
 def test_what_is_usual_does_not_follow_errors() -> None:
     r = room()
     judge, usual = r.outliers.judge, r.outliers.usual
     assert usual("a", 0.1, sent_at=0) == 0.1
     judge("a", FAILED, 10, sent_at=0, now=1, usual_s=0.1)
     assert usual("a", 5.0, sent_at=0.5) == 5.0  # sent before anything was wrong
+    assert usual("a", 5.0, sent_at=1) == 0.1
+    judge("a", FAILED, 10, sent_at=0, now=1, usual_s=3.0)
     assert usual("a", 5.0, sent_at=1) == 0.1
     assert usual("b", 5.0, sent_at=1) == 5.0
     judge("a", ANSWERED, 10, sent_at=1, now=2)

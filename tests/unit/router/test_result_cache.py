@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import product
 from typing import Any
+from zlib import crc32
 
+import pytest
 from headrace.v1.control_pb2 import ServedVersion
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest, Priority
 from headrace.v1.tensor_pb2 import Code, Tensor
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import HeadraceError
-from services.router.result_cache import Flight, ResultCache
+from services.router.result_cache import Flight, ResultCache, _before
 from services.router.result_store import Found
 from services.router.routing_table import CachePolicy, Target
 from services.router.stats import Stats
@@ -95,18 +98,14 @@ class FakeLog:
 
 
 #: What may stand under a key of ours without being from us.
-SPOILT = (b"", b"\0", b"\0\0\0\0", PredictReply(message="x").SerializeToString(), b"\xff" * 40)
+REPLY = PredictReply(message="x").SerializeToString()
+SPOILT: tuple[bytes, ...] = (b"", b"\0", b"\0\0\0\0", REPLY, b"\0\0\0\0" + REPLY, b"\xff" * 40)
+SPOILT += (crc32(b"\xff" * 4).to_bytes(4, "little") + b"\xff" * 4,)
 
 Step = tuple[str, int]
-STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(
-            ["enter", "enter", "enter", "found", "lost", "answer", "fail", "cancel", "away", "full", "turn"]
-        ),
-        st.integers(0, 7),
-    ),
-    max_size=60,
-)
+OFTEN = ("enter", "enter", "enter", "found", "found", "answer", "answer", "turn")
+SELDOM = ("lost", "spoilt", "late", "fail", "cancel", "away", "full")
+STEPS = st.lists(st.tuples(st.sampled_from(OFTEN + SELDOM), st.integers(0, 7)), max_size=60)
 
 
 def own_answer(call: FakeCall) -> PredictReply:
@@ -114,6 +113,7 @@ def own_answer(call: FakeCall) -> PredictReply:
 
 
 @given(STEPS)
+@settings(max_examples=300)
 def test_every_request_is_answered_once_with_its_own_answer(steps: list[Step]) -> None:
     asyncio.run(play(steps))
 
@@ -205,6 +205,61 @@ class Scene:
 
     def full(self, which: int) -> None:
         self.log.full = not self.log.full
+
+
+@pytest.mark.parametrize(("mine", "theirs"), list(product(PRIORITIES, repeat=2)))
+def test_only_a_more_urgent_class_comes_before(mine: Priority, theirs: Priority) -> None:
+    calls: list[Any] = [FakeCall(None, 1, priority) for priority in (mine, theirs)]  # type: ignore[arg-type]
+    assert _before(*calls) == (CLASS[mine] < CLASS[theirs])
+
+
+async def entered(count: int, *, usable: bool = True, most: int = 1000) -> tuple[Scene, list[FakeCall]]:
+    """So many equal calls, of which the first is looked up or, where the store is not usable, computed."""
+    scene = Scene()
+    scene.store.usable = usable
+    calls = [FakeCall(scene.cache, 1) for _ in range(count)]
+    for call in calls:
+        scene.cache.enter(call, CachePolicy(1000, most))  # type: ignore[arg-type]
+    return scene, calls
+
+
+def sealed(reply: PredictReply) -> bytes:
+    kept = reply.SerializeToString()
+    return crc32(kept).to_bytes(4, "little") + kept
+
+
+async def test_a_hit_is_given_to_all_who_wait_and_is_not_kept_again() -> None:
+    scene, calls = await entered(4)
+    calls[2].answer_cached = None  # type: ignore[assignment,method-assign]  # what fails is this one's alone
+    scene.store.asked.pop()[1](sealed(own_answer(calls[0])))
+    calls[1].cancel()
+    await asyncio.sleep(0)
+    assert [len(call.answers) for call in calls] == [1, 0, 0, 1]
+    assert scene.log.logged == 3
+    assert ([call.sent for call in calls], scene.store.ttls, len(scene.cache)) == ([0] * 4, [], 0)
+
+
+async def test_what_another_version_answered_is_neither_kept_nor_shared() -> None:
+    scene, (first, second) = await entered(2, usable=False)
+    first.fell_back = True
+    first.finish(own_answer(first))
+    assert (scene.store.kept, second.sent, second.answers) == ({}, 1, [])
+
+
+@pytest.mark.parametrize("room", [0, -1])
+async def test_an_answer_as_large_as_may_be_is_kept_and_no_larger_one(room: int) -> None:
+    size = own_answer(FakeCall(None, 1)).ByteSize()  # type: ignore[arg-type]
+    scene, (call,) = await entered(1, usable=False, most=size + room)
+    call.finish(own_answer(call))
+    assert len(scene.store.kept) == (room == 0)
+
+
+async def test_one_that_cannot_be_sent_is_refused_and_no_other() -> None:
+    scene, (first, second, third) = await entered(3, usable=False)
+    second.send = None  # type: ignore[assignment,method-assign]
+    first.finish(PredictReply(code=Code.CODE_INTERNAL))
+    assert [reply.code for reply in second.answers] == [Code.CODE_INTERNAL]
+    assert (third.sent, third.answers, len(scene.cache)) == (1, [], 0)
 
 
 async def test_inputs_in_shared_memory_are_neither_looked_up_nor_kept() -> None:

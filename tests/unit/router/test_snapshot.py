@@ -96,3 +96,18 @@ async def test_a_disk_that_takes_nothing_stops_nothing(tmp_path: Path) -> None:
     blocked.write_bytes(b"")
     await written(blocked / "routing.json", {"a": b"1"})
     assert await restored(blocked / "routing.json") == (False, {})
+
+
+async def test_others_have_their_turn_while_thousands_of_models_are_restored(tmp_path: Path) -> None:
+    """Each takes the better part of a millisecond, and a router may be a guest of a process that serves."""
+    path = tmp_path / "routing.json"
+    await written(path, {f"model-{number}": b"" for number in range(1000)})
+    turns: list[int] = []
+    held: dict[bytes, bytes | None] = {}
+    restoring = asyncio.create_task(Snapshot(path, {}).restore({"deployments": held.__setitem__}))
+    while not restoring.done():
+        turns.append(len(held))
+        await asyncio.sleep(0)
+    assert await restoring
+    assert len(held) == 1000
+    assert max(after - before for before, after in zip(turns, [*turns[1:], 1000], strict=True)) <= 20

@@ -140,6 +140,21 @@ class TestRecords:
         first, second = self.made(10_000, payload_rows=8192)
         assert (len(first.inputs), len(second.inputs), len(second.codes)) == (1, 0, 1808)
 
+    def test_they_do_though_one_of_them_failed(self) -> None:
+        places = [place for place in range(10_000) if place != 3]
+        x = np.arange(len(places) * 3, dtype=np.float32).reshape(-1, 3)
+        records = ChunkRecords(self.chunk, TABULAR, "worker-0")
+        made = [
+            PredictionBatch.FromString(value)
+            for value in records.answered(answers(places, y=2 * x), {"x": x}, 7, 8192)
+        ]
+
+        assert [(len(one.codes), len(one.inputs), len(one.outputs)) for one in made] == [
+            (8191, 1, 1),
+            (1808, 0, 0),
+        ]
+        assert b"".join(one.request_ids for one in made) == request_ids("job", np.array(places) + 1000)
+
     def test_rows_that_failed_are_there_without_tensors(self) -> None:
         records = ChunkRecords(self.chunk, TABULAR, "worker-0")
         (value,) = records.failed({5: Internal("x"), 2: InvalidArgument("y")}, 7)

@@ -75,6 +75,16 @@ def test_blank_lines_are_no_rows_and_ids_pass_through() -> None:
     assert (rows.count, rows.custom_ids) == (3, ["p", "7", None])
 
 
+@pytest.mark.parametrize("blank", [b"\f", b"\v", b" \x0c\t"])
+def test_what_is_blank_to_python_alone_is_a_row_as_the_gateway_counts_it(blank: bytes) -> None:
+    text = b"\n".join((b"[1,2,3]", blank, b" \t\r", b"[4,5,6]"))
+    rows = rows_of_lines(lines_of(text), TABULAR, 0)
+
+    assert rows.count == 3
+    assert only(rows)["x"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert [error.field for error in rows.failures.values()] == ["inputs[1]"]
+
+
 @pytest.mark.parametrize(
     ("line", "field", "reason"),
     [
@@ -247,6 +257,41 @@ class TestCsv:
 
         assert [str(value) for value in only(rows)["x"][:, 1]] == ["nan", "inf"]
         assert list(rows.failures) == [1, 3]
+
+    @pytest.mark.parametrize("cell", ["1_000", "2024_01_02", "1_0.5"])
+    def test_what_only_python_takes_for_a_number_is_none(self, cell: str) -> None:
+        rows = rows_of_csv(f"1,2,3\n1,{cell},3\n".encode(), ["a", "b", "c"], TABULAR, 0)
+
+        assert only(rows)["x"].tolist() == [[1, 2, 3]]
+        assert reasons(rows) == {1: ("inputs[1].b", "inputs[1].b must be a number, not a string.")}
+
+    def test_a_line_that_is_no_text_fails_and_is_not_changed_into_one(self) -> None:
+        rows = rows_of_csv(
+            b"1,fine,true\n2,caf\xe9,true\n3,\xc3\xa9t\xc3\xa9,0\n", ["n", "text", "on"], MIXED, 7
+        )
+
+        assert [text.decode() for text in only(rows)["text"].flat] == ["fine", "été"]
+        assert reasons(rows) == {1: ("inputs[8]", "inputs[8] is not UTF-8.")}
+
+    @pytest.mark.parametrize("beside", ["2", "two"])
+    def test_a_hexadecimal_number_is_one_whatever_stands_beside_it(self, beside: str) -> None:
+        rows = rows_of_csv(f"0x1F,a,0\n 0X7f,b,0\n{beside},c,0\n".encode(), ["n", "text", "on"], MIXED, 0)
+
+        assert only(rows)["n"].tolist()[:2] == [31, 127]
+        assert list(rows.failures) == ([] if beside == "2" else [2])
+
+    @pytest.mark.parametrize("beside", ["2", "two"])
+    def test_a_text_is_itself_whatever_stands_beside_it(self, beside: str) -> None:
+        text = f'1,"[1]",0\n{beside},x,0\n3,"[""a""]",0\n4,[],1\n'
+        rows = rows_of_csv(text.encode(), ["n", "text", "on"], MIXED, 0)
+
+        answered = only(rows)
+        assert dict(zip(answered["n"], answered["text"].ravel(), strict=True)).items() >= {
+            (1, b"[1]"),
+            (3, b'["a"]'),
+            (4, b"[]"),
+        }
+        assert list(rows.failures) == ([] if beside == "2" else [1])
 
     def test_lists_are_written_as_json(self) -> None:
         rows = rows_of_csv(b'"[1, 2, 3]"\n"[4, 5]"\n', ["x"], TABULAR, 0)

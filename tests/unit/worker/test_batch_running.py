@@ -22,7 +22,7 @@ from services.worker.execution import Runner
 from services.worker.input_layout import InputLayout
 from services.worker.item import Item
 from services.worker.tensors import Array
-from services.worker.turn import Turn
+from services.worker.turn import BulkTurn
 from tests.fixtures.batch import TABULAR
 from tests.fixtures.waiting import PATIENCE_S
 
@@ -64,7 +64,7 @@ class Slot:
 
     def submit(self, items: Sequence[Item]) -> None:
         (turn,) = items
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, BulkTurn)
         self.turns += 1
         if self.refuse:
             turn.settle(self.refuse.pop())

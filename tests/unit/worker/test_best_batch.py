@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.worker.best_batch import BestBatch, measured
+from services.worker.best_batch import BestBatch, best_of, measured
 
 
 def model(
@@ -73,6 +73,24 @@ def test_rows_of_any_size_run_few_at_a_time() -> None:
     sizes, run = model(1e-3, 0.0)
     assert measured(run, fixed=False).rows == 32
     assert max(sizes) == 32
+
+
+@pytest.mark.parametrize(
+    ("joining", "fixed_s", "per_row_s", "apart"),
+    [
+        (0.0, 5e-6, 20e-6, False),
+        (120e-6, 5e-6, 20e-6, True),  # an image, for which little is computed
+        (20e-6, 5e-6, 20e-6, False),  # a batch of its own costs as much
+        (120e-6, 130e-6, 20e-6, False),  # one run instead of many saves more
+        (120e-6, 0.0, 600e-6, False),  # nobody would see it
+    ],
+)
+def test_rows_run_apart_where_joining_them_costs_more_than_it_saves(
+    joining: float, fixed_s: float, per_row_s: float, apart: bool
+) -> None:
+    fastest = {rows: fixed_s + per_row_s * rows for rows in (1, 2, 4, 8)}
+    assert best_of(fastest, fixed=True, joining=joining).apart is apart
+    assert not best_of(fastest, fixed=False, joining=joining).apart  # rows may be smaller than those
 
 
 def test_a_model_with_a_largest_batch_is_measured_up_to_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from services.common.errors import InvalidArgument
 from services.worker.execution import Execution, Runner
 from services.worker.input_layout import InputLayout
 from services.worker.item import Answer, Batch, Item, Release
-from services.worker.tensors import Array, to_column
+from services.worker.tensors import Array, Buffer, to_column
 
 FP32 = DataType.DATA_TYPE_FP32
 BYTES = DataType.DATA_TYPE_BYTES
@@ -156,3 +157,68 @@ def test_many_rows_of_output_are_not_copied() -> None:
     assert bytes(column.rows(7, 2)) == array[7:9].tobytes()
     turned = array.reshape(4, 4096).T
     assert bytes(to_column("y", FP32, turned, 4096, batched=True).rows(1, 1)) == turned[1].tobytes()
+
+
+class Keeping(Doubling):
+    """Keeps buffers for batches of up to four rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[int] = []
+
+    def run_kept(self, data: Sequence[Buffer], rows: int) -> list[tuple[bytes, tuple[int, ...]]] | None:
+        self.kept.append(rows)
+        if rows > 4:
+            return None
+        return [((2 * np.frombuffer(data[0], np.float32)).tobytes(), ())]
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_rows", "outputs", "kept", "sizes"),
+    [
+        (3, 64, (), [3], []),
+        (4, 4, (), [4], []),
+        (5, 64, (), [5], [5]),  # for these there are no buffers
+        (4, 3, (), [], [3, 1]),  # never more rows at once than asked for
+        (3, 64, ("y",), [], [3]),  # buffers are for all outputs
+    ],
+)
+def test_kept_buffers_are_for_whole_batches_of_all_outputs(
+    rows: int, max_rows: int, outputs: tuple[str, ...], kept: list[int], sizes: list[int]
+) -> None:
+    backend = Keeping()
+    data = np.arange(rows, dtype=np.float32)
+    runner = Runner(backend, SIGNATURE, InputLayout(SIGNATURE))
+    (column,), _, _ = runner.run((outputs, ((),)), [data.tobytes()], rows, max_rows)
+    assert (backend.kept, backend.sizes) == (kept, sizes)
+    assert (column.name, column.datatype) == ("y", FP32)
+    assert np.frombuffer(column.rows(0, rows), np.float32).tolist() == (2 * data).tolist()
+
+
+def test_a_slice_with_another_number_of_rows_fails_all_of_it() -> None:
+    execution, items, backend = executed([1.0, 2.0, 99.0], max_rows=2)
+    assert [item for item, _ in execution.failures] == items
+    assert isinstance(execution.fault, ValueError)
+    assert backend.sizes == [2, 1]
+
+
+class Slow(Doubling):
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        time.sleep(SLOW_S)  # so that it counts beside all else
+        return super().run(inputs, outputs)
+
+
+SLOW_S = 0.002
+
+
+@pytest.mark.parametrize("x", [[1.0, 2.0], [1.0, -1.0], [13.0], [13.0, 1.0, 2.0], [-1.0]])
+def test_the_parts_of_the_time_make_up_all_of_it(x: list[float]) -> None:
+    backend = Slow()
+    _, items, _ = executed(*([value] for value in x))
+    runner = Runner(backend, SIGNATURE, InputLayout(SIGNATURE))
+    started = time.perf_counter()
+    execution = runner.execute(Batch(items, len(items), Release.TURN), 64)
+    took = time.perf_counter() - started
+    assert min(execution.prepare, execution.infer, execution.cut) >= 0
+    assert execution.prepare + execution.infer + execution.cut <= took
+    assert execution.infer >= SLOW_S * len(backend.sizes)

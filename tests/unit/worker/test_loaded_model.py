@@ -20,7 +20,7 @@ from services.worker.batch_queue import BatchPolicy
 from services.worker.execution import Runner
 from services.worker.prediction_log import PayloadPolicy
 from services.worker.serving import ServingPolicy
-from services.worker.turn import Turn
+from services.worker.turn import BulkTurn
 from tests.fixtures.loaded_model import Rig
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
@@ -73,6 +73,16 @@ async def test_large_batches_are_run_and_serialised_away_from_the_event_loop(rig
     assert isinstance(answer, PredictReply)
     assert answer.outputs[0].data == np.full(500, 4, np.float32).tobytes()
     assert rig.log.records[1][1].inputs[0].data == np.full(500, 2, np.float32).tobytes()
+
+
+async def test_what_is_not_joined_runs_inline_however_large_it_is(rig: Rig) -> None:
+    rig.inline_bytes = 1 << 10
+    rig.inline_below = 1.0
+    model = rig.start(max_rows=1 << 10, apart=True)
+    model.submit([rig.item(number, rows=500) for number in (1, 2, 3)])
+    await eventually(lambda: len(rig.answers) == 3)
+    assert set(rig.codes().values()) == {Code.CODE_OK}
+    assert (model.stats.inline_runs, len(rig.log.records)) == (3, 3)
 
 
 async def test_what_is_not_logged_with_tensors_keeps_no_thread(rig: Rig) -> None:
@@ -196,7 +206,7 @@ async def test_a_backend_closed_under_a_run_is_closed_when_the_run_ends(rig: Rig
 
 async def test_a_backend_closed_under_a_turn_is_closed_when_the_turn_is_over(rig: Rig) -> None:
     model, held = rig.start(), Held()
-    model.submit([Turn(held, 4)])
+    model.submit([BulkTurn(held, 4)])
     await eventually(held.begun.is_set)
     model.close()
     assert not rig.backend.closed
@@ -223,7 +233,7 @@ class Held:
 
 async def test_on_a_processor_requests_run_beside_a_turn(rig: Rig) -> None:
     model, held = rig.start(), Held()
-    model.submit([Turn(held, 4)])
+    model.submit([BulkTurn(held, 4)])
     await eventually(held.begun.is_set)
     assert model.running_rows == 4
     model.submit([rig.item(1)])
@@ -241,7 +251,7 @@ async def test_on_a_processor_requests_run_beside_a_turn(rig: Rig) -> None:
 async def test_on_a_device_a_turn_has_the_slot_for_itself(rig: Rig) -> None:
     rig.backend.device = "cuda:0"
     model, held = rig.start(), Held()
-    model.submit([Turn(held, 4)])
+    model.submit([BulkTurn(held, 4)])
     await eventually(held.begun.is_set)
     assert not held.urgent()
     model.submit([rig.item(1)])
