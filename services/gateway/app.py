@@ -140,20 +140,20 @@ async def gateway_app(
         )
         stack.callback(service.close)
         parts = Parts(
-            service,
-            catalogue,
-            pools,
-            keys,
-            events,
-            health,
-            metrics,
-            tracing,
-            clock,
-            client,
-            services,
-            jobs,
-            openai,
-            DeadLetters(cfg.kafka_bootstrap_servers, events.publish),
+            service=service,
+            catalogue=catalogue,
+            pools=pools,
+            keys=keys,
+            bus=events,
+            health=health,
+            metrics=metrics,
+            tracing=tracing,
+            clock=clock,
+            client=client,
+            upstreams=services,
+            jobs=jobs,
+            openai=openai,
+            dead_letters=DeadLetters(cfg.kafka_bootstrap_servers, events.publish),
         )
         front = HotFront(service, HttpLimits(max_connections=cfg.max_connections), hot=cfg.hot_routes)
         health.add_check("control", lambda: _unknown(tables, keys))

@@ -22,7 +22,6 @@ class ServedVersion:
     name: str
     signature: ModelSignature
     backend: str
-    variant: str
     weight: int
     artifact_digest: str = ""
 
@@ -113,7 +112,6 @@ def served_model(config: ServingConfig, before: ServedModel | None = None) -> Se
             version.version,
             compile_signature(version.signature),
             version.backend,
-            version.variant or version.version,
             version.weight,
             version.artifact_digest,
         )

@@ -14,7 +14,7 @@ from services.gateway.codecs.compiled import JSON
 from services.gateway.codecs.rows_body import LONG_BODY_BYTES, decode_long, decode_rows, with_context
 from services.gateway.errors import as_openai, as_problem
 from services.gateway.keys import Key
-from services.gateway.oip_dialects import GrpcSpeaker, V2Speaker
+from services.gateway.oip_dialects import GrpcSpeaker, GrpcStreamSpeaker, V2Speaker
 from services.gateway.plans import Plan, plan_of
 from services.gateway.regions import Regions
 from services.gateway.speaking import CommonSpeaker, lines_of, name_of
@@ -34,6 +34,7 @@ def speakers(catalogue: Catalogue, regions: Regions) -> dict[Dialect, Speaker]:
         Dialect.V2: V2Speaker(catalogue, regions),
         Dialect.OPENAI_EMBEDDINGS: OpenAIEmbeddingsSpeaker(catalogue),
         Dialect.GRPC: GrpcSpeaker(catalogue, regions),
+        Dialect.GRPC_STREAM: GrpcStreamSpeaker(catalogue, regions),
     }
 
 

@@ -1,4 +1,4 @@
-"""The shared part of the rate limits: one round trip to Redis per interval, for all keys together."""
+"""The shared part of the rate limits: one trip to Redis per interval, for all keys together."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ _IDLE_INTERVAL_S, _IDLE_AFTER_S = 0.2, 2.0
 _TIMEOUT_S = 0.5
 _RETRY_S = 1.0
 _BUCKETS_PER_TRIP = 1000
+#: Of these, so many in one message: it is written and its answers are read without a pause for requests.
+_BUCKETS_AT_ONCE = 50
 
 #: KEYS[1]: hash of one key. ARGV: rate, burst, spent, process, seconds a process counts after its last
 #: report. Time is Redis's own, so that clocks of gateways do not matter; where it is set back, nothing is
@@ -71,8 +73,15 @@ class Leases:
         one trip, in turn. False where nothing was spent. Raises RedisError or TimeoutError; then nothing is
         lost."""
         used = self._chosen(list(buckets))
-        if not used:
-            return False
+        failed: Exception | None = None
+        for begin in range(0, len(used), _BUCKETS_AT_ONCE):
+            failed = await self._settle(used[begin : begin + _BUCKETS_AT_ONCE]) or failed
+        if failed is not None:
+            raise failed
+        return bool(used)
+
+    async def _settle(self, used: list[Bucket]) -> Exception | None:
+        """What went wrong with some of the keys alone. Raises what went wrong with all of them."""
         reports = [bucket.report() for bucket in used]
         try:
             async with asyncio.timeout(_TIMEOUT_S):
@@ -94,9 +103,7 @@ class Leases:
             else:
                 left, sharers = answer
                 bucket.granted(float(left), int(sharers), now)
-        if failed is not None:
-            raise failed
-        return True
+        return failed
 
     async def _asked(self, used: list[Bucket], reports: list[int]) -> list[Any]:
         """One answer, or what went wrong, for each bucket."""

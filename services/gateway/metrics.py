@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from headrace.v1.tensor_pb2 import Code
@@ -43,16 +42,6 @@ class Cell:
         self.seconds += seconds
 
 
-@dataclass(slots=True)
-class ModelCounts:
-    """Requests of one model; durations in seconds."""
-
-    succeeded: int = 0
-    succeeded_s: float = 0.0
-    failed: int = 0
-    failed_s: float = 0.0
-
-
 class GatewayMetrics(Collector):
     """Counts requests; reads gauges when scraped."""
 
@@ -83,20 +72,6 @@ class GatewayMetrics(Collector):
         except KeyError:
             cell = self._cells[key] = Cell()
             return cell
-
-    def model_counts(self, model: str) -> ModelCounts:
-        """What this process answered for `model` so far."""
-        counts = ModelCounts()
-        for (_route, name, status), cell in self._cells.items():
-            if name != model:
-                continue
-            if status == 200:
-                counts.succeeded += sum(cell.buckets)
-                counts.succeeded_s += cell.seconds
-            else:
-                counts.failed += sum(cell.buckets)
-                counts.failed_s += cell.seconds
-        return counts
 
     def log_failure(self, log: Any, status: int, call: Call, error: HeadraceError) -> None:
         """Log a failed request, ten a second at most: an outage must not become an outage of the log."""

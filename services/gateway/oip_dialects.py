@@ -151,8 +151,8 @@ class GrpcSpeaker(CommonSpeaker):
             asked = ModelInferRequest.FromString(call.body)  # type: ignore[arg-type]  # takes any buffer
         except DecodeError:
             raise MalformedBody("The message is no ModelInferRequest.") from None
-        version = self.version(call, key, request, asked.model_name, asked.model_version)
         call.asked_id = asked.id.encode()
+        version = self.version(call, key, request, asked.model_name, asked.model_version)
         find = partial(self._regions.find, key.key_id)
         oip.fill_request(request, version.signature, asked, find)
         call.places = output_places([(one.name, oip.scalars(one.parameters)) for one in asked.outputs], find)
@@ -198,13 +198,25 @@ class GrpcSpeaker(CommonSpeaker):
     def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
         if isinstance(error, BodyTooLarge):
             return 413, b"", trailers(Code.CODE_RESOURCE_EXHAUSTED, error.message)
-        message = error.message
-        if error.field and error.field not in message:
-            message = f"{error.field}: {message}"
         # What gRPC's own retry policy reads.
         more = [("grpc-retry-pushback-ms", str(error.retry_after_ms))] if error.retry_after_ms else []
         # Under HTTP's numbers, so that one rule counts failures whatever brought them.
-        return HTTP_STATUS[error.code], b"", trailers(error.code, message, more)
+        return HTTP_STATUS[error.code], b"", trailers(error.code, _sentence(error), more)
+
+
+class GrpcStreamSpeaker(GrpcSpeaker):
+    """Requests of `ModelStreamInfer`. An error's body is its sentence, since one request's error does not end
+    the stream and so is no status."""
+
+    def refuse(self, error: HeadraceError, request_id: str) -> tuple[int, bytes, bytes]:
+        status = 413 if isinstance(error, BodyTooLarge) else HTTP_STATUS[error.code]
+        return status, b"", _sentence(error).encode()
+
+
+def _sentence(error: HeadraceError) -> str:
+    if error.field and error.field not in error.message:
+        return f"{error.field}: {error.message}"
+    return error.message
 
 
 def _shorter(one: float, other: float) -> float:

@@ -37,6 +37,7 @@ from services.gateway.rest.v2_routes import (
     repository_index,
     server_version,
 )
+from services.gateway.rest.v2_statistics import model_statistics
 from services.gateway.rpc.limits import RpcLimits
 from services.gateway.rpc.methods import Methods
 from services.gateway.rpc.server import RpcServer
@@ -54,8 +55,8 @@ _STATUS: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grp
 
 
 class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
-    """The protocol's methods but ModelInfer, which is a hot call. Errors become gRPC statuses with the same
-    number as their code."""
+    """The protocol's methods but ModelInfer and ModelStreamInfer, which are hot calls. Errors become gRPC
+    statuses with the same number as their code."""
 
     def __init__(
         self,
@@ -100,6 +101,15 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         async def answer() -> oip_pb2.ModelMetadataResponse:
             described = model_metadata(*self._asked(context, request.name, request.version))
             return oip_pb2.ModelMetadataResponse(**described)
+
+        return await self._answered(context, answer)
+
+    async def ModelStatistics(self, request: oip_pb2.ModelStatisticsRequest, context: RpcContext) -> Any:
+        async def answer() -> oip_pb2.ModelStatisticsResponse:
+            key = self._caller(context, Scope.PREDICT, Scope.READ)
+            self._charge(key)
+            found = model_statistics(self._catalogue, self._pools, key, request.name, request.version)
+            return oip_pb2.ModelStatisticsResponse(model_stats=found)
 
         return await self._answered(context, answer)
 
@@ -268,7 +278,8 @@ async def serve_oip(
     limits = RpcLimits(
         max_message_bytes=service.limits.max_body_bytes + _MESSAGE_SLACK, max_connections=max_connections
     )
-    server = RpcServer(service, f"/{_SERVICE}/ModelInfer".encode(), methods.by_path, limits)
+    hot_path, stream_path = (f"/{_SERVICE}/{name}".encode() for name in ("ModelInfer", "ModelStreamInfer"))
+    server = RpcServer(service, hot_path, stream_path, methods.by_path, limits)
     try:
         chosen = await server.start(host, port, reuse_port=reuse_port)
     except OSError as error:

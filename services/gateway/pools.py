@@ -10,11 +10,11 @@ from enum import StrEnum
 from typing import Final
 
 from google.protobuf.message import DecodeError
-from headrace.v1.control_pb2 import LoadedVersion, WorkerStatus
+from headrace.v1.control_pb2 import LoadedVersion, ServingTotals, WorkerStatus
 
 from services.common.bus import Bus, Table
 from services.common.clock import Clock
-from services.common.topics import WORKERS
+from services.common.topics import GUEST, WORKERS
 
 _ALIVE_INTERVALS = 3
 _LEAST_INTERVAL_MS = 1000
@@ -58,8 +58,32 @@ class Condition:
 
 READY: Final = Condition(State.READY)
 
-#: Model, version, artifact.
-_Key = tuple[str, str, str]
+
+class _Said:
+    """A heartbeat that was read, without a look at each of its versions: where they are is mostly known from
+    the one `before`, and they are thousands."""
+
+    __slots__ = ("_searched", "places", "status")
+
+    def __init__(self, status: WorkerStatus, before: _Said | None) -> None:
+        self.status = status
+        #: Where versions were, in this heartbeat or an earlier one.
+        self.places: dict[str, int] = before.places if before is not None else {}
+        self._searched = False
+
+    def find(self, model: str, version: str) -> LoadedVersion | None:
+        """What the worker says of a version, None where it says nothing."""
+        versions, name = self.status.versions, f"{model}\0{version}"
+        place = self.places.get(name, len(versions))
+        if place < len(versions):
+            loaded: LoadedVersion = versions[place]
+            if loaded.model == model and loaded.version == version:
+                return loaded
+        if self._searched:
+            return None
+        self.places = {f"{loaded.model}\0{loaded.version}": n for n, loaded in enumerate(versions)}
+        self._searched = True
+        return versions[self.places[name]] if name in self.places else None
 
 
 @dataclass(slots=True)
@@ -68,7 +92,8 @@ class _Heartbeat:
     the worker lives: of those that left there are ever more."""
 
     mark: int
-    value: bytes | None
+    value: bytes | None  # until it is read
+    said: _Said | None  # or what one before it said
     came_at: float  # monotonic
 
 
@@ -86,13 +111,19 @@ class Pools:
         # When anybody was heard of last, and since when without a pause.
         self._heard_at = self._heard_since = -math.inf
         self._looked_at = -math.inf
-        # The best that the workers of each pool had to say of a version.
-        self._seen: dict[str, dict[_Key, Condition]] = {}
+        # What the living of each pool had said by then.
+        self._seen: dict[str, list[_Said]] = {}
+        # What guests counted, and when that came; and of the living, what it said by then.
+        self._guests: dict[bytes, tuple[bytes, float]] = {}
+        self._counted: list[_Said] = []
         #: Where the records come from.
         self.table: Table | None = None
 
     def apply(self, key: bytes, value: bytes | None) -> None:
         """Take one record of the topic."""
+        if key.startswith(GUEST.encode()):
+            self._apply_guest(key, value)
+            return
         if value is None:
             self._heartbeats.pop(key, None)
             return
@@ -101,20 +132,26 @@ class Pools:
             self._alive("")  # who left before it is forgotten, though nobody may ask for long
         if known is None or known.mark != mark:
             came, now = self.table is not None and self.table.caught_up, self._clock.monotonic()
-            self._heartbeats[key] = _Heartbeat(mark, value if came else None, now)
+            said = known.said if known is not None and came else None
+            self._heartbeats[key] = _Heartbeat(mark, value if came else None, said, now)
             if came:
                 if now - self._heard_at > _SETTLING_S:
                     self._heard_since = now
                 self._heard_at = now
 
+    def _apply_guest(self, key: bytes, value: bytes | None) -> None:
+        known = self._guests.get(key)
+        if value is None:
+            self._guests.pop(key, None)
+        elif self.table is not None and self.table.caught_up and (known is None or known[0] != value):
+            self._guests[key] = (value, self._clock.monotonic())
+
     def speed(self, pool: str, model: str, version: str) -> Speed:
         """How `version` runs on the workers of `pool`: the median worker's measurements."""
         workers = self._alive(pool)
+        found = [worker.find(model, version) for worker in workers]
         measured = sorted(
-            (loaded.best_rows_per_s, loaded.best_rows)
-            for worker in workers
-            for loaded in worker.versions
-            if loaded.model == model and loaded.version == version and loaded.best_rows
+            (loaded.best_rows_per_s, loaded.best_rows) for loaded in found if loaded and loaded.best_rows
         )
         if not measured:
             return Speed(len(workers), 0, 0.0)
@@ -133,37 +170,61 @@ class Pools:
         if seen is None:
             whose = f" of pool {pool!r}" if pool else ""
             return Condition(State.UNAVAILABLE, f"no worker{whose} is alive")
-        return seen.get((model, version, artifact)) or _NOBODYS
+        best = _NOBODYS
+        for worker in seen:
+            loaded = worker.find(model, version)
+            if loaded is not None and loaded.artifact_digest == artifact:
+                this = _condition(loaded)
+                if this is READY:
+                    return READY
+                if best is _NOBODYS or _RANK[this.state] < _RANK[best.state]:
+                    best = this
+        return best
 
     def _look(self, now: float) -> None:
         """Read what the living said; many ask, of many versions."""
         self._looked_at, self._seen = now, {}
-        for status in self._living(now):
+        for said in self._living(now):
             # A deployment without a pool is everybody's.
-            pools = {pool: self._seen.setdefault(pool, {}) for pool in (status.pool, "")}
-            for loaded in status.versions:
-                key = (loaded.model, loaded.version, loaded.artifact_digest)
-                this = _condition(loaded)
-                for found in pools.values():
-                    known = found.get(key)
-                    if known is None or _RANK[this.state] < _RANK[known.state]:
-                        found[key] = this
+            for pool in {said.status.pool, ""}:
+                self._seen.setdefault(pool, []).append(said)
+        self._counted = []
+        for key, (value, came_at) in list(self._guests.items()):
+            counted = _read(value, None)
+            if counted is not None and now - came_at <= _patience_s(counted.status):
+                self._counted.append(counted)
+            else:
+                del self._guests[key]
+
+    def totals(self, model: str, version: str, artifact: str) -> list[ServingTotals]:
+        """What the living counted of the version, guests among them, whatever their pools."""
+        now = self._clock.monotonic()
+        if now - self._looked_at > _LOOKED_S:
+            self._look(now)
+        found = [said.find(model, version) for said in (*self._seen.get("", ()), *self._counted)]
+        return [
+            loaded.totals
+            for loaded in found
+            if loaded is not None and loaded.artifact_digest == artifact and loaded.HasField("totals")
+        ]
 
     def workers(self, pool: str) -> int:
         """Workers of `pool` that are alive."""
         return len(self._alive(pool))
 
-    def _alive(self, pool: str) -> list[WorkerStatus]:
-        return [status for status in self._living(self._clock.monotonic()) if status.pool == pool]
+    def _alive(self, pool: str) -> list[_Said]:
+        return [said for said in self._living(self._clock.monotonic()) if said.status.pool == pool]
 
-    def _living(self, now: float) -> list[WorkerStatus]:
+    def _living(self, now: float) -> list[_Said]:
         found = []
         for heartbeat in self._heartbeats.values():
-            status = None if heartbeat.value is None else _of_living(heartbeat.value, now - heartbeat.came_at)
-            if status is None:
-                heartbeat.value = None
+            if heartbeat.value is not None:
+                heartbeat.said, heartbeat.value = _read(heartbeat.value, heartbeat.said), None
+            said = heartbeat.said
+            if said is not None and _is_alive(said.status, now - heartbeat.came_at):
+                found.append(said)
             else:
-                found.append(status)
+                heartbeat.said = None
         return found
 
 
@@ -179,15 +240,22 @@ def _condition(loaded: LoadedVersion) -> Condition:
     return Condition(State.UNAVAILABLE, loaded.error or "it is being unloaded")
 
 
-def _of_living(value: bytes, age_s: float) -> WorkerStatus | None:
-    """What a heartbeat said `age_s` ago; None where whoever said it is gone by now, or nobody can read it."""
+def _read(value: bytes, before: _Said | None) -> _Said | None:
+    """None where nobody can read it."""
     try:
-        status = WorkerStatus.FromString(value)
+        return _Said(WorkerStatus.FromString(value), before)
     except DecodeError:
         return None
-    most_s = _ALIVE_INTERVALS * max(status.interval_ms, _LEAST_INTERVAL_MS) / 1000
-    gone = status.state in (WorkerStatus.STATE_GONE, WorkerStatus.STATE_DRAINING)
-    return None if gone or age_s > most_s else status
+
+
+def _is_alive(status: WorkerStatus, age_s: float) -> bool:
+    """Whether who said this `age_s` ago is not gone by now."""
+    leaves = status.state in (WorkerStatus.STATE_GONE, WorkerStatus.STATE_DRAINING)
+    return not leaves and age_s <= _patience_s(status)
+
+
+def _patience_s(status: WorkerStatus) -> float:
+    return _ALIVE_INTERVALS * max(status.interval_ms, _LEAST_INTERVAL_MS) / 1000
 
 
 @asynccontextmanager

@@ -2,8 +2,8 @@
 back.
 
 Nothing here waits. `begin` ends with the request on a channel, answered, or, where its body is large, in the
-hands of a thread that passes it on; the channel's callback ends it. So
-a request costs no task and no future, and the frames on both sides decide how much work is done at once.
+hands of a thread that passes it on; the channel's callback ends it. So a request costs no task and no future,
+and the frames on both sides decide how much work is done at once.
 """
 
 from __future__ import annotations
@@ -155,10 +155,10 @@ class PredictService:
         request = call.speaker.quick(call, key, received_at_us)
         call.payload = self._as_message(call, key, received_at_us) if request is None else request
 
-    def _was_read(self, call: Call, failure: BaseException | None) -> None:
+    def _was_read(self, call: Call, raised: BaseException | None) -> None:
         call.channel = None
-        if failure is not None:
-            self._failed(call, failure)
+        if raised is not None:
+            self._failed(call, raised)
             return
         try:
             self._send(call)
@@ -210,12 +210,7 @@ class PredictService:
     def finish(self, call: Call, reply: SealedReply) -> None:
         """Answer `call` with the router's reply."""
         if reply.code != _OK:
-            if not self._retried(call, reply):
-                if reply.version and reply.code != _LATE:
-                    # Refusals that came all the way say how long that is; when nothing else comes, only they.
-                    now = self._monotonic()
-                    self._router.answered(reply, now - call.began, now)
-                self.refuse(call, failure(reply))
+            self._not_answered(call, reply)
             return
         call.channel = None
         now = self._monotonic()
@@ -253,6 +248,16 @@ class PredictService:
             counted(took)
         else:
             self._over(call, 200, took)
+
+    def _not_answered(self, call: Call, reply: SealedReply) -> None:
+        """`reply` is an error: it is the answer, unless the call goes on."""
+        if self._retried(call, reply):
+            return
+        if reply.version and reply.code != _LATE:
+            # Refusals that came all the way say how long that is; when nothing else comes, only they.
+            now = self._monotonic()
+            self._router.answered(reply, now - call.began, now)
+        self.refuse(call, failure(reply))
 
     def refuse(self, call: Call, error: HeadraceError) -> None:
         """Answer `call` with `error`. Transports use it too, for what they find wrong before `begin`."""

@@ -15,6 +15,8 @@ class Dialect(enum.StrEnum):
     V2 = "v2_infer"
     OPENAI_EMBEDDINGS = "openai_embeddings"
     GRPC = "grpc_infer"
+    #: Requests of a stream are counted among the others over gRPC; only their errors are said otherwise.
+    GRPC_STREAM = "grpc_stream_infer"
 
 
 @dataclass(frozen=True, slots=True)

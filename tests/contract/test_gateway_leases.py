@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.asyncio.client import Pipeline
+from redis.exceptions import RedisError, ResponseError
 
 from deploy.embedded.valkey import ValkeyServer
 from services.common.clock import ManualClock, SystemClock
@@ -109,6 +111,42 @@ async def test_a_redis_that_forgot_the_script_is_told_again(redis_url: str) -> N
             left = await redis.hget("headrace:limit:{forgetful}", "tokens")
             assert left is not None
             assert 10 - spent <= float(left) < 10 - spent + 1
+
+
+async def test_many_keys_are_settled_a_few_at_a_time(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests wait meanwhile; and what is wrong with one key is not the others' affair."""
+    sent: list[int] = []
+
+    class Counting(Redis):
+        def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+            pipeline = super().pipeline(transaction, shard_hint)
+            execute = pipeline.execute
+
+            async def counted(raise_on_error: bool = True) -> list[Any]:
+                sent.append(len(pipeline))
+                return await execute(raise_on_error)
+
+            monkeypatch.setattr(pipeline, "execute", counted)
+            return pipeline
+
+    clock = ManualClock()
+    async with Counting.from_url(redis_url) as redis:
+        await redis.flushdb()
+        lease = Leases(redis, clock, "gateway")
+        buckets = [Bucket(f"many-{number}", 10.0, 10) for number in range(230)]
+        for bucket in buckets:
+            bucket.admit(clock.monotonic())
+        await lease.settle(buckets)
+        assert max(sent) <= 50
+        assert all(bucket.spent == 0 for bucket in buckets)
+        assert len(await redis.keys("headrace:limit:*")) == 230
+
+        await redis.set("headrace:limit:{many-3}", "of another kind")
+        for bucket in buckets:
+            bucket.admit(clock.monotonic())
+        with pytest.raises(ResponseError):
+            await lease.settle(buckets)
+        assert [bucket.key_id for bucket in buckets if bucket.spent] == ["many-3"]
 
 
 async def test_settling_says_whether_something_was_spent(redis_url: str) -> None:

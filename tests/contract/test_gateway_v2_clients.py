@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import grpc
+import httpx
 import pytest
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -106,6 +107,24 @@ given.set_data_from_numpy(np.array([[10, 2, 3], [20, 1, 1]], dtype=np.float32))
 answer = client.infer("cancer", [given], headers=headers, request_id="r-2", client_timeout=5)
 found["infer"] = [answer.as_numpy("label").tolist(), answer.as_numpy("probabilities").tolist(),
                   answer.get_response().id]
+all_stats = client.get_inference_statistics(headers=headers).model_stats
+found["stats"] = [[one.name, one.version] for one in all_stats]
+heard = []
+client.start_stream(lambda result, error: heard.append((result, error)), headers=headers)
+for number in range(300):
+    client.async_stream_infer("cancer", [given], request_id=str(number), enable_empty_final_response=True)
+client.async_stream_infer("nope", [given])
+client.stop_stream()
+results = [result for result, _ in heard[:-1]]
+found["stream"] = [result.get_response().id for result in results]
+found["labels"] = [result.as_numpy("label").tolist() for result in results]
+found["final"] = [one.get_response().parameters["triton_final_response"].bool_param for one in results]
+found["refused"] = heard[-1][1].message()
+client.start_stream(lambda result, error: heard.append((result, error)),
+                    headers=headers | {"triton_grpc_error": "true"})
+client.async_stream_infer("nope", [given])
+client.stop_stream()
+found["ended"] = heard[-1][1].status()
 for level in (1, 2, 7):
     client.infer("cancer", [given], priority=level, headers=headers)
 texts = triton.InferInput("text", [2], "BYTES")
@@ -139,7 +158,7 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
     assert found["bytes"] == [2, 4]
     assert found["error"] == ["404", "There is no model 'nope' in service."]
     assert found["stats"] == "cancer"
-    assert found["all stats"] == ["cancer", "embedder", "mixed"]
+    assert found["all stats"] == ["cancer", "cancer", "embedder", "mixed"]
     levels = [request.priority for request in gateway.running.router.requests[-3:]]
     assert levels == [Priority.PRIORITY_HIGH, Priority.PRIORITY_NORMAL, Priority.PRIORITY_LOW]
     assert "binary_tensor_data" in str(found["server"])
@@ -165,6 +184,13 @@ def test_tritonclient_over_grpc(gateway: GatewayThread) -> None:
     assert found["bytes"] == [2, 4]
     assert found["error"] == ["StatusCode.NOT_FOUND", "There is no model 'nope' in service."]
     assert found["index"] == ["cancer", "cancer", "embedder", "mixed"]
+    assert found["stats"] == [["cancer", "1"], ["cancer", "2"], ["embedder", "1"], ["mixed", "7"]]
+    assert "statistics" in str(found["server"])
+    assert found["stream"] == [str(number) for number in range(300)]
+    assert found["labels"] == [[1, 0]] * 300
+    assert found["final"] == [True] * 300
+    assert found["refused"] == "There is no model 'nope' in service."
+    assert found["ended"] == "StatusCode.NOT_FOUND"
 
 
 KEY = (("x-api-key", ADMIN),)
@@ -219,9 +245,13 @@ def test_the_timeout_parameter(stub: oip_grpc.GRPCInferenceServiceStub, gateway:
 def test_calls_are_counted_as_what_they_were(
     stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
 ) -> None:
-    def counts() -> tuple[int, int]:
-        stats = gateway.request("GET", "/v2/models/mixed/stats").json()["model_stats"][0]["inference_stats"]
-        return stats["success"]["count"], stats["fail"]["count"]
+    def counts() -> tuple[float, float]:
+        url = f"http://127.0.0.1:{gateway.running.gateway.ops_port}/metrics"
+        said = httpx.get(url, trust_env=False, timeout=PATIENCE_S).text
+        lines = [line for line in said.splitlines() if 'model="mixed",route="grpc_infer"' in line]
+        answered = [line for line in lines if line.startswith("headrace_gateway_requests_total{")]
+        good = sum(float(line.split()[-1]) for line in answered if 'status="200"' in line)
+        return good, sum(float(line.split()[-1]) for line in answered) - good
 
     good, bad = counts()
     stub.ModelInfer(mixed_request(), metadata=KEY, timeout=PATIENCE_S)

@@ -30,7 +30,7 @@ def carrying(config: ServingConfig) -> set[str]:
     """The versions whose room a worker gives to no idle one."""
     worker = Deployments("", DEFAULTS)
     worker.apply(b"m", config.SerializeToString())
-    return {key.version for key, desired in worker.desired().items() if desired.carries}
+    return {key.version for key, desired in worker.desired_of("m").items() if desired.carries}
 
 
 def entered(config: ServingConfig, before: ServingConfig, step: int) -> None:

@@ -16,6 +16,7 @@ import tritonclient.http as over_http
 from tritonclient.utils import InferenceServerException, shared_memory
 
 from examples import cancer, digits
+from tests.fixtures.waiting import until
 
 
 def http_session(address: str, key: str) -> None:
@@ -77,6 +78,21 @@ def grpc_session(address: str, key: str) -> None:
         wrong.set_data_from_numpy(images[:1].reshape(1, 64))
         refused(lambda: client.infer("digits", [wrong], headers=headers), "image")
         refused(lambda: client.infer("digits", [tensor]), "key")
+        heard = []
+        client.start_stream(lambda result, error: heard.append((result, error)), headers=headers)
+        for number in range(20):
+            client.async_stream_infer("digits", [tensor], request_id=str(number))
+        client.async_stream_infer("digits", [wrong])
+        client.stop_stream()  # once all is answered
+        assert [result.get_response().id for result, _ in heard[:-1]] == [str(number) for number in range(20)]
+        assert all((result.as_numpy("digit") == labels[:50]).mean() > 0.9 for result, _ in heard[:-1])
+        assert "image" in heard[-1][1].message()
+
+        def counted() -> bool:
+            (stats,) = client.get_inference_statistics("digits", headers=headers).model_stats
+            return bool(stats.inference_count >= 50 and stats.inference_stats.compute_infer.ns)
+
+        until(counted)
 
 
 def shared_memory_session(address: str, other: str, key: str) -> None:

@@ -64,7 +64,11 @@ class V2State(msgspec.Struct):
 _request = msgspec.json.Decoder(V2Request)
 
 #: Parameters that the gateway itself acts on; the others go with the request.
-_OURS = frozenset({"binary_data_output", "binary_data_size", "user_id", "timeout"})
+_OURS = frozenset({
+    "binary_data_output", "binary_data_size", "user_id", "timeout",
+    # Asks for a last message of models that answer a request by several; each of ours answers by one.
+    "triton_enable_empty_final_response",
+})  # fmt: skip
 #: Binary inputs of so many bytes are not copied.
 LARGE_BYTES = 32 << 10
 #: Tags of PredictRequest's inputs (4) and of Tensor's data (4).

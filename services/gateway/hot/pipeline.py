@@ -17,6 +17,7 @@ from services.common.errors import HeadraceError
 from services.gateway.hot.deadlines import Phase, TimedProtocol
 from services.gateway.hot.exchange import HotExchange
 from services.gateway.hot.front import HotFront
+from services.gateway.speaking import lines_of
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _HTTP_1_0 = "1.0"
@@ -189,7 +190,7 @@ class PipelinedProtocol(TimedProtocol):
         headers = self.server_state.default_headers
         if headers is not self._default_headers:
             self._default_headers = headers
-            self._default_lines = b"".join([b"%s: %s\r\n" % pair for pair in headers])
+            self._default_lines = lines_of(headers)
         return self._default_lines
 
     def answered(self, exchange: HotExchange, *, keep_alive: bool) -> None:

@@ -77,7 +77,6 @@ def rest_app(parts: Parts) -> ASGIApp:
             parts.pools,
             parts.keys,
             parts.health,
-            parts.metrics,
             parts.clock,
             service.bodies,
             service.regions,

@@ -9,11 +9,14 @@ _ROWS = {"description": "Rows, named columns, row objects, named tensors or a li
     {"type": "object", "title": "named columns or tensors"},
 ]}  # fmt: skip
 
+#: Ids, and what versions are called.
+_TEXT_OR_NUMBER = {"type": ["string", "integer"]}
+
 _PREDICT_PROPERTIES: dict[str, Any] = {
     "inputs": _ROWS,
     "input": {"description": "A single row; the answer then holds a single prediction."},
-    "user_id": {"type": "string", "description": "Unit that experiments assign; sticky."},
-    "session_id": {"type": "string", "description": "Unit of experiments that assign sessions."},
+    "user_id": _TEXT_OR_NUMBER | {"description": "Unit that experiments assign; sticky."},
+    "session_id": _TEXT_OR_NUMBER | {"description": "Unit of experiments that assign sessions."},
     "attributes": {
         "type": "object",
         "description": "What experiments may target.",
@@ -22,15 +25,14 @@ _PREDICT_PROPERTIES: dict[str, Any] = {
             "oneOf": [{"type": "string", "maxLength": 256}, {"type": "number"}, {"type": "boolean"}]
         },
     },
-    "version": {
-        "type": "string",
-        "description": "A version or an alias; without it the traffic split decides.",
-    },
+    "version": _TEXT_OR_NUMBER
+    | {"description": "A version or an alias; without it the traffic split decides."},
     "outputs": {
         "type": "array",
         "items": {"type": "string"},
         "description": "Outputs wanted; without it all.",
     },
+    "priority": {"enum": ["high", "normal", "low"]},
 }
 _MODEL = {"model": {"type": "string"}}
 
@@ -51,7 +53,7 @@ _PREDICTION: dict[str, Any] = {
         "latency_ms": {"type": "number"},
     },
 }
-_PROBLEM: dict[str, Any] = {
+PROBLEM: dict[str, Any] = {
     "type": "object",
     "required": ["type", "title", "status", "detail", "code"],
     "properties": {
@@ -62,6 +64,14 @@ _PROBLEM: dict[str, Any] = {
         "code": {"type": "string"},
         "field": {"type": "string"},
         "request_id": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "description": "Each field that is wrong, ten at most.",
+            "items": {
+                "type": "object",
+                "properties": {"field": {"type": "string"}, "detail": {"type": "string"}},
+            },
+        },
     },
 }
 _V2_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
@@ -106,7 +116,7 @@ def _body(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
 
 def _route(summary: str, extra: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     problems = {
-        status: _json(_PROBLEM, reason, "application/problem+json") for status, reason in _REASONS.items()
+        status: _json(PROBLEM, reason, "application/problem+json") for status, reason in _REASONS.items()
     }
     return {
         "summary": summary,
@@ -127,6 +137,7 @@ EMBED = _route(
             "session_id": _PREDICT_PROPERTIES["session_id"],
             "attributes": _PREDICT_PROPERTIES["attributes"],
             "version": _PREDICT_PROPERTIES["version"],
+            "priority": _PREDICT_PROPERTIES["priority"],
         },
         ["model", "inputs"],
     ),
@@ -188,7 +199,6 @@ V2_INFER: dict[str, Any] = {
     | {status: _json(_V2_ERROR, reason) for status, reason in _REASONS.items() if status != 422},
 }
 
-_TEXT_OR_NULL = {"type": ["string", "null"]}
 _OPENAI_ERROR: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -222,7 +232,7 @@ OPENAI_EMBEDDINGS: dict[str, Any] = {
                     "object": {"const": "list"},
                     "data": {"type": "array", "items": {"type": "object"}},
                     "model": {"type": "string"},
-                    "usage": {"type": "object"},
+                    "usage": {"type": ["object", "null"]},
                 },
             },
             "The answer.",

@@ -17,11 +17,11 @@ from services.common.errors import InvalidArgument, MalformedBody, Unimplemented
 from services.common.lifecycle import Health
 from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key, KeyRing, Scope
-from services.gateway.metrics import GatewayMetrics
 from services.gateway.pools import Condition, Pools
 from services.gateway.reading import BodyBudget
 from services.gateway.regions import Regions
 from services.gateway.rest.door import authenticated, bounded_body
+from services.gateway.rest.v2_statistics import as_json, model_statistics
 
 _EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 _SHARED_MEMORY = "system_shared_memory"
@@ -106,7 +106,6 @@ def v2_routes(
     pools: Pools,
     keys: KeyRing,
     health: Health,
-    metrics: GatewayMetrics,
     clock: Clock,
     bodies: BodyBudget,
     regions: Regions,
@@ -136,13 +135,14 @@ def v2_routes(
         return _json(_config(*asked(request, model, version)))
 
     async def stats(request: Request, model: str, version: str = "") -> Response:
-        served, found = asked(request, model, version)
-        return _json({"model_stats": [_stats(metrics, served, found)]})
+        key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
+        found = model_statistics(catalogue, pools, key, model, version)
+        return _json({"model_stats": [as_json(one) for one in found]})
 
     async def all_stats(request: Request) -> Response:
         key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
-        open_to = (model for model in catalogue if not key.models or model.name in key.models)
-        return _json({"model_stats": [_stats(metrics, model, model.default) for model in open_to]})
+        found = model_statistics(catalogue, pools, key)
+        return _json({"model_stats": [as_json(one) for one in found]})
 
     async def index(request: Request) -> Response:
         key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
@@ -159,6 +159,7 @@ def v2_routes(
         served = catalogue.model(model)
         raise Unimplemented(f"Undeploy it: DELETE /v1/deployments/{served.name}.")
 
+    # A model of this name has its metadata under /v2/models/stats/versions/…: clients ask here for all.
     router.add_api_route("/v2/models/stats", all_stats, methods=["GET"])
     for path, answer in (
         ("", metadata),
@@ -218,20 +219,6 @@ def _config(model: ServedModel, version: ServedVersion) -> dict[str, Any]:
         "input": [entry(spec) for spec in signature.inputs],
         "output": [entry(spec) for spec in signature.outputs],
         "version_policy": {"specific": {"versions": list(model.versions)}},
-    }
-
-
-def _stats(metrics: GatewayMetrics, model: ServedModel, version: ServedVersion) -> dict[str, Any]:
-    """Counts are those of this process, over all versions of the model."""
-    counted = metrics.model_counts(model.name)
-    good = {"count": counted.succeeded, "ns": round(counted.succeeded_s * 1e9)}
-    bad = {"count": counted.failed, "ns": round(counted.failed_s * 1e9)}
-    return {
-        "name": model.name,
-        "version": version.name if len(model.versions) == 1 else "",
-        "inference_count": counted.succeeded,
-        "execution_count": counted.succeeded,
-        "inference_stats": {"success": good, "fail": bad},
     }
 
 

@@ -19,6 +19,7 @@ from services.gateway.predict import PredictService
 from services.gateway.rpc.control import Controlled
 from services.gateway.rpc.exchange import InferExchange
 from services.gateway.rpc.heads import CallHead, read_head
+from services.gateway.rpc.infer_stream import InferStream, InferStreams
 from services.gateway.rpc.methods import Method
 from services.gateway.rpc.sending import Around
 from services.gateway.rpc.statuses import HEAD
@@ -41,8 +42,10 @@ class Acceptor(Around, Protocol):
 
     service: PredictService
     hot_path: bytes
+    stream_path: bytes
     methods: Mapping[bytes, Method]
     tasks: Tasks
+    streams: InferStreams
 
     def admit(self, connection: RpcConnection) -> bool:
         """Count a new connection; False where there are too many already."""
@@ -208,8 +211,15 @@ class RpcConnection(Controlled):
             self._grant(stream)
 
     def _grant(self, stream: Stream) -> None:
+        if isinstance(stream, InferStream) and stream.full:
+            return  # what it has comes first
         self._queue(wire.window_update(stream.stream_id, stream.received))
         stream.received = 0
+
+    def read_on(self, stream: Stream) -> None:
+        """It was full and is not any more."""
+        if stream.received and not stream.complete and not stream.over:
+            self._grant(stream)
 
     def _headers(self, stream_id: int, flags: int, payload: bytes) -> None:
         if not stream_id:
@@ -255,6 +265,9 @@ class RpcConnection(Controlled):
         hot = head.hot
         if hot is not None:
             stream: Stream = InferExchange(self._server.service, self, head, hot, stream_id)
+        elif head.streamed is not None:
+            server = self._server
+            stream = InferStream(server.service, server.streams, self, head, head.streamed, stream_id)
         elif head.method is not None:
             stream = TaskCall(self._server.tasks, self, head, head.method, stream_id)
         else:
@@ -280,7 +293,8 @@ class RpcConnection(Controlled):
             self._known_for = reader.changes
         if not is_request:
             return CallHead()
-        head = read_head(fields, self._server.hot_path, self._server.methods)
+        server = self._server
+        head = read_head(fields, server.hot_path, server.stream_path, server.methods)
         if not changed and head.hot is not None and len(block) <= _MAX_REMEMBERED_BYTES:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
@@ -333,6 +347,9 @@ class RpcConnection(Controlled):
         self._tick_silent()
 
     def _tick_incomplete(self, stream: Stream) -> None:
+        if isinstance(stream, InferStream):
+            stream.on_tick(self._limits.body_s)
+            return
         stream.ticks += 1
         said = stream.call_head.timeout_s
         patience = self._limits.body_s
@@ -354,7 +371,7 @@ class RpcConnection(Controlled):
             self.abort()
 
     def _on_sent(self, stream: Stream) -> None:
-        if isinstance(stream, TaskCall):
+        if isinstance(stream, (TaskCall, InferStream)):
             stream.on_sent()
 
     def _refuse_trailers(self, stream_id: int, trailers: bytes) -> None:

@@ -173,6 +173,8 @@ class Controlled(Sending):
         if self._drain_timer is not None:
             self._drain_timer.cancel()
         self._queue(wire.goaway(self._last_stream_id, ErrorCode.NO_ERROR, "draining"))
+        for stream in list(self._streams.values()):
+            stream.drain()
         if not self._streams:
             self._on_idle()
 

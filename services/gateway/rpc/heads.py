@@ -29,6 +29,8 @@ _HOT: Final = {
     b"traceparent": "traceparent",
 }
 _INFER: Final = Target(Dialect.GRPC)
+#: By which clients of Triton ask that the error of a request ends its stream, as a status.
+_ERROR_ENDS: Final = b"triton_grpc_error"
 #: With or without the name of what is in the messages; grpc-web is another protocol.
 _GRPC: Final = re.compile(rb"application/grpc(?:[+;]|$)")
 _UNITS: Final = {
@@ -44,13 +46,20 @@ _NOW: Final = 1e-9
 
 
 class CallHead:
-    """One of four: a hot call has `hot`, another `method` and `metadata`, a refused one its answer, and what
-    is no request has none of them."""
+    """One of five: a hot call has `hot`, a stream of such `streamed`, another `method` and `metadata`, a
+    refused one its answer, and what is no request has none of them."""
 
-    __slots__ = ("encoding", "hot", "metadata", "method", "refusal", "refused_http", "timeout_s")
+    __slots__ = (
+        "encoding", "error_ends", "hot", "metadata", "method", "refusal", "refused_http", "streamed",
+        "timeout_s",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.hot: Head | None = None
+        #: What its requests have in common.
+        self.streamed: Head | None = None
+        #: Of a stream: whether it ends with the first request that fails, by this one's status.
+        self.error_ends = False
         self.method: Method | None = None
         self.metadata: list[Field] = []
         #: Of compressed messages.
@@ -62,7 +71,9 @@ class CallHead:
         self.refused_http = False
 
 
-def read_head(fields: list[Field] | None, hot_path: bytes, methods: Mapping[bytes, Method]) -> CallHead:
+def read_head(
+    fields: list[Field] | None, hot_path: bytes, stream_path: bytes, methods: Mapping[bytes, Method]
+) -> CallHead:
     """What `fields` say; None: too much to be looked at."""
     head = CallHead()
     if fields is None:
@@ -88,12 +99,12 @@ def read_head(fields: list[Field] | None, hot_path: bytes, methods: Mapping[byte
         head.refusal = UNKNOWN_ENCODING
     elif path == hot_path:
         head.encoding = encoding if encoding != b"identity" else None
-        hot = head.hot = Head(_INFER)
-        for name, attribute in _HOT.items():
-            value = by_name.get(name)
-            if value is not None:
-                setattr(hot, attribute, value)
+        hot = head.hot = _hot_head(by_name)
         hot.timeout_s = head.timeout_s
+    elif path == stream_path:
+        head.encoding = encoding if encoding != b"identity" else None
+        head.streamed = _hot_head(by_name)
+        head.error_ends = by_name.get(_ERROR_ENDS) == b"true"
     elif (method := methods.get(path)) is not None:
         head.encoding = encoding if encoding != b"identity" else None
         head.method = method
@@ -101,6 +112,16 @@ def read_head(fields: list[Field] | None, hot_path: bytes, methods: Mapping[byte
     else:
         head.refusal = UNKNOWN_METHOD
     return head
+
+
+def _hot_head(by_name: Mapping[bytes, bytes]) -> Head:
+    """What the service reads of such a call."""
+    hot = Head(_INFER)
+    for name, attribute in _HOT.items():
+        value = by_name.get(name)
+        if value is not None:
+            setattr(hot, attribute, value)
+    return hot
 
 
 def _checked(fields: list[Field]) -> dict[bytes, bytes] | None:

@@ -29,9 +29,18 @@ class RpcLimits:
     #: Calls other than hot ones, of all connections; the second bounds those that may go on for ever.
     max_tasks: int = 1024
     max_streaming_tasks: int = 256
+    #: Calls of ModelStreamInfer, of all connections.
+    max_infer_streams: int = 10_000
+    #: Requests of one of them that are under way, or whose answers are not sent yet, and bytes of both; and
+    #: how many of these requests may be such as threads read. What comes beyond waits in the stream's window.
+    max_stream_requests: int = 256
+    max_stream_bytes: int = 8 << 20
+    max_stream_large: int = 16
+    #: Requests that one of them begins in a turn of the event loop, which is not its own.
+    max_stream_begun: int = 64
     #: From the connection to the client's SETTINGS.
     handshake_s: int = 10
-    #: From the head of a unary call to the end of its message.
+    #: From the head of a unary call to the end of its message, and for one message of a stream to come.
     body_s: int = 30
     #: How long a client may leave answers unread.
     unread_s: int = 30

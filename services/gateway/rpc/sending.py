@@ -73,8 +73,9 @@ class Sending(asyncio.Protocol):
         ] = {}  # those that wait for the socket or everybody's window, in turn
         self._blocked: dict[Stream, None] = {}  # those that wait for their own windows
         self._paused = False  # the socket takes nothing more
+        self._pumping = False
         self._unread_ticks = 0
-        self._answered = 0  # calls that went well, since the sweep came by
+        self._answered = 0  # calls that went well and messages of streams, since the sweep came by
         self._draining = False
         self._ending = False  # nothing is read or sent any more
         self._linger: asyncio.TimerHandle | None = None
@@ -260,8 +261,18 @@ class Sending(asyncio.Protocol):
         """All of a message that was not the last has left."""
 
     def _pump(self) -> None:
-        """Send what waits, as far as windows and socket allow. Nobody is looked at in vain more than once:
-        windows may come a byte at a time, and a thousand calls wait."""
+        """Send what waits, as far as windows and socket allow."""
+        if self._pumping:
+            return  # a message that has left brought the next: its turn comes
+        self._pumping = True
+        try:
+            self._pump_round()
+        finally:
+            self._pumping = False
+
+    def _pump_round(self) -> None:
+        """Nobody is looked at in vain more than once: windows may come a byte at a time, and a thousand calls
+        wait."""
         written = 0
         while self._sending and not self._ending and not self._paused and self._window > 0:
             for stream in list(self._sending):
@@ -297,6 +308,7 @@ class Sending(asyncio.Protocol):
             return
         self._around.bodies.give(stream.answer_held)
         stream.answer_held = 0
+        self._answered += 1
         self._on_sent(stream)
 
     def _out_now(self) -> None:

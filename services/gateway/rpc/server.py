@@ -10,6 +10,7 @@ from services.common.listening import adopt, close_listener
 from services.gateway.predict import PredictService
 from services.gateway.reading import BodyBudget
 from services.gateway.rpc.connection import RpcConnection
+from services.gateway.rpc.infer_stream import InferStreams
 from services.gateway.rpc.limits import RpcLimits
 from services.gateway.rpc.methods import Method
 from services.gateway.rpc.tasks import Tasks
@@ -19,16 +20,24 @@ _ABORT_S = 1.0
 
 
 class RpcServer:
-    """Accepts gRPC connections. Calls of `hot_path` go to `service`, others to `methods`."""
+    """Accepts gRPC connections. Calls of `hot_path`, and messages of calls of `stream_path`, go to `service`,
+    other calls to `methods`."""
 
     def __init__(
-        self, service: PredictService, hot_path: bytes, methods: Mapping[bytes, Method], limits: RpcLimits
+        self,
+        service: PredictService,
+        hot_path: bytes,
+        stream_path: bytes,
+        methods: Mapping[bytes, Method],
+        limits: RpcLimits,
     ) -> None:
         self.service = service
         self.hot_path = hot_path
+        self.stream_path = stream_path
         self.methods = methods
         self.limits = limits
         self.tasks = Tasks(limits)
+        self.streams = InferStreams(limits.max_infer_streams)
         self._connections: set[RpcConnection] = set()
         self._server: asyncio.Server | None = None
         self._shared = False  # others listen at the port, too

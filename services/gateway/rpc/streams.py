@@ -93,6 +93,9 @@ class Stream:
     def refuse_size(self, size: int) -> None:
         """A message of `size` bytes was announced, which is too large."""
 
+    def drain(self) -> None:
+        """The server is ending. Calls that end by themselves need not care."""
+
     def refuse(self, trailers: bytes) -> None:
         """End it with a status, whatever waits."""
         self.connection.refuse(self, trailers)

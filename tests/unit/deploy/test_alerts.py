@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 from tests.fixtures import promql
-from tests.unit.deploy.metric_catalogue import metric_names
+from tests.unit.deploy.metric_catalogue import TARGET, metric_names, metrics
 
 CASES = Path(__file__).with_name("alerts_test.yml")
 PROMTOOL = shutil.which("promtool")
@@ -38,6 +39,35 @@ def test_every_metric_that_is_asked_for_exists() -> None:
     unknown = {name: asked[name] for name in asked.keys() - known}
     assert len(asked) > 20
     assert not unknown
+
+
+def test_every_label_that_is_asked_for_is_one_of_its_metric() -> None:
+    """A label that nobody sets matches nothing, or everything: the panel is empty, the alert silent."""
+    known = metrics()
+    for expression in promql.expressions():
+        asked = promql.labels_asked(expression)
+        grouped = promql.labels_grouped_by(expression)
+        for name in promql.metric_names(expression):
+            unknown = (asked.get(name, set()) | grouped) - known[name].labels - TARGET
+            assert not unknown, (unknown, expression)
+
+
+def test_only_what_grows_has_a_rate() -> None:
+    """Of a gauge, a rate is a number that looks like one."""
+    known = metrics()
+    asked = {name for expression in promql.expressions() for name in promql.metrics_with_a_rate(expression)}
+    assert len(asked) > 20
+    # Triton's counters have no kind.
+    assert {name for name in asked if known[name].kind not in {"counter", "histogram", "unknown"}} == set()
+
+
+def test_what_an_alert_says_names_labels_that_it_has() -> None:
+    known = metrics()
+    for rule in promql.alerts():
+        grouped = promql.labels_grouped_by(rule["expr"])
+        has = [known[name].labels | TARGET for name in promql.metric_names(rule["expr"])]
+        named = set(re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values())))
+        assert named <= (grouped or set.intersection(*map(set, has))), rule["alert"]
 
 
 def test_every_alert_is_shown_to_fire_and_to_be_silent() -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.fixtures import promql
+from tests.unit.deploy.metric_catalogue import TARGET, metrics
 
 DASHBOARDS = promql.dashboards()
 
@@ -69,12 +70,16 @@ def test_variables_that_are_used_are_declared(dashboard: dict[str, Any]) -> None
 
 
 def test_legends_name_labels_that_the_query_keeps(dashboard: dict[str, Any]) -> None:
+    known = metrics()
     for panel in promql.panels(dashboard):
         for target in panel.get("targets", ()):
             kept = re.match(r"(?:sum|min|max|avg) by \(([^)]*)\)", target["expr"])
             named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             if kept is not None:
                 assert named <= {label.strip() for label in kept[1].split(",")}, target["expr"]
+            elif named:
+                for name in promql.metric_names(promql.filled(target["expr"])):
+                    assert named <= known[name].labels | TARGET, target["expr"]
 
 
 def _overlap(one: dict[str, int], other: dict[str, int]) -> bool:

@@ -11,7 +11,7 @@ from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 from services.common.clock import ManualClock
 from services.gateway.catalogue import Catalogue
 from services.gateway.keys import Key, Scope
-from services.gateway.pools import READY, Condition, Pools, State
+from services.gateway.pools import READY, Condition, Pools, Speed, State
 from services.gateway.rest.v2_routes import repository_index
 from tests.fixtures.deployments import config, served
 
@@ -115,6 +115,37 @@ def test_what_was_said_is_read_once_a_second() -> None:
     assert heard.condition() == FAILED
     heard.clock.advance(1.1)
     assert heard.condition() == READY
+
+
+def test_a_version_is_found_wherever_a_heartbeat_says_it() -> None:
+    """Where it was in the one before is only where it is looked for first."""
+    heard = Heard()
+    ready, failed = LoadedVersion.STATE_READY, LoadedVersion.STATE_FAILED
+    beats = [
+        [("a", ready), ("m", failed), ("z", ready)],
+        [("m", failed), ("a", ready), ("z", ready)],
+        [("a", ready), ("z", ready), ("y", failed)],
+        [("z", ready)],
+        [],
+        [("m", ready), ("a", failed)],
+    ]
+    for number, beat in enumerate(beats):
+        for again in range(5 if number == 0 else 1):
+            status = WorkerStatus(worker_id="w", pool="cpu", interval_ms=1000, sequence=10 * number + again)
+            for model, state in beat:
+                status.versions.add(
+                    model=model, version="1", artifact_digest="d", state=state,
+                    best_rows=8 if state == ready else 0, best_rows_per_s=float(number),
+                )  # fmt: skip
+            heard.pools.apply(b"w", status.SerializeToString())
+            heard.clock.advance(1.1)
+        for model in "amyz":
+            said = dict(beat).get(model)
+            condition = heard.pools.condition("cpu", model, "1", "d")
+            assert condition.ready == (said == ready), (number, model)
+            assert (condition == NOBODYS) == (said is None), (number, model)
+            speed = Speed(1, 8, float(number)) if said == ready else Speed(1, 0, 0.0)
+            assert heard.pools.speed("cpu", model, "1") == speed
 
 
 def test_the_index_says_what_is_ready_and_why_the_rest_is_not() -> None:
