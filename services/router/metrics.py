@@ -62,6 +62,8 @@ class RouterMetrics(Collector):
             ("refusals_not_logged", "Refusals that found the log full", dispatcher.log.dropped),
             ("log_published", "Records that Kafka acknowledged", log.published),
             ("log_publish_failures", "Publishes that failed and were tried again", log.publish_failures),
+            ("log_set_aside", "Records that Kafka will never take, kept in a file", log.set_aside),
+            ("log_torn_bytes", "Bytes that a crash left half written", log.dropped_bytes),
         ):
             yield CounterMetricFamily(f"headrace_router_{name}", text, value=float(value))
 

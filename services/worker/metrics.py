@@ -102,6 +102,8 @@ def _logged(log: EventLog) -> Iterator[Metric]:
         ("replayed", "Records found from an earlier process", log.replayed),
         ("refused", "Records that found the log full", log.refused),
         ("publish_failures", "Publishes that failed and were tried again", log.publish_failures),
+        ("set_aside", "Records that Kafka will never take, kept in a file", log.set_aside),
+        ("torn_bytes", "Bytes that a crash left half written", log.dropped_bytes),
     ):
         yield CounterMetricFamily(f"headrace_worker_log_{name}", text, value=value)
 
