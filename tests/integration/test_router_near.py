@@ -12,7 +12,7 @@ from headrace.v1.dataplane_pb2 import Origin, PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code, SharedMemory
 
 from services.common.frames.messages import varint
-from services.router.routed import _SMALL_BYTES
+from services.router.routed import _BULKY_BYTES, _FEW_ROWS, _SMALL_BYTES
 from tests.fixtures.router import FakeWorker, gateway, request, sole
 from tests.fixtures.router_platform import READY, Versions, platform, refuse, soon
 from tests.fixtures.waiting import eventually, patience
@@ -23,10 +23,10 @@ def asked(workers: Iterable[FakeWorker]) -> list[int]:
     return [len(worker.seen) for worker in workers]
 
 
-def of(n: int, nbytes: int, tensors: int = 1) -> PredictRequest:
+def of(n: int, nbytes: int, tensors: int = 1, rows: int = 1) -> PredictRequest:
     """A request with tensors of so many bytes."""
     made = request(n)
-    made.inputs[0].shape[:] = [1, nbytes // 4]
+    made.inputs[0].shape[:] = [rows, nbytes // 4 // rows]
     made.inputs[0].data = bytes(nbytes // 4 * 4)
     for number in range(1, tensors):
         made.inputs.add(name=f"x{number}").CopyFrom(made.inputs[0])
@@ -35,27 +35,32 @@ def of(n: int, nbytes: int, tensors: int = 1) -> PredictRequest:
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "tensors", "near"),
+    ("nbytes", "tensors", "rows", "near"),
     [
-        (120, 1, True),
-        (_SMALL_BYTES - 512, 1, True),
-        (_SMALL_BYTES, 1, False),  # more than that, with what says what it is
-        (_SMALL_BYTES // 8, 9, False),
-        (1 << 20, 1, False),
-        (3 << 20, 1, False),
+        (120, 1, 30, True),
+        (_SMALL_BYTES - 512, 1, 16, True),
+        (_SMALL_BYTES, 1, 16, False),  # more than that, with what says what it is
+        (_SMALL_BYTES // 8, 9, 16, False),
+        # Few rows may be large.
+        (_SMALL_BYTES, 1, _FEW_ROWS, True),
+        (_SMALL_BYTES // 8, 9, 1, True),
+        (_BULKY_BYTES - 512, 1, 1, True),
+        (_BULKY_BYTES, 1, 1, False),
+        (_BULKY_BYTES // 8, 9, 1, False),
+        (3 << 20, 1, 1, False),
     ],
 )
 async def test_only_small_requests_are_for_the_worker_in_this_process(
-    tmp_path: Path, nbytes: int, tensors: int, near: bool
+    tmp_path: Path, nbytes: int, tensors: int, rows: int, near: bool
 ) -> None:
     async with platform(tmp_path) as p:
         inside = await p.guest()
         outside = await p.worker("w1")
         for n in range(3):
-            reply = await p.calls.predict(of(n, nbytes, tensors), soon())
+            reply = await p.calls.predict(of(n, nbytes, tensors, rows), soon())
             assert reply.code == Code.CODE_OK
             assert [tensor.data for tensor in reply.outputs] == [
-                tensor.data for tensor in of(n, nbytes, tensors).inputs
+                tensor.data for tensor in of(n, nbytes, tensors, rows).inputs
             ]
         assert asked((inside, outside)) == ([3, 0] if near else [0, 3])
         assert [e.in_flight for e in p.router.dispatcher.endpoints.all()] == [0, 0]
