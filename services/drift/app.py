@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ _TABLE_WAIT_S = 15.0
 #: A delivery costs the same for ten records as for a thousand; an alert may come this much later.
 _COLLECT_S = 1.0
 _HOUSEKEEPING = timedelta(seconds=15)
+#: After the first deployment that is heard of, all are known.
+_TOLD_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,7 @@ async def _keep_house(
     table: Table,
 ) -> None:
     asked = [(PREDICTIONS, GROUP), (dead_letters(PREDICTIONS, GROUP), REPLAY)]
+    known_at = math.inf
     while True:
         metrics.outbox_age.set(relay.oldest_pending_s)
         try:
@@ -135,9 +139,13 @@ async def _keep_house(
                     gauge.set(standing.lag)
             while await _forget_some(database, clock):
                 pass
-            # Before the deployments are known, every version would be one that is served no more.
-            while table.caught_up and await forget_gone(database, signatures, relay, clock):
-                pass
+            # Before the deployments are known, every version would be one that is served no more. A broker
+            # that lost its topics is told of them one by one.
+            if table.caught_up and signatures.served():
+                known_at = min(known_at, clock.monotonic())
+            if clock.monotonic() >= known_at + _TOLD_S:
+                while await forget_gone(database, signatures, relay, clock):
+                    pass
         except HeadraceError as error:
             log.info("housekeeping_later", reason=error.message)
         except Exception:

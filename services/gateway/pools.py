@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +16,7 @@ from services.common.bus import Bus, Table
 from services.common.clock import Clock
 from services.common.topics import GUEST, WORKERS
 
+_GUEST: Final = GUEST.encode()
 _ALIVE_INTERVALS = 3
 _LEAST_INTERVAL_MS = 1000
 #: Whoever lives is heard of within this long, once anybody is; and what was read so long ago is read again.
@@ -113,38 +114,30 @@ class Pools:
         self._looked_at = -math.inf
         # What the living of each pool had said by then.
         self._seen: dict[str, list[_Said]] = {}
-        # What guests counted, and when that came; and of the living, what it said by then.
-        self._guests: dict[bytes, tuple[bytes, float]] = {}
+        # What guests counted; and of the living, what it said by then.
+        self._guests: dict[bytes, _Heartbeat] = {}
         self._counted: list[_Said] = []
         #: Where the records come from.
         self.table: Table | None = None
 
     def apply(self, key: bytes, value: bytes | None) -> None:
         """Take one record of the topic."""
-        if key.startswith(GUEST.encode()):
-            self._apply_guest(key, value)
-            return
+        is_guest = key.startswith(_GUEST)
+        heartbeats = self._guests if is_guest else self._heartbeats
         if value is None:
-            self._heartbeats.pop(key, None)
+            heartbeats.pop(key, None)
             return
-        known, mark = self._heartbeats.get(key), hash(value)
+        known, mark, now = heartbeats.get(key), hash(value), self._clock.monotonic()
         if known is None:
-            self._alive("")  # who left before it is forgotten, though nobody may ask for long
+            _living(heartbeats, now)  # who left before it is forgotten, though nobody may ask for long
         if known is None or known.mark != mark:
-            came, now = self.table is not None and self.table.caught_up, self._clock.monotonic()
+            came = self.table is not None and self.table.caught_up
             said = known.said if known is not None and came else None
-            self._heartbeats[key] = _Heartbeat(mark, value if came else None, said, now)
-            if came:
+            heartbeats[key] = _Heartbeat(mark, value if came else None, said, now)
+            if came and not is_guest:
                 if now - self._heard_at > _SETTLING_S:
                     self._heard_since = now
                 self._heard_at = now
-
-    def _apply_guest(self, key: bytes, value: bytes | None) -> None:
-        known = self._guests.get(key)
-        if value is None:
-            self._guests.pop(key, None)
-        elif self.table is not None and self.table.caught_up and (known is None or known[0] != value):
-            self._guests[key] = (value, self._clock.monotonic())
 
     def speed(self, pool: str, model: str, version: str) -> Speed:
         """How `version` runs on the workers of `pool`: the median worker's measurements."""
@@ -184,17 +177,11 @@ class Pools:
     def _look(self, now: float) -> None:
         """Read what the living said; many ask, of many versions."""
         self._looked_at, self._seen = now, {}
-        for said in self._living(now):
+        for said in _living(self._heartbeats, now):
             # A deployment without a pool is everybody's.
             for pool in {said.status.pool, ""}:
                 self._seen.setdefault(pool, []).append(said)
-        self._counted = []
-        for key, (value, came_at) in list(self._guests.items()):
-            counted = _read(value, None)
-            if counted is not None and now - came_at <= _patience_s(counted.status):
-                self._counted.append(counted)
-            else:
-                del self._guests[key]
+        self._counted = _living(self._guests, now)
 
     def totals(self, model: str, version: str, artifact: str) -> list[ServingTotals]:
         """What the living counted of the version, guests among them, whatever their pools."""
@@ -213,19 +200,8 @@ class Pools:
         return len(self._alive(pool))
 
     def _alive(self, pool: str) -> list[_Said]:
-        return [said for said in self._living(self._clock.monotonic()) if said.status.pool == pool]
-
-    def _living(self, now: float) -> list[_Said]:
-        found = []
-        for heartbeat in self._heartbeats.values():
-            if heartbeat.value is not None:
-                heartbeat.said, heartbeat.value = _read(heartbeat.value, heartbeat.said), None
-            said = heartbeat.said
-            if said is not None and _is_alive(said.status, now - heartbeat.came_at):
-                found.append(said)
-            else:
-                heartbeat.said = None
-        return found
+        living = _living(self._heartbeats, self._clock.monotonic())
+        return [said for said in living if said.status.pool == pool]
 
 
 _NOBODYS: Final = Condition(State.UNAVAILABLE, "no worker has it")
@@ -240,6 +216,20 @@ def _condition(loaded: LoadedVersion) -> Condition:
     return Condition(State.UNAVAILABLE, loaded.error or "it is being unloaded")
 
 
+def _living(heartbeats: Mapping[bytes, _Heartbeat], now: float) -> list[_Said]:
+    """What the living said; of others it is forgotten."""
+    found = []
+    for heartbeat in heartbeats.values():
+        if heartbeat.value is not None:
+            heartbeat.said, heartbeat.value = _read(heartbeat.value, heartbeat.said), None
+        said = heartbeat.said
+        if said is not None and _is_alive(said.status, now - heartbeat.came_at):
+            found.append(said)
+        else:
+            heartbeat.said = None
+    return found
+
+
 def _read(value: bytes, before: _Said | None) -> _Said | None:
     """None where nobody can read it."""
     try:
@@ -249,13 +239,11 @@ def _read(value: bytes, before: _Said | None) -> _Said | None:
 
 
 def _is_alive(status: WorkerStatus, age_s: float) -> bool:
-    """Whether who said this `age_s` ago is not gone by now."""
+    """Whether who said this `age_s` ago is not gone by now; living guests say that they are."""
     leaves = status.state in (WorkerStatus.STATE_GONE, WorkerStatus.STATE_DRAINING)
-    return not leaves and age_s <= _patience_s(status)
-
-
-def _patience_s(status: WorkerStatus) -> float:
-    return _ALIVE_INTERVALS * max(status.interval_ms, _LEAST_INTERVAL_MS) / 1000
+    if leaves and not status.worker_id.startswith(GUEST):
+        return False
+    return age_s <= _ALIVE_INTERVALS * max(status.interval_ms, _LEAST_INTERVAL_MS) / 1000
 
 
 @asynccontextmanager

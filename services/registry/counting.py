@@ -10,6 +10,8 @@ from services.common.clock import Clock
 
 #: What was counted is counted again after so many times as long as it took.
 _RESTS: Final = 50
+#: And at the latest after so many seconds: a database that hung once may be quick again.
+_MOST_S: Final = 60.0
 
 
 class Counting:
@@ -27,5 +29,5 @@ class Counting:
             return None
         counts = await count()
         ended = self._clock.monotonic()
-        self._due_at = ended + _RESTS * (ended - began)
+        self._due_at = ended + min(_MOST_S, _RESTS * (ended - began))
         return counts

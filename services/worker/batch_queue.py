@@ -61,8 +61,7 @@ class _Lane:
     def __init__(self) -> None:
         self.queues: dict[Rank, OrderedDict[Item, None]] = {}
         self.rows = 0
-        # No later than any member's; not raised when that member leaves, so a batch may only leave early by
-        # it.
+        # No later than any member's; not raised when that one leaves: a batch may only leave early by it.
         self.deadline = inf
 
     def oldest(self) -> float:
@@ -103,6 +102,8 @@ class BatchQueue:
     @policy.setter
     def policy(self, policy: BatchPolicy) -> None:
         self._policy = policy
+        #: The rows with which a run is whole: whoever comes after them waits for another.
+        self.whole = 1 if policy.apart else policy.max_rows
         self._roomy_rows = roomy(policy.max_queue_rows)
         self._roomy_bytes = roomy(policy.max_queue_bytes)
 
@@ -114,8 +115,7 @@ class BatchQueue:
     @property
     def full(self) -> bool:
         """Whether a whole batch waits: waiting longer would not make it larger."""
-        most = self._policy.max_rows
-        return self.rows >= most and any(lane.rows >= most for lane in self._lanes.values())
+        return self.rows >= self.whole and any(lane.rows >= self.whole for lane in self._lanes.values())
 
     def __len__(self) -> int:
         return sum(len(queue) for lane in self._lanes.values() for queue in lane.queues.values())
@@ -226,12 +226,12 @@ class BatchQueue:
         return self._pace.per_row(now, self._expected_pace())
 
     def _expected_pace(self) -> float:
-        most = self._policy.max_rows
+        most = self.whole
         return self._run_time.estimate(most) / (most * max(1, self._slots))
 
     def _rows_in_time(self, pace: float) -> float:
         """How many rows may wait so that none waits longer than it should: one batch in any case."""
-        return max(self._policy.max_rows, self._policy.max_queue / pace if pace > 0 else inf)
+        return max(self.whole, self._policy.max_queue / pace if pace > 0 else inf)
 
     def _refusal(self, item: Item, now: float, floor: float, pace: float) -> HeadraceError | None:
         if item.deadline <= now + floor:
@@ -252,9 +252,10 @@ class BatchQueue:
                 return _full(self._ahead(rank) * pace)
         ahead = self._ahead(rank)
         wait = ahead * pace
-        if ahead + item.rows > self._rows_in_time(pace):
+        next_run = item.rows if policy.apart else policy.max_rows  # rows that may leave with it
+        if ahead + item.rows > max(next_run, self._rows_in_time(pace)):
             return _full(wait)
-        if ahead + item.rows > policy.max_rows and item.deadline <= now + wait + floor:
+        if ahead + item.rows > next_run and item.deadline <= now + wait + floor:
             # Better now than when its time is over: by then it would have kept a place from another.
             return _full(wait, "too much waits for the model to answer before the deadline")
         return None
@@ -323,11 +324,9 @@ class BatchQueue:
 
     def _fits(self, lane: _Lane, limit: int, now: float) -> bool:
         """Whether all of `lane` may leave together, in at most `limit` rows."""
-        return (
-            lane.rows <= limit
-            and not self._policy.apart
-            and lane.deadline > now + self._run_time.estimate(lane.rows)
-        )
+        if self._policy.apart or lane.rows > limit:
+            return False
+        return lane.deadline > now + self._run_time.estimate(lane.rows)
 
     def _open(self, key: MergeKey, lane: _Lane, rank: Rank) -> OrderedDict[Item, None]:
         turns = self._turns[rank]

@@ -221,7 +221,7 @@ class Batcher:
             return 0.0
         if self._running >= 2 * self._slots or not self._ahead_below or not self._queue.full:
             return None
-        took = self._run_time.estimate(self._queue.policy.max_rows)
+        took = self._run_time.estimate(self._queue.whole)
         return took if 0.0 < took < self._ahead_below else None
 
     def _set_timer(self) -> None:

@@ -305,9 +305,10 @@ class ModelHost:
         loaded, slot.loaded = slot.loaded, None
         if loaded is None:
             return
-        slot.known_bytes, slot.stats = loaded.memory_bytes, loaded.model.stats
+        slot.known_bytes = loaded.memory_bytes
         self._park(slot, loaded.model.layout)
         loaded.model.close()
+        slot.keep_counts(loaded.model)
         self.evictions[slot.name] += 1
         self._enter(slot, LoadedVersion.STATE_EVICTED)
         slot.changed.set()
@@ -337,6 +338,7 @@ class ModelHost:
                         await model.drain()
             finally:
                 model.close()
+                slot.keep_counts(model)
                 slot.loaded = None
         if self._options.returns:
             for other in self._slots:

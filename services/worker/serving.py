@@ -34,8 +34,8 @@ class Serving:
     pool: ThreadPoolExecutor
     #: Batches expected to take longer than this many seconds run in a thread.
     inline_below: float
-    #: Batches with more bytes of input do so however fast they are: joining these bytes, and serialising them
-    #: for the log, would hold up the event loop.
+    #: Batches with more bytes of input do so however fast they are, but for requests that run apart: joining
+    #: these bytes, and serialising them for the log, would hold up the event loop.
     inline_bytes: int = 256 << 10
     #: Whole batches that run in less seconds are handed to their thread one ahead.
     ahead_below: float = 0.005

@@ -11,6 +11,7 @@ from headrace.v1.control_pb2 import LoadedVersion, ServingTotals
 from services.common.clock import Clock
 from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.desired import Desired, VersionKey
+from services.worker.loaded_model import LoadedModel
 from services.worker.loading import Loaded
 from services.worker.parked import Parked
 from services.worker.stats import ModelStats
@@ -29,7 +30,7 @@ class Slot:
     parked: Parked | None = None
     # On its first way up, for which the worker's readiness waits.
     first: bool = True
-    # Kept over an eviction.
+    # Kept while it is not loaded.
     known_bytes: int = 0
     stats: ModelStats | None = None
     unwanted: bool = False
@@ -59,6 +60,11 @@ class Slot:
             model = self.loaded.model
             return model.stats.totals(clock, refused=model.refused.total())
         return None if self.stats is None else self.stats.totals(clock)
+
+    def keep_counts(self, model: LoadedModel) -> None:
+        """`model` is closed: what it counted stays, also of whom it refused."""
+        self.stats = model.stats
+        self.stats.failed.update(model.refused)
 
     @property
     def demanded(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.common.bus.port import Record
 from services.common.clock import ManualClock
 from services.common.db import engine, migrate, transaction
+from services.common.tasks import running
 from services.common.topics import PREDICTIONS
+from services.drift import app as wiring
 from services.drift import consumers, repository
 from services.drift.alerting import Persistence
 from services.drift.app import forget_gone
@@ -34,6 +36,7 @@ from services.drift.sample import HEAD_BYTES
 from services.drift.signatures import Signatures
 from services.drift.stream import Cadence
 from services.drift.tables import AlertRow, Outbox, SignalRow, StreamRow, WindowRow
+from tests.fixtures.waiting import eventually
 from tests.integration.test_drift_service import SIGNATURE, prediction
 
 CADENCE = Cadence(reference_rows=200, pane_rows=100, window_panes=1)
@@ -195,6 +198,43 @@ async def test_where_no_deployment_is_known_nothing_is_forgotten(database_url: s
         watch.signatures = Signatures()  # another process, and a broker without its data
         watch.clock.advance((2 * repository.KEPT_GONE).total_seconds())
         assert await watch.forget() == 0
+
+
+async def test_while_deployments_are_told_one_by_one_nothing_is_forgotten(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a broker that lost its topics: the registry publishes them again."""
+    monkeypatch.setattr(wiring, "_HOUSEKEEPING", timedelta(milliseconds=1))
+    async with watching(database_url) as watch:
+        watch.serve("1", "2")
+        await watch.take(10, "1", "2")
+        watch.clock.advance((2 * repository.KEPT_GONE).total_seconds())
+        watch.signatures, rounds = Signatures(), 0
+
+        async def standings(asked: Sequence[object]) -> list[None]:
+            nonlocal rounds
+            rounds += 1
+            return [None for _ in asked]
+
+        bus: Any = SimpleNamespace(standings=standings)
+        relay: Any = SimpleNamespace(wake=lambda: None, oldest_pending_s=0.0)
+        table: Any = SimpleNamespace(caught_up=True)
+        house = wiring._keep_house(
+            watch.database, bus, relay, watch.clock, Metrics(CollectorRegistry()), watch.signatures, table
+        )
+        async with running(house, "housekeeping"):
+            await eventually(lambda: rounds > 1)
+            watch.clock.advance(wiring._TOLD_S)  # its registry was away, too
+            watch.serve("1")
+            known = rounds
+            await eventually(lambda: rounds > known + 2)
+            assert await watch.versions_in(StreamRow) == {"1", "2"}
+            watch.clock.advance(wiring._TOLD_S)
+
+            async def is_forgotten() -> bool:
+                return await watch.versions_in(StreamRow) == {"1"}
+
+            await eventually(is_forgotten)
 
 
 async def test_showing_a_model_reads_the_heads_of_its_samples(database_url: str) -> None:

@@ -17,6 +17,7 @@ from services.worker import guest
 from services.worker.backends.port import LeftToOthers
 from services.worker.execution import Runner
 from services.worker.loading import VersionLoader
+from services.worker.model_host import ModelHost
 from tests.fixtures.deployments import record
 from tests.fixtures.guests import FAILED, READY, Rig, rig
 from tests.fixtures.onnx_models import mlp
@@ -154,6 +155,41 @@ async def test_what_was_evicted_and_is_found_slow_is_not_loaded_again_and_again(
         assert reply.code == Code.CODE_UNAVAILABLE, reply.message
         await rig.until(host, "net", FAILED)
         assert len(loads) == 2
+
+
+def counted(host: ModelHost) -> list[tuple[int, int]]:
+    return [(one.totals.succeeded, one.totals.failed) for one in host.states()]
+
+
+async def test_what_was_counted_of_a_version_stays_when_it_is_left(rig: Rig) -> None:
+    await rig.deploy("net", mlp())
+    async with rig.guest() as host:
+        await rig.until(host, "net", READY)
+        assert (await rig.ask("net", x=ROW)).code == Code.CODE_OK
+        (slot,) = host._slots
+        host._leave(slot, "a test says so")
+        await eventually(lambda: slot.loaded is None)
+        assert counted(host) == [(1, 0)]
+
+
+async def test_whom_a_version_refuses_as_it_makes_room_is_counted(rig: Rig) -> None:
+    made = await rig.deploy("net", mlp())
+    made.revision = 2
+    made.batching.CopyFrom(Batching(max_rows=2, max_delay_us=60_000_000, max_queue_ms=120_000))
+    await rig.bus.publish([record(made)])
+    async with rig.worker(), rig.guest() as host:
+        await rig.until(host, "net", READY)
+        await rig.until_outside("net")
+        asked = asyncio.create_task(rig.ask("net", seconds=PATIENCE_S, x=ROW))
+        await eventually(lambda: sum(model.queued_rows for _, model in host.serving()) == 1)
+        (slot,) = host._slots
+        host._evict(slot)
+        assert counted(host) == [(0, 1)]
+        asked.cancel()
+        slot.returning = True
+        slot.changed.set()
+        await rig.until(host, "net", READY)
+        assert counted(host) == [(0, 1)]
 
 
 async def test_what_is_large_goes_to_the_worker_that_has_to_load_it_first(rig: Rig) -> None:

@@ -216,8 +216,9 @@ class _Taking:
     without taking any: it would have to wait shortly, and wake up twenty times a second."""
 
     def __init__(self) -> None:
-        #: By partition, where a record lies that could not be read.
-        self._unreadable: dict[TopicPartition, int] = {}
+        #: By partition, where a record lies that could not be read, and whether offsets before it have no
+        #: record, as those have where a transaction ended.
+        self._unreadable: dict[TopicPartition, tuple[int, bool]] = {}
 
     async def next_batch(self, consumer: AIOKafkaConsumer) -> Batch:
         """What has come, nothing after a while.
@@ -253,8 +254,11 @@ class _Taking:
 
     def _readable(self, begin: Mapping[TopicPartition, int]) -> int | None:
         """How many records to take at most: those before the one that could not be read."""
-        left = [self._unreadable.get(partition, offset) - offset for partition, offset in begin.items()]
-        return next((count for count in left if count > 0), None)
+        for partition, offset in begin.items():
+            at, has_gaps = self._unreadable.get(partition, (0, False))
+            if offset < at:
+                return 1 if has_gaps else at - offset
+        return None
 
     def _stopped(
         self,
@@ -266,8 +270,9 @@ class _Taking:
         """A record cannot be read: what lies before it is read again, up to there. Where that is nothing,
         its partition rests."""
         for partition, at in _parsed_to(consumer, asked).items():
-            if at > begin.get(partition, at):
-                self._unreadable[partition] = at
+            known = self._unreadable.get(partition)
+            if at > begin.get(partition, at) and known != (at, True):
+                self._unreadable[partition] = at, known == (at, False)
                 return
         for partition in asked:
             log.warning("%s cannot be read at offset %s, again in %g s: %r",

@@ -1,10 +1,10 @@
 """The statistics extension of the Open Inference Protocol, as Triton has it.
 
 Workers count, guests of routers as well, and say what in their heartbeats; here it is added up over those
-alive, so that every gateway says the same, a second or two late. Like another server's, a worker's counts
-begin with its process. What nobody counts is left out: the time of failures, answers from the result cache
-(which never came to a worker; the routers' metrics have them), and batches by their exact sizes (the workers'
-metrics have a histogram).
+alive, so that every gateway says the same, a second or two late, and zeros once the broker has been away for
+a few seconds. Like another server's, a worker's counts begin with its process. What nobody counts is left
+out: the time of failures, answers from the result cache (which never came to a worker; the routers' metrics
+have them), and batches by their exact sizes (the workers' metrics have a histogram).
 """
 
 from __future__ import annotations

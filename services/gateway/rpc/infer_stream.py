@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import BodyTooLarge, DeadlineExceeded, HeadraceError
@@ -205,7 +206,7 @@ class InferStream(Stream):
 
     def on_tick(self, patience: int) -> None:
         """A second has passed. The client has `patience` seconds for a message that it has begun."""
-        if self.full or (self._partial is None and not self._missing):
+        if self._deaf or self.full or (self._partial is None and not self._missing):
             self.ticks = 0
             return
         self.ticks += 1
@@ -232,7 +233,9 @@ class InferStream(Stream):
                 return
             request.size = request.held = size
             self._bytes += size
-        request.body = b""
+            # It may wait for long, and counts for no more than its answer.
+            request.body, request.payload, request.tensors = b"", b"", None
+            request.request = PredictRequest()
         self._flush()
         self._go_on()
 
@@ -304,7 +307,7 @@ class InferStream(Stream):
         self.full = False
         if self._closing:
             self._closing = False
-            super().end()
+            self.end()
         else:
             self.connection.read_on(self)
             self._finish()

@@ -129,4 +129,7 @@ def _number(spec: InputSpec, given: str) -> float | int:
         raise ValueError(given)
     if spec.dtype.kind == "f":
         return float(given)
-    return int(given, 16 if given.lstrip()[:2] in _HEXADECIMAL else 10)
+    if given.lstrip()[:2] not in _HEXADECIMAL:
+        return int(given)
+    bits = int(given, 16)  # sixteen digits are all 64 of them, with the sign where the model's has one
+    return bits - (1 << 64) if spec.dtype.kind == "i" and bits >> 63 == 1 else bits

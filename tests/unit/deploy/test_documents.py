@@ -32,7 +32,7 @@ _VARIABLE = re.compile(r"(?<![\w/.])([A-Z][A-Z0-9]*_[A-Z0-9_]*(?:\*(?!\*))?)(?![
 #: A list of alternatives: `list|show`.
 _SEVERAL = re.compile(r"\w+(\|\w+)+")
 #: A command in a code block, or between backticks.
-_COMMAND = re.compile(r"(?:^ +|`|\$\()(?:\w+=\$\()?headrace ((?:\\\n|[^`\n#])+)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:^ {4,}|`|\$\()(?:\w+=\$\()?headrace ((?:\\\n|[^`\n#])+)", re.MULTILINE)
 
 
 def text_of(document: str) -> str:

@@ -127,6 +127,22 @@ async def test_an_error_that_ends_the_stream_ends_what_is_behind_it() -> None:
     assert nothing_is_left(front, client)
 
 
+async def test_what_comes_behind_an_error_that_ends_the_stream_need_not_be_whole() -> None:
+    """The client's half is closed already, and all but the beginning of what it said last was let go of."""
+    front = Front(RpcLimits(max_stream_requests=1))
+    client = front.client()
+    stream = await opened(client, triton_grpc_error="true")
+    await say(client, stream, infer(id="a"), infer(id="b"))
+    await say(client, stream, b"\xff", bytes(10_000), end=True)
+    for _ in range(2):
+        front.router.answer()
+        await client.turn()
+    answer = client.answers[stream]
+    assert ids(answer) == ["a", "b"]
+    assert answer.status == Code.CODE_INVALID_ARGUMENT
+    assert nothing_is_left(front, client)
+
+
 @pytest.mark.parametrize(
     ("metadata", "code"),
     [
@@ -243,7 +259,7 @@ async def test_what_is_no_message_ends_the_stream_and_what_was_asked(sent: bytes
 async def test_the_deadline_of_a_stream_is_that_of_its_requests_too() -> None:
     front = Front()
     client = front.client()
-    stream = await opened(client, grpc_timeout="100m")
+    stream = await opened(client, grpc_timeout="300m")
     await say(client, stream, infer())
     deadline = front.router.deadlines[-1]
     other = await opened(client)

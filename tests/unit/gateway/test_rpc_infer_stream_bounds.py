@@ -3,13 +3,18 @@ tick is a second."""
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
+from headrace.v1.dataplane_pb2 import PredictReply, SealedReply
 from headrace.v1.tensor_pb2 import Code
+from open_inference.open_inference_pb2 import ModelInferRequest
 
 from services.common.frames.wire import ErrorCode
 from services.gateway.rpc.limits import RpcLimits
 from tests.fixtures.rpc import Front, infer, prefixed
 from tests.fixtures.rpc_streams import ids, label, messages, nothing_is_left, opened, say, turning
+from tests.fixtures.waiting import eventually
 from tests.fixtures.wires import padded
 
 
@@ -126,6 +131,37 @@ async def test_an_answer_that_the_process_has_no_room_for_ends_the_stream() -> N
     assert client.answers[stream].status == Code.CODE_UNAVAILABLE
     assert front.router.cancelled == [2]
     assert nothing_is_left(front, client)
+
+
+async def test_answers_that_wait_for_one_before_them_keep_no_requests() -> None:
+    front = Front()
+    client = front.client()
+    stream = await opened(client)
+    large = ModelInferRequest.FromString(infer())
+    large.inputs[0].shape[0] = rows = 4000
+    large.raw_input_contents[0] *= rows
+    body = large.SerializeToString()
+    refused = PredictReply(code=Code.CODE_UNAVAILABLE, message="away").SerializeToString()
+
+    async def ask_and_refuse(count: int) -> None:
+        for _ in range(count):
+            await say(client, stream, body)
+            _ticket, (_request, on_reply) = front.router.waiting.popitem()
+            on_reply(SealedReply.FromString(refused))
+            front.router.requests.clear()
+
+    await say(client, stream, infer(id="first"))
+    await ask_and_refuse(3)  # teach its form
+    tracemalloc.start()
+    try:
+        await ask_and_refuse(20)
+        now, _peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert now < 5 * len(body)
+    front.router.answer()
+    await client.turn()
+    assert len(messages(client.answers[stream])) == 24
 
 
 async def test_what_waits_counts_among_the_bytes_of_the_process() -> None:
@@ -250,6 +286,27 @@ async def test_a_stream_may_be_silent_but_not_in_the_middle_of_a_message() -> No
     await client.turn()
     assert client.answers[stream].status == Code.CODE_DEADLINE_EXCEEDED
     assert nothing_is_left(front, client)
+
+
+@pytest.mark.parametrize("how", ["error", "drain"])
+async def test_what_is_not_listened_to_any_more_is_not_late(how: str) -> None:
+    """In the middle of a message, while what came before it is under way."""
+    front = Front(RpcLimits(ping_after_s=100_000, drain_notice_s=0.0))
+    client = front.client()
+    stream = await opened(client, triton_grpc_error="true")
+    wrong = [b"\xff"] if how == "error" else []
+    sent = b"".join(map(prefixed, [infer(id="a"), *wrong, infer()]))
+    client.send(stream, sent[:-5], end=False)
+    await client.turn()
+    if how == "drain":
+        client.connection.drain()
+        await eventually(lambda: client.cable.written.count(b"draining") == 3)
+    client.tick(100)
+    assert len(front.router.waiting) == 1
+    front.router.answer()
+    await eventually(lambda: b"grpc-status" in client.cable.written)
+    assert b"\x1a\x01a" in client.cable.take()
+    assert front.service.bodies.held == 0
 
 
 async def test_a_client_that_may_send_no_more_is_not_late() -> None:

@@ -50,13 +50,15 @@ class Platform:
             self.catalogue.apply(model.encode(), config.SerializeToString())
         self.beats = 0
 
-    def say(self, worker: str, totals: ServingTotals | None, **more: Any) -> None:
+    def say(self, worker: str, totals: ServingTotals | None, **more: Any) -> tuple[bytes, bytes]:
         self.beats += 1
         about = {"pool": more.pop("pool", "cpu"), "state": more.pop("state", WorkerStatus.STATE_READY)}
         status = WorkerStatus(worker_id=worker, interval_ms=1000, sequence=self.beats, **about)
         fields = {"model": "m", "version": "1", "artifact_digest": "d1", "totals": totals} | more
         status.versions.add(state=LoadedVersion.STATE_READY, **fields)
-        self.pools.apply(worker.encode(), status.SerializeToString())
+        record = worker.encode(), status.SerializeToString()
+        self.pools.apply(*record)
+        return record
 
     def of(self, model: str = "", version: str = "", models: tuple[str, ...] = ()) -> list[ModelStatistics]:
         self.clock.advance(1.1)  # heartbeats are not looked at for every question
@@ -131,6 +133,20 @@ def test_guests_are_counted_and_nothing_else_is_known_of_them(platform: Platform
 def test_what_a_guest_said_before_anybody_listened_counts_for_nothing(platform: Platform) -> None:
     platform.pools.table = None
     platform.say("local:guest-0", TOTALS, state=WorkerStatus.STATE_GONE)
+    assert platform.of("m", "1")[0].inference_count == 0
+
+
+def test_a_topic_that_is_read_once_more_brings_no_guest_back(platform: Platform) -> None:
+    pools = platform.pools
+    table, pools.table = pools.table, None
+    before = platform.say("local:before", TOTALS, state=WorkerStatus.STATE_GONE)
+    pools.table = table
+    since = platform.say("local:since", TOTALS, state=WorkerStatus.STATE_GONE)
+    assert platform.of("m", "1")[0].inference_count == 7
+    platform.clock.advance(5)
+    assert platform.of("m", "1")[0].inference_count == 0
+    for record in (before, since):
+        pools.apply(*record)
     assert platform.of("m", "1")[0].inference_count == 0
 
 

@@ -28,3 +28,20 @@ async def test_what_takes_long_to_count_is_counted_seldom() -> None:
         assert await counting.ask(count) is None
     clock.advance(0.5)
     assert await counting.ask(count) == {"running": 5}
+
+
+async def test_what_once_took_long_is_soon_counted_again() -> None:
+    """A database that hung says nothing of how long the next count will take."""
+    clock = ManualClock()
+    counting = Counting(clock)
+
+    async def hung() -> Mapping[str, int]:
+        clock.advance(25.0)
+        return {"running": 1}
+
+    async def count() -> Mapping[str, int]:
+        return {"running": 0}
+
+    assert await counting.ask(hung) == {"running": 1}
+    clock.advance(60.0)
+    assert await counting.ask(count) == {"running": 0}

@@ -322,6 +322,33 @@ def test_apart_each_leaves_by_itself_in_its_turn() -> None:
     assert (queue.rows, queue.nbytes, queue.wake_at()) == (0, 0, inf)
 
 
+@pytest.mark.parametrize(("max_queue", "most"), [(0.055, 5), (0.001, 1)])
+def test_apart_no_more_wait_than_leave_in_the_time_allowed_but_one_always(
+    max_queue: float, most: int
+) -> None:
+    policy = BatchPolicy(max_rows=10, max_queue=max_queue).parted()
+    queue = BatchQueue(policy, measured(0.0, per_row=0.01))
+    while offer(queue, item()) is None:
+        assert queue.rows <= most
+    assert queue.rows == most
+
+
+def test_apart_who_would_wait_beyond_the_deadline_is_refused_at_once() -> None:
+    policy, run_time = BatchPolicy(max_rows=10, max_queue=0.001).parted(), measured(0.0, per_row=0.01)
+    assert offer(BatchQueue(policy, run_time), item(8, deadline=0.01)) is None  # nobody is before it
+    queue = queue_of(BatchPolicy(max_rows=10).parted(), item(), item(), item(), run_time=run_time)
+    assert isinstance(offer(queue, item(deadline=0.025), floor=0.01), ResourceExhausted)
+    assert offer(queue, item(deadline=0.045), floor=0.01) is None
+
+
+def test_apart_the_pace_is_that_of_a_run_for_each() -> None:
+    policy = BatchPolicy(max_rows=64, max_queue=0.0205).parted()
+    queue = BatchQueue(policy, measured(0.0015, per_row=0.0005))  # 2 ms a request, 33 for 64 rows together
+    while offer(queue, item()) is None:
+        assert queue.rows <= 10
+    assert queue.rows == 10
+
+
 @pytest.mark.parametrize("asked", [{"max_delay": 0.01}, {"preferred_rows": (4,)}])
 def test_who_asks_for_batches_gets_them(asked: dict[str, Any]) -> None:
     policy = BatchPolicy(**asked)

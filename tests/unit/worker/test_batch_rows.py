@@ -281,6 +281,20 @@ class TestCsv:
         assert list(rows.failures) == ([] if beside == "2" else [2])
 
     @pytest.mark.parametrize("beside", ["2", "two"])
+    @pytest.mark.parametrize(
+        ("datatype", "read"),
+        [(INT64, 0xDEADBEEFCAFEBABE - 2**64), (DataType.DATA_TYPE_UINT64, 0xDEADBEEFCAFEBABE)],
+    )
+    def test_sixteen_hexadecimal_digits_are_all_bits(
+        self, datatype: DataType, read: int, beside: str
+    ) -> None:
+        text = f"0xdeadbeefcafebabe\n{beside}\n"
+        rows = rows_of_csv(text.encode(), ["n"], inputs(("n", datatype, [-1])), 0)
+
+        assert only(rows)["n"].tolist()[0] == read
+        assert list(rows.failures) == ([] if beside == "2" else [1])
+
+    @pytest.mark.parametrize("beside", ["2", "two"])
     def test_a_text_is_itself_whatever_stands_beside_it(self, beside: str) -> None:
         text = f'1,"[1]",0\n{beside},x,0\n3,"[""a""]",0\n4,[],1\n'
         rows = rows_of_csv(text.encode(), ["n", "text", "on"], MIXED, 0)

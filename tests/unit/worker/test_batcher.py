@@ -22,12 +22,14 @@ PATIENT = BatchPolicy(max_rows=8, max_delay=1.0)
 class Bench:
     """A batcher whose batches run until `finish`."""
 
-    def __init__(self, policy: BatchPolicy, run_time: RunTime | None = None) -> None:
+    def __init__(
+        self, policy: BatchPolicy, run_time: RunTime | None = None, ahead_below: float = 0.0
+    ) -> None:
         self.turns = SimulatedTurns()
         self.ran: list[Batch] = []
         #: What became of whom, and when.
         self.told: list[tuple[int, Answer, float]] = []
-        self.batcher = Batcher(self.turns, policy, run_time or RunTime(), self.run)
+        self.batcher = Batcher(self.turns, policy, run_time or RunTime(), self.run, ahead_below=ahead_below)
         self.takes = 0.0
 
     def run(self, batch: Batch) -> None:
@@ -156,6 +158,20 @@ def test_who_cannot_make_it_any_more_is_told_when_a_run_ends() -> None:
         (1, Code.CODE_DEADLINE_EXCEEDED),
     ]
     assert [one.id for one in bench.ran[1].items] == [2]
+
+
+def test_apart_the_next_one_is_given_ahead_and_is_late_by_the_one_before_it_alone() -> None:
+    run_time = RunTime()
+    for rows in (1, 4):
+        run_time.observe(rows, 0.001 * rows, 0.0)
+    bench = Bench(BatchPolicy(max_rows=4).parted(), run_time, ahead_below=0.005)
+    bench.submit(100.0, 0.0045, 100.0, 100.0, 100.0)
+    bench.turn()
+    assert [batch.items[0].id for batch in bench.ran] == [0, 1]
+    assert bench.told == []
+    bench.finish(bench.ran[0])
+    bench.turn()
+    assert [batch.items[0].id for batch in bench.ran] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("how", ["finished", "aside", "cancelled", "closed"])
