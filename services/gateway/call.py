@@ -130,9 +130,8 @@ class Call(ABC):
     model: ServedModel | None = None
     #: Where it is set, the answer is written by it.
     plan: Answers | None = None
-    #: The serialized PredictRequest, and as a message where it was made as one.
+    #: The serialized PredictRequest.
     payload = b""
-    request: PredictRequest
     #: What stands before `payload`: its large tensors, where they arrived.
     tensors: tuple[Buffer, ...] | None = None
     #: Where the call is now, and so what cancels it by `ticket`.

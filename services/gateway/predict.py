@@ -137,9 +137,7 @@ class PredictService:
         return key
 
     def _as_message(self, call: Call, key: Key, received_at_us: int) -> bytes:
-        request = call.request = PredictRequest(
-            request_id=call.request_id, received_at_us=received_at_us, key_id=key.key_id
-        )
+        request = PredictRequest(request_id=call.request_id, received_at_us=received_at_us, key_id=key.key_id)
         call.speaker.read(call, key, request)
         call.priority = request.priority
         return request.SerializeToString()

@@ -12,7 +12,6 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from headrace.v1.dataplane_pb2 import PredictRequest
 from headrace.v1.tensor_pb2 import Code
 
 from services.common.errors import BodyTooLarge, DeadlineExceeded, HeadraceError
@@ -235,7 +234,6 @@ class InferStream(Stream):
             self._bytes += size
             # It may wait for long, and counts for no more than its answer.
             request.body, request.payload, request.tensors = b"", b"", None
-            request.request = PredictRequest()
         self._flush()
         self._go_on()
 
