@@ -106,6 +106,7 @@ class Routed:
 
     @property
     def _few_rows(self) -> bool:
+        """Whether it has few rows, by its first input, and is not too large for this process even so."""
         size = len(self.payload)
         for part in self.apart:
             size += len(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,33 +21,15 @@ from headrace.v1.tensor_pb2 import DataType, Tensor
 from open_inference import open_inference_pb2 as oip
 from open_inference import open_inference_pb2_grpc as oip_grpc
 
-from tests.fixtures.gateway import ADMIN, GatewayThread, answer_like_a_worker, running_gateway
+from tests.fixtures.gateway import GatewayThread, answer_like_a_worker, running_gateway
+from tests.fixtures.grpc_gateway import KEY, OPTIONS, gateway, infer, shared
 from tests.fixtures.waiting import PATIENCE_S, eventually, patience
 
-KEY = (("authorization", f"Bearer {ADMIN}"),)
+__all__ = ["gateway", "shared"]
+
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 #: Larger than any window, and than one message of grpcio's default.
 LARGE = 20 << 20
-OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayThread]:
-    with GatewayThread(tmp_path_factory.mktemp("gateway"), hot=True) as running:
-        yield running
-
-
-@pytest.fixture
-def gateway(shared: GatewayThread) -> Iterator[GatewayThread]:
-    yield shared
-    shared.running.router.answer = answer_like_a_worker
-
-
-def infer(first: float = 1.0, rows: int = 1) -> oip.ModelInferRequest:
-    asked = oip.ModelInferRequest(model_name="cancer")
-    asked.inputs.add(name="x", datatype="FP32", shape=[rows, 3])
-    asked.raw_input_contents.append(struct.pack("<3f", first, 2, 3) * rows)
-    return asked
 
 
 def label(answer: oip.ModelInferResponse) -> int:

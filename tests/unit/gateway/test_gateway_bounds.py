@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import cast
 
 import pytest
@@ -15,17 +14,8 @@ from services.gateway.admission import Admission
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from services.gateway.reading import BodyBudget, BodyReaders
+from tests.fixtures.spending import spent_in
 from tests.fixtures.waiting import eventually
-
-
-def spent_in(bucket: Bucket, seconds: float, began: float) -> int:
-    """Requests admitted where one comes every millisecond."""
-    admitted = 0
-    for step in range(int(seconds * 1000)):
-        with suppress(ResourceExhausted):
-            bucket.admit(began + step / 1000)
-            admitted += 1
-    return admitted
 
 
 def test_without_a_burst_of_its_own_a_key_may_save_up_one_second() -> None:

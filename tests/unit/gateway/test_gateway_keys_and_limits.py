@@ -27,6 +27,7 @@ from services.gateway.keys import _MOST_PLANS, Key, KeyRing, Scope
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from tests.fixtures.gateway import ADMIN, PREDICT_ONLY, api_key, configs
+from tests.fixtures.spending import spent_in
 from tests.fixtures.waiting import PATIENCE_S, eventually
 
 
@@ -313,16 +314,6 @@ class _Redis:
     def pipeline(self, *, transaction: bool) -> _Pipeline:
         assert not transaction
         return self.one
-
-
-def spent_in(bucket: Bucket, seconds: float, began: float = 1000.0) -> int:
-    """Requests admitted where one comes every millisecond."""
-    admitted = 0
-    for step in range(int(seconds * 1000)):
-        with suppress(ResourceExhausted):
-            bucket.admit(began + step / 1000)
-            admitted += 1
-    return admitted
 
 
 def test_without_redis_the_processes_together_grant_a_keys_limit_once() -> None:

@@ -27,6 +27,7 @@ from services.gateway.jobs.formats import as_json_lines, as_parquet, json_lines
 from services.gateway.jobs.views import Job, JobError, job_json
 from services.gateway.jobs.watching import Watching
 from services.gateway.pools import Pools, Speed
+from tests.fixtures.followed import Followed
 
 ROWS = 1500
 
@@ -230,15 +231,6 @@ def heartbeat(name: str, rate: float, **changes: Any) -> bytes:
     loaded = LoadedVersion(model="m", version="1", best_rows=64, best_rows_per_s=rate)
     values: dict[str, Any] = {"worker_id": name, "pool": "gpu", "interval_ms": 1000} | changes
     return WorkerStatus(versions=[loaded], **values).SerializeToString()
-
-
-class Followed:
-    """A topic that was read to its end."""
-
-    caught_up, readings = True, 1
-
-    async def ready(self, timeout: float) -> None:
-        return
 
 
 def test_a_pool_is_as_fast_as_its_median_worker() -> None:

@@ -14,21 +14,13 @@ from services.gateway.keys import Key, Scope
 from services.gateway.pools import READY, Condition, Pools, Speed, State
 from services.gateway.rest.v2_routes import repository_index
 from tests.fixtures.deployments import config, served
+from tests.fixtures.followed import Followed
 
 FAILED = Condition(State.UNAVAILABLE, "no such operator")
 LOADING = Condition(State.LOADING)
 X = TensorSpec(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[-1, 1])
 SIGNATURE = Signature(inputs=[X], outputs=[X], batched=True)
 NOBODYS = Condition(State.UNAVAILABLE, "no worker has it")
-
-
-class Followed:
-    """A topic that was read to its end."""
-
-    caught_up, readings = True, 1
-
-    async def ready(self, timeout: float) -> None:
-        return
 
 
 class Heard:

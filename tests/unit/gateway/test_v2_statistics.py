@@ -15,21 +15,13 @@ from services.gateway.catalogue import Catalogue
 from services.gateway.keys import Key
 from services.gateway.pools import Pools
 from services.gateway.rest.v2_statistics import as_json, model_statistics
+from tests.fixtures.followed import Followed
 
 X = TensorSpec(name="x", datatype=DataType.DATA_TYPE_FP32, shape=[-1, 1])
 TOTALS = ServingTotals(
     succeeded=3, rows=7, failed=2, batches=2, ran=4, request_ns=400, queue_ns=100, compute_input_ns=30,
     compute_infer_ns=200, compute_output_ns=10, last_ran_at_us=5_000_999,
 )  # fmt: skip
-
-
-class Followed:
-    """A topic that was read to its end."""
-
-    caught_up, readings = True, 1
-
-    async def ready(self, timeout: float) -> None:
-        return
 
 
 class Platform:

@@ -10,16 +10,8 @@ from services.common.clock import ManualClock
 from services.common.topics import WORKERS
 from services.registry import workers as workers_module
 from services.registry.workers import FORGOTTEN_MINUTES, Workers, workers_followed
+from tests.fixtures.followed import Followed
 from tests.fixtures.waiting import eventually
-
-
-class Followed:
-    """A topic that was read to its end."""
-
-    caught_up, readings = True, 1
-
-    async def ready(self, timeout: float) -> None:
-        return
 
 
 class Heard:
