@@ -253,7 +253,8 @@ class BatchQueue:
         ahead = self._ahead(rank)
         wait = ahead * pace
         next_run = item.rows if policy.apart else policy.max_rows  # rows that may leave with it
-        if ahead + item.rows > max(next_run, self._rows_in_time(pace)):
+        # What comes to an empty queue is taken however long it runs: to come again later would not help.
+        if ahead and ahead + item.rows > max(next_run, self._rows_in_time(pace)):
             return _full(wait)
         if ahead + item.rows > next_run and item.deadline <= now + wait + floor:
             # Better now than when its time is over: by then it would have kept a place from another.

@@ -256,6 +256,13 @@ def test_no_more_wait_than_leave_in_the_time_allowed_but_one_batch_always(
     assert queue.rows == most
 
 
+def test_who_comes_to_an_empty_queue_is_taken_however_long_it_runs() -> None:
+    """Later it would be refused as well, however often it comes again."""
+    queue = BatchQueue(BatchPolicy(max_rows=10, max_queue=1.0), measured(0.0, per_row=0.01))
+    assert offer(queue, item(150)) is None
+    assert isinstance(offer(queue, item(1)), ResourceExhausted)
+
+
 @pytest.mark.parametrize(
     ("deadline", "floor", "taken"),
     [(0.35, 0.0, False), (0.45, 0.0, True), (0.45, 0.1, False), (0.55, 0.1, True)],
