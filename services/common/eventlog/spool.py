@@ -126,6 +126,9 @@ class Spool:
         if self._segments and self._segments[0].number == first:
             self._offset = min(offset, self._segments[0].size)
         self._begin(last + 1)
+        # Who was killed left its last segment, however much of it was published: a full disk needs its room.
+        self._skip_read_segments()
+        self._remember()
         self._keeping = not self.pending_bytes
 
     def append(self, buffers: Sequence[bytes], size: int, events: Sequence[Event]) -> None:

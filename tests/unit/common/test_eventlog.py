@@ -20,7 +20,7 @@ from services.common.clock import SystemClock
 from services.common.errors import FailedPrecondition, InvalidArgument, ResourceExhausted, Unavailable
 from services.common.eventlog import EventLog, spool
 from services.common.eventlog import log as eventlog
-from services.common.eventlog.framing import Event, Steps
+from services.common.eventlog.framing import Event, Steps, frame
 from services.common.topics import Topic
 from tests.fixtures.waiting import PATIENCE_S
 
@@ -425,6 +425,21 @@ async def test_a_killed_process_loses_no_event(tmp_path: Path, bus: MemoryBus) -
     async with opened(tmp_path, bus) as log:
         assert log.replayed == 250
     assert arrived(bus) == [b"%d" % i for i in range(250)]
+
+
+def test_what_was_published_by_who_was_killed_takes_no_room_of_the_disk(tmp_path: Path) -> None:
+    killed = spool.Spool(tmp_path, segment_bytes=1 << 20, fsync=False)
+    killed.open()
+    buffers, size = frame(b"k", b"v" * 100, (), 0)
+    killed.append(buffers, size, [Event(b"k", b"v" * 100, (), 0, size)])
+    killed.advance(killed.recent(1 << 20, 10))
+    os.close(killed._lock)  # what a kill leaves: nothing is tidied up
+    again = spool.Spool(tmp_path, segment_bytes=1 << 20, fsync=False)
+    again.open()
+    try:
+        assert [path for path in tmp_path.glob("*.log") if path.stat().st_size] == []
+    finally:
+        again.close()
 
 
 async def test_many_events_are_written_together_or_not_at_all(tmp_path: Path, bus: MemoryBus) -> None:
