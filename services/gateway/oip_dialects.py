@@ -71,7 +71,11 @@ class V2Speaker(CommonSpeaker):
     def read(self, call: Call, key: Key, request: PredictRequest) -> None:
         target = call.target
         version = self.version(call, key, request, target.model, target.version)
-        asked, binary = v2.decode_request(call.body, call.head.json_length)
+        raw = call.head.json_length == b"0"
+        if raw:
+            asked, binary = v2.raw_request(version.signature, call.body)
+        else:
+            asked, binary = v2.decode_request(call.body, call.head.json_length)
         timeout_s = call.asked_timeout_s = v2.timeout_of(asked.parameters)
         apart: list[Buffer] = []
         find = partial(self._regions.find, key.key_id)
@@ -80,7 +84,7 @@ class V2Speaker(CommonSpeaker):
         if apart:
             call.tensors = tuple(apart)
         body, model = call.body, call.model
-        if model is None or len(body) > _LEARNED_BYTES or _elsewhere(call, request):
+        if raw or model is None or len(body) > _LEARNED_BYTES or _elsewhere(call, request):
             return
         names = _v2_names(target)
         plan = key.plans.get(names)

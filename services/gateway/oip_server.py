@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 import structlog
+from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from open_inference import open_inference_pb2 as oip_pb2
@@ -33,7 +34,10 @@ from services.gateway.rest.v2_routes import (
     SERVER_NAME,
     condition_of,
     extensions,
+    load_as_it_is,
+    model_config,
     model_metadata,
+    not_unloaded,
     repository_index,
     server_version,
 )
@@ -50,6 +54,8 @@ Answer = TypeVar("Answer")
 _SERVICE = "inference.GRPCInferenceService"
 #: Protobuf around the tensors.
 _MESSAGE_SLACK = 1 << 20
+#: Digits that 64 bits always have room for, and one.
+_NUMBER_DIGITS = 19
 _OPEN = frozenset({"ServerLive", "ServerReady"})
 _STATUS: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
@@ -83,7 +89,10 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: oip_pb2.ModelReadyRequest, context: RpcContext) -> Any:
         async def answer() -> oip_pb2.ModelReadyResponse:
-            condition = condition_of(self._pools, *self._asked(context, request.name, request.version))
+            try:
+                condition = condition_of(self._pools, *self._asked(context, request.name, request.version))
+            except NotFound:  # not yet, to clients that ask until it is ready; as Triton has it
+                return oip_pb2.ModelReadyResponse(ready=False)
             return oip_pb2.ModelReadyResponse(ready=self._health.ready and condition.ready)
 
         return await self._answered(context, answer)
@@ -110,6 +119,32 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             self._charge(key)
             found = model_statistics(self._catalogue, self._pools, key, request.name, request.version)
             return oip_pb2.ModelStatisticsResponse(model_stats=found)
+
+        return await self._answered(context, answer)
+
+    async def ModelConfig(self, request: oip_pb2.ModelConfigRequest, context: RpcContext) -> Any:
+        async def answer() -> oip_pb2.ModelConfigResponse:
+            config = model_config(*self._asked(context, request.name, request.version))
+            policy = config["version_policy"]["specific"]
+            policy["versions"] = [name for name in policy["versions"] if _is_number(name)]
+            return oip_pb2.ModelConfigResponse(config=ParseDict(config, oip_pb2.ModelConfig()))
+
+        return await self._answered(context, answer)
+
+    async def RepositoryModelLoad(
+        self, request: oip_pb2.RepositoryModelLoadRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.RepositoryModelLoadResponse:
+            load_as_it_is(self._administered(context, request.model_name), request.parameters)
+            return oip_pb2.RepositoryModelLoadResponse()
+
+        return await self._answered(context, answer)
+
+    async def RepositoryModelUnload(
+        self, request: oip_pb2.RepositoryModelUnloadRequest, context: RpcContext
+    ) -> Any:
+        async def answer() -> oip_pb2.RepositoryModelUnloadResponse:
+            raise not_unloaded(self._administered(context, request.model_name))
 
         return await self._answered(context, answer)
 
@@ -186,6 +221,12 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             return oip_pb2.CudaSharedMemoryStatusResponse()
 
         return await self._answered(context, answer)
+
+    def _administered(self, context: RpcContext, model: str) -> ServedModel:
+        """The model, of a caller who may change what is served."""
+        key = self._caller(context, Scope.ADMIN)
+        self._charge(key)
+        return self._found(key, model, "")[0]
 
     def _predicting(self, context: RpcContext) -> str:
         """The id of the caller's key, which may predict and is charged for the call."""
@@ -290,6 +331,10 @@ async def serve_oip(
         finally:
             serving.announce_end()
             await server.stop(drain_s)
+
+
+def _is_number(version: str) -> bool:
+    return version.isascii() and version.isdigit() and len(version) < _NUMBER_DIGITS
 
 
 def _metadata(context: RpcContext, name: str) -> bytes | None:

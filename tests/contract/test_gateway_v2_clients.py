@@ -5,6 +5,7 @@ It runs in a process of its own, since its descriptors of the protocol and ours 
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,13 +81,18 @@ try:
     client.infer("nope", [texts], headers=headers)
 except triton.InferenceServerException as error:
     found["error"] = [error.status(), error.message()]
-found["stats"] = client.get_inference_statistics("cancer", headers=headers)["model_stats"][0]["name"]
+stats = client.get_inference_statistics("cancer", headers=headers)["model_stats"][0]
+found["stats"] = [stats["name"], *(stats["inference_stats"][name] for name in ("cache_hit", "cache_miss"))]
 found["all stats"] = [one["name"] for one in client.get_inference_statistics(headers=headers)["model_stats"]]
 given = triton.InferInput("x", [1, 3], "FP32")
 given.set_data_from_numpy(rows[:1])
 for level in (1, 2, 7):
     client.infer("cancer", [given], priority=level, headers=headers)
 client.load_model("cancer", headers=headers)
+try:
+    client.load_model("cancer", headers=headers, config='{"max_batch_size": 3}')
+except triton.InferenceServerException as error:
+    found["loaded otherwise"] = error.status()
 print(json.dumps(found))
 """
 
@@ -99,14 +105,30 @@ headers = {"authorization": "Bearer " + key}
 client = triton.InferenceServerClient("127.0.0.1:" + port)
 assert client.is_server_live() and client.is_server_ready()
 assert client.is_model_ready("cancer", headers=headers)
+assert not client.is_model_ready("nope", headers=headers)
+assert not client.is_model_ready("cancer", "9", headers=headers)
 found = {"server": list(client.get_server_metadata(headers=headers).extensions)}
 found["model"] = client.get_model_metadata("cancer", headers=headers).platform
+config = client.get_model_config("cancer", headers=headers, as_json=True)["config"]
+versions = config["version_policy"]["specific"]["versions"]
+found["config"] = [config["max_batch_size"], config["input"], versions]
+client.load_model("cancer", headers=headers)
+for call, arguments in ((client.load_model, {"config": "{}"}), (client.unload_model, {})):
+    try:
+        call("cancer", headers=headers, **arguments)
+    except triton.InferenceServerException as error:
+        found.setdefault("repository", []).append(error.status())
 found["index"] = [m.name for m in client.get_model_repository_index(headers=headers).models]
 given = triton.InferInput("x", [2, 3], "FP32")
 given.set_data_from_numpy(np.array([[10, 2, 3], [20, 1, 1]], dtype=np.float32))
 answer = client.infer("cancer", [given], headers=headers, request_id="r-2", client_timeout=5)
 found["infer"] = [answer.as_numpy("label").tolist(), answer.as_numpy("probabilities").tolist(),
                   answer.get_response().id]
+try:
+    best = triton.InferRequestedOutput("probabilities", class_count=1)
+    client.infer("cancer", [given], outputs=[best], headers=headers)
+except triton.InferenceServerException as error:
+    found["classes"] = error.status()
 all_stats = client.get_inference_statistics(headers=headers).model_stats
 found["stats"] = [[one.name, one.version] for one in all_stats]
 heard = []
@@ -157,7 +179,10 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
     assert found["json"] == found["binary"] == found["mixed"] == found["deflate"] == expected
     assert found["bytes"] == [2, 4]
     assert found["error"] == ["404", "There is no model 'nope' in service."]
-    assert found["stats"] == "cancer"
+    # Without asking whether they are there, clients read what nobody counts here.
+    assert found["stats"] == ["cancer", {"count": 0, "ns": 0}, {"count": 0, "ns": 0}]
+    assert found["config"] == 64  # clients put no more rows into a request
+    assert found["loaded otherwise"] == "501"
     assert found["all stats"] == ["cancer", "cancer", "embedder", "mixed"]
     levels = [request.priority for request in gateway.running.router.requests[-3:]]
     assert levels == [Priority.PRIORITY_HIGH, Priority.PRIORITY_NORMAL, Priority.PRIORITY_LOW]
@@ -179,6 +204,10 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
 def test_tritonclient_over_grpc(gateway: GatewayThread) -> None:
     found = run_client(_GRPC_CLIENT, gateway.running.gateway.grpc_port)
     assert found["infer"] == [[1, 0], [[0.125, 0.875], [0.75, 0.25]], "r-2"]
+    assert found["classes"] == "StatusCode.UNIMPLEMENTED"
+    rows = {"name": "x", "data_type": "TYPE_FP32", "dims": ["3"]}
+    assert found["config"] == [64, [rows], ["1", "2"]]
+    assert found["repository"] == ["StatusCode.UNIMPLEMENTED"] * 2
     levels = [one.priority for one in gateway.running.router.requests[-10:] if one.model == "cancer"][-3:]
     assert levels == [Priority.PRIORITY_HIGH, Priority.PRIORITY_NORMAL, Priority.PRIORITY_LOW]
     assert found["bytes"] == [2, 4]
@@ -191,6 +220,34 @@ def test_tritonclient_over_grpc(gateway: GatewayThread) -> None:
     assert found["final"] == [True] * 300
     assert found["refused"] == "There is no model 'nope' in service."
     assert found["ended"] == "StatusCode.NOT_FOUND"
+
+
+def test_a_body_without_json_is_the_one_input(gateway: GatewayThread) -> None:
+    """As `curl --data-binary` sends it, by the extension for binary tensors."""
+
+    def answered(model: str, body: bytes) -> httpx.Response:
+        return gateway.request("POST", f"/v2/models/{model}/infer", body, inference_header_content_length="0")
+
+    rows = struct.pack("<6f", 10, 2, 3, 20, 1, 1)
+    for _again in range(2):
+        answer = answered("cancer", rows)
+        assert answer.status_code == 200, answer.text
+        head = int(answer.headers["inference-header-content-length"])
+        said = json.loads(answer.content[:head])
+        assert [(one["name"], one["shape"]) for one in said["outputs"]] == [
+            ("label", [2]), ("probabilities", [2, 2])
+        ]  # fmt: skip
+        assert answer.content[head:] == struct.pack("<2q4f", 1, 0, 0.125, 0.875, 0.75, 0.25)
+    assert answered("embedder", "Straße".encode()).status_code == 200
+    assert gateway.running.router.requests[-1].inputs[0].data == b"\x07\0\0\0Stra\xc3\x9fe"
+    for model, body, words in (
+        ("cancer", rows[:10], "10 bytes where shape [1, 3] asks for 12"),
+        ("cancer", b"", "0 bytes"),
+        ("mixed", rows, "age, city"),
+    ):
+        refused = answered(model, body)
+        assert refused.status_code == 400
+        assert words in refused.json()["error"]
 
 
 KEY = (("x-api-key", ADMIN),)

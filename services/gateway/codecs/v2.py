@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -116,6 +117,31 @@ def json_end(body: bytes | bytearray, json_length: bytes | None) -> int:
     return length if length <= len(body) else -1
 
 
+def raw_request(signature: ModelSignature, body: bytes | bytearray) -> tuple[V2Request, memoryview]:
+    """The same of a body without JSON (its length is 0): the bytes of the model's one input, a text being one
+    element and without its length. Outputs are wanted as bytes. Raises InvalidArgument where they do not say
+    the shape."""
+    spec = signature.inputs[0]
+    if len(signature.inputs) > 1:
+        raise InvalidArgument(
+            f"Without JSON a model has one input; this takes {', '.join(signature.by_name)}.",
+            field="Inference-Header-Content-Length",
+        )
+    variable = [axis for axis, size in enumerate(spec.shape) if size < 0]
+    shape = [max(size, 1) for size in spec.shape]
+    if spec.datatype is BYTES:
+        body = len(body).to_bytes(4, "little") + body
+    elif variable:
+        if signature.batched and len(variable) > 1:
+            variable = [axis for axis in variable if axis]  # of one row
+        if len(variable) > 1:
+            where = f"inputs.{spec.name}"
+            raise InvalidArgument(f"{where} needs a shape for {list(spec.shape)}.", field=where)
+        shape[variable[0]] = max(1, len(body) // (prod(shape) * spec.datatype.itemsize))
+    given = V2Input(spec.name, shape, spec.datatype.name, {"binary_data_size": len(body)})
+    return V2Request([given], parameters={"binary_data_output": True}), memoryview(body)
+
+
 def parse_request(text: bytes | memoryview) -> V2Request:
     """The JSON part. Raises InvalidArgument or MalformedBody."""
     try:
@@ -178,9 +204,7 @@ def fill_request(
     fill_parameters(request, asked.parameters)
     wanted = asked.outputs or []
     fill_outputs(request, signature, [one.name for one in wanted])
-    for output in wanted:
-        if (output.parameters or {}).get("classification"):
-            raise Unimplemented(f"outputs.{output.name}: the classification extension is not served.")
+    refuse_classes((one.name, one.parameters) for one in wanted)
     return V2State(asked.id, _binary_outputs(signature, asked))
 
 
@@ -237,6 +261,13 @@ def fill_outputs(request: PredictRequest, signature: ModelSignature, names: list
         if name not in signature.output_names:
             raise InvalidArgument(f"outputs.{name} is no output of this model.", field=f"outputs.{name}")
     request.outputs.extend(names)
+
+
+def refuse_classes(outputs: Iterable[tuple[str, Mapping[str, Scalar] | None]]) -> None:
+    """Raise Unimplemented where one of `outputs`, by name and parameters, is wanted as its best classes."""
+    for name, parameters in outputs:
+        if parameters and parameters.get("classification"):
+            raise Unimplemented(f"outputs.{name}: the classification extension is not served.")
 
 
 def raw_tensor(spec: InputSpec, shape: list[int], data: bytes, where: str) -> Tensor:

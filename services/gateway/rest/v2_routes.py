@@ -26,7 +26,10 @@ from services.gateway.rest.v2_statistics import as_json, model_statistics
 _EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
 _SHARED_MEMORY = "system_shared_memory"
 SERVER_NAME = "headrace"
-_MAX_INDEX_BODY = 4096
+#: Of requests about the repository.
+_MAX_BODY = 4096
+#: What workers run together where a deployment does not say; requests with more rows run in slices.
+_USUAL_ROWS = 64
 
 
 @functools.cache
@@ -60,6 +63,26 @@ def model_metadata(model: ServedModel, version: ServedVersion) -> dict[str, Any]
     }
 
 
+def model_config(model: ServedModel, version: ServedVersion) -> dict[str, Any]:
+    """What of Triton's model configuration is known here."""
+    signature = version.signature
+    skip = 1 if signature.batched else 0
+
+    def entry(spec: Any) -> dict[str, Any]:
+        kind = "STRING" if spec.datatype.name == "BYTES" else spec.datatype.name
+        return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape[skip:])}
+
+    return {
+        "name": model.name,
+        "platform": platform_of(version),
+        "backend": version.backend,
+        "max_batch_size": (model.max_rows or _USUAL_ROWS) if signature.batched else 0,
+        "input": [entry(spec) for spec in signature.inputs],
+        "output": [entry(spec) for spec in signature.outputs],
+        "version_policy": {"specific": {"versions": list(model.versions)}},
+    }
+
+
 def platform_of(version: ServedVersion) -> str:
     """The platform name that clients of other servers know."""
     return {"onnx": "onnx_onnxv1"}.get(version.backend, version.backend)
@@ -84,6 +107,18 @@ def repository_index(
                 state = {"state": str(condition.state), "reason": condition.reason}
                 found.append({"name": model.name, "version": version.name, **state})
     return found
+
+
+def load_as_it_is(_model: ServedModel, parameters: object) -> None:
+    """What is deployed is loaded already. Raises Unimplemented where it is to be loaded with a configuration
+    or files of the request, its `parameters`."""
+    if parameters:
+        raise Unimplemented("No model is loaded from a request: push it, POST /v1/models/{name}/versions.")
+
+
+def not_unloaded(model: ServedModel) -> Unimplemented:
+    """What is said to those who would unload `model`."""
+    return Unimplemented(f"Undeploy it: DELETE /v1/deployments/{model.name}.")
 
 
 def v2_health_routes(health: Health) -> APIRouter:
@@ -132,7 +167,7 @@ def v2_routes(
         return _json({"name": served.name, "ready": ready}, 200 if ready else 503)
 
     async def config(request: Request, model: str, version: str = "") -> Response:
-        return _json(_config(*asked(request, model, version)))
+        return _json(model_config(*asked(request, model, version)))
 
     async def stats(request: Request, model: str, version: str = "") -> Response:
         key = authenticated(request, keys, _reading(request, keys), clock.monotonic())
@@ -151,13 +186,12 @@ def v2_routes(
 
     async def load(request: Request, model: str) -> Response:
         authenticated(request, keys, Scope.ADMIN, clock.monotonic()).require_model(model)
-        catalogue.model(model)  # what is deployed is loaded already
+        load_as_it_is(catalogue.model(model), (await _object(request, bodies)).get("parameters"))
         return Response(status_code=200)
 
     async def unload(request: Request, model: str) -> Response:
         authenticated(request, keys, Scope.ADMIN, clock.monotonic()).require_model(model)
-        served = catalogue.model(model)
-        raise Unimplemented(f"Undeploy it: DELETE /v1/deployments/{served.name}.")
+        raise not_unloaded(catalogue.model(model))
 
     # A model of this name has its metadata under /v2/models/stats/versions/…: clients ask here for all.
     router.add_api_route("/v2/models/stats", all_stats, methods=["GET"])
@@ -179,17 +213,23 @@ def v2_routes(
 
 async def _only_ready(request: Request, bodies: BodyBudget) -> bool:
     """What the body of an index request asks for."""
-    body = await bounded_body(request, _MAX_INDEX_BODY, bodies)
+    asked = await _object(request, bodies)
+    ready = asked.get("ready", False)
+    if not isinstance(ready, bool):
+        raise InvalidArgument("ready must be true or false.", field="ready")
+    return ready
+
+
+async def _object(request: Request, bodies: BodyBudget) -> dict[str, Any]:
+    """The body, an object or nothing."""
+    body = await bounded_body(request, _MAX_BODY, bodies)
     try:
         asked = orjson.loads(body) if body.strip() else {}
     except orjson.JSONDecodeError as error:
         raise MalformedBody(f"The body is not JSON: {error}.") from None
     if not isinstance(asked, dict):
         raise InvalidArgument("The body must be an object.")
-    ready = asked.get("ready", False)
-    if not isinstance(ready, bool):
-        raise InvalidArgument("ready must be true or false.", field="ready")
-    return ready
+    return asked
 
 
 def _reading(request: Request, keys: KeyRing) -> Scope:
@@ -201,25 +241,6 @@ def _reading(request: Request, keys: KeyRing) -> Scope:
         )
     )
     return Scope.READ if Scope.READ in key.scopes else Scope.PREDICT
-
-
-def _config(model: ServedModel, version: ServedVersion) -> dict[str, Any]:
-    signature = version.signature
-    skip = 1 if signature.batched else 0
-
-    def entry(spec: Any) -> dict[str, Any]:
-        kind = "STRING" if spec.datatype.name == "BYTES" else spec.datatype.name
-        return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": list(spec.shape[skip:])}
-
-    return {
-        "name": model.name,
-        "platform": platform_of(version),
-        "backend": version.backend,
-        "max_batch_size": (model.max_rows or 1) if signature.batched else 0,
-        "input": [entry(spec) for spec in signature.inputs],
-        "output": [entry(spec) for spec in signature.outputs],
-        "version_policy": {"specific": {"versions": list(model.versions)}},
-    }
 
 
 def _json(content: Any, status: int = 200) -> Response:

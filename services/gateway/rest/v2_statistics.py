@@ -17,7 +17,11 @@ from services.gateway.catalogue import Catalogue, ServedModel, ServedVersion
 from services.gateway.keys import Key
 from services.gateway.pools import Pools
 
-_DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+_DURATIONS = (
+    "success", "fail", "queue", "compute_input", "compute_infer", "compute_output",
+    # Nobody counts these, but clients read them without asking whether they are there.
+    "cache_hit", "cache_miss",
+)  # fmt: skip
 
 
 def model_statistics(

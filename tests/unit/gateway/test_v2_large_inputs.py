@@ -82,3 +82,26 @@ def test_large_inputs_are_refused_with_the_same_words(image: bytes, rows: int) -
             read(raw, length, apart=apart)
         said.append(refused.value)
     assert (said[0].message, said[0].field) == (said[1].message, said[1].field)
+
+
+def alone(shape: list[int], *, batched: bool) -> list[int] | None:
+    """The shape of 24 bytes that are all of a body; None where they are refused."""
+    x = TensorSpec(name="x", datatype=FP32, shape=shape)
+    signature = compile_signature(Signature(batched=batched, inputs=[x], outputs=[x]))
+    try:
+        asked, binary = v2.raw_request(signature, bytes(24))
+        v2.fill_request(PredictRequest(model="m"), signature, asked, binary)
+    except InvalidArgument:
+        return None
+    return asked.inputs[0].shape
+
+
+def test_bytes_alone_say_one_size_that_varies() -> None:
+    assert alone([-1, 3], batched=True) == [2, 3]
+    assert alone([-1, -1], batched=True) == [1, 6]
+    assert alone([-1, 2, -1], batched=True) == [1, 2, 3]
+    assert alone([2, 3], batched=False) == [2, 3]
+    assert alone([-1, -1], batched=False) is None
+    assert alone([-1, -1, -1], batched=True) is None
+    assert alone([-1, 4], batched=True) is None
+    assert alone([5], batched=False) is None

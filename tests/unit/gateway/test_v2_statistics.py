@@ -85,6 +85,8 @@ def test_workers_are_added_up_whatever_their_pools(platform: Platform) -> None:
             "compute_input": {"count": 8, "ns": 60},
             "compute_infer": {"count": 8, "ns": 400},
             "compute_output": {"count": 8, "ns": 20},
+            "cache_hit": {"count": 0, "ns": 0},
+            "cache_miss": {"count": 0, "ns": 0},
         },
         "batch_stats": [],
     }
