@@ -22,8 +22,8 @@ def write(shared: Path, registry: Path, gateway: Path) -> None:
     """Make what is missing; what is there stays, so that a restart changes nothing.
 
     `registry` and `gateway` hold all that these two read. The admin key and the key that signs callbacks are
-    nowhere else: a worker, which loads models that others wrote, must not be able to become an administrator,
-    or to speak for the gateway.
+    nowhere else: a worker, which loads models that others wrote, need not know them. It has the token, which
+    opens the registry's port, where keys are made, and it reaches Kafka: what runs in a worker is trusted.
     """
     for folder in (shared, registry, gateway):
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import select
+import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
@@ -16,6 +18,7 @@ import pytest
 from services.common.lifecycle import serve_asgi
 from services.gateway.rest.management import management_client, upstreams
 from tests.fixtures.gateway import ADMIN, ADMIN_DIGITS, READ_DIGITS, READ_ONLY, TOKEN, GatewayThread
+from tests.fixtures.waiting import PATIENCE_S, until
 
 
 def document_of(name: str) -> dict[str, Any]:
@@ -289,6 +292,30 @@ async def test_slow_queries_keep_no_other_service_waiting() -> None:
         await asyncio.wait(queries)
     for server in (slow, registry):
         server.close()
+
+
+def test_a_key_whose_bodies_never_end_leaves_room_for_others(gateway: GatewayThread) -> None:
+    head = (
+        f"GET /v1/models/digits HTTP/1.1\r\nHost: h\r\nX-API-Key: {READ_DIGITS}\r\nContent-Length: 9\r\n\r\n."
+    )
+    with ExitStack() as stack:
+        slow = []
+        for _ in range(70):
+            slow.append(stack.enter_context(socket.create_connection(("127.0.0.1", gateway.running.port))))
+            slow[-1].sendall(head.encode())
+        answered, _, _ = select.select(slow, [], [], PATIENCE_S)
+        assert answered[0].recv(4096).startswith(b"HTTP/1.1 429 ")
+        assert gateway.request("DELETE", "/v1/keys/k").status_code == 200
+    key = f"Bearer {READ_DIGITS}"
+    until(lambda: gateway.request("GET", "/v1/models/digits", authorization=key).status_code == 200)
+
+
+def test_answers_that_nobody_reads_to_their_end_take_no_room(gateway: GatewayThread) -> None:
+    ask = f"GET /v1/models/digits/large HTTP/1.1\r\nHost: h\r\nX-API-Key: {READ_DIGITS}\r\n\r\n"
+    for _ in range(40):
+        with socket.create_connection(("127.0.0.1", gateway.running.port)) as connection:
+            connection.sendall(ask.encode())
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
 
 
 def test_curl_says_nothing_of_a_body_that_is_json(gateway: GatewayThread) -> None:

@@ -3,6 +3,7 @@ path."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request
@@ -11,17 +12,26 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.common.errors import BodyTooLarge, HeadraceError
+from services.common.errors import BodyTooLarge, HeadraceError, InvalidArgument
 from services.common.ids import id_text, new_id
 from services.common.problems import install_problem_handlers, problem_headers
-from services.gateway.errors import as_oip, as_openai
+from services.gateway.errors import RequestTimeout, as_oip, as_openai, as_problem
 from services.gateway.keys import Key, KeyRing
 from services.gateway.keys import Scope as KeyScope
 from services.gateway.predict import correlation_of
 from services.gateway.reading import BodyBudget
 
+#: For a whole body: who sends a byte now and then holds the memory of all others.
+_BODY_S = 120.0
 #: Routes that OpenAI's clients call.
-_OPENAI = ("/v1/files", "/v1/batches", "/v1/embeddings", "/v1/chat/completions", "/v1/completions")
+_OPENAI = (
+    "/v1/files",
+    "/v1/batches",
+    "/v1/embeddings",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+)
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -64,22 +74,26 @@ def authenticated(request: Request, keys: KeyRing, scope: KeyScope, now: float) 
     return key
 
 
-async def bounded_body(request: Request, limit: int, budget: BodyBudget) -> bytes:
+async def bounded_body(request: Request, limit: int, budget: BodyBudget, within_s: float = _BODY_S) -> bytes:
     """The whole body. Raises BodyTooLarge beyond `limit` bytes, after reading (and dropping) as much again,
-    so that most senders see the answer before the connection ends; Unavailable where `budget` is used up."""
+    so that most senders see the answer before the connection ends; Unavailable where `budget` is used up,
+    RequestTimeout where it takes longer than `within_s`."""
     chunks: list[bytes] = []
     size = held = 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                budget.take(len(chunk))
-                held += len(chunk)
-                chunks.append(chunk)
-            else:
-                chunks.clear()
-                if size > 2 * limit:
-                    break
+        async with asyncio.timeout(within_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limit:
+                    budget.take(len(chunk))
+                    held += len(chunk)
+                    chunks.append(chunk)
+                else:
+                    chunks.clear()
+                    if size > 2 * limit:
+                        break
+    except TimeoutError:
+        raise RequestTimeout("The body did not arrive in time.") from None
     finally:
         budget.give(held)
     if size > limit:
@@ -99,6 +113,9 @@ def install_errors(app: FastAPI) -> None:
 def _by_path(usual: Handler) -> Handler:
     async def handle(request: Request, error: Exception) -> Response:
         shape = _shape_of(request.url.path)
+        if shape is None and isinstance(error, RequestTimeout):
+            status, body = as_problem(error, request.state.request_id)
+            return Response(body, status, {"content-type": "application/problem+json"})
         if shape is None:
             return await usual(request, error)
         if isinstance(error, HeadraceError):
@@ -106,11 +123,12 @@ def _by_path(usual: Handler) -> Handler:
             headers = {name.decode(): value.decode() for name, value in problem_headers(error)}
             return Response(body, status, headers | {"content-type": "application/json"})
         answer = await usual(request, error)
-        detail = HeadraceError(getattr(error, "detail", "") or "The request failed.")
+        # Of a kind that is the caller's mistake: OpenAI's shape says whose it is.
+        detail = InvalidArgument(getattr(error, "detail", "") or "The request failed.")
         if answer.status_code == 404:
-            detail = HeadraceError(f"There is nothing at {request.url.path}.")
+            detail = InvalidArgument(f"There is nothing at {request.url.path}.")
         elif answer.status_code == 405:
-            detail = HeadraceError(f"{request.url.path} does not take {request.method}.")
+            detail = InvalidArgument(f"{request.url.path} does not take {request.method}.")
         _status, body = shape(detail)
         return Response(body, answer.status_code, media_type="application/json")
 

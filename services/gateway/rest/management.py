@@ -7,6 +7,7 @@ installation's credential and who asked, never the caller's key.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import httpx
@@ -19,6 +20,7 @@ from services.common.clock import Clock
 from services.common.credential import bearer
 from services.common.errors import DeadlineExceeded, NotFound, PermissionDenied, Unavailable
 from services.common.telemetry import current_context, traceparent
+from services.gateway.jobs.shares import Places
 from services.gateway.keys import Key, KeyRing, Scope
 from services.gateway.rest.door import authenticated
 
@@ -51,7 +53,8 @@ _RESULTS = (
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 _RETRY_MS = 1000
-_CONNECTIONS = 32
+#: Of which one key alone gets half.
+_CONNECTIONS = 64
 
 #: Of one connection only (RFC 9110, 7.6.1), or ours to set.
 _NOT_PASSED_ON = frozenset(
@@ -97,7 +100,7 @@ def upstreams(registry_url: str, analytics_url: str, drift_url: str) -> tuple[Up
 def management_client(
     token: str, services: tuple[Upstream, ...], connect_s: float = 2.0, silence_s: float = 120.0
 ) -> httpx.AsyncClient:
-    """The client that every upstream is asked with; at most 32 requests to each at once, so that slow queries
+    """The client that every upstream is asked with; at most 64 requests to each at once, so that slow queries
     to one (analytics) never keep others (the revocation of a key) waiting."""
     limits = httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS // 4)
     return httpx.AsyncClient(
@@ -117,13 +120,14 @@ def management_routes(
 ) -> APIRouter:
     """Routes for every prefix; what stands under them is documented by the services themselves."""
     router = APIRouter(tags=["management"])
+    places = {service.name: Places(_CONNECTIONS, f"requests to {service.name}") for service in services}
     for service in services:
         for path in service.paths:
-            handler = _handler(client, service, keys, clock)
+            handler = _handler(client, service, places[service.name], keys, clock)
             router.add_api_route(path, handler, methods=_METHODS, include_in_schema=False)
     for service in services:
         for prefix in service.prefixes:
-            handler = _handler(client, service, keys, clock)
+            handler = _handler(client, service, places[service.name], keys, clock)
             for method in ("GET", "POST"):
                 router.add_api_route(
                     prefix,
@@ -137,13 +141,18 @@ def management_routes(
     return router
 
 
-def _handler(client: httpx.AsyncClient, service: Upstream, keys: KeyRing, clock: Clock):  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
+def _handler(  # type: ignore[no-untyped-def]  # FastAPI reads the inner signature
+    client: httpx.AsyncClient, service: Upstream, places: Places, keys: KeyRing, clock: Clock
+):
     async def passed_on(request: Request) -> Response:
         reads = request.method in _READS
         caller = authenticated(request, keys, Scope.READ if reads else service.writes, clock.monotonic())
         asked = request.query_params.getlist("model") if reads else ()
         require_models(caller, request.scope["path"], asked)
-        return await _forward(client, service, request, caller)
+        # Bodies and answers may take for ever: whoever sends or reads slowly leaves connections to others.
+        with ExitStack() as place:
+            place.enter_context(places.taken(caller.key_id))
+            return await _forward(client, service, request, caller, place)
 
     return passed_on
 
@@ -170,7 +179,9 @@ def _starts(segments: Sequence[str], form: Sequence[str]) -> bool:
     )
 
 
-async def _forward(client: httpx.AsyncClient, service: Upstream, request: Request, caller: Key) -> Response:
+async def _forward(
+    client: httpx.AsyncClient, service: Upstream, request: Request, caller: Key, place: ExitStack
+) -> Response:
     outgoing = client.build_request(
         request.method,
         _url(service, request),
@@ -190,12 +201,19 @@ async def _forward(client: httpx.AsyncClient, service: Upstream, request: Reques
     except httpx.TransportError:
         raise Unavailable(f"The {service.name} service is not there now.", retry_after_ms=_RETRY_MS) from None
     response = StreamingResponse(
-        answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose)
+        _pieces(answer, place.pop_all()), answer.status_code, background=BackgroundTask(answer.aclose)
     )
     response.raw_headers = [
         (name.lower(), value) for name, value in answer.headers.raw if name.lower() not in _NOT_PASSED_BACK
     ]
     return response
+
+
+async def _pieces(answer: httpx.Response, place: ExitStack) -> AsyncIterator[bytes]:
+    """What the service says. Its place is free again behind the last piece, and when this is forgotten."""
+    with place:
+        async for piece in answer.aiter_raw():
+            yield piece
 
 
 def _url(service: Upstream, request: Request) -> httpx.URL:

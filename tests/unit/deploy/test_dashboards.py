@@ -32,6 +32,14 @@ def test_grafana_knows_it_again(dashboard: dict[str, Any]) -> None:
     assert dashboard["schemaVersion"] >= 39
 
 
+def test_nobody_administers_grafana_by_a_password_that_everybody_knows() -> None:
+    """Its image makes admin/admin, who may have it ask any container anything."""
+    compose = yaml.safe_load((promql.DEPLOY / "docker-compose.yml").read_text())
+    said = compose["services"]["grafana"]["environment"]
+    assert said["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert said["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+
+
 def test_panels_have_ids_of_their_own_and_stand_apart(dashboard: dict[str, Any]) -> None:
     panels = list(promql.panels(dashboard))
     ids = [panel["id"] for panel in panels]

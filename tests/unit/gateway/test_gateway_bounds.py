@@ -7,13 +7,17 @@ from typing import cast
 
 import pytest
 from redis.asyncio import Redis
+from starlette.requests import Request
+from starlette.types import Message
 
 from services.common.clock import ManualClock
 from services.common.errors import ResourceExhausted, Unavailable
 from services.gateway.admission import Admission
+from services.gateway.errors import RequestTimeout
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
 from services.gateway.reading import BodyBudget, BodyReaders
+from services.gateway.rest.door import bounded_body
 from tests.fixtures.spending import spent_in
 from tests.fixtures.waiting import eventually
 
@@ -72,6 +76,19 @@ def test_bodies_may_take_all_there_is_and_not_a_byte_more() -> None:
     assert budget.held == 10
     budget.give(4)
     budget.take(4)
+
+
+async def test_a_body_that_never_ends_is_not_held_for_ever() -> None:
+    budget, trickle = BodyBudget(10), asyncio.Event()
+
+    async def receive() -> Message:
+        if budget.held:
+            await trickle.wait()
+        return {"type": "http.request", "body": b"123", "more_body": True}
+
+    with pytest.raises(RequestTimeout):
+        await bounded_body(Request({"type": "http"}, receive), 10, budget, within_s=0.01)
+    assert budget.held == 0
 
 
 async def test_a_body_given_up_just_as_it_was_read_is_nobodys() -> None:
