@@ -172,7 +172,8 @@ class OpenAIEmbeddingsSpeaker(CommonSpeaker):
         native.require_embedding(version.signature, request.model)
         openai.fill_embeddings(request, version.signature, body)
         call.base64 = body.encoding_format == "base64"
-        if version.backend == _COUNTS_TOKENS:
+        served = call.model  # any version of it may answer
+        if served is not None and all(one.backend == _COUNTS_TOKENS for one in served.versions.values()):
             request.outputs.extend((version.signature.prediction, openai.TOKENS))
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:

@@ -11,8 +11,10 @@ import pytest
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Code, DataType, Tensor
 
-from tests.fixtures.gateway import ADMIN, OTHER_MODEL, READ_ONLY, GatewayThread, failing
-from tests.fixtures.waiting import PATIENCE_S
+from services.common.bus import Record
+from services.common.topics import DEPLOYMENTS
+from tests.fixtures.gateway import ADMIN, OTHER_MODEL, READ_ONLY, GatewayThread, configs, failing
+from tests.fixtures.waiting import PATIENCE_S, until
 
 
 @pytest.fixture(scope="module", params=["hot", "asgi"])
@@ -77,6 +79,7 @@ def test_a_single_text_is_a_list_of_one(host: GatewayThread) -> None:
         ({"model": "embedder", "input": ["x"] * 2049}, 400, "input"),
         ({"model": "embedder", "input": "x", "dimensions": 3}, 400, "dimensions"),
         ({"model": "embedder", "input": "x", "encoding_format": "hex"}, 400, "encoding_format"),
+        ({"model": "embedder", "input": "x", "user": "u" * 513}, 400, "user"),
         ({"model": "embedder"}, 400, "input"),
     ],
 )
@@ -90,6 +93,49 @@ def test_what_is_wrong_is_named(
     assert error.param == param
     assert error.type == "invalid_request_error"
     assert error.code == ("model_not_found" if status == 404 else None)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/responses", 404),
+        ("POST", "/v1/embeddings/", 404),
+        ("GET", "/v1/embeddings", 405),
+        ("PUT", "/v1/files", 405),
+    ],
+)
+def test_what_is_not_there_is_the_callers_mistake(
+    host: GatewayThread, method: str, path: str, status: int
+) -> None:
+    answer = host.request(method, path, {"model": "embedder"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (status, "invalid_request_error", None)
+    assert path in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("backends", "outputs"),
+    [
+        (["embedding", "embedding"], ["embedding", "headrace.tokens"]),
+        (["embedding", "onnx"], []),
+        (["onnx", "embedding"], []),
+    ],
+)
+def test_tokens_are_asked_for_where_every_version_counts_them(
+    host: GatewayThread, backends: list[str], outputs: list[str]
+) -> None:
+    """The router chooses the version, and one of another backend refuses an output that it does not have."""
+    config = next(config for config in configs() if config.model == "embedder")
+    config.model = "-".join(backends)
+    signature = config.versions.pop().signature
+    for number, backend in enumerate(backends, 1):
+        config.versions.add(version=str(number), backend=backend, signature=signature, weight=5000)
+    record = Record(DEPLOYMENTS.name, config.model.encode(), config.SerializeToString())
+    host.run(host.running.bus.publish([record]))
+    asked = {"model": config.model, "input": "x"}
+    until(lambda: host.request("POST", "/v1/embeddings", asked).status_code == 200)
+    assert list(host.running.router.requests[-1].outputs) == outputs
 
 
 def test_keys_count_and_failures_are_the_servers(host: GatewayThread) -> None:

@@ -17,7 +17,7 @@ from services.gateway.catalogue import Catalogue
 from services.gateway.jobs import openai_batches, openai_steps
 from services.gateway.jobs.backend import Backend
 from services.gateway.jobs.controller import Controller
-from services.gateway.jobs.openai_files import Files
+from services.gateway.jobs.openai_files import Files, StoredFile
 from services.gateway.jobs.openai_steps import Change, OpenAISteps
 from services.gateway.jobs.openai_tables import OpenAIBatchRow
 from services.gateway.jobs.service import JobService
@@ -28,7 +28,14 @@ from services.gateway.keys import Key, KeyRing
 from tests.fixtures.gateway import configs
 from tests.fixtures.gateway_jobs import jobs
 from tests.fixtures.waiting import eventually
-from tests.integration.test_gateway_openai_batches import benign_below_15, ended, lines, request, started
+from tests.integration.test_gateway_openai_batches import (
+    benign_below_15,
+    ended,
+    lines,
+    reaches,
+    request,
+    started,
+)
 
 MIGRATIONS = Path("services/gateway/migrations")
 
@@ -127,6 +134,44 @@ async def test_a_batch_that_never_finds_room_expires(
         assert (await ended(here, await started(here, [request("a", input=[1, 2, 3])])))[
             "status"
         ] == "expired"
+
+
+async def test_a_batch_whose_file_stays_out_of_reach_expires(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_batches, "WINDOW_S", 1)
+    monkeypatch.setattr(openai_steps, "_RETRY_S", 0.1)
+
+    async def away(self: Files, file: StoredFile, to: Path) -> None:
+        raise Unavailable("The store is away.")
+
+    monkeypatch.setattr(Files, "download", away)
+    async with jobs(database_url, tmp_path) as here:
+        batch = await ended(here, await started(here, [request("a", input=[1, 2, 3])]))
+        assert batch["status"] == "expired"
+        assert batch["expired_at"] >= batch["expires_at"]
+
+
+async def test_progress_stays_while_the_answers_are_written(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finalize, go_on = OpenAISteps._finalize, asyncio.Event()
+
+    async def later(self: OpenAISteps, row: OpenAIBatchRow) -> Change:
+        await go_on.wait()
+        return await finalize(self, row)
+
+    monkeypatch.setattr(OpenAISteps, "_finalize", later)
+    async with jobs(database_url, tmp_path) as here:
+        here.worker.instead = benign_below_15(here.worker.store)
+        batch_id = await started(
+            here, [request("two", inputs=[[1, 2, 3]] * 2), request("fails", input=[1, 2, 3])]
+        )
+        while_written = await reaches(here, batch_id, {"finalizing"})
+        go_on.set()
+        counts = (await ended(here, batch_id))["request_counts"]
+        assert counts == {"total": 2, "completed": 1, "failed": 1}
+        assert while_written["request_counts"]["completed"] == 1
 
 
 async def test_what_the_job_would_refuse_is_told(

@@ -12,7 +12,8 @@ from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Tensor
 
 from services.common.errors import InvalidArgument
-from services.gateway.codecs.native import unit_of, wrong_field
+from services.common.targeting import MAX_UNIT
+from services.gateway.codecs.native import wrong_field
 from services.gateway.codecs.results import Array, array_of, nested
 from services.gateway.codecs.rows import tensors_of_inputs
 from services.gateway.codecs.tensors import PARSE_ERRORS, malformed
@@ -40,11 +41,14 @@ _body = msgspec.json.Decoder(EmbeddingsBody)
 def decode_embeddings(raw: bytes | bytearray | memoryview) -> EmbeddingsBody:
     """The outer object. Raises InvalidArgument or MalformedBody."""
     try:
-        return _body.decode(raw)
+        body = _body.decode(raw)
     except msgspec.ValidationError as error:
         raise wrong_field(error) from None
     except PARSE_ERRORS as error:
         raise malformed(error) from None
+    if body.user is not None and len(body.user) > MAX_UNIT:
+        raise InvalidArgument(f"user is longer than {MAX_UNIT} characters.", field="user")
+    return body
 
 
 def embedding_inputs(signature: ModelSignature, body: EmbeddingsBody) -> list[Tensor]:
@@ -67,7 +71,7 @@ def fill_embeddings(request: PredictRequest, signature: ModelSignature, body: Em
     """Put texts and unit into `request`."""
     request.inputs.extend(embedding_inputs(signature, body))
     if body.user is not None:
-        request.unit = unit_of(body.user)
+        request.unit = body.user
 
 
 def encode_embeddings(model: str, signature: ModelSignature, reply: PredictReply, *, base64: bool) -> bytes:

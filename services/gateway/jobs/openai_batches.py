@@ -192,10 +192,10 @@ class OpenAIBatches:
 
 
 def batch_json(row: OpenAIBatchRow, counts: JobCounts | None = None) -> dict[str, Any]:
-    """The batch as OpenAI's clients read it. `counts` are those of its job while that runs."""
+    """The batch as OpenAI's clients read it. `counts` are those of its job until its lines are counted."""
     ended = _seconds(row.ended_at)
     completed, failed = row.completed, row.failed
-    if counts is not None and row.state == "running":
+    if counts is not None:
         # Lines hold one row mostly; where not, progress is told in proportion until the lines are counted.
         scale = row.total / counts.total if counts.total else 1.0
         completed, failed = int(counts.completed * scale), int(counts.failed * scale)

@@ -119,6 +119,7 @@ def plan_of(line: Line, endpoint: str, signature: ModelSignature) -> tuple[LineP
     try:
         if endpoint == EMBEDDINGS:
             body = openai.decode_embeddings(line.body)
+            native.require_embedding(signature, body.model)
             tensors = openai.embedding_inputs(signature, body)
             plan = LinePlan(line.custom_id, tensors[0].shape[0], base64=body.encoding_format == "base64")
             return plan, tensors

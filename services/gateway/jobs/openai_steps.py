@@ -165,6 +165,8 @@ class OpenAISteps:
         accepted = await self._accepted(row)
         if row.cancelling_at is not None and accepted is None:
             return self._ended("cancelled")
+        if accepted is None and self._clock.now() >= row.expires_at:
+            return self._ended("expired")
         async with self._files.workspace() as folder:
             source, rows_at, plans_at = folder / "lines", folder / "rows", folder / "plans"
             file = await self._files.get(row.input_file_id, _PLATFORM_READS)
@@ -325,8 +327,6 @@ class OpenAISteps:
         if isinstance(error, NotFound):
             return self._failed([Finding("file_not_found", error.message).as_json()])
         if isinstance(error, ResourceExhausted | Aborted):
-            if self._clock.now() >= row.expires_at:
-                return self._ended("expired")
             log.warning("openai_batch_waits", batch=row.batch_id, reason=error.message)
             return Change({}, _NO_ROOM_S)
         if isinstance(error, Unavailable):  # what is away says nothing of the batch

@@ -29,7 +29,7 @@ class OpenAIBatchRow(Tables):
     #: What the lines ask for; empty until the file was read.
     model: Mapped[str]
     version: Mapped[str]
-    #: Lines, and of these the answered and the failed. While the job runs the latter are in its row.
+    #: Lines, and of these the answered and the failed. Until they are counted the job's row has the latter.
     total: Mapped[int]
     completed: Mapped[int]
     failed: Mapped[int]

@@ -121,7 +121,7 @@ def _add_batches(
 
     async def shown(row: OpenAIBatchRow) -> dict[str, Any]:
         counts = None
-        if row.state == "running" and row.job_id is not None:
+        if row.state in ("running", "finalizing") and row.job_id is not None:
             job = await parts.jobs.get(row.job_id, PLATFORM)
             counts = JobCounts(job.total, job.completed, job.failed)
         return batch_json(row, counts)

@@ -167,6 +167,22 @@ def test_texts_of_embeddings_become_rows(tmp_path: Path) -> None:
     assert [(plan.rows, plan.base64) for plan in kept] == [(1, False), (2, True), (0, False)]
 
 
+def test_a_model_that_embeds_nothing_is_refused_as_by_the_route(tmp_path: Path) -> None:
+    body = {"model": "cancer", "input": [[1, 2, 3]]}
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": body}
+    _table, [plan] = compiled(tmp_path, [json.dumps(asked).encode()], CANCER, "/v1/embeddings")
+    assert (plan.rows, plan.status, plan.error) == (
+        0,
+        400,
+        {
+            "message": "cancer does not embed texts.",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": None,
+        },
+    )
+
+
 def test_a_file_with_a_wrong_line_makes_no_rows(tmp_path: Path) -> None:
     with pytest.raises(Refused) as refused:
         compiled(tmp_path, [line("a"), b"{", line("a")], CANCER)
