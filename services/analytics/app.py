@@ -141,7 +141,7 @@ async def analytics_app(cfg: Settings, clock: Clock) -> AsyncIterator[Analytics]
             await stack.enter_async_context(
                 bus.consume(topic, GROUP, handler, max_records=most, collect_s=_COLLECT_S)
             )
-        await stack.enter_async_context(running(_watch_lag(bus, metrics), "lag"))
+        await stack.enter_async_context(running(_watch_lag(bus, signatures, metrics), "lag"))
         gc.freeze()  # what is there now stays: every full collection would look through all of it
         stack.callback(gc.unfreeze)
         yield Analytics(port, health)
@@ -186,12 +186,14 @@ async def _read(table: Table, topic: Topic) -> None:
         log.warning("topic_late", topic=topic.name, reason=error.message)
 
 
-async def _watch_lag(bus: KafkaBus, metrics: Metrics) -> None:
+async def _watch_lag(bus: KafkaBus, signatures: Signatures, metrics: Metrics) -> None:
     topics = (PREDICTIONS, OUTCOMES, SHADOWS)
     asked = [(topic, GROUP) for topic in topics] + [(dead_letters(topic, GROUP), REPLAY) for topic in topics]
     gauges = [metrics.lag.labels(topic.name) for topic in topics]
     gauges += [metrics.dead_letters.labels(topic.name) for topic in topics]
     while True:
+        if signatures.served:  # a broker that lost its topics is told of them again
+            metrics.keep_models(signatures.served)
         try:
             for gauge, standing in zip(gauges, await bus.standings(asked), strict=True):
                 if standing is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
@@ -42,6 +44,9 @@ class Metrics:
         self.looks = Counter(
             "headrace_analytics_looks", "Looks at experiments and rollouts", ["result"], registry=registry
         )
+        # From 0: of a series that begins with 1, nobody sees that it grew.
+        for result in ("ok", "later", "failed"):
+            self.looks.labels(result)
         self.look_seconds = Histogram(
             "headrace_analytics_look_seconds",
             "Time of a look at one experiment or rollout",
@@ -54,3 +59,10 @@ class Metrics:
             ["model"],
             registry=registry,
         )
+
+    def keep_models(self, served: Set[str]) -> None:
+        """Forget the requests of models that are not served: models come and go, and each would leave a
+        series. Records that come later begin a new one, until the next call."""
+        shown = {sample.labels["model"] for one in self.requests.collect() for sample in one.samples}
+        for model in shown - served:
+            self.requests.remove(model)

@@ -20,17 +20,21 @@ class Signatures:
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, Signature]] = {}
+        #: The models that are served now, as far as the topic has been read.
+        self.served: set[str] = set()
         self._unsaved: dict[tuple[str, str], Signature] = {}
 
-    def apply(self, _key: bytes, value: bytes | None) -> None:
+    def apply(self, key: bytes, value: bytes | None) -> None:
         """Take one record of the topic."""
         if value is None:
+            self.served.discard(key.decode(errors="replace"))
             return
         try:
             config = ServingConfig.FromString(value)
         except DecodeError:
             log.exception("deployment_unreadable", size=len(value))
             return
+        self.served.add(config.model)
         versions = self._known.setdefault(config.model, {})
         for served in config.versions:
             if versions.get(served.version) != served.signature:

@@ -144,6 +144,7 @@ async def _keep_house(
             if table.caught_up and signatures.served():
                 known_at = min(known_at, clock.monotonic())
             if clock.monotonic() >= known_at + _TOLD_S:
+                metrics.keep_models({model for model, _ in signatures.served()})
                 while await forget_gone(database, signatures, relay, clock):
                     pass
         except HeadraceError as error:

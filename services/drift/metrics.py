@@ -35,6 +35,9 @@ class Metrics:
         self.deliveries = Counter(
             "headrace_drift_deliveries", "Alerts posted to webhooks", ["outcome"], registry=registry
         )
+        # From 0: of a series that begins with 1, nobody sees that it grew.
+        for outcome in ("delivered", "failed", "given_up"):
+            self.deliveries.labels(outcome)
         self.lag = Gauge("headrace_drift_lag", "Prediction records not yet read", registry=registry)
         self.dead_letters = Gauge(
             "headrace_drift_dead_letters", "Malformed records set aside and not replayed", registry=registry
@@ -55,3 +58,10 @@ class Metrics:
         for version in self._with_psi[model] - served:
             self.psi.remove(model, version)
         self._with_psi[model] &= served
+
+    def keep_models(self, served: Set[str]) -> None:
+        """Forget the windows of models that are not served: each that came and went would leave a series.
+        A window that closes later begins a new one, until the next call."""
+        shown = {sample.labels["model"] for one in self.windows.collect() for sample in one.samples}
+        for model in shown - served:
+            self.windows.remove(model)

@@ -96,15 +96,17 @@ class WebhookSender:
     def _settle(self, row: DeliveryRow, url: str, error: str | None) -> None:
         now = self._clock.now()
         row.error = error
+        outcome = "delivered" if error is None else "failed"
         if error is None:
             row.delivered_at = now
         elif row.attempts >= _MAX_ATTEMPTS:
             row.delivered_at, row.error = now, f"given up: {error}"
+            outcome = "given_up"
             # Of an address, the path is often the secret that lets one post there.
             log.error("webhook_given_up", host=urlsplit(url).hostname, reason=error)
         else:
             row.next_at = now + timedelta(seconds=min(2 ** (row.attempts - 1), 3600))
-        self._metrics.deliveries.labels("delivered" if error is None else "failed").inc()
+        self._metrics.deliveries.labels(outcome).inc()
 
     async def _run(self) -> None:
         while not self._stop.is_set():

@@ -195,6 +195,11 @@ class Pools:
             if loaded is not None and loaded.artifact_digest == artifact and loaded.HasField("totals")
         ]
 
+    def names(self) -> list[str]:
+        """Pools that have a worker that is alive."""
+        living = _living(self._heartbeats, self._clock.monotonic())
+        return sorted({said.status.pool for said in living})
+
     def workers(self, pool: str) -> int:
         """Workers of `pool` that are alive."""
         return len(self._alive(pool))

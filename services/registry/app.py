@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from services.common.bodies import BoundBodies
 from services.common.bus import KafkaBus
+from services.common.bus.lag_gauges import show_lag
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, engine, migrate
 from services.common.errors import Fatal, InvalidArgument
@@ -20,8 +21,11 @@ from services.common.internal_auth import InternalAuth
 from services.common.lifecycle import Health, OpsEndpoints, serve_asgi
 from services.common.objects import ArtifactStore
 from services.common.problems import install_problem_handlers
+from services.common.tasks import running
 from services.common.telemetry import Tracing, setup_tracing
 from services.common.telemetry.asgi import TraceRequests
+from services.common.topics import ALERTS, VERDICTS
+from services.registry import alerts, verdicts
 from services.registry.alerts import alerts_followed
 from services.registry.artifacts import Artifacts
 from services.registry.bodies import MAX_BODY_BYTES, is_upload
@@ -101,6 +105,9 @@ async def registry_app(cfg: Settings, clock: Clock) -> AsyncIterator[Registry]:
         # One after the other, with nothing between: the group is joined once for both.
         await stack.enter_async_context(alerts_followed(edge, bus))
         await stack.enter_async_context(verdicts_followed(edge, bus, controller.wake))
+        reads = [(ALERTS, alerts.GROUP), (VERDICTS, verdicts.GROUP)]
+        lag = show_lag(bus, lambda: reads, edge.metrics.lag, edge.metrics.dead_letters)
+        await stack.enter_async_context(running(lag, "lag"))
         health = Health()
         await stack.enter_async_context(edge_watched(edge, health))
         grpc_port = await stack.enter_async_context(

@@ -31,6 +31,7 @@ _ACT_S: Final = 30.0
 _FIRST_BACKOFF_S: Final = 0.5
 _MAX_BACKOFF_S: Final = 30.0
 _CLOSE_S: Final = 5.0
+_FAILED: Final = "failed"
 
 
 class Actor(Protocol):
@@ -39,6 +40,11 @@ class Actor(Protocol):
     @property
     def kind(self) -> str:
         """What metrics and logs call it."""
+        ...
+
+    @property
+    def actions(self) -> Sequence[str]:
+        """Every word that `act` may give."""
         ...
 
     @property
@@ -70,6 +76,10 @@ class Controller:
         #: When to try a failed one again (monotonic), and how long was waited.
         self._backoff: dict[tuple[str, str], tuple[float, float]] = {}
         self._task: asyncio.Task[None] | None = None
+        # From 0: of a series that begins with 1, nobody sees that it grew.
+        for actor in self._actors:
+            for action in (*actor.actions, _FAILED):
+                edge.metrics.decisions.labels(actor.kind, action)
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="controller")
@@ -141,7 +151,7 @@ class Controller:
                 log.info("trial_decided", kind=actor.kind, trial=trial_id, action=action)
 
     def _fail(self, actor: Actor, trial_id: str) -> None:
-        self._edge.metrics.decisions.labels(actor.kind, "failed").inc()
+        self._edge.metrics.decisions.labels(actor.kind, _FAILED).inc()
         _, waited = self._backoff.get((actor.kind, trial_id), (0.0, 0.0))
         wait = min(_MAX_BACKOFF_S, 2 * waited or _FIRST_BACKOFF_S)
         self._backoff[actor.kind, trial_id] = (self._edge.clock.monotonic() + wait, wait)

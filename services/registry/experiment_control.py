@@ -30,6 +30,7 @@ class ExperimentActor:
     done."""
 
     kind = "experiment"
+    actions = tuple(map(str, Action))
 
     def __init__(self, edge: Edge, ready: Readiness) -> None:
         self._edge = edge

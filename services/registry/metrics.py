@@ -50,6 +50,13 @@ class Metrics:
             "Age of the oldest control record that waits for the broker.",
             registry=self.registry,
         )
+        self.lag = Gauge("headrace_registry_lag", "Records not yet read.", ["topic"], registry=self.registry)
+        self.dead_letters = Gauge(
+            "headrace_registry_dead_letters",
+            "Malformed records set aside and not replayed.",
+            ["topic"],
+            registry=self.registry,
+        )
         self.verdicts = Counter(
             "headrace_registry_verdicts_total", "Verdicts of analytics received.", registry=self.registry
         )

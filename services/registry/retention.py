@@ -9,12 +9,14 @@ from services.registry.repository import Repository
 from services.registry.trials import end_trial
 
 _LOOK_EVERY = timedelta(minutes=1)
+_FORGET = "forget"
 
 
 class RetentionActor:
     """Forgets what was closed long ago, with its history and its verdict, and tells analytics to."""
 
     kind = "retention"
+    actions = (_FORGET,)
     #: What was closed waits for nobody.
     is_open = False
 
@@ -42,4 +44,4 @@ class RetentionActor:
             return None
         await tx.delete_trial(trial_id)
         end_trial(tx, trial_id)
-        return "forget"
+        return _FORGET

@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 
 #: Evidence of a finished rollout goes on being counted so long: outcomes come late.
 CLOSED_AFTER: Final = timedelta(days=1)
+_CLOSE: Final = "close"
 
 
 class RolloutActor:
@@ -32,6 +33,7 @@ class RolloutActor:
     is done: of several registries that come to the same decision one acts, and the others find it done."""
 
     kind = "rollout"
+    actions = (*(str(action) for action in Action if action is not Action.WAIT), _CLOSE)
 
     def __init__(self, edge: Edge, workers: Workers) -> None:
         self._edge = edge
@@ -104,7 +106,7 @@ class RolloutActor:
             return None
         row.closed_at, row.revision = now, row.revision + 1
         publish_trial(tx, trial_of(row))
-        return "close"
+        return _CLOSE
 
 
 def _allow_for_clock(row: RolloutRow, leap: timedelta, now: datetime) -> None:

@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanKind
 
 from services.common.errors import DeadlineExceeded, HeadraceError, Internal
 from services.common.telemetry import from_trace_bytes, kafka_headers, log_fields
+from services.common.telemetry.seldom import Seldom
 from services.worker.batcher import Batcher, LoopTurns
 from services.worker.best_batch import UNMEASURED, BestBatch
 from services.worker.execution import Execution, Runner
@@ -35,6 +36,8 @@ log = structlog.get_logger(__name__)
 _OK: Final = Code.CODE_OK
 _MOST_LINKS: Final = 128
 _US_MAX: Final = (1 << 32) - 1
+#: A run that fails is logged once in so many seconds.
+_FAULTS_S: Final = 10.0
 
 
 class LoadedModel:
@@ -70,6 +73,7 @@ class LoadedModel:
         self._replies = Replies(version, batched=runner.layout.batched)
         self._policy = policy = self._fitted(policy)
         self._serving = serving
+        self._faults = Seldom(_FAULTS_S)
         self._loop = asyncio.get_running_loop()
         self._beside = runner.backend.device == "cpu"
         self._handed = HandedOver(serving.pool, slots, self._execute, self._ran)
@@ -242,7 +246,6 @@ class LoadedModel:
             self._finish(batch, execution, outcome, started)
             return
         # Else the slot would stay taken and the version answer nothing more.
-        log.error("execution_failed", model=self._records.key.decode(), exc_info=result)
         internal = Internal("the model could not be run")
         failures: list[tuple[Item, HeadraceError]] = [(item, internal) for item in batch.items]
         execution = Execution([], failures, 0.0, 0.0, 0.0, fault=result)
@@ -265,13 +268,7 @@ class LoadedModel:
     def _answer(self, batch: Batch, execution: Execution, outcome: Outcome) -> None:
         times = outcome.times
         if execution.fault is not None:
-            trace = next((item.request.trace for item in batch.items if item.request.trace), b"")
-            log.error(
-                "model_failed",
-                model=self._records.key.decode(),
-                exc_info=execution.fault,
-                **log_fields(from_trace_bytes(trace)),
-            )
+            self._tell(batch, execution.fault)
         if not execution.reruns and not execution.failures:
             # Without the way to a thread and back: a fast model must not look slow because it was sent there.
             took = execution.prepare + execution.infer + execution.cut
@@ -291,6 +288,22 @@ class LoadedModel:
         else:
             self._answer_each(execution, times, outcome.codes)
         self._count(batch, execution, times)
+
+    def _tell(self, batch: Batch, fault: BaseException) -> None:
+        """Log why a run failed. A model that fails on everything does so at every batch, with a traceback."""
+        untold = self._faults.due(self._serving.clock.monotonic())
+        if untold is None:
+            return
+        trace = next((item.request.trace for item in batch.items if item.request.trace), b"")
+        log.error(
+            "model_failed",
+            model=self._records.key.decode(),
+            request_id=batch.items[0].request.request_id.hex(),
+            requests=len(batch.items),
+            untold=untold,
+            exc_info=fault,
+            **log_fields(from_trace_bytes(trace)),
+        )
 
     def _answer_each(self, execution: Execution, times: Answered, codes: dict[int, Code]) -> None:
         """The same where members failed, were cancelled or came too late."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from headrace.v1.control_pb2 import LoadedVersion
@@ -54,13 +55,14 @@ class WorkerMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now."""
-        versions = list(self._host.serving())
+        # One that is on its way out and in again is there twice, and no two series have the same labels.
+        versions = list({_labels(key): (key, model) for key, model in self._host.serving()}.values())
         for name, (text, read) in _TRITON.items():
             untyped = UntypedMetricFamily(name, text, labels=_VERSION)
             for key, model in versions:
                 untyped.add_metric(_labels(key), read(model.stats))
             yield untyped
-        yield from _failures(versions)
+        yield from _failures(self._host.failed())
         yield from _batches(versions)
         yield from _load(versions)
         yield from self._process()
@@ -115,14 +117,14 @@ def _labels(key: VersionKey) -> tuple[str, str]:
 Versions = Iterable[tuple[VersionKey, LoadedModel]]
 
 
-def _failures(versions: Versions) -> Iterator[Metric]:
-    failed = UntypedMetricFamily(
+def _failures(counted: Iterable[tuple[VersionKey, Counter[str]]]) -> Iterator[Metric]:
+    family = UntypedMetricFamily(
         "nv_inference_request_failure", "Requests failed", labels=(*_VERSION, "reason")
     )
-    for key, model in versions:
-        for reason, count in (model.stats.failed + model.refused).items():
-            failed.add_metric((*_labels(key), reason), count)
-    yield failed
+    for labels, failed in {_labels(key): failed for key, failed in counted}.items():
+        for reason, count in failed.items():
+            family.add_metric((*labels, reason), count)
+    yield family
 
 
 def _batches(versions: Versions) -> Iterator[Metric]:

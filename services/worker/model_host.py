@@ -23,6 +23,7 @@ from services.worker.loaded_model import LoadedModel
 from services.worker.loading import Loaded, VersionLoader
 from services.worker.parked import Parked
 from services.worker.slot import Slot
+from services.worker.stats import ModelStats
 
 log = structlog.get_logger(__name__)
 
@@ -99,6 +100,15 @@ class ModelHost:
         for slot in self._slots:
             if slot.loaded is not None:
                 yield slot.key, slot.loaded.model
+
+    def failed(self) -> Iterator[tuple[VersionKey, Counter[str]]]:
+        """Requests that failed, by the name of the code, of every version, loaded or not."""
+        for slot in self._slots:
+            if slot.loaded is not None:
+                model = slot.loaded.model
+                yield slot.key, model.stats.failed + model.refused
+            elif slot.stats is not None:
+                yield slot.key, slot.stats.failed
 
     def states(self) -> list[LoadedVersion]:
         """Every version for the heartbeat; of two with one name only the one that is wanted."""
@@ -195,6 +205,8 @@ class ModelHost:
             self._unpark(slot, Unavailable("the version is not loaded here any more"))
             if not self._stopping:
                 self._slots.remove(slot)
+                if all(other.name != slot.name for other in self._slots):
+                    self.evictions.pop(slot.name, None)
                 self._on_change()
         await self._forget_artifacts()
 
@@ -305,7 +317,7 @@ class ModelHost:
         loaded, slot.loaded = slot.loaded, None
         if loaded is None:
             return
-        slot.known_bytes = loaded.memory_bytes
+        slot.known_bytes, slot.stats = loaded.memory_bytes, loaded.model.stats
         self._park(slot, loaded.model.layout)
         loaded.model.close()
         slot.keep_counts(loaded.model)
@@ -315,7 +327,9 @@ class ModelHost:
         log.info("evicted", model=slot.key.model, version=slot.key.version, bytes=loaded.memory_bytes)
 
     def _park(self, slot: Slot, layout: InputLayout) -> None:
-        parked = Parked(layout, slot.desired.policy, self._clock, slot.changed.set)
+        # What it refuses counts for the version, whether or not that is ever loaded again.
+        slot.stats = stats = slot.stats or ModelStats()
+        parked = Parked(layout, slot.desired.policy, self._clock, slot.changed.set, stats.failed)
         slot.parked = self._serving[slot.name] = parked
 
     def _unpark(self, slot: Slot, reason: HeadraceError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from services.common.clock import Clock
@@ -17,16 +18,23 @@ from services.worker.serving import ServingPolicy
 class Parked:
     """Stands in for a LoadedModel. Its queue has the bounds, priorities and deadlines of the version's own;
     nothing runs. `on_demand` is called when a request waits. Each item is settled exactly once: here with a
-    refusal or its deadline, or by the model that takes it over."""
+    refusal or its deadline, which `failed` counts by the name of the code, or by the model that takes it
+    over."""
 
     def __init__(
-        self, layout: InputLayout, policy: ServingPolicy, clock: Clock, on_demand: Callable[[], None]
+        self,
+        layout: InputLayout,
+        policy: ServingPolicy,
+        clock: Clock,
+        on_demand: Callable[[], None],
+        failed: Counter[str],
     ) -> None:
         self.layout = layout
         self._policy = policy
         self._on_demand = on_demand
         self._successor: LoadedModel | None = None
         self._batcher = Batcher(LoopTurns(clock), policy.batching, RunTime(), _never, slots=0)
+        self._batcher.refused = failed
 
     @property
     def timeout(self) -> float:

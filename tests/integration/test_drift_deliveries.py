@@ -52,8 +52,11 @@ async def test_what_was_put_off_before_the_clock_was_set_back_is_due(database_ur
         await database.dispose()
 
 
-async def posted(database_url: str, url: str, attempts: int = 0) -> DeliveryRow:
-    """What is known of a delivery to `url` that was tried so often before, after one more try."""
+async def posted(
+    database_url: str, url: str, attempts: int = 0, registry: CollectorRegistry | None = None
+) -> DeliveryRow:
+    """What is known of a delivery to `url` that was tried so often before, after one more try; `registry` is
+    what counts it."""
     await migrate(database_url, "drift", MIGRATIONS)
     database = engine(database_url, "drift")
     clock = ManualClock()
@@ -69,7 +72,7 @@ async def posted(database_url: str, url: str, attempts: int = 0) -> DeliveryRow:
             session.add(WebhookRow(webhook_id=b"w", url=url, model="", created_at=now))
             await session.flush()
             session.add(row)
-        async with WebhookSender(database, clock, Metrics(CollectorRegistry())):
+        async with WebhookSender(database, clock, Metrics(registry or CollectorRegistry())):
             return await eventually_of(seen, lambda one: bool(one.delivered_at or one.error))
     finally:
         await database.dispose()
@@ -96,9 +99,15 @@ async def test_an_answer_without_end_is_an_answer(database_url: str) -> None:
 
 
 async def test_the_log_does_not_tell_how_to_post_there(database_url: str) -> None:
+    registry = CollectorRegistry()
     with capture_logs() as logs:
-        row = await posted(database_url, "http://user:pass@127.0.0.1:1/services/secret?token=t", 23)
+        row = await posted(database_url, "http://user:pass@127.0.0.1:1/services/secret?token=t", 23, registry)
     assert (row.error or "").startswith("given up")
     (given_up,) = (line for line in logs if line["event"] == "webhook_given_up")
     assert given_up["host"] == "127.0.0.1"
+    counted = {
+        outcome: registry.get_sample_value("headrace_drift_deliveries_total", {"outcome": outcome})
+        for outcome in ("delivered", "failed", "given_up")
+    }
+    assert counted == {"delivered": 0, "failed": 0, "given_up": 1}
     assert not any(secret in str(logs) for secret in ("secret", "pass", "token"))

@@ -19,6 +19,7 @@ from services.common.topics import JOB_RESULTS, JOBS, KEYS, dead_letters
 from tests.fixtures.gateway import OTHER_MODEL, PREDICT_ONLY, READ_ONLY, api_key
 from tests.fixtures.gateway_jobs import Jobs, jobs
 from tests.fixtures.jobs import arrow_of, lines_of, numbers, parquet_of
+from tests.fixtures.metrics import metrics_at
 from tests.fixtures.waiting import PATIENCE_S, eventually, eventually_of
 
 
@@ -249,6 +250,26 @@ async def test_cancelling_keeps_what_is_finished(database_url: str, tmp_path: Pa
         assert len(await here.lines(f"/v1/batch/{batch_id}/results")) == done
         assert here.worker.stopped[batch_id]
         assert (await here.rest.delete(f"/v1/batch/{batch_id}")).status_code == 202  # again is fine
+        said = await _metrics_with(here, 'headrace_batch_jobs_ended_total{state="cancelled"} 1.0')
+        assert f'headrace_batch_rows_total{{outcome="completed"}} {float(done)}' in said
+        assert 'headrace_gateway_lag{topic="batch.results.v1"}' in said
+        assert 'headrace_gateway_dead_letters{topic="batch.jobs.v1"} 0.0' in said
+
+
+async def test_a_job_that_is_cancelled_before_it_began_is_counted(database_url: str, tmp_path: Path) -> None:
+    async with jobs(database_url, tmp_path) as here:
+        here.worker.gate.clear()
+        batch_id = await here.submitted(inputs=[1, 2, 3])
+        assert (await here.rest.delete(f"/v1/batch/{batch_id}")).status_code == 202
+        here.worker.gate.set()
+        await here.ended(batch_id)
+        await _metrics_with(here, 'headrace_batch_jobs_ended_total{state="cancelled"} 1.0')
+
+
+async def _metrics_with(here: Jobs, line: str) -> str:
+    """What the gateway exports, once `line` is in it."""
+    port = here.running.gateway.ops_port
+    return await eventually_of(lambda: metrics_at(port), lambda said: line in said)
 
 
 async def test_a_job_expires(database_url: str, tmp_path: Path) -> None:

@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from headrace.v1.batch_pb2 import InputFormat
+from headrace.v1.batch_pb2 import BatchChunkResult, InputFormat
 from headrace.v1.dataplane_pb2 import Priority
+from headrace.v1.tensor_pb2 import Code
 from prometheus_client import CollectorRegistry
 
-from services.common.bus import MemoryBus
+from services.common.bus import MemoryBus, Record
 from services.common.clock import ManualClock
 from services.common.db import engine, migrate, transaction
 from services.common.errors import Unavailable
 from services.common.objects import ArtifactStore, InputSources
 from services.common.objects.sources import SourceInfo
-from services.common.topics import Topic
-from services.gateway.jobs.backend import Backend
+from services.common.topics import JOB_RESULTS, Topic
+from services.gateway.jobs.backend import Availability, Backend
+from services.gateway.jobs.consumers import ChunkResults
 from services.gateway.jobs.controller import Controller
 from services.gateway.jobs.metrics import JobMetrics
 from services.gateway.jobs.publishing import ChunkPublisher
 from services.gateway.jobs.repository import JobRepository
+from services.gateway.jobs.views import JobError
 from services.gateway.pools import Pools
 
 MIGRATIONS = Path("services/gateway/migrations")
@@ -60,9 +63,10 @@ class Here:
             return
 
         publisher = ChunkPublisher(MemoryBus(), no_topics, 4, clock)
-        metrics = JobMetrics(CollectorRegistry())
+        self.registry = CollectorRegistry()
+        self.metrics = JobMetrics(self.registry)
         self.controller = Controller(
-            "me", backend, publisher, Pools(clock), clock, metrics, lambda _job: None
+            "me", backend, publisher, Pools(clock), clock, self.metrics, lambda _job: None
         )
 
     async def add(self, *job_ids: str, **changes: Any) -> None:
@@ -77,6 +81,9 @@ class Here:
             await self.controller.tick()
             while self.controller.cutting:  # noqa: ASYNC110 - asked, not told
                 await asyncio.sleep(0.005)
+
+    def counted(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
 
     async def state(self, job_id: str) -> str:
         async with transaction(self.backend.engine) as session:
@@ -168,3 +175,34 @@ async def test_an_input_that_is_away_is_asked_for_at_growing_distances(here: Her
         await here.looks(5)
         assert here.sources.asked == asked
     assert await here.state("away") == "validating"
+
+
+async def test_a_job_that_ended_is_counted_once(here: Here) -> None:
+    """Whoever finds it over, and looks again before it knows that somebody ended it."""
+    await here.add("wrong", "fine")
+    for _ in range(3):
+        await here.controller.fail("wrong", JobError(Code.CODE_INVALID_ARGUMENT, "no such column", ""))
+    assert await here.state("wrong") == "failed"
+    assert here.counted("headrace_batch_jobs_ended_total", state="failed") == 1
+    assert here.counted("headrace_batch_jobs_ended_total", state="completed") == 0
+
+
+async def test_rows_of_a_chunk_that_is_done_again_are_counted_once(here: Here) -> None:
+    await here.add("one")
+    await here.looks(2)
+    availability = Availability(is_configured=True)
+    availability.open(here.backend)
+    results = ChunkResults(availability, here.clock, here.metrics, lambda _job: None, lambda: None)
+
+    async def said(code: Code, done: int) -> None:
+        result = BatchChunkResult(job_id="one", index=0, attempt=1, code=code, rows_done=done)
+        await results([Record(JOB_RESULTS.name, b"one/0", result.SerializeToString())])
+
+    # Its worker leaves, and whoever is next begins at the first row.
+    await said(Code.CODE_CANCELLED, 2)
+    assert here.counted("headrace_batch_rows_total", outcome="completed") == 0
+    await here.looks(2)
+    await said(Code.CODE_OK, 3)
+    assert await here.state("one") == "completed"
+    assert here.counted("headrace_batch_rows_total", outcome="completed") == 3
+    assert here.counted("headrace_batch_jobs_ended_total", state="completed") == 1

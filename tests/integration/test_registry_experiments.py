@@ -369,6 +369,9 @@ async def test_the_controller_acts_on_verdicts_and_goes_on_after_a_restart(setti
             lambda seen: 'headrace_registry_experiments{status="stopped"} 2.0' in seen.text,
         )
         assert 'headrace_registry_decisions_total{action="stop",kind="experiment"} 1.0' in counted.text
+        for topic in ("analytics.verdicts.v1", "drift.alerts.v1"):
+            assert f'headrace_registry_lag{{topic="{topic}"}}' in counted.text
+            assert f'headrace_registry_dead_letters{{topic="{topic}"}}' in counted.text
 
 
 async def test_bad_input_names_its_field(platform: Platform) -> None:

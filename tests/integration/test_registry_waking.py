@@ -32,6 +32,7 @@ class Looks:
     """Counts the controller's looks. It is asked behind the actors of the registry."""
 
     kind = "looks"
+    actions = ()
     is_open = False
 
     def __init__(self) -> None:

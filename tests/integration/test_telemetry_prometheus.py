@@ -38,6 +38,16 @@ QUIET = {
     "What the platform decided",
     "False positives of the placebos",
     "Looks",
+    "Consumer lag",
+    "Set aside",
+    "Result cache",
+    "Hedges",
+    "Fallbacks",
+    "Shadows",
+    "Chunks not done",
+    "Time of a chunk",
+    "Chunks at the workers",
+    "Processes of a service",
 }
 
 

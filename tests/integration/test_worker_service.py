@@ -34,6 +34,7 @@ from services.worker.backends.onnx import OnnxBackend
 from services.worker.backends.port import Padding
 from services.worker.settings import Settings
 from tests.fixtures.deployments import blob_file, config, put_artifact, record, served
+from tests.fixtures.metrics import metrics_at
 from tests.fixtures.onnx_models import (
     heavy,
     lookup,
@@ -537,6 +538,9 @@ async def test_idle_versions_make_room_and_come_back_when_asked_for(
         refused = await ask(calls, request("d", x=x))
         assert (refused.code, refused.retry_after_ms) == (Code.CODE_UNAVAILABLE, 1000)
         assert "no memory" in refused.message
+        said = await metrics_at(worker.ops_port)
+        assert 'nv_inference_request_failure{model="d",reason="CODE_UNAVAILABLE",version="1"} 1.0' in said
+        assert [state.totals.failed for state in worker.host.states() if state.model == "d"] == [1]
         await rig.until_state("c", LoadedVersion.STATE_READY)
         await rig.bus.publish([Record(DEPLOYMENTS.name, b"a", None)])
         await eventually(lambda: {state.model for state in worker.host.states()} == {"b", "c", "d"})

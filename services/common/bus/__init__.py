@@ -1,5 +1,6 @@
 """The event bus. Read in this order: port, delivery, memory, admin, kafka, membership, consume, follower,
-fetch_wait, topic_log, table, snapshot, followed, dead_letters, stopping."""
+fetch_wait, topic_log, table, snapshot, followed, dead_letters, lag_gauges,
+stopping."""
 
 from services.common.bus.dead_letters import DeadLetters, Letter, Queue
 from services.common.bus.followed import followed

@@ -1,6 +1,6 @@
-"""Logs and traces. logs.py: JSON lines with trace ids. propagation.py: trace context in bytes, HTTP and Kafka
-headers. tracing.py: sampling, finished spans, ordinary spans. asgi.py: one span per HTTP request
-(`TraceRequests`)."""
+"""Logs and traces. logs.py: JSON lines with trace ids. seldom.py: when what repeats itself is told.
+propagation.py: trace context in bytes, HTTP and Kafka headers. tracing.py: sampling, finished spans, ordinary
+spans. asgi.py: one span per HTTP request (`TraceRequests`)."""
 
 from services.common.telemetry.logs import flush_logs, setup_logging
 from services.common.telemetry.propagation import (

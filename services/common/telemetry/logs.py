@@ -1,7 +1,10 @@
 """One JSON object per line on standard output, for our own events and for every library's.
 
 Lines are rendered by whoever logs and written by one thread, so that a slow reader of the pipe never stops
-the event loop. The queue between them is bounded; what does not fit is counted and the count is logged."""
+the event loop. The queue between them is bounded; what does not fit is counted and the count is logged.
+
+Libraries that say the same at every try, tens of times a second while a server is away, are heard now and
+then."""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import structlog
 from opentelemetry import trace
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from services.common.telemetry.seldom import Seldom
 
 _QUEUE_LINES = 10_000
 _FLUSH_S = 2.0
@@ -35,6 +42,11 @@ _QUIET = (
     "grpc",
 )
 
+#: Libraries that say at every try what they said at the last one; how many seconds apart the same is told.
+_REPEATING = ("aiokafka", "opentelemetry")
+_TOLD_AGAIN_S = 10.0
+_MOST_SAYINGS = 1000
+
 
 def setup_logging(service: str, level: str = "info", json: bool = True) -> None:
     """Route structlog and the standard library's logging to standard output. `level` is a name such as
@@ -48,7 +60,14 @@ def setup_logging(service: str, level: str = "info", json: bool = True) -> None:
     render: list[Processor] = (
         [structlog.processors.format_exc_info, _ordered, _render_json]
         if json
-        else [structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")]
+        else [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stdout.isatty(),
+                timestamp_key="ts",
+                # By itself it shows local variables where `rich` is installed: callers' keys among them.
+                exception_formatter=structlog.dev.plain_traceback,
+            )
+        ]
     )
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
@@ -57,7 +76,9 @@ def setup_logging(service: str, level: str = "info", json: bool = True) -> None:
         logger_factory=_LineLogger,
         cache_logger_on_first_use=False,
     )
+    _lines.service = service
     handler = _LineHandler()
+    handler.addFilter(_Repeated())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -87,6 +108,8 @@ class _Lines:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._dropped = 0
+        #: Who is said to have dropped lines.
+        self.service = ""
         os.register_at_fork(after_in_child=self._forget_thread)
 
     def put(self, line: str) -> None:
@@ -126,14 +149,17 @@ class _Lines:
                 continue
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
-                item += "\n" + json.dumps(
-                    {"level": "warning", "event": "log_lines_dropped", "count": dropped}
-                )
+                item += "\n" + json.dumps(self._said_of(dropped))
             try:
                 sys.stdout.write(item + "\n")
                 sys.stdout.flush()
             except (OSError, ValueError):
                 self._dropped += 1  # nobody reads any more; the service goes on
+
+    def _said_of(self, dropped: int) -> dict[str, Any]:
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        head = {"ts": now, "level": "warning", "service": self.service, "event": "log_lines_dropped"}
+        return {**head, "count": dropped}
 
 
 _lines = _Lines()
@@ -158,6 +184,27 @@ class _LineHandler(logging.Handler):
             _lines.put(self.format(record))
         except Exception:
             self.handleError(record)
+
+
+class _Repeated(logging.Filter):
+    """Lets a library that repeats itself say the same once in a while; `untold` is how often it did since.
+    The same is what one line of its source says, whatever it says it of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sayings: dict[tuple[str, str], Seldom] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether `record` is told."""
+        if record.name.partition(".")[0] not in _REPEATING:
+            return True
+        said = (record.name, str(record.msg))
+        if said not in self._sayings and len(self._sayings) >= _MOST_SAYINGS:
+            self._sayings.clear()
+        untold = self._sayings.setdefault(said, Seldom(_TOLD_AGAIN_S)).due(time.monotonic())
+        if untold:
+            record.__dict__["untold"] = untold  # as `extra` would
+        return untold is not None
 
 
 def _standing_facts(service: str) -> Processor:

@@ -38,6 +38,9 @@ class JobChanges:
         self._session = session
         self._now = now
         self._records: list[Record] = []
+        #: What came of it, for who counts once it is committed: jobs that ended, and rows that are over.
+        self.ended: list[JobRow] = []
+        self.rows_done = self.rows_failed = 0
 
     async def add_cut(self, job: JobRow, cut: Cut) -> None:
         """Chunks that were found behind those known."""
@@ -116,6 +119,8 @@ class JobChanges:
         job.rate_at = self._now
         job.completed += verdict.done
         job.failed += verdict.failed
+        self.rows_done += verdict.done
+        self.rows_failed += verdict.failed
         job.revision += 1
         if verdict.stop == "failed":
             await self.stop(job, "failed", JobError(result.code, chunk.message, chunk.field))
@@ -152,6 +157,7 @@ class JobChanges:
         job.lease_owner = job.lease_until = None
         job.inline_input = None
         job.revision += 1
+        self.ended.append(job)
         if job.callback_url:
             self._session.add(_delivery(job, self._now))
 

@@ -160,23 +160,19 @@ class ChunkResults:
             changes = JobChanges(session, now)
             jobs = await changes.repository.locked({result.job_id for result in results})
             chunks = await changes.repository.chunks_at({(one.job_id, one.index) for one in results})
-            before = {job_id for job_id, job in jobs.items() if job.ended_at is not None}
             for result in results:
                 job, chunk = jobs.get(result.job_id), chunks.get((result.job_id, result.index))
                 if job is not None and chunk is not None and await changes.result(job, chunk, result):
                     at = chunk.published_at
                     taken.append((result, None if at is None else (now - at).total_seconds()))
             await changes.finish()
-        for result, seconds in taken:
-            self._metrics.result(result.rows_done, result.rows_failed, seconds)
+        self._metrics.committed(changes)
+        for _, seconds in taken:
+            self._metrics.result(seconds)
         self._metrics.repeated(len(results) - len(taken))
         for job_id in {result.job_id for result, _ in taken}:
             self._changed(job_id)
-        over = [job for job_id, job in jobs.items() if job.ended_at is not None and job_id not in before]
-        for job in over:
-            self._metrics.ended(job.state)
-            log.info("job_ended", job=job.job_id, state=job.state, rows=job.completed, failed=job.failed)
-        if over:
+        if changes.ended:
             self._ended()
 
 

@@ -188,7 +188,7 @@ class Controller:
             elif step.end is not None:
                 await changes.end(job, step.end)
             await changes.finish()
-        self._told(job)
+        self._told(job, changes)
 
     async def _stop(self, job_id: str, ending: Ending, error: JobError | None = None) -> None:
         async with transaction(self._backend.engine) as session:
@@ -198,12 +198,10 @@ class Controller:
                 return
             await changes.stop(job, ending, error)
             await changes.finish()
-        self._told(job)
+        self._told(job, changes)
 
-    def _told(self, job: JobRow) -> None:
-        if job.ended_at is not None:
-            self._metrics.ended(job.state)
-            log.info("job_ended", job=job.job_id, state=job.state, rows=job.completed, failed=job.failed)
+    def _told(self, job: JobRow, changes: JobChanges) -> None:
+        self._metrics.committed(changes)
         self._changed(job.job_id)
 
     # cutting
@@ -285,7 +283,7 @@ class Controller:
             await changes.add_cut(job, cut)
             await changes.finish()
         self._backoff.pop(job_id, None)
-        self._told(job)
+        self._told(job, changes)
         self.wake()
         return True
 

@@ -149,6 +149,7 @@ class Losses:
                 return
             await changes.result(job, chunk, told)
             await changes.finish()
+        self._metrics.committed(changes)
         log.error("chunk_given_up", job=lost.job_id, chunk=lost.index, attempts=lost.attempt)
         self._changed(lost.job_id)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.gateway.jobs.changes import JobChanges
 from services.gateway.jobs.repository import Backlog
+
+log = structlog.get_logger(__name__)
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
@@ -48,10 +52,25 @@ class JobMetrics:
         self._again = Counter(
             "headrace_batch_chunks_republished", "Chunks published once more.", registry=registry
         )
+        self.lag = Gauge("headrace_gateway_lag", "Records not yet read.", ["topic"], registry=registry)
+        self.dead_letters = Gauge(
+            "headrace_gateway_dead_letters",
+            "Malformed records set aside and not replayed, those of the pools' workers among them.",
+            ["topic"],
+            registry=registry,
+        )
         self._ended = Counter("headrace_batch_jobs_ended", "Jobs that ended.", ["state"], registry=registry)
         self._callbacks = Counter(
             "headrace_batch_callbacks", "Callbacks tried.", ["outcome"], registry=registry
         )
+        # From 0: of a series that begins with 1, nobody sees that it grew.
+        for counter, values in (
+            (self._rows, ("completed", "failed")),
+            (self._ended, ("completed", "failed", "cancelled", "expired")),
+            (self._callbacks, ("delivered", "failed", "given_up")),
+        ):
+            for value in values:
+                counter.labels(value)
 
     def states(self, known: Mapping[str, tuple[int, int, int, float]]) -> None:
         """What is under way: by state jobs, open and flying chunks, rows per second."""
@@ -69,10 +88,16 @@ class JobMetrics:
             self._lag_rows.labels(pool).set(one.rows)
         self._pools |= known.keys()
 
-    def result(self, done: int, failed: int, seconds: float | None) -> None:
-        """One chunk is done."""
-        self._rows.labels("completed").inc(done)
-        self._rows.labels("failed").inc(failed)
+    def committed(self, changes: JobChanges) -> None:
+        """What came of `changes`, which are committed: whoever ends a job, it is counted once."""
+        self._rows.labels("completed").inc(changes.rows_done)
+        self._rows.labels("failed").inc(changes.rows_failed)
+        for job in changes.ended:
+            self._ended.labels(job.state).inc()
+            log.info("job_ended", job=job.job_id, state=job.state, rows=job.completed, failed=job.failed)
+
+    def result(self, seconds: float | None) -> None:
+        """The result of a chunk came, so long after it was published."""
         if seconds is not None:
             self._results.observe(max(0.0, seconds))
 
@@ -83,10 +108,6 @@ class JobMetrics:
     def republished(self, chunks: int) -> None:
         """Chunks were lost."""
         self._again.inc(chunks)
-
-    def ended(self, state: str) -> None:
-        """A job ended."""
-        self._ended.labels(state).inc()
 
     def callbacks(self, outcome: str) -> None:
         """A callback was tried."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from services.common.bus import Bus
+from services.common.bus.lag_gauges import show_lag
 from services.common.clock import Clock
 from services.common.db import OutboxRelay, engine, migrate
 from services.common.errors import Fatal, HeadraceError
 from services.common.objects import ArtifactStore, InputSources
 from services.common.objects.sources import check_prefixes
-from services.common.topics import JOB_RESULTS, JOBS
+from services.common.tasks import running
+from services.common.topics import JOB_RESULTS, JOBS, Topic, chunks
 from services.gateway.catalogue import Catalogue
 from services.gateway.jobs.addresses import CallbackRules
 from services.gateway.jobs.backend import Availability, Backend
@@ -136,6 +139,7 @@ class _Running:
             changed=wakes.changed,
             clock=around.clock,
             limits=JobLimits(cfg.max_jobs_per_key),
+            committed=self._metrics.committed,
         )
 
     @asynccontextmanager
@@ -217,5 +221,14 @@ class _Running:
             await enter(bus.consume(JOB_RESULTS, _GROUP, results, max_records=_RESULTS_AT_ONCE))
             submitted = SubmittedJobs(self.service, around.keys, around.is_known)
             await enter(bus.consume(JOBS, _GROUP, submitted, max_records=_JOBS_AT_ONCE))
+            groups = functools.partial(_groups, around.pools, cfg.partitions)
+            lag = show_lag(bus, groups, self._metrics.lag, self._metrics.dead_letters)
+            await enter(running(lag, "jobs:lag"))
             log.info("jobs_ready", owner=cfg.owner)
             yield
+
+
+def _groups(pools: Pools, partitions: int) -> list[tuple[Topic, str]]:
+    """Who reads what of jobs: gateways, and the workers of each pool, whose records gateways look after."""
+    ours = [(JOBS, _GROUP), (JOB_RESULTS, _GROUP)]
+    return ours + [(chunks(pool, partitions), pool) for pool in pools.names()]

@@ -69,7 +69,7 @@ class JobService:
     """Jobs belong to the key that submitted them: others, but admins, are told that there is none. Everything
     raises Unavailable while PostgreSQL or the store is away, and Unimplemented where there is none."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its parts, wired once
         self,
         *,
         availability: Availability,
@@ -80,8 +80,9 @@ class JobService:
         changed: Callable[[str], None],
         clock: Clock,
         limits: JobLimits,
+        committed: Callable[[JobChanges], None] = lambda _changes: None,
     ) -> None:
-        """`changed` is told the id of a job that somebody should look at now."""
+        """`changed` is told the id of a job that somebody should look at now, `committed` what to count."""
         self._availability = availability
         self._catalogue = catalogue
         self._pools = pools
@@ -90,6 +91,7 @@ class JobService:
         self._changed = changed
         self._clock = clock
         self._limits = limits
+        self._committed = committed
         self._looking = 0
 
     def close(self) -> None:
@@ -216,8 +218,7 @@ class JobService:
             repository = JobRepository(session)
             behind = None if after is None else _owned(await repository.job(after), caller, "after")
             rows = await repository.page(key_id, caller.models, filters, behind, limit + 1)
-        now = self._clock.now()
-        return JobPage([job_of(row, now) for row in rows[:limit]], has_more=len(rows) > limit)
+        return JobPage([job_of(row, self._clock.now()) for row in rows[:limit]], has_more=len(rows) > limit)
 
     async def cancel(self, job_id: str, caller: Key) -> Job:
         """Begin to cancel: what runs stops within a batch, finished rows stay. Again is fine. Raises
@@ -230,6 +231,7 @@ class JobService:
                 raise FailedPrecondition(f"The job has ended already: {row.state}.", field="batch_id")
             await changes.stop(row, "cancelled")
             await changes.finish()
+        self._committed(changes)
         self._changed(job_id)
         return job_of(row, self._clock.now())
 

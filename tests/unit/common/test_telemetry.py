@@ -295,6 +295,26 @@ def test_every_log_line_is_json_with_the_same_head() -> None:
     assert "ZeroDivisionError" in failed["exception"]
 
 
+def test_lines_for_people_show_no_local_variables(capfd: pytest.CaptureFixture[str]) -> None:
+    program = """
+        from services.common.telemetry import flush_logs, setup_logging
+        import structlog
+        setup_logging("gateway", json=False)
+        def authenticate(key):
+            return key / 0
+        try:
+            authenticate(float("11235813"))
+        except ZeroDivisionError:
+            structlog.get_logger("mine").exception("failed")
+        flush_logs()
+    """
+    paths = {"PYTHONPATH": f"{_ROOT}:{_ROOT / 'proto'}"}
+    subprocess.run([sys.executable, "-c", dedent(program)], env=os.environ | paths, timeout=30, check=True)
+    said = capfd.readouterr().out
+    assert "ZeroDivisionError" in said
+    assert "11235813.0" not in said
+
+
 def test_two_services_of_one_process_are_told_apart() -> None:
     lines = _logged(
         """
@@ -308,6 +328,28 @@ def test_two_services_of_one_process_are_told_apart() -> None:
         """
     )
     assert [line["service"] for line in lines] == ["router", "router", "gateway", "router", "gateway"]
+
+
+def test_a_library_that_repeats_itself_is_heard_now_and_then() -> None:
+    lines = _logged(
+        """
+        import time
+        setup_logging("router")
+        moment = 1000.0
+        time.monotonic = lambda: moment
+        for second in range(25):
+            moment = 1000.0 + second
+            for node in range(10):
+                logging.getLogger("aiokafka").error("Unable connect to node with id %s: %s", node, "refused")
+                logging.getLogger("aiokafka.cluster").error("Topic %s is not available", node)
+                logging.getLogger("services.common.bus.kafka").warning("ours")
+        """
+    )
+    told = [line for line in lines if line["logger"] == "aiokafka"]
+    assert [line["event"] for line in told] == ["Unable connect to node with id 0: refused"] * 3
+    assert [line.get("untold") for line in told] == [None, 99, 99]
+    assert sum(line["logger"] == "aiokafka.cluster" for line in lines) == 3
+    assert sum(line["event"] == "ours" for line in lines) == 250
 
 
 def test_what_a_full_queue_drops_is_counted() -> None:
@@ -329,6 +371,8 @@ def test_what_a_full_queue_drops_is_counted() -> None:
         """
     )
     events = [line["event"] for line in lines]
+    assert all(list(line)[:4] == ["ts", "level", "service", "event"] for line in lines)
+    assert {line["service"] for line in lines} == {"router"}
     dropped = next(line["count"] for line in lines if line["event"] == "log_lines_dropped")
     assert 40 <= dropped <= 50
     assert events.count("line") + dropped == 10_050

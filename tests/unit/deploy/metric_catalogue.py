@@ -14,6 +14,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from services.analytics.metrics import Metrics as AnalyticsMetrics
+from services.common.lifecycle.joint_ops import _Joined
 from services.drift.metrics import Metrics as DriftMetrics
 from services.gateway.jobs.metrics import JobMetrics
 from services.gateway.metrics import GatewayMetrics
@@ -74,11 +75,12 @@ class _Idle:
 def metrics() -> dict[str, Sample]:
     """Every sample that some service, or Prometheus about a service, may have."""
     idle: Any = _Idle()
-    registries = [CollectorRegistry() for _ in range(5)]
-    gateway, router, worker, analytics, drift = registries
+    registries = [CollectorRegistry() for _ in range(6)]
+    gateway, router, worker, analytics, drift, joint = registries
+    joint.register(_Joined({}, 2, 0))
     GatewayMetrics(gateway)
     JobMetrics(gateway)
-    router.register(RouterMetrics(idle, idle, idle))
+    router.register(RouterMetrics(idle, idle, idle, idle))
     worker.register(WorkerMetrics(idle, SimpleNamespace(refused=Counter()), idle))  # type: ignore[arg-type]  # stand-ins
     worker.register(BatchMetrics(SimpleNamespace(stats=BatchStats(), partitions=0)))
     AnalyticsMetrics(analytics)

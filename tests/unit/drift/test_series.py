@@ -1,4 +1,4 @@
-"""What metrics say of versions that are served no more: nothing."""
+"""What metrics say of versions and models that are served no more: nothing."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def test_a_version_that_is_undeployed_has_no_psi() -> None:
     assert not signatures.is_gone("n", "1")
     signatures.apply(b"m", config("1"))
     assert not signatures.is_gone("m", "1")
+
+
+def test_a_model_that_is_gone_leaves_no_series() -> None:
+    """As many come and go, and the page that is scraped would only grow."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for model in ("a", "b", "c"):
+        metrics.windows.labels(model).inc()
+    metrics.keep_models({"b"})
+    lines = generate_latest(registry).decode().splitlines()
+    assert {line.partition('model="')[2][:1] for line in lines if 'model="' in line} == {"b"}
+    metrics.windows.labels("a").inc()  # a window that closes late
+    metrics.keep_models({"b"})
+    assert registry.get_sample_value("headrace_drift_windows_total", {"model": "a"}) is None
+    assert registry.get_sample_value("headrace_drift_windows_total", {"model": "b"}) == 1

@@ -11,8 +11,11 @@ from services.common.clock import ManualClock
 from services.common.db import DatabaseUnavailable
 from services.registry.controller import Controller
 from services.registry.edge import Edge
+from services.registry.experiment_control import ExperimentActor
 from services.registry.metrics import Metrics
 from services.registry.repository import Repository
+from services.registry.retention import RetentionActor
+from services.registry.rollout_control import RolloutActor
 from tests.fixtures.waiting import eventually
 
 
@@ -35,6 +38,8 @@ class Database:
 
 class Acting:
     """An actor whose trial `broken` fails."""
+
+    actions = ("stop",)
 
     def __init__(self, *trials: str, kind: str = "experiment") -> None:
         self.kind = kind
@@ -82,6 +87,21 @@ async def test_a_trial_that_fails_holds_up_nobody_and_is_tried_ever_less_often()
     assert tries == [1, 1, 2, 2, 3]
     assert decisions(database, "failed") == 3
     assert decisions(database, "stop") >= 10
+
+
+def test_what_it_may_decide_is_counted_from_0() -> None:
+    """Of a series that begins with 1, Prometheus does not see that it grew."""
+    database = Database()
+    controller(database, Acting())
+    for action in ("stop", "failed"):
+        labels = {"kind": "experiment", "action": action}
+        assert database.metrics.registry.get_sample_value("headrace_registry_decisions_total", labels) == 0
+
+
+def test_the_actors_name_all_that_they_may_decide() -> None:
+    assert {"start", "stop", "reweight", "close"} == set(ExperimentActor.actions)
+    assert {"enter", "complete", "roll_back", "abort", "close"} <= set(RolloutActor.actions)
+    assert set(RetentionActor.actions) == {"forget"}
 
 
 async def test_a_lost_database_ends_nothing() -> None:

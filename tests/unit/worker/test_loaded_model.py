@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import structlog
 from headrace.v1.dataplane_pb2 import PredictReply
 from headrace.v1.tensor_pb2 import Code
 from opentelemetry.trace import SpanContext, TraceFlags
 
-from services.common.clock import SystemClock
+from services.common.clock import ManualClock, SystemClock
 from services.common.errors import HeadraceError, Unavailable
 from services.common.telemetry import context_from_kafka, setup_tracing, trace_bytes
 from services.worker.batch_queue import BatchPolicy
@@ -290,3 +291,28 @@ async def test_without_a_sampled_request_there_is_no_trace(rig: Rig) -> None:
     await rig.tracing.close()
     assert rig.spans.get_finished_spans() == ()
     assert rig.log.records[0][2] == ()
+
+
+async def test_a_model_that_always_fails_says_so_now_and_then(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("the weights are gone")
+
+    monkeypatch.setattr(rig.backend, "run", broken)
+    clock = rig.clock = ManualClock()
+    clock.advance(SystemClock().monotonic() - clock.monotonic())
+    model = rig.start(max_rows=1)
+    with structlog.testing.capture_logs() as lines:
+        for number in range(20):
+            if number == 15:
+                clock.advance(11)
+            model.submit([rig.item(number)])
+            await eventually(lambda asked=number: asked in rig.answers)  # type: ignore[misc]  # its own number
+    assert set(rig.codes().values()) == {Code.CODE_INTERNAL}
+    assert model.stats.failed == {"CODE_INTERNAL": 20}
+    told = [line for line in lines if line["event"] == "model_failed"]
+    assert [(line["untold"], line["request_id"]) for line in told] == [
+        (0, bytes([0] * 16).hex()),
+        (14, bytes([15] * 16).hex()),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,9 +37,10 @@ class Demand:
         self.times += 1
 
 
-def park(demand: Demand, max_queue_rows: int = 64) -> Parked:
+def park(demand: Demand, max_queue_rows: int = 64, failed: Counter[str] | None = None) -> Parked:
     policy = ServingPolicy(BatchPolicy(max_rows=4, max_queue_rows=max_queue_rows), PayloadPolicy(), 1.0)
-    return Parked(InputLayout(SIGNATURE), policy, SystemClock(), demand)
+    counted: Counter[str] = Counter() if failed is None else failed
+    return Parked(InputLayout(SIGNATURE), policy, SystemClock(), demand, counted)
 
 
 async def test_what_waits_is_answered_by_the_model_that_takes_over(rig: Rig) -> None:
@@ -69,6 +71,21 @@ async def test_waiting_ends_at_the_deadline_and_with_the_stand_in(rig: Rig) -> N
     assert rig.codes()[2] == Code.CODE_UNAVAILABLE
     parked.submit([rig.item(3)])
     assert rig.codes()[3] == Code.CODE_UNAVAILABLE
+
+
+async def test_whom_it_refuses_is_counted(rig: Rig) -> None:
+    failed: Counter[str] = Counter({"CODE_INTERNAL": 1})
+    parked = park(Demand(), max_queue_rows=16, failed=failed)
+    parked.submit([rig.item(number) for number in range(40)])
+    refused = len(rig.answers)
+    assert refused > 20
+    assert failed == {"CODE_INTERNAL": 1, "CODE_RESOURCE_EXHAUSTED": refused}
+    parked.close(Unavailable("no room"))
+    assert failed == {
+        "CODE_INTERNAL": 1,
+        "CODE_RESOURCE_EXHAUSTED": refused,
+        "CODE_UNAVAILABLE": 40 - refused,
+    }
 
 
 async def test_no_more_wait_than_the_queue_holds(rig: Rig) -> None:
