@@ -61,9 +61,9 @@ GROUPS: Final = {
     "worker": tuple(
         f"services/worker/{name}.py"
         for name in (
-            "batch_queue", "batcher", "execution", "input_layout", "item", "loaded_model", "outcome",
-            "padding", "prediction_log", "priorities", "record_columns", "replies", "run_time", "servicer",
-            "serving", "stats", "tensors", "turn", "wire",
+            "batch_queue", "batcher", "execution", "input_layout", "item", "loaded_model", "mapped_objects",
+            "outcome", "padding", "prediction_log", "priorities", "record_columns", "replies", "run_time",
+            "servicer", "serving", "shared_inputs", "stats", "tensors", "turn", "wire",
         )
     ),
     "gateway": tuple(

@@ -61,6 +61,8 @@ class Servicer:
         #: Set once the worker takes nothing more.
         self.closed = False
         self.refused: dict[str, int] = {}
+        # Who sends inputs that way sends all of them so.
+        self._shared_lately = False
 
     def accept(
         self,
@@ -93,13 +95,19 @@ class Servicer:
                 if loaded is None:
                     raise self._not_here(request)
                 apart = contents.get(position) if contents else None
-                try:
-                    rows, key, data = loaded.layout.take(request, apart)
-                except InvalidArgument:
-                    # Asked only now: who sends data with the request pays nothing for those who do not.
-                    if not in_shared_memory(request):
-                        raise
+                if self._shared_lately:
+                    self._shared_lately = in_shared_memory(request)
+                if self._shared_lately:
                     rows, key, data = loaded.layout.take(request, self._shared.read(request, apart))
+                else:
+                    try:
+                        rows, key, data = loaded.layout.take(request, apart)
+                    except InvalidArgument:
+                        # Asked only now: who sends data with the request pays nothing for those who do not.
+                        if not in_shared_memory(request):
+                            raise
+                        self._shared_lately = True
+                        rows, key, data = loaded.layout.take(request, self._shared.read(request, apart))
             except HeadraceError as error:
                 self._count(error)
                 settle(request, error)

@@ -89,6 +89,21 @@ def test_an_input_is_read_where_it_lies_and_stays_what_it_was(region: Path) -> N
     assert item.nbytes == 64
 
 
+def test_who_sends_both_ways_in_turn_is_understood(region: Path) -> None:
+    version = Taking()
+    servicer = Servicer(version, MemoryLog(), SystemClock(), SharedInputs(allowed=True))
+    shared, sent, wrong = asked(region.name), asked(region.name), asked(region.name)
+    for request in (sent, wrong):
+        request.inputs[1].ClearField("shared_memory")
+    sent.inputs[1].data = bytes(32)
+    errors: list[Answer] = []
+    for request in (shared, sent, shared, wrong, shared, shared, sent):
+        servicer.accept([request], lambda _request, answer: errors.append(answer), {}, {})
+    lying, given = VALUES[:8].tobytes(), bytes(32)
+    assert [bytes(item.data[0]) for item in version.items] == [lying, given, lying, lying, lying, given]
+    assert [type(error) for error in errors] == [InvalidArgument]
+
+
 def test_an_input_that_came_apart_goes_with_it(region: Path) -> None:
     request = asked(region.name)
     request.inputs[0].ClearField("data")
