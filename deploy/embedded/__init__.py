@@ -6,8 +6,8 @@ watch, start again, let another take over), `guard` (ends everything when the su
 (what is done after a start: compile, and renew what then runs compiled). What is decided without touching
 anything: `configuration` (environment), `blueprint` (the parts), `preflight` (what must hold before).
 
-The parts: `process` (one child that dies with its parent), `server` (what all have in common), `postgres`,
-`valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service` (with `native`: compiled modules), of which
-`front` (and `front_process`) is what runs where gateway and router share a process. Beside them: `status`,
-`lock`, `log_files`, `secret_files`, `view`.
+The parts: `process` (one child that dies with its parent), `priority` (and makes way for others), `server`
+(what all have in common), `postgres`, `valkey`, `tansu`, `apache_kafka` (with `kafka_probe`), `service` (with
+`native`: compiled modules), of which `front` (and `front_process`) is what runs where gateway and router
+share a process. Beside them: `status`, `lock`, `log_files`, `secret_files`, `view`.
 """

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deploy.embedded.priority import give_way
+
 PR_SET_PDEATHSIG = 1
 #: Loaded before any fork: nothing may be imported or allocated for long between fork and exec.
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -27,7 +29,8 @@ class Command:
     """What to execute and how it wants to be ended.
 
     `death_signal` is what the kernel sends when the parent dies; `stop_signal` asks for a clean end.
-    `user` and `group` are numeric ids to drop to, None to stay.
+    `user` and `group` are numeric ids to drop to, None to stay. With `yields` it takes the processor when
+    nobody else wants it.
     """
 
     argv: Sequence[str]
@@ -37,6 +40,7 @@ class Command:
     group: int | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     death_signal: signal.Signals = signal.SIGKILL
+    yields: bool = False
 
 
 def die_with_parent(death_signal: signal.Signals) -> Callable[[], None]:
@@ -89,6 +93,8 @@ class Child:
                 preexec_fn=die_with_parent(command.death_signal),  # noqa: PLW1509 - it only calls prctl
                 **identity,
             )
+        if command.yields:
+            give_way(self.pid)
 
     @property
     def pid(self) -> int:

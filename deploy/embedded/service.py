@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +14,6 @@ from deploy.embedded.configuration import REPOSITORY
 from deploy.embedded.process import Command
 from deploy.embedded.server import LOOPBACK, Server
 
-# Below the threads of batch jobs (10): these hold an interpreter's lock now and then that requests wait for.
-_YIELDS = "15"
 #: How often a port that two processes share is asked, until the one that is meant answers: the kernel draws
 #: one for each connection.
 _ASKED = 16
@@ -48,7 +45,7 @@ class ServiceProcess(Server):
         self._environment = environment
         self._compiled = compiled
         # On one machine the readers of events must not slow down those that answer.
-        self._yields = ("nice", "-n", _YIELDS) if yields and shutil.which("nice") else ()
+        self._yields = yields
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -68,7 +65,10 @@ class ServiceProcess(Server):
         if copy is not None:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(copy), environment["PYTHONPATH"])))
         return Command(
-            argv=[*self._yields, sys.executable, "-m", self._module], env=environment, cwd=copy or REPOSITORY
+            argv=[sys.executable, "-m", self._module],
+            env=environment,
+            cwd=copy or REPOSITORY,
+            yields=self._yields,
         )
 
     def ready(self) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -167,6 +169,25 @@ def test_parts_share_our_session_so_that_their_priorities_count(tmp_path: Path) 
         assert os.getsid(child.pid) == os.getsid(0)
     finally:
         child.kill()
+
+
+def test_who_yields_comes_last_and_in_short_turns(tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    nice, attributes = os.getpriority(os.PRIO_PROCESS, 0), struct.Struct("=IIQiIQQQ")
+    sched_getattr = {"x86_64": 315, "aarch64": 275}.get(platform.machine())
+    for yields in (False, True):
+        child = Child(Command(["sleep", "600"], env=environment, yields=yields), tmp_path / "part.log")
+        try:
+            assert os.getpriority(os.PRIO_PROCESS, child.pid) == (19 if yields else nice)
+            if sched_getattr is not None and sys.platform == "linux":
+                said = ctypes.create_string_buffer(attributes.size)
+                assert ctypes.CDLL(None).syscall(sched_getattr, child.pid, said, attributes.size, 0) == 0
+                _, policy, _, its_nice, _, slice_ns, _, _ = attributes.unpack(said)
+                assert (policy, its_nice) == (os.SCHED_OTHER, 19 if yields else nice)
+                # Linux before 6.12 knows no turns and says 0.
+                assert slice_ns in {0, 100_000} if yields else slice_ns != 100_000
+        finally:
+            child.kill()
 
 
 def test_the_guard_ends_the_groups_it_was_told_of() -> None:
