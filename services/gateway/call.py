@@ -145,6 +145,8 @@ class Call(ABC):
     v2: V2State | None = None
     #: Where outputs are wanted that shall not come with the answer. Such a call has no plan.
     places: OutputPlaces | None = None
+    #: How many of their best classes outputs are wanted as. Such a call has no plan either.
+    classes: dict[str, int] | None = None
     trace_parent: SpanContext | None = None
     trace_context: SpanContext | None = None
 

@@ -62,5 +62,6 @@ _ALL = (
 BY_NUMBER: dict[int, Datatype] = {datatype.number: datatype for datatype in _ALL}
 BY_NAME: dict[str, Datatype] = {datatype.name: datatype for datatype in _ALL}
 
+BOOL = BY_NAME["BOOL"]
 BYTES = BY_NAME["BYTES"]
 BF16 = BY_NAME["BF16"]

@@ -172,9 +172,12 @@ class OpenAIEmbeddingsSpeaker(CommonSpeaker):
         native.require_embedding(version.signature, request.model)
         openai.fill_embeddings(request, version.signature, body)
         call.base64 = body.encoding_format == "base64"
-        served = call.model  # any version of it may answer
-        if served is not None and all(one.backend == _COUNTS_TOKENS for one in served.versions.values()):
-            request.outputs.extend((version.signature.prediction, openai.TOKENS))
+        served, output = call.model, version.signature.prediction
+        if served is not None and all(  # any version of it may answer
+            one.backend == _COUNTS_TOKENS and one.signature.prediction == output
+            for one in served.versions.values()
+        ):
+            request.outputs.extend((output, openai.TOKENS))
 
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
         signature = self.answered_by(call, reply).signature

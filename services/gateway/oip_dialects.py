@@ -16,6 +16,7 @@ from services.common.shared_memory import in_shared_memory
 from services.gateway.call import Call
 from services.gateway.catalogue import Catalogue, ServedVersion
 from services.gateway.codecs import oip, v2
+from services.gateway.codecs.classes import put_classes, wanted_classes
 from services.gateway.codecs.compiled import JSON
 from services.gateway.codecs.infer_forms import named, names_of, request_form
 from services.gateway.codecs.places import output_places
@@ -80,11 +81,13 @@ class V2Speaker(CommonSpeaker):
         apart: list[Buffer] = []
         find = partial(self._regions.find, key.key_id)
         state = call.v2 = v2.fill_request(request, version.signature, asked, binary, apart, find)
-        call.places = output_places([(one.name, one.parameters) for one in asked.outputs or ()], find)
+        outputs = [(one.name, one.parameters) for one in asked.outputs or ()]
+        call.places = output_places(outputs, find)
+        call.classes = wanted_classes(version.signature, outputs)
         if apart:
             call.tensors = tuple(apart)
         body, model = call.body, call.model
-        if raw or model is None or len(body) > _LEARNED_BYTES or _elsewhere(call, request):
+        if raw or model is None or len(body) > _LEARNED_BYTES or _unlike_others(call, request):
             return
         names = _v2_names(target)
         plan = key.plans.get(names)
@@ -99,6 +102,8 @@ class V2Speaker(CommonSpeaker):
         state = call.v2
         if state is None:
             raise ValueError("a reply to a request that was not read")
+        if call.classes is not None:
+            put_classes(reply, call.classes, self.answered_by(call, reply).signature)
         body, json_length = v2.encode_answer(name_of(call), state, call.request_id.hex(), reply, call.places)
         if isinstance(call.plan, V2Plan):
             call.plan.learn_answer(state, reply)
@@ -159,13 +164,15 @@ class GrpcSpeaker(CommonSpeaker):
         version = self.version(call, key, request, asked.model_name, asked.model_version)
         find = partial(self._regions.find, key.key_id)
         oip.fill_request(request, version.signature, asked, find)
-        call.places = output_places([(one.name, oip.scalars(one.parameters)) for one in asked.outputs], find)
+        outputs = [(one.name, oip.scalars(one.parameters)) for one in asked.outputs]
+        call.places = output_places(outputs, find)
+        call.classes = wanted_classes(version.signature, outputs)
         timeout_s = oip.timeout_of(asked)
         call.asked_timeout_s = _shorter(call.head.timeout_s, timeout_s)
         if (
             call.head.content_encoding is None
             and len(call.body) <= _LEARNED_BYTES
-            and not _elsewhere(call, request)
+            and not _unlike_others(call, request)
         ):
             self._learn(call, key, asked, request, version, timeout_s)
 
@@ -196,6 +203,8 @@ class GrpcSpeaker(CommonSpeaker):
     def write(self, call: Call, reply: PredictReply, latency_ms: float) -> tuple[bytes, bytes]:
         if isinstance(call.plan, InferPlan):
             call.plan.learn_answer(reply)
+        if call.classes is not None:
+            put_classes(reply, call.classes, self.answered_by(call, reply).signature)
         request_id = call.asked_id.decode() or call.request_id.hex()
         return b"", oip.to_response(name_of(call), request_id, reply, call.places).SerializeToString()
 
@@ -233,6 +242,7 @@ def _v2_names(target: Target) -> str:
     return f"{target.model}/{target.version}"
 
 
-def _elsewhere(call: Call, request: PredictRequest) -> bool:
-    """Whether tensors lie in shared memory: what bodies have in common is not learned from such."""
-    return call.places is not None or in_shared_memory(request)
+def _unlike_others(call: Call, request: PredictRequest) -> bool:
+    """Whether tensors lie in shared memory, or are wanted as classes: what bodies have in common is not
+    learned from such."""
+    return call.places is not None or call.classes is not None or in_shared_memory(request)

@@ -12,7 +12,16 @@ from pydantic import BaseModel
 from services.registry.deployments import Revision
 
 
-class ModelView(BaseModel):
+class OpenAIModel(BaseModel):
+    """A model as clients of OpenAI know it; `created` in seconds since 1970."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "headrace"
+
+
+class ModelView(OpenAIModel):
     name: str
     description: str
     tags: dict[str, str]
@@ -22,21 +31,14 @@ class ModelView(BaseModel):
     @classmethod
     def of(cls, message: registry_pb2.Model) -> ModelView:
         return cls(
+            id=message.name,
+            created=message.created_at_us // 1_000_000,
             name=message.name,
             description=message.description,
             tags=dict(message.tags),
             aliases=dict(message.aliases),
             created_at=moment(message.created_at_us),
         )
-
-
-class OpenAIModel(BaseModel):
-    """A model as clients of OpenAI list them; `created` in seconds since 1970."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "headrace"
 
 
 class ModelPage(BaseModel):
@@ -50,7 +52,7 @@ class ModelPage(BaseModel):
     @classmethod
     def of(cls, found: Sequence[registry_pb2.Model], following: str | None) -> ModelPage:
         models = [ModelView.of(model) for model in found]
-        listed = [OpenAIModel(id=model.name, created=int(model.created_at.timestamp())) for model in models]
+        listed = [OpenAIModel(id=model.id, created=model.created) for model in models]
         return cls(models=models, next=following, data=listed)
 
 

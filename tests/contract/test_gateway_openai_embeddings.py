@@ -120,16 +120,20 @@ def test_what_is_not_there_is_the_callers_mistake(
         (["embedding", "embedding"], ["embedding", "headrace.tokens"]),
         (["embedding", "onnx"], []),
         (["onnx", "embedding"], []),
+        (["embedding", "embedding.vector"], []),
     ],
 )
 def test_tokens_are_asked_for_where_every_version_counts_them(
     host: GatewayThread, backends: list[str], outputs: list[str]
 ) -> None:
-    """The router chooses the version, and one of another backend refuses an output that it does not have."""
+    """The router chooses the version, and one of another backend, or whose output is called otherwise (what
+    stands behind the dot), refuses an output that it does not have."""
     config = next(config for config in configs() if config.model == "embedder")
     config.model = "-".join(backends)
     signature = config.versions.pop().signature
-    for number, backend in enumerate(backends, 1):
+    for number, said in enumerate(backends, 1):
+        backend, _, name = said.partition(".")
+        signature.outputs[0].name = name or "embedding"
         config.versions.add(version=str(number), backend=backend, signature=signature, weight=5000)
     record = Record(DEPLOYMENTS.name, config.model.encode(), config.SerializeToString())
     host.run(host.running.bus.publish([record]))

@@ -81,6 +81,11 @@ try:
     client.infer("nope", [texts], headers=headers)
 except triton.InferenceServerException as error:
     found["error"] = [error.status(), error.message()]
+for binary in (True, False):
+    best = triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=1)
+    mine = {"Authorization": headers["Authorization"]}  # the client adds to those that it is given
+    answer = client.infer("cancer", [given], outputs=[best], headers=mine)
+    found.setdefault("classes", []).append(answer.as_numpy("probabilities").astype(str).tolist())
 stats = client.get_inference_statistics("cancer", headers=headers)["model_stats"][0]
 found["stats"] = [stats["name"], *(stats["inference_stats"][name] for name in ("cache_hit", "cache_miss"))]
 found["all stats"] = [one["name"] for one in client.get_inference_statistics(headers=headers)["model_stats"]]
@@ -124,11 +129,10 @@ given.set_data_from_numpy(np.array([[10, 2, 3], [20, 1, 1]], dtype=np.float32))
 answer = client.infer("cancer", [given], headers=headers, request_id="r-2", client_timeout=5)
 found["infer"] = [answer.as_numpy("label").tolist(), answer.as_numpy("probabilities").tolist(),
                   answer.get_response().id]
-try:
-    best = triton.InferRequestedOutput("probabilities", class_count=1)
-    client.infer("cancer", [given], outputs=[best], headers=headers)
-except triton.InferenceServerException as error:
-    found["classes"] = error.status()
+for count in (1, 5):
+    best = triton.InferRequestedOutput("probabilities", class_count=count)
+    answer = client.infer("cancer", [given], outputs=[best], headers=headers)
+    found.setdefault("classes", []).append(answer.as_numpy("probabilities").astype(str).tolist())
 all_stats = client.get_inference_statistics(headers=headers).model_stats
 found["stats"] = [[one.name, one.version] for one in all_stats]
 heard = []
@@ -179,6 +183,7 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
     assert found["json"] == found["binary"] == found["mixed"] == found["deflate"] == expected
     assert found["bytes"] == [2, 4]
     assert found["error"] == ["404", "There is no model 'nope' in service."]
+    assert found["classes"] == [[["0.875:1:benign"], ["0.75:0:malignant"]]] * 2
     # Without asking whether they are there, clients read what nobody counts here.
     assert found["stats"] == ["cancer", {"count": 0, "ns": 0}, {"count": 0, "ns": 0}]
     assert found["config"] == 64  # clients put no more rows into a request
@@ -204,7 +209,8 @@ def test_tritonclient_over_http(gateway: GatewayThread) -> None:
 def test_tritonclient_over_grpc(gateway: GatewayThread) -> None:
     found = run_client(_GRPC_CLIENT, gateway.running.gateway.grpc_port)
     assert found["infer"] == [[1, 0], [[0.125, 0.875], [0.75, 0.25]], "r-2"]
-    assert found["classes"] == "StatusCode.UNIMPLEMENTED"
+    both = [["0.875:1:benign", "0.125:0:malignant"], ["0.75:0:malignant", "0.25:1:benign"]]
+    assert found["classes"] == [[row[:1] for row in both], both]
     rows = {"name": "x", "data_type": "TYPE_FP32", "dims": ["3"]}
     assert found["config"] == [64, [rows], ["1", "2"]]
     assert found["repository"] == ["StatusCode.UNIMPLEMENTED"] * 2
@@ -251,6 +257,27 @@ def test_a_body_without_json_is_the_one_input(gateway: GatewayThread) -> None:
 
 
 KEY = (("x-api-key", ADMIN),)
+
+
+def test_classes_are_not_told_by_what_was_learned(
+    stub: oip_grpc.GRPCInferenceServiceStub, gateway: GatewayThread
+) -> None:
+    """Nor are they learned: who asks for numbers before and after them gets numbers."""
+    rows = {"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [10, 2, 3]}
+    message = oip.ModelInferRequest(model_name="cancer", raw_input_contents=[struct.pack("<3f", 10, 2, 3)])
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 3])
+    message.outputs.add(name="probabilities")
+    numbers, best = [0.125, 0.875], ["0.875:1:benign"]
+    for count in (0, 0, 0, 1, 1, 1, 0, 0):
+        output = {"name": "probabilities"} | ({"parameters": {"classification": count}} if count else {})
+        answer = gateway.request("POST", "/v2/models/cancer/infer", {"inputs": [rows], "outputs": [output]})
+        assert answer.json()["outputs"][0]["data"] == (best if count else numbers)
+        message.outputs[0].parameters.clear()
+        if count:
+            message.outputs[0].parameters["classification"].int64_param = count
+        said = stub.ModelInfer(message, metadata=KEY, timeout=PATIENCE_S)
+        wanted = b"\x0e\0\0\0" + best[0].encode() if count else struct.pack("<2f", *numbers)
+        assert said.raw_output_contents[0] == wanted
 
 
 def mixed_request() -> oip.ModelInferRequest:

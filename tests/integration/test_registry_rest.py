@@ -423,6 +423,8 @@ async def test_models_are_listed_page_by_page(running: Running) -> None:
     kept = (await running.rest.patch("/v1/models/a", json={"tags": {}})).json()
     assert (kept["description"], kept["tags"]) == ("d", {})
     assert (await running.rest.get("/v1/models/a")).json() == kept
+    # One is shown to OpenAI's clients as it is listed.
+    assert {name: kept[name] for name in first["data"][0]} == first["data"][0]
 
 
 async def test_keys_are_shown_once_and_published_as_hashes(running: Running, kafka_bootstrap: str) -> None:

@@ -83,7 +83,6 @@ def fill_request(
     request.inputs.extend(tensors)
     v2.fill_parameters(request, scalars(asked.parameters))
     v2.fill_outputs(request, signature, [one.name for one in asked.outputs])
-    v2.refuse_classes((one.name, scalars(one.parameters)) for one in asked.outputs)
 
 
 def timeout_of(asked: ModelInferRequest) -> float:

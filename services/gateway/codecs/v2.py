@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -11,7 +10,7 @@ import orjson
 from headrace.v1.dataplane_pb2 import PredictReply, PredictRequest
 from headrace.v1.tensor_pb2 import Tensor
 
-from services.common.errors import InvalidArgument, Unimplemented
+from services.common.errors import InvalidArgument
 from services.common.frames.detached import Buffer
 from services.gateway.codecs.attributes import parameter, session_of
 from services.gateway.codecs.compiled import JSON, varint
@@ -202,9 +201,7 @@ def fill_request(
     check_rows(signature, tensors)
     request.inputs.extend([tensor for tensor in tensors if tensor.name not in stays] if stays else tensors)
     fill_parameters(request, asked.parameters)
-    wanted = asked.outputs or []
-    fill_outputs(request, signature, [one.name for one in wanted])
-    refuse_classes((one.name, one.parameters) for one in wanted)
+    fill_outputs(request, signature, [one.name for one in asked.outputs or ()])
     return V2State(asked.id, _binary_outputs(signature, asked))
 
 
@@ -261,13 +258,6 @@ def fill_outputs(request: PredictRequest, signature: ModelSignature, names: list
         if name not in signature.output_names:
             raise InvalidArgument(f"outputs.{name} is no output of this model.", field=f"outputs.{name}")
     request.outputs.extend(names)
-
-
-def refuse_classes(outputs: Iterable[tuple[str, Mapping[str, Scalar] | None]]) -> None:
-    """Raise Unimplemented where one of `outputs`, by name and parameters, is wanted as its best classes."""
-    for name, parameters in outputs:
-        if parameters and parameters.get("classification"):
-            raise Unimplemented(f"outputs.{name}: the classification extension is not served.")
 
 
 def raw_tensor(spec: InputSpec, shape: list[int], data: bytes, where: str) -> Tensor:

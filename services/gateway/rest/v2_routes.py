@@ -23,7 +23,9 @@ from services.gateway.regions import Regions
 from services.gateway.rest.door import authenticated, bounded_body
 from services.gateway.rest.v2_statistics import as_json, model_statistics
 
-_EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics")
+_EXTENSIONS = (
+    "binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"
+)  # fmt: skip
 _SHARED_MEMORY = "system_shared_memory"
 SERVER_NAME = "headrace"
 #: Of requests about the repository.
