@@ -15,6 +15,7 @@ from headrace.v1.control_pb2 import ApiKey
 from services.common.clock import Clock
 from services.common.errors import PermissionDenied, Unauthenticated
 from services.gateway.limiter import Bucket
+from services.gateway.reading import Holder
 
 _REMEMBERED = 10_000
 #: Headers may be padded; longer ones are digested each time.
@@ -44,6 +45,8 @@ class Key:
     #: What was found out about calls of this key, by model (`plans.Plan`) or by how they name it
     #: (`infer_plans.InferPlan`); forgotten with the key.
     plans: dict[str | bytes, Any] = field(default_factory=dict, compare=False, repr=False)
+    #: What the process holds of its bodies, in all of its life.
+    holder: Holder = field(default_factory=Holder, compare=False, repr=False)
 
     @property
     def sees_all(self) -> bool:
@@ -99,7 +102,7 @@ class KeyRing:
             self._by_digest.pop(known.digest, None)
         if record is None or record.revoked:
             return True
-        made = _key(key_id, record, known.bucket if known else None)
+        made = _key(key_id, record, known)
         self._by_id[key_id] = made
         self._by_digest[made.digest] = made
         return True
@@ -153,11 +156,11 @@ def _bearer(authorization: bytes) -> bytes:
     return text.strip()
 
 
-def _key(key_id: str, record: ApiKey, bucket: Bucket | None) -> Key:
+def _key(key_id: str, record: ApiKey, known: Key | None) -> Key:
     scopes = set(record.scopes)
     if Scope.ADMIN in scopes:
         scopes |= {Scope.PREDICT, Scope.READ}
-    rate = record.rate_per_second
+    rate, bucket = record.rate_per_second, known.bucket if known else None
     if rate <= 0:
         bucket = None
     elif bucket is None or not bucket.has_limit(rate, record.burst):
@@ -169,4 +172,5 @@ def _key(key_id: str, record: ApiKey, bucket: Bucket | None) -> Key:
         expires_at_us=record.expires_at_us,
         digest=record.key_sha256,
         bucket=bucket,
+        holder=known.holder if known else Holder(),
     )

@@ -43,7 +43,7 @@ from services.gateway.rest.v2_routes import (
 )
 from services.gateway.rest.v2_statistics import model_statistics
 from services.gateway.rpc.limits import RpcLimits
-from services.gateway.rpc.methods import Methods
+from services.gateway.rpc.methods import Door, Methods
 from services.gateway.rpc.server import RpcServer
 from services.gateway.rpc.tasks import CallAborted, RpcContext
 
@@ -276,12 +276,12 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
             key.bucket.admit(self._clock.monotonic())
 
 
-def _door(keys: KeyRing) -> Callable[[Sequence[Field]], None]:
+def _door(keys: KeyRing) -> Door:
     """Refuses callers without a key before their message is read."""
 
-    def look(metadata: Sequence[Field]) -> None:
+    def look(metadata: Sequence[Field]) -> Key:
         sent = dict(reversed(metadata))
-        keys.authenticate(sent.get(b"authorization"), sent.get(b"x-api-key"))
+        return keys.authenticate(sent.get(b"authorization"), sent.get(b"x-api-key"))
 
     return look
 

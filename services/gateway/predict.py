@@ -85,16 +85,16 @@ class PredictService:
         self._metrics = metrics
         self._readers = BodyReaders()
         self._inline_bytes = limits.inline_bytes
-        self.bodies = BodyBudget(limits.max_held_bytes)
+        self.bodies = BodyBudget(limits.max_held_bytes, limits.max_body_bytes)
         self._monotonic = clock.monotonic
         self._unix_us = clock.unix_us
         self.speakers = speakers(catalogue, self.regions)
         self.limits = limits
 
-    def admit(self, call: Call) -> None:
-        """Say whether the body of `call` is worth waiting for: `begin` checks again, for a key may be revoked
-        meanwhile. Raises Unauthenticated or PermissionDenied."""
-        self._caller(call.head)
+    def admit(self, call: Call) -> Key:
+        """Whose key says that the body of `call` is worth waiting for: `begin` checks again, for a key may be
+        revoked meanwhile. Raises Unauthenticated or PermissionDenied."""
+        return self._caller(call.head)
 
     def begin(self, call: Call) -> None:
         """Start `call`, whose headers and body are complete."""

@@ -6,33 +6,56 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
-from services.common.errors import Unavailable
+from services.common.errors import ResourceExhausted, Unavailable
 from services.common.lifecycle import roam
 
 _THREADS = 2
 _WAITING = 64
 _RETRY_MS = 1000
+#: Of what is left, how many times as much one key may have.
+_SHARE: Final = 3
 
 Done = Callable[[BaseException | None], None]
 
 
-class BodyBudget:
-    """Bytes of unfinished and large bodies, of all connections together."""
+class Holder:
+    """Whose bodies they are: those of one key, or of all callers without one."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self.held = 0
 
-    def take(self, size: int) -> None:
-        """Count `size` bytes more. Raises Unavailable where that is too many; then nothing is counted."""
-        if self.held + size > self._limit:
-            raise Unavailable("The gateway holds too many unfinished bodies.", retry_after_ms=_RETRY_MS)
-        self.held += size
 
-    def give(self, size: int) -> None:
+class BodyBudget:
+    """Bytes of unfinished and large bodies, of all connections together.
+
+    No holder has more than three times what is left to others: one alone gets three quarters, two get three
+    sevenths each, and who comes next finds room (dynamic thresholds, as in `jobs.shares`). One body of
+    `least` bytes may have all that is left.
+    """
+
+    def __init__(self, limit: int, least: int) -> None:
+        self._limit = limit
+        self._least = least
+        self.held = 0
+        self.strangers = Holder()
+
+    def take(self, size: int, holder: Holder) -> None:
+        """Count `size` bytes more. Raises Unavailable where that is too many, ResourceExhausted where it is
+        for `holder`; then nothing is counted."""
+        held, own = self.held + size, holder.held + size
+        left = self._limit - held
+        if left < 0:
+            raise Unavailable("The gateway holds too many unfinished bodies.", retry_after_ms=_RETRY_MS)
+        if own > _SHARE * left and own > self._least:
+            raise ResourceExhausted("Too many unfinished bodies are this key's.", retry_after_ms=_RETRY_MS)
+        self.held, holder.held = held, own
+
+    def give(self, size: int, holder: Holder) -> None:
         """The bytes are gone."""
         self.held -= size
+        holder.held -= size
 
 
 class Reading:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import onnx
@@ -256,8 +257,30 @@ def _draws(nodes: Iterable[onnx.NodeProto]) -> bool:
 
 
 def _external_data(model: onnx.ModelProto) -> Iterator[str]:
-    for tensor in model.graph.initializer:
+    functions = (_tensors_of(function.node) for function in model.functions)
+    for tensor in chain(_tensors(model.graph), *functions):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     yield _text(entry.value)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of `graph`, those of the graphs inside it too."""
+    yield from graph.initializer
+    yield from _dense(graph.sparse_initializer)
+    yield from _tensors_of(graph.node)
+
+
+def _tensors_of(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for item in node.attribute:
+            yield from (item.t, *item.tensors)
+            yield from _dense((item.sparse_tensor, *item.sparse_tensors))
+            for inner in (item.g, *item.graphs):
+                yield from _tensors(inner)
+
+
+def _dense(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorProto]:
+    for tensor in tensors:
+        yield from (tensor.values, tensor.indices)

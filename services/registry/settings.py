@@ -16,8 +16,9 @@ class Settings(ServiceSettings, DatabaseSettings, ArtifactSettings):
     grpc_port: Port = 8031
     #: The whole text of an API key that is let in with scope admin; empty: none.
     bootstrap_admin_key: Annotated[str, Field(repr=False)] = ""
-    #: Uploads that may run at once, the bytes of one, and the seconds it may take.
-    max_uploads: Annotated[int, Field(ge=1, le=100)] = 4
+    #: Uploads that may run at once (of which one key alone gets half), the bytes of one, and the seconds it
+    #: may take.
+    max_uploads: Annotated[int, Field(ge=1, le=100)] = 8
     max_upload_bytes: Annotated[int, Field(ge=1)] = 20 << 30
     upload_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     #: Experiments and rollouts are forgotten, with what was found, so many days after they were closed.

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -23,14 +24,20 @@ from services.registry.artifacts import ReceivedFile, check_path
 MAX_FILES = 1000
 MAX_METADATA_BYTES = 8 << 20
 _BUFFER = 1 << 20
+#: So many bytes of an upload are worth a second of waiting for more, of which it has at most so many.
+_SLOWEST = 16 << 10
+_PATIENCE_S = 60.0
+_RETRY_MS = 2000
 
 
 class Uploads:
-    """Where uploads are received: `at_once` of them, each of at most `max_bytes` within `within_s`."""
+    """Where uploads are received: `at_once` of them, each of at most `max_bytes` within `within_s`. No key
+    has more places than are left to others: one alone gets half."""
 
     def __init__(self, directory: Path, *, at_once: int, max_bytes: int, within_s: float) -> None:
         self._directory = directory
         self._free = at_once
+        self._held: Counter[str] = Counter()
         self._max_bytes = max_bytes
         self._within_s = within_s
 
@@ -40,12 +47,15 @@ class Uploads:
         self._directory.mkdir(parents=True)
 
     @asynccontextmanager
-    async def receive(self) -> AsyncIterator[Upload]:
-        """One upload; its files are gone after the block. Raises ResourceExhausted where too many are
-        running, DeadlineExceeded where the block takes too long."""
+    async def receive(self, key_id: str = "") -> AsyncIterator[Upload]:
+        """One upload by that key; its files are gone after the block. Raises ResourceExhausted where too many
+        are running, DeadlineExceeded where the block takes too long."""
         if not self._free:
-            raise ResourceExhausted("too many uploads are running", retry_after_ms=2000)
+            raise ResourceExhausted("too many uploads are running", retry_after_ms=_RETRY_MS)
+        if self._held[key_id] >= self._free:
+            raise ResourceExhausted("too many uploads of this key are running", retry_after_ms=_RETRY_MS)
         self._free -= 1
+        self._held[key_id] += 1
         upload = None
         try:
             directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self._directory))
@@ -56,6 +66,9 @@ class Uploads:
             raise DeadlineExceeded(f"the upload took longer than {self._within_s:g} s") from None
         finally:
             self._free += 1
+            self._held[key_id] -= 1
+            if not self._held[key_id]:
+                del self._held[key_id]
             if upload is not None:
                 await asyncio.to_thread(upload.discard)
 
@@ -121,6 +134,23 @@ class Upload:
         self._file.write(data)
         self._hash.update(data)
         self._size += len(data)
+
+
+async def steady(body: AsyncIterator[bytes], patience_s: float = _PATIENCE_S) -> AsyncIterator[bytes]:
+    """`body`, as long as it is sent faster than a trickle. Raises DeadlineExceeded. Only what is waited for
+    counts, not what is done with it."""
+    clock, left_s = asyncio.get_running_loop().time, patience_s
+    while True:
+        began = clock()
+        try:
+            async with asyncio.timeout(left_s):
+                piece = await anext(body, None)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the upload is slower than {_SLOWEST >> 10} kB/s") from None
+        if piece is None:
+            return
+        left_s = min(patience_s, left_s - (clock() - began) + len(piece) / _SLOWEST)
+        yield piece
 
 
 async def receive_multipart(content_type: str, body: AsyncIterator[bytes], upload: Upload) -> bytes:

@@ -9,6 +9,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from services.common.errors import HeadraceError
 from services.gateway.call import Call, Head
 from services.gateway.predict import PredictService
+from services.gateway.reading import Holder
 
 if TYPE_CHECKING:
     from services.gateway.hot.pipeline import PipelinedProtocol
@@ -45,7 +46,7 @@ class HotExchange(Call):
     expects_continue = False
     continued = False
     #: Its caller has a key, so its body is waited for; how much of the body is counted as held.
-    admitted = False
+    holder: Holder | None = None
     held = 0
     refusal: HeadraceError | None = None
 
@@ -84,16 +85,16 @@ class HotExchange(Call):
     def hold(self) -> None:
         """The body goes on after this turn of the loop. Raises where its caller has no key, or where too much
         is held already."""
-        if not self.admitted:
-            self.service.admit(self)
-            self.admitted = True
-        self.service.bodies.take(self.size - self.held)
+        holder = self.holder
+        if holder is None:
+            holder = self.holder = self.service.admit(self).holder
+        self.service.bodies.take(self.size - self.held, holder)
         self.held = self.size
 
     def release(self) -> None:
         """The body is gone."""
-        if self.held:
-            self.service.bodies.give(self.held)
+        if self.holder is not None:
+            self.service.bodies.give(self.held, self.holder)
             self.held = 0
 
     def run(self) -> None:

@@ -69,6 +69,7 @@ def authenticated(request: Request, keys: KeyRing, scope: KeyScope, now: float) 
     ResourceExhausted."""
     key = keys.authenticate(_header(request, "authorization"), _header(request, "x-api-key"))
     key.require(scope)
+    request.state.holder = key.holder
     if key.bucket is not None:
         key.bucket.admit(now)
     return key
@@ -77,15 +78,17 @@ def authenticated(request: Request, keys: KeyRing, scope: KeyScope, now: float) 
 async def bounded_body(request: Request, limit: int, budget: BodyBudget, within_s: float = _BODY_S) -> bytes:
     """The whole body. Raises BodyTooLarge beyond `limit` bytes, after reading (and dropping) as much again,
     so that most senders see the answer before the connection ends; Unavailable where `budget` is used up,
-    RequestTimeout where it takes longer than `within_s`."""
+    ResourceExhausted where the caller has its share of it, RequestTimeout where it takes longer than
+    `within_s`."""
     chunks: list[bytes] = []
     size = held = 0
+    holder = getattr(request.state, "holder", budget.strangers)
     try:
         async with asyncio.timeout(within_s):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size <= limit:
-                    budget.take(len(chunk))
+                    budget.take(len(chunk), holder)
                     held += len(chunk)
                     chunks.append(chunk)
                 else:
@@ -95,7 +98,7 @@ async def bounded_body(request: Request, limit: int, budget: BodyBudget, within_
     except TimeoutError:
         raise RequestTimeout("The body did not arrive in time.") from None
     finally:
-        budget.give(held)
+        budget.give(held, holder)
     if size > limit:
         raise BodyTooLarge(f"The body is longer than {limit} bytes.")
     return b"".join(chunks)

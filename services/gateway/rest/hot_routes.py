@@ -81,7 +81,7 @@ async def _answered(service: PredictService, target: Target, request: Request) -
             setattr(head, attribute, value)
     call = _AsgiCall(service, head)
     try:
-        service.admit(call)
+        request.state.holder = service.admit(call).holder
         call.body = await bounded_body(request, service.limits.max_body_bytes, service.bodies)
     except HeadraceError as error:
         service.refuse(call, error)

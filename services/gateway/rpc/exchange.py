@@ -10,6 +10,7 @@ from services.common.errors import BodyTooLarge, DeadlineExceeded, HeadraceError
 from services.gateway.call import Call, Head
 from services.gateway.codecs.trailers import trailers
 from services.gateway.predict import PredictService
+from services.gateway.reading import Holder
 from services.gateway.rpc.heads import CallHead
 from services.gateway.rpc.streams import Stream
 
@@ -24,6 +25,7 @@ class InferExchange(Call, Stream):
     """A stream that is a call of `PredictService`. No task and no future is made for it."""
 
     held = 0
+    _holder: Holder | None = None
     _admitted = False
     _came = False
 
@@ -73,7 +75,7 @@ class InferExchange(Call, Stream):
             return
         self._admitted = True
         try:
-            self.service.admit(self)
+            self._holder = self.service.admit(self).holder
         except HeadraceError as error:
             self.service.refuse(self, error)
 
@@ -83,10 +85,10 @@ class InferExchange(Call, Stream):
 
     def on_piece(self, size: int) -> None:
         self.on_opened()
-        if self.over:
+        if self.over or self._holder is None:
             return
         try:
-            self.service.bodies.take(size)
+            self.service.bodies.take(size, self._holder)
         except HeadraceError as error:
             self.service.refuse(self, error)
             return
@@ -101,6 +103,10 @@ class InferExchange(Call, Stream):
     def late(self) -> None:
         self.service.refuse(self, DeadlineExceeded("The message did not arrive in time."))
 
+    def holder(self) -> Holder | None:
+        key = self.head.key
+        return key.holder if key is not None else None
+
     def on_gone(self) -> None:
         self._release()
         self.service.abandon(self)
@@ -108,8 +114,8 @@ class InferExchange(Call, Stream):
     def _release(self) -> None:
         self.body = b""
         self._drop()
-        if self.held:
-            self.service.bodies.give(self.held)
+        if self._holder is not None:
+            self.service.bodies.give(self.held, self._holder)
             self.held = 0
 
     # The call's part.

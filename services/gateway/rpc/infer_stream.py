@@ -19,6 +19,7 @@ from services.gateway.call import Call, Head, Speaker
 from services.gateway.codecs.streamed import id_in, streamed, streamed_error
 from services.gateway.codecs.trailers import trailers
 from services.gateway.predict import PredictService
+from services.gateway.reading import Holder
 from services.gateway.rpc.heads import CallHead
 from services.gateway.rpc.statuses import GOING_AWAY, LATE, OK
 from services.gateway.rpc.streams import Stream
@@ -103,10 +104,11 @@ class InferStream(Stream):
         self._head = head
         dialect = Dialect.GRPC if call_head.error_ends else Dialect.GRPC_STREAM
         self._speaker: Speaker = service.speakers[dialect]
+        self._holder = service.bodies.strangers  # until it is known who calls
         self._loop = asyncio.get_running_loop()
         self._ends = 0.0  # by the loop's clock; 0: whenever its client likes
         self._timer: asyncio.TimerHandle | None = None
-        self._opened = self._counted = False
+        self._opened = self._counted = self._going_on = False
         #: Something waits: its client is not asked for more.
         self.full = False
         # In order: requests whose answers are not sent yet; behind them messages that wait, with what of them
@@ -116,7 +118,6 @@ class InferStream(Stream):
         self._backlog = bytearray()
         self._bytes = self._large = self._begun = 0
         self._piece_held = 0  # of a message that is not whole
-        self._going_on = False
         # The client's half is closed, and all that came before that was looked at.
         self._closing = self._closed = False
         # Nothing more is listened to; something was said nevertheless; nor is what came heard. What it then
@@ -134,7 +135,7 @@ class InferStream(Stream):
             self.refuse(_BUSY)
             return
         try:
-            self.service.admit(StreamOpening(self, self._head))
+            self._holder = self.service.admit(StreamOpening(self, self._head)).holder
         except HeadraceError as error:
             self._fail(error)
             return
@@ -158,7 +159,7 @@ class InferStream(Stream):
         held, self._piece_held = self._piece_held, 0
         self.on_opened()
         if self.over or self._failed:
-            self.service.bodies.give(held)
+            self.service.bodies.give(held, self._holder)
         elif not self.full and self._has_room():
             self._begin(payload, compressed, held)
         else:
@@ -194,6 +195,9 @@ class InferStream(Stream):
         self.on_opened()
         self._closed = True
         self._finish()
+
+    def holder(self) -> Holder | None:
+        return self._holder
 
     def on_gone(self) -> None:
         self._close()
@@ -292,7 +296,7 @@ class InferStream(Stream):
                 elif self._backlog:
                     piece = bytes(memoryview(self._backlog)[:_PIECE])
                     del self._backlog[:_PIECE]
-                    self.service.bodies.give(len(piece))
+                    self.service.bodies.give(len(piece), self._holder)
                     self.full = False  # or the piece would be put behind itself
                     super().take(piece, 0, len(piece))
                     self.full = True
@@ -342,9 +346,7 @@ class InferStream(Stream):
 
     def _finish(self) -> None:
         """End it, if all is done."""
-        if self.over or self.gone or self._going_on:
-            return
-        if self._requests or self.full or self.unsent is not None:
+        if self.over or self.gone or self._going_on or self._requests or self.full or self.unsent is not None:
             return
         trailers = self._end_with or (OK if self._closed else b"")
         if trailers:
@@ -372,7 +374,7 @@ class InferStream(Stream):
 
     def _drop_waiting(self) -> None:
         held = self._piece_held + len(self._backlog) + sum(held for _, _, held in self._waiting)
-        self.service.bodies.give(held)
+        self.service.bodies.give(held, self._holder)
         self._piece_held = 0
         self._backlog.clear()
         self._waiting.clear()
@@ -382,7 +384,7 @@ class InferStream(Stream):
     def _hold(self, size: int) -> bool:
         """Count bytes of the process; False where these are too many, which ends the stream."""
         try:
-            self.service.bodies.take(size)
+            self.service.bodies.take(size, self._holder)
         except HeadraceError as error:
             self._fail(error)
             return False
@@ -393,6 +395,6 @@ class InferStream(Stream):
         self._bytes -= request.size
         self._large -= request.large
         if request.held:
-            self.service.bodies.give(request.held)
+            self.service.bodies.give(request.held, self._holder)
         request.size = request.held = 0
         request.large = False

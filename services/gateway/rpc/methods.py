@@ -9,16 +9,20 @@ from typing import Any
 import grpc
 
 from services.common.frames.header_blocks import Field
+from services.gateway.keys import Key
+
+#: Who calls, by the metadata; None: anybody may. Raises HeadraceError for callers that it is not for.
+Door = Callable[[Sequence[Field]], Key | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """One method. `door` raises HeadraceError for callers that it is not for, by their metadata."""
+    """One method, and what is said at its door."""
 
     path: str
     #: Its parts are callable, or None where they are another kind's.
     handler: Any
-    door: Callable[[Sequence[Field]], None] | None
+    door: Door | None
 
     @property
     def streams(self) -> bool:
@@ -31,9 +35,9 @@ class Methods:
 
     def __init__(self) -> None:
         self.by_path: dict[bytes, Method] = {}
-        self._doors: dict[str, Callable[[Sequence[Field]], None]] = {}
+        self._doors: dict[str, Door] = {}
 
-    def guard(self, service: str, door: Callable[[Sequence[Field]], None], but: frozenset[str]) -> None:
+    def guard(self, service: str, door: Door, but: frozenset[str]) -> None:
         """Let every method of `service` that is registered later, `but` those, be called through `door`."""
         for name in but:
             self._doors[f"{service}/{name}"] = _open

@@ -14,7 +14,7 @@ from typing import Final, Protocol, cast
 
 from headrace.v1.tensor_pb2 import Code
 
-from services.common.errors import Unavailable
+from services.common.errors import HeadraceError
 from services.common.frames import wire
 from services.common.frames.outbound import keep_alive
 from services.common.frames.turn import turn_of
@@ -178,12 +178,14 @@ class Sending(asyncio.Protocol):
         """A message of a call that has none under way; with `trailers` the last."""
         if self._ending or stream.over or stream.gone:
             return
+        bodies = self._around.bodies
+        holder = stream.holder() or bodies.strangers
         try:
-            self._around.bodies.take(len(message))
-        except Unavailable:
+            bodies.take(len(message), holder)
+        except HeadraceError:
             self.refuse(stream, _TOO_MUCH)
             return
-        stream.answer_held = len(message)
+        stream.answer_held, stream.answer_holder = len(message), holder
         if not stream.headers_sent:
             stream.headers_sent = True
             self._queue(wire.frame(wire.HEADERS, wire.END_HEADERS, stream.stream_id, HEAD))
@@ -228,7 +230,7 @@ class Sending(asyncio.Protocol):
         stream.over = True
         stream.unsent = None
         if stream.answer_held:
-            self._around.bodies.give(stream.answer_held)
+            self._around.bodies.give(stream.answer_held, stream.answer_holder)
             stream.answer_held = 0
         self._sending.pop(stream, None)
         self._blocked.pop(stream, None)
@@ -306,7 +308,7 @@ class Sending(asyncio.Protocol):
         if stream.trailers:
             self._end_stream(stream, stream.trailers)
             return
-        self._around.bodies.give(stream.answer_held)
+        self._around.bodies.give(stream.answer_held, stream.answer_holder)
         stream.answer_held = 0
         self._answered += 1
         self._on_sent(stream)

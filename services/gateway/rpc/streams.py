@@ -11,6 +11,7 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.frames.in_place import IN_PLACE_BYTES, MOST_IN_PLACE, unwritten
 from services.common.native import trait
 from services.gateway.codecs.trailers import trailers
+from services.gateway.reading import Holder
 from services.gateway.rpc.heads import CallHead
 from services.gateway.rpc.statuses import LATE
 
@@ -49,8 +50,9 @@ class Stream:
     unsent: memoryview | None
     sent: int
     trailers: bytes
-    #: Bytes of `unsent` that are counted as held.
+    #: Bytes of `unsent` that are counted as held, and by whom.
     answer_held: int
+    answer_holder: Holder
 
     #: Largest message that is taken.
     max_bytes: int
@@ -92,6 +94,10 @@ class Stream:
     @abstractmethod
     def refuse_size(self, size: int) -> None:
         """A message of `size` bytes was announced, which is too large."""
+
+    def holder(self) -> Holder | None:
+        """Whose answers wait, where that is known."""
+        return None
 
     def drain(self) -> None:
         """The server is ending. Calls that end by themselves need not care."""

@@ -13,6 +13,8 @@ from headrace.v1.tensor_pb2 import Code
 from services.common.errors import HeadraceError
 from services.gateway.codecs.trailers import trailers
 from services.gateway.compression import decompressed
+from services.gateway.keys import Key
+from services.gateway.reading import Holder
 from services.gateway.rpc.heads import CallHead
 from services.gateway.rpc.limits import RpcLimits
 from services.gateway.rpc.methods import Method
@@ -131,6 +133,7 @@ class TaskCall(Stream):
         self._left.set()
         self._counted = False
         self._looked = False
+        self._key: Key | None = None
 
     # The stream's part.
 
@@ -144,7 +147,7 @@ class TaskCall(Stream):
         door = self.method.door
         if door is not None:
             try:
-                door(self.call_head.metadata)
+                self._key = door(self.call_head.metadata)
             except HeadraceError as error:
                 self.refuse(trailers(error.code, error.message))
                 return
@@ -194,6 +197,9 @@ class TaskCall(Stream):
             self.refuse(_ONE_MESSAGE)
         else:
             self._start()
+
+    def holder(self) -> Holder | None:
+        return self._key.holder if self._key is not None else None
 
     def on_gone(self) -> None:
         self._close()

@@ -16,7 +16,7 @@ from services.gateway.admission import Admission
 from services.gateway.errors import RequestTimeout
 from services.gateway.leases import Leases
 from services.gateway.limiter import Bucket
-from services.gateway.reading import BodyBudget, BodyReaders
+from services.gateway.reading import BodyBudget, BodyReaders, Holder
 from services.gateway.rest.door import bounded_body
 from tests.fixtures.spending import spent_in
 from tests.fixtures.waiting import eventually
@@ -69,17 +69,36 @@ async def test_what_is_wrong_with_settling_is_not_tried_again_at_once_and_limits
 
 
 def test_bodies_may_take_all_there_is_and_not_a_byte_more() -> None:
-    budget = BodyBudget(10)
-    budget.take(10)
+    budget, one, other = BodyBudget(10, 5), Holder(), Holder()
+    budget.take(5, one)
+    budget.take(5, other)
     with pytest.raises(Unavailable):
-        budget.take(1)
+        budget.take(1, one)
     assert budget.held == 10
-    budget.give(4)
-    budget.take(4)
+    budget.give(4, one)
+    budget.take(4, one)
+
+
+def test_one_key_leaves_room_for_the_bodies_of_others() -> None:
+    budget, one, other = BodyBudget(256, 32), Holder(), Holder()
+    for _ in range(6):
+        budget.take(32, one)
+    with pytest.raises(ResourceExhausted):
+        budget.take(1, one)
+    budget.take(32, other)
+    budget.take(16, other)
+    with pytest.raises(ResourceExhausted):
+        budget.take(1, other)
+    budget.take(16, budget.strangers)
+    assert budget.held == 256
+    for holder, size in ((one, 192), (other, 48), (budget.strangers, 16)):
+        budget.give(size, holder)
+        assert holder.held == 0
+    assert budget.held == 0
 
 
 async def test_a_body_that_never_ends_is_not_held_for_ever() -> None:
-    budget, trickle = BodyBudget(10), asyncio.Event()
+    budget, trickle = BodyBudget(10, 10), asyncio.Event()
 
     async def receive() -> Message:
         if budget.held:

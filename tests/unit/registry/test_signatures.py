@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,51 @@ def test_weights_kept_outside_must_come_along(tmp_path: Path) -> None:
     assert refused_field(tmp_path, {"model.onnx": content}) == "files"
     backend, _signature = described(tmp_path, {"model.onnx": content, "model.onnx.data": b"\0" * 12})
     assert backend == "onnx"
+
+
+def outside() -> TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../weights.bin")
+    return tensor
+
+
+def _in_a_constant(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Constant", [], ["w"], value=outside()))
+
+
+def _in_a_branch(model: onnx.ModelProto) -> None:
+    inner = helper.make_graph([], "inner", [], [value("w", TensorProto.FLOAT, 1)], [outside()])
+    deep = helper.make_node("If", ["c"], ["w"], then_branch=inner, else_branch=inner)
+    branch = helper.make_graph([deep], "branch", [], [value("w", TensorProto.FLOAT, 1)])
+    model.graph.node.append(helper.make_node("If", ["c"], ["w"], then_branch=branch, else_branch=branch))
+
+
+def _in_a_function(model: onnx.ModelProto) -> None:
+    constant = helper.make_node("Constant", [], ["w"], value=outside())
+    model.functions.append(
+        helper.make_function("own", "f", [], ["w"], [constant], [helper.make_opsetid("", 17)])
+    )
+
+
+def _in_a_list(model: onnx.ModelProto) -> None:
+    node = helper.make_node("Own", [], ["w"], domain="own", parts=[outside()])
+    model.graph.node.append(node)
+
+
+def _sparse(model: onnx.ModelProto) -> None:
+    model.graph.sparse_initializer.add(values=outside(), dims=[1])
+
+
+@pytest.mark.parametrize(
+    "put", [_in_a_constant, _in_a_branch, _in_a_function, _in_a_list, _sparse], ids=lambda put: put.__name__
+)
+def test_weights_kept_outside_are_found_wherever_they_are(
+    tmp_path: Path, put: Callable[[onnx.ModelProto], None]
+) -> None:
+    model = onnx.load_model_from_string(linear())
+    assert described(tmp_path, {"model.onnx": model.SerializeToString()})[0] == "onnx"
+    put(model)
+    assert refused_field(tmp_path, {"model.onnx": model.SerializeToString()}) == "files"
 
 
 def test_overrides_complete_the_file(tmp_path: Path) -> None:

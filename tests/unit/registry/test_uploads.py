@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from services.common.errors import (
 )
 from services.registry.artifacts import ReceivedFile, arranged, manifest
 from services.registry.servicer import _receive
-from services.registry.uploads import Uploads, receive_multipart
+from services.registry.uploads import Uploads, receive_multipart, steady
 
 TYPE = "multipart/form-data; boundary=----b"
 
@@ -109,6 +110,45 @@ async def test_no_more_uploads_than_allowed(tmp_path: Path) -> None:
         with pytest.raises(ResourceExhausted):
             await another()
     await another()
+
+
+async def test_one_key_leaves_places_to_others(tmp_path: Path) -> None:
+    receiving = uploads(tmp_path, at_once=4)
+    async with AsyncExitStack() as running:
+        for _ in range(2):
+            await running.enter_async_context(receiving.receive("greedy"))
+        with pytest.raises(ResourceExhausted):
+            await running.enter_async_context(receiving.receive("greedy"))
+        await running.enter_async_context(receiving.receive("other"))
+        await running.enter_async_context(receiving.receive())
+    async with AsyncExitStack() as running:
+        for _ in range(2):
+            await running.enter_async_context(receiving.receive("greedy"))
+
+
+async def test_an_upload_that_trickles_is_ended() -> None:
+    sent = 0
+
+    async def trickle() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            await asyncio.sleep(0.005)
+            sent += 1
+            yield b"x"
+
+    with pytest.raises(DeadlineExceeded, match="slower than 16 kB/s"):
+        async for _ in steady(trickle(), patience_s=0.1):
+            pass
+    assert sent > 0
+
+
+async def test_an_upload_whose_pieces_are_worth_the_wait_goes_on() -> None:
+    async def sender() -> AsyncIterator[bytes]:
+        for _ in range(11):
+            await asyncio.sleep(0.1)
+            yield bytes(1 << 20)
+
+    assert [len(piece) async for piece in steady(sender(), patience_s=1.0)] == [1 << 20] * 11
 
 
 async def test_an_upload_that_never_ends_is_ended(tmp_path: Path) -> None:
