@@ -29,7 +29,7 @@ from services.gateway.hot.protocol import HotProtocol
 from services.gateway.jobs.openai_runtime import openai_running
 from services.gateway.jobs.runtime import Around, JobSettings, jobs_running
 from services.gateway.keys import KeyRing
-from services.gateway.leases import leased
+from services.gateway.leases import Leases, leased
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.oip_server import InferenceServicer, serve_oip
 from services.gateway.pools import pools_followed
@@ -99,7 +99,7 @@ async def gateway_app(
             await enter(followed(events, DEPLOYMENTS, catalogue.apply, folder / "deployments.table")),
         )
         pools = await enter(pools_followed(events, clock))
-        await enter(leased(cfg.redis_url, clock, process, keys.buckets, cfg.limit_sharers))
+        leases = await enter(leased(cfg.redis_url, clock, process, keys.buckets, cfg.limit_sharers))
         waiting = WaitingRoom()
         admission = Admission(cfg.max_platform_delay_ms / 1e3)
         router = RouterClient(await _channels(stack, cfg, process, waiting), waiting, admission)
@@ -158,7 +158,7 @@ async def gateway_app(
         front = HotFront(service, HttpLimits(max_connections=cfg.max_connections), hot=cfg.hot_routes)
         health.add_check("control", lambda: _unknown(tables, keys))
         health.add_check("router", lambda: None if router.usable else "no router can be reached")
-        _gauges(metrics, front, router, admission, catalogue, keys)
+        _gauges(metrics, front, router, admission, catalogue, keys, leases)
 
         await _control_known(tables, cfg.control_wait_s, bool(len(keys)))
         if cfg.supervised:
@@ -212,6 +212,7 @@ def _gauges(
     admission: Admission,
     catalogue: Catalogue,
     keys: KeyRing,
+    leases: Leases,
 ) -> None:
     gauge = metrics.gauge
     gauge("headrace_gateway_connections", "Open HTTP connections.", lambda: len(front.connections))
@@ -219,6 +220,7 @@ def _gauges(
     gauge("headrace_gateway_in_flight_limit", "What may be in flight.", lambda: admission.limit)
     gauge("headrace_gateway_models", "Models in service.", lambda: len(catalogue))
     gauge("headrace_gateway_keys", "API keys that open the door.", lambda: len(keys))
+    gauge("headrace_gateway_limits_shared", "Whether Valkey shares the limits.", lambda: leases.available)
 
 
 def _kafka(cfg: Settings, process: str, follower: Follower | None) -> KafkaBus:

@@ -13,7 +13,8 @@ from services.router.routing_table import VersionKey
 
 #: Upper bounds of the latency histogram, seconds.
 LATENCY_S: Final = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+    30.0,
 )  # fmt: skip
 #: Requests that named no version that is served are counted here: names of callers are no labels.
 NOWHERE: Final[VersionKey] = ("", "")

@@ -377,6 +377,17 @@ def test_rate_limit(gateway: GatewayThread) -> None:
     assert answers[-1].json()["code"] == "RESOURCE_EXHAUSTED"
 
 
+def test_limits_that_nobody_shares_are_seen(gateway: GatewayThread) -> None:
+    """There is no Valkey where it looks for one."""
+    url = f"http://127.0.0.1:{gateway.running.gateway.ops_port}/metrics"
+    predict(gateway, GOOD, authorization=f"Bearer {SLOW}")
+    until(
+        lambda: (
+            "headrace_gateway_limits_shared 0.0" in httpx.get(url, trust_env=False, timeout=PATIENCE_S).text
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "fields", "native", "v2"),
     [

@@ -188,17 +188,19 @@ class _LineHandler(logging.Handler):
 
 class _Repeated(logging.Filter):
     """Lets a library that repeats itself say the same once in a while; `untold` is how often it did since.
-    The same is what one line of its source says, whatever it says it of."""
+    The same is what one line of its source says of one thing, which it names first: a topic, a group, a node.
+    What else changes from one time to the next, as the pause before another try, makes nothing new of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._sayings: dict[tuple[str, str], Seldom] = {}
+        self._sayings: dict[tuple[str, str, str], Seldom] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether `record` is told."""
         if record.name.partition(".")[0] not in _REPEATING:
             return True
-        said = (record.name, str(record.msg))
+        of = repr(record.args[0]) if isinstance(record.args, tuple) and record.args else ""
+        said = (record.name, str(record.msg), of)
         if said not in self._sayings and len(self._sayings) >= _MOST_SAYINGS:
             self._sayings.clear()
         untold = self._sayings.setdefault(said, Seldom(_TOLD_AGAIN_S)).due(time.monotonic())

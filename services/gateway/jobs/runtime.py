@@ -221,14 +221,16 @@ class _Running:
             await enter(bus.consume(JOB_RESULTS, _GROUP, results, max_records=_RESULTS_AT_ONCE))
             submitted = SubmittedJobs(self.service, around.keys, around.is_known)
             await enter(bus.consume(JOBS, _GROUP, submitted, max_records=_JOBS_AT_ONCE))
-            groups = functools.partial(_groups, around.pools, cfg.partitions)
+            groups = functools.partial(_groups, around.pools, cfg.partitions, set())
             lag = show_lag(bus, groups, self._metrics.lag, self._metrics.dead_letters)
             await enter(running(lag, "jobs:lag"))
             log.info("jobs_ready", owner=cfg.owner)
             yield
 
 
-def _groups(pools: Pools, partitions: int) -> list[tuple[Topic, str]]:
-    """Who reads what of jobs: gateways, and the workers of each pool, whose records gateways look after."""
+def _groups(pools: Pools, partitions: int, known: set[str]) -> list[tuple[Topic, str]]:
+    """Who reads what of jobs: gateways, and the workers of each pool, whose records gateways look after.
+    Pools are kept in `known`: of one whose workers have gone, what they left is still there."""
+    known.update(pools.names())
     ours = [(JOBS, _GROUP), (JOB_RESULTS, _GROUP)]
-    return ours + [(chunks(pool, partitions), pool) for pool in pools.names()]
+    return ours + [(chunks(pool, partitions), pool) for pool in sorted(known)]

@@ -339,17 +339,33 @@ def test_a_library_that_repeats_itself_is_heard_now_and_then() -> None:
         time.monotonic = lambda: moment
         for second in range(25):
             moment = 1000.0 + second
-            for node in range(10):
-                logging.getLogger("aiokafka").error("Unable connect to node with id %s: %s", node, "refused")
-                logging.getLogger("aiokafka.cluster").error("Topic %s is not available", node)
+            for pause in range(10):
+                logging.getLogger("aiokafka").error("Unable connect to node with id %s: in %s s", 0, pause)
+                logging.getLogger("aiokafka.cluster").error("No broker metadata found")
                 logging.getLogger("services.common.bus.kafka").warning("ours")
         """
     )
     told = [line for line in lines if line["logger"] == "aiokafka"]
-    assert [line["event"] for line in told] == ["Unable connect to node with id 0: refused"] * 3
+    assert [line["event"] for line in told] == ["Unable connect to node with id 0: in 0 s"] * 3
     assert [line.get("untold") for line in told] == [None, 99, 99]
     assert sum(line["logger"] == "aiokafka.cluster" for line in lines) == 3
     assert sum(line["event"] == "ours" for line in lines) == 250
+
+
+def test_what_a_library_says_of_another_thing_is_not_the_same() -> None:
+    """Else of all topics that are missing one would be named, at each time the first."""
+    lines = _logged(
+        """
+        setup_logging("registry")
+        for _ in range(3):
+            for topic in ("analytics.verdicts.v1", "drift.alerts.v1"):
+                logging.getLogger("aiokafka.cluster").error("Topic %s not found in cluster metadata", topic)
+        """
+    )
+    assert [line["event"] for line in lines] == [
+        "Topic analytics.verdicts.v1 not found in cluster metadata",
+        "Topic drift.alerts.v1 not found in cluster metadata",
+    ]
 
 
 def test_what_a_full_queue_drops_is_counted() -> None:

@@ -9,7 +9,9 @@ from headrace.v1.control_pb2 import LoadedVersion, WorkerStatus
 from headrace.v1.tensor_pb2 import DataType, Signature, TensorSpec
 
 from services.common.clock import ManualClock
+from services.common.topics import chunks
 from services.gateway.catalogue import Catalogue
+from services.gateway.jobs.runtime import _groups
 from services.gateway.keys import Key, Scope
 from services.gateway.pools import READY, Condition, Pools, Speed, State
 from services.gateway.rest.v2_routes import repository_index
@@ -155,3 +157,14 @@ def test_the_index_says_what_is_ready_and_why_the_rest_is_not() -> None:
     heard.clock.advance(5)
     assert len(repository_index(catalogue, heard.pools, key, ready=True)) == 2
     assert repository_index(catalogue, heard.pools, replace(key, models=frozenset({"other"}))) == []
+
+
+def test_the_lag_of_a_pool_is_told_when_its_workers_have_gone() -> None:
+    """What they set aside is there as before, and so is what nobody reads now."""
+    heard, known = Heard(), set[str]()
+    heard.settled(("w", LoadedVersion.STATE_READY, ""))
+    before = _groups(heard.pools, 4, known)
+    assert (chunks("cpu", 4), "cpu") in before
+    heard.clock.advance(60)
+    assert heard.pools.names() == []
+    assert _groups(heard.pools, 4, known) == before
