@@ -36,8 +36,9 @@ log = structlog.get_logger(__name__)
 _OK: Final = Code.CODE_OK
 _MOST_LINKS: Final = 128
 _US_MAX: Final = (1 << 32) - 1
-#: A run that fails is logged once in so many seconds.
-_FAULTS_S: Final = 10.0
+#: Once in so many seconds a run that fails is logged with its traceback.
+_TRACEBACK_S: Final = 10.0
+_MOST_SAID: Final = 500
 
 
 class LoadedModel:
@@ -73,7 +74,7 @@ class LoadedModel:
         self._replies = Replies(version, batched=runner.layout.batched)
         self._policy = policy = self._fitted(policy)
         self._serving = serving
-        self._faults = Seldom(_FAULTS_S)
+        self._tracebacks = Seldom(_TRACEBACK_S)
         self._loop = asyncio.get_running_loop()
         self._beside = runner.backend.device == "cpu"
         self._handed = HandedOver(serving.pool, slots, self._execute, self._ran)
@@ -290,18 +291,17 @@ class LoadedModel:
         self._count(batch, execution, times)
 
     def _tell(self, batch: Batch, fault: BaseException) -> None:
-        """Log why a run failed. A model that fails on everything does so at every batch, with a traceback."""
-        untold = self._faults.due(self._serving.clock.monotonic())
-        if untold is None:
-            return
+        """Log why a run failed, so that who has its trace finds it. A model that fails on everything would
+        write a page of traceback for every batch."""
+        traced = self._tracebacks.due(self._serving.clock.monotonic()) is not None
         trace = next((item.request.trace for item in batch.items if item.request.trace), b"")
         log.error(
             "model_failed",
             model=self._records.key.decode(),
             request_id=batch.items[0].request.request_id.hex(),
             requests=len(batch.items),
-            untold=untold,
-            exc_info=fault,
+            error=repr(fault)[:_MOST_SAID],
+            exc_info=fault if traced else None,
             **log_fields(from_trace_bytes(trace)),
         )
 

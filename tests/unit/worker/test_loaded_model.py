@@ -293,7 +293,7 @@ async def test_without_a_sampled_request_there_is_no_trace(rig: Rig) -> None:
     assert rig.log.records[0][2] == ()
 
 
-async def test_a_model_that_always_fails_says_so_now_and_then(
+async def test_a_model_that_always_fails_writes_a_traceback_now_and_then(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -312,7 +312,6 @@ async def test_a_model_that_always_fails_says_so_now_and_then(
     assert set(rig.codes().values()) == {Code.CODE_INTERNAL}
     assert model.stats.failed == {"CODE_INTERNAL": 20}
     told = [line for line in lines if line["event"] == "model_failed"]
-    assert [(line["untold"], line["request_id"]) for line in told] == [
-        (0, bytes([0] * 16).hex()),
-        (14, bytes([15] * 16).hex()),
-    ]
+    assert [line["request_id"] for line in told] == [bytes([number] * 16).hex() for number in range(20)]
+    assert {line["error"] for line in told} == {"ValueError('the weights are gone')"}
+    assert [number for number, line in enumerate(told) if line["exc_info"]] == [0, 15]
