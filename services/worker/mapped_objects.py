@@ -16,7 +16,6 @@ _DIRECTORY: Final = str(DIRECTORY)
 _MOST: Final = 64
 #: A larger object is copied from. What it takes of the addresses is all of it, however little is read.
 _MOST_BYTES: Final = 1 << 32
-#: An object that its owner removes gives its memory back this long after its last request, or twice as long.
 _UNUSED_S: Final = 2.0
 
 
@@ -30,10 +29,13 @@ class _Known:
 
 
 class MappedObjects:
-    """At most `_MOST` of them; one that is forgotten stays mapped while a request has a view of it."""
+    """At most `_MOST` of them; one that is forgotten stays mapped while a request has a view of it. An object
+    that its owner removes gives its memory back `unused_s` seconds after its last request, or twice as
+    long."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, unused_s: float = _UNUSED_S) -> None:
         self._clock = clock
+        self._unused_s = unused_s
         # By device and inode, which are not given anew while the object is mapped; that used last at the end.
         self._known: OrderedDict[tuple[int, int], _Known] = OrderedDict()
 
@@ -65,8 +67,8 @@ class MappedObjects:
     async def forget_unused(self) -> None:
         """Unmap what no request has used lately, for ever."""
         while True:
-            await asyncio.sleep(_UNUSED_S)
-            since = self._clock.monotonic() - _UNUSED_S
+            await asyncio.sleep(self._unused_s)
+            since = self._clock.monotonic() - self._unused_s
             for key in [key for key, known in self._known.items() if known.used_at <= since]:
                 del self._known[key]
 

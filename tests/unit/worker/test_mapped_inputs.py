@@ -21,7 +21,6 @@ from headrace.v1.tensor_pb2 import DataType, SharedMemory, Tensor
 from services.common.clock import ManualClock
 from services.common.errors import InvalidArgument
 from services.common.shared_memory import DIRECTORY, inspect
-from services.worker import mapped_objects
 from services.worker.bus_errors import Mapped, map_guarded
 from services.worker.mapped_objects import MappedObjects
 from services.worker.shared_inputs import SharedInputs
@@ -218,11 +217,8 @@ other[4096]
     assert done.returncode == -signal.SIGBUS
 
 
-async def test_what_is_not_used_is_unmapped(
-    inputs: SharedInputs, clock: ManualClock, region: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mapped_objects, "_UNUSED_S", 0.001)
-    objects = MappedObjects(clock)
+async def test_what_is_not_used_is_unmapped(inputs: SharedInputs, clock: ManualClock, region: Path) -> None:
+    objects = MappedObjects(clock, unused_s=0.001)
     in_use = objects.view(region.name, 0, SIZE, 0)
     assert in_use is not None
     assert len(objects) == 1
