@@ -135,7 +135,8 @@ class InferenceServicer(oip_grpc.GRPCInferenceServiceServicer):
         self, request: oip_pb2.RepositoryModelLoadRequest, context: RpcContext
     ) -> Any:
         async def answer() -> oip_pb2.RepositoryModelLoadResponse:
-            load_as_it_is(self._administered(context, request.model_name), request.parameters)
+            self._administered(context, request.model_name)
+            load_as_it_is(request.parameters)
             return oip_pb2.RepositoryModelLoadResponse()
 
         return await self._answered(context, answer)

@@ -111,7 +111,7 @@ def repository_index(
     return found
 
 
-def load_as_it_is(_model: ServedModel, parameters: object) -> None:
+def load_as_it_is(parameters: object) -> None:
     """What is deployed is loaded already. Raises Unimplemented where it is to be loaded with a configuration
     or files of the request, its `parameters`."""
     if parameters:
@@ -188,7 +188,8 @@ def v2_routes(
 
     async def load(request: Request, model: str) -> Response:
         authenticated(request, keys, Scope.ADMIN, clock.monotonic()).require_model(model)
-        load_as_it_is(catalogue.model(model), (await _object(request, bodies)).get("parameters"))
+        catalogue.model(model)  # NotFound before its parameters are looked at
+        load_as_it_is((await _object(request, bodies)).get("parameters"))
         return Response(status_code=200)
 
     async def unload(request: Request, model: str) -> Response:
